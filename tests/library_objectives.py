@@ -1,0 +1,38 @@
+"""Every objective of the library with sizes and random values in mathematical layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from unroll.expr import Sym
+from unroll.problem import Problem, from_spec
+from unroll.spec import load
+
+FOLDER = Path(__file__).parents[1] / "objectives"
+NAMES = tuple(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+SIZES = (5, 4, 3, 2)
+"""Sizes of dims, in the order in which an objective declares them."""
+
+
+def objective(name: str) -> Problem:
+    spec = load(FOLDER / f"{name}.yaml")
+    return from_spec(spec, dict(zip(spec.dims, SIZES, strict=False)))
+
+
+def drawn(name: str, seed: int = 0) -> tuple[Problem, dict[Sym, Tensor], dict[sp.Symbol, Any]]:
+    """The problem, values of its symbols (rows, cols), values of its scalars and sizes."""
+    problem = objective(name)
+    g = torch.Generator().manual_seed(seed)
+    sizes: dict[sp.Symbol, Any] = {d: n for d, n in problem.dims.items() if isinstance(n, int)}
+    given = {s: torch.randn(*_shape(s, sizes), generator=g, dtype=torch.float64) for s in problem.symbols.values()}
+    scalars = {s: float(v) for s, v in problem.scalars.items() if v is not None}
+    return problem, given, scalars | sizes
+
+
+def _shape(s: Sym, sizes: dict[sp.Symbol, Any]) -> list[int]:
+    return [int(n.subs(sizes)) for n in ([s.family] if s.family is not None else []) + [s.rows, s.cols]]

@@ -1,0 +1,121 @@
+"""Curvature of scalar profiles against textbook constants and sampled second derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import sympy as sp
+from prox_catalogue import NONZERO, ROWS, al, eps, gam, hi, huber, lam, lo, mcp, scad, u
+from prox_catalogue import a as scad_a
+
+from unroll.calculus.scalar import curvature
+from unroll.calculus.signs import Signs, Undecided
+from unroll.errors import DeriveError
+
+oo = sp.oo
+ENDS = {lo: -1, hi: 1}
+KNOWN = (
+    (lam * sp.log(1 + sp.exp(u)), 0, lam / 4, lam),
+    (sp.log(sp.cosh(u)), 0, 1, 1),
+    (lam * sp.sqrt(1 + u**2), 0, lam, lam),
+    (u**2 / (1 + u**2), -sp.Rational(1, 2), 2, 3 * sp.sqrt(3) / 8),
+    (1 - sp.exp(-(u**2) / 2), -2 * sp.exp(-sp.Rational(3, 2)), 1, sp.exp(-sp.Rational(1, 2))),
+    (sp.log(1 + al * u**2) / 2, -al / 8, al, sp.sqrt(al) / 2),
+    (huber(), 0, 1 / al, 1),
+    (lam * u**2 / 2, lam, lam, oo),
+    (lam * sp.Abs(u), 0, oo, lam),
+    (lam * sp.Abs(u) + al * u**2 / 2, al, oo, oo),
+    (mcp(), -1 / gam, oo, lam),
+    (lam * sp.log(1 + sp.Abs(u) / eps), -lam / eps**2, oo, lam / eps),
+    (sp.Abs(u) - sp.log(1 + sp.Abs(u)), 0, 1, 1),
+    (lam * NONZERO, -oo, oo, oo),
+    (lam * sp.sqrt(sp.Abs(u)), -oo, oo, oo),
+    ((u**2 - 1) ** 2, -4, oo, oo),
+    (u**3, -oo, oo, oo),
+)
+
+
+@pytest.mark.parametrize(("f", "mu", "L", "slope"), KNOWN, ids=[str(k[0]) for k in KNOWN])
+def test_constants_are_the_known_ones_and_proved(f: sp.Expr, mu: sp.Expr, L: sp.Expr, slope: sp.Expr):
+    c = curvature(f, u)
+    assert [sp.simplify(x - y) if x.is_finite else x != y for x, y in ((c.mu, sp.S(mu)), (c.L, sp.S(L)))] == [0, 0]
+    assert c.slope == slope or sp.simplify(c.slope - slope) == 0
+    assert c.proof == "proved"
+    assert c.convex == (sp.S(mu) >= 0 if sp.S(mu).is_number else sp.S(mu).is_positive or False)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+def test_sampled_second_differences_stay_within_the_bounds(row):
+    c = curvature(row.f, u, row.domain, row.assume)
+    rng = np.random.default_rng(0)
+    values = {s: float(rng.uniform(0.4, 1.5)) + 2 * (str(s) == "a") for s in row.f.free_symbols - {u}}
+    low, high = (float(sp.sympify(x).subs(ENDS)) for x in row.domain)
+    z = np.linspace(max(low, -5) + 0.02, min(high, 5) - 0.02, 4001)
+    with np.errstate(all="ignore"):
+        y = np.asarray(sp.lambdify(u, row.f.subs(values), "numpy")(z), dtype=float) + np.zeros_like(z)
+    second = np.diff(y, 2) / (z[1] - z[0]) ** 2
+    second = second[np.isfinite(second)]
+    mu, L = (float(x.subs(values)) for x in (c.mu, c.L))
+    slack = 1e-3 * (1 + np.abs(second).max()) if c.smooth else 1e-5
+    assert second.min() >= mu - slack and second.max() <= L + slack
+    if c.smooth and np.isfinite(low + high) is False and L > 0:
+        assert second.max() > 0.9 * L or second.min() < 0.9 * mu  # a bound that is never met is no derivation
+
+
+@pytest.mark.parametrize(
+    ("f", "domain", "monotone"),
+    [
+        (sp.exp(u), (-oo, oo), 1),
+        (-sp.log(u), (0, oo), -1),
+        (u**2, (-oo, oo), 0),
+        (u**2, (0, oo), 1),
+        (sp.Max(0, u), (-oo, oo), 1),
+    ],
+    ids=str,
+)
+def test_monotone(f: sp.Expr, domain: tuple[sp.Expr, sp.Expr], monotone: int):
+    assert curvature(f, u, domain).monotone == monotone
+
+
+def test_a_domain_changes_the_constants():
+    assert oo == curvature(u**4, u).L
+    assert curvature(u**4, u, (-1, 2)).L == 48
+    assert curvature(u**4, u, sp.Interval(1, 2)).mu == 12
+
+
+def test_a_sum_is_bounded_term_by_term_and_says_so():
+    c = curvature(sp.log(sp.cosh(u)) - lam * sp.log(u), u)
+    assert c.convex and c.proof == "bounded"
+
+
+def test_what_was_sampled_is_said():
+    c = curvature(sp.log(1 + u**2 + sp.exp(u)), u)
+    assert c.proof == "sampled" and "points" in c.reason
+
+
+def test_waves_are_bounded_by_interval_arithmetic():
+    c = curvature(sp.sin(u) + u**2, u)
+    assert (c.mu, c.L, c.proof) == (1, 3, "bounded") and c.convex
+
+
+def test_an_order_that_depends_on_the_scalars_is_asked_for():
+    with pytest.raises(DeriveError, match="depends on the values of") as caught:
+        curvature(scad(), u)
+    assert "declare" in caught.value.hint
+    assert curvature(scad(), u, assume=(scad_a > 2,)).mu == -1 / (scad_a - 1)
+
+
+def test_rho_is_the_least_that_makes_it_convex():
+    c = curvature(mcp(), u)
+    assert c.rho == 1 / gam
+    assert curvature(mcp() + u**2 / (2 * gam), u).convex
+    assert not curvature(mcp() + u**2 / (3 * gam), u).convex
+
+
+def test_signs_by_assumption_by_draws_and_not_at_all():
+    signs = Signs([lam, al])
+    assert signs.of(lam**2 + al) == 1 and not signs.sampled
+    assert signs.of(lam**2 - lam * al + al**2) == 1 and len(signs.sampled) == 1
+    with pytest.raises(Undecided):
+        signs.of(lam - al)
+    assert Signs([lam, al], [lam > al]).of(al - lam) == -1

@@ -1,0 +1,74 @@
+"""`unroll check` on every entry of the library: all laws hold; and on a broken derivation: a law says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import unroll
+from unroll import laws, library
+from unroll.derivation import derive
+from unroll.expr import scale
+from unroll.spec import load
+
+CONSTRAINED = ("ball_denoising", "box_least_squares", "nonnegative_least_squares", "simplex_least_squares")
+STEPS = {"poisson_regression": 0.01}
+"""Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
+
+
+def one_network(objective: str, algorithm: str, **unrolled: Any) -> dict[str, Any]:
+    open_dims = {d: 4 + i for i, (d, n) in enumerate(load(library.find(objective, ("objectives",))).dims.items()) if not isinstance(n, int)}
+    return {"use": objective, "dims": open_dims, "unroll": {"algorithm": algorithm, "layers": 4, "step": STEPS.get(objective, "1/L"), **unrolled}}
+
+
+def assert_holds(found: laws.Check) -> None:
+    assert len(found.rows) >= 4
+    assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("name", library.names("specs"))
+def test_laws_hold_for_every_spec(name):
+    assert_holds(unroll.check(name, overrides=["unroll.layers=4"]))
+
+
+@pytest.mark.parametrize("name", library.names("objectives"))
+def test_laws_hold_for_every_objective(name):
+    algorithm = "projected_gradient" if name in CONSTRAINED else "gradient_descent" if name == "ridge" else "proximal_gradient"
+    assert_holds(unroll.check(one_network(name, algorithm)))
+    if name not in STEPS and name != "ridge":
+        assert_holds(unroll.check(one_network(name, "fista", momentum="chambolle_dossal(4)")))
+
+
+@pytest.mark.parametrize("preset", library.names("presets"))
+@pytest.mark.parametrize("algorithm", ["proximal_gradient", "fista"])
+def test_laws_hold_for_every_preset(preset, algorithm):
+    assert_holds(unroll.check(one_network("lasso", algorithm, parametrisation=preset)))
+
+
+def broken(law: Any, **change: Any) -> str:
+    d = derive(load(one_network("lasso", "proximal_gradient")), {"m": 5, "n": 7})
+    wrong = replace(d, **{k: f(getattr(d, k)) for k, f in change.items()})
+    return next(law(wrong, laws.Sample(wrong, seed=0))).verdict
+
+
+def test_a_constant_that_is_too_small_is_found():
+    def halve(parts):
+        first, *rest = parts
+        return (replace(first, smooth=replace(first.smooth, high=scale(0.5, first.smooth.high))), *rest)
+
+    assert broken(laws.lipschitz, parts=halve) == "BROKEN"
+    assert broken(laws.lipschitz, parts=lambda parts: parts) == "holds"
+
+
+def test_an_emitted_module_that_is_not_the_mathematics_is_found(monkeypatch):
+    true = laws.by_hand
+    monkeypatch.setattr(laws, "by_hand", lambda *args: {z: [1.001 * x for x in xs] for z, xs in true(*args).items()})
+    assert broken(laws.emitted, parts=lambda parts: parts) == "BROKEN"
+
+
+def test_a_gradient_with_the_wrong_sign_is_found(monkeypatch):
+    true = laws.gradient
+    monkeypatch.setattr(laws, "gradient", lambda e, z: scale(-1, true(e, z)))
+    assert broken(laws.gradients, parts=lambda parts: parts) == "BROKEN"

@@ -1,0 +1,45 @@
+"""Compile an optimisation problem, declared in a few lines of YAML, into a deep network.
+
+    net = unroll.compile("specs/lista.yaml", seed=0)     # path, library name, YAML text or dict
+    z = net(x)                                           # (..., m) -> (..., n)
+
+Everything that is not named here is private. Heavy libraries load when a name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unroll.api import compile, derive, prox, restore, save
+    from unroll.laws import check
+    from unroll.errors import DeriveError, SpecError, UnrollError
+    from unroll.network import Network
+    from unroll.page import report
+    from unroll.solver import solve
+    from unroll.spec import load
+
+__version__ = "0.1.0"
+__all__ = [
+    "DeriveError", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "prox", "report", "restore",
+    "save", "solve",
+]  # fmt: skip
+
+_HOME = {
+    "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
+    "check": "laws", "solve": "solver", "report": "page",
+    "compile": "api", "derive": "api", "prox": "api", "restore": "api", "save": "api",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"unroll.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'unroll' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,201 @@
+"""From a spec to a network, in one call; and every stage on the way as text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unroll.derivation import Derivation
+from unroll.derivation import derive as derive_spec
+from unroll.errors import UnrollError, did_you_mean
+from unroll.spec import Spec, load
+
+if TYPE_CHECKING:
+    import sympy as sp
+    import torch
+
+    from unroll.calculus.prox_scalar import ScalarProx
+    from unroll.emit import Program
+    from unroll.network import Network
+
+Source = str | Path | Mapping[str, Any] | Spec
+"""A path, a name of the library, YAML text, a dict, or a loaded spec."""
+
+
+def derive(spec: Source, *, dims: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> Derivation:
+    """The derivation of a spec: objective -> gradient, prox, L -> step -> learned. Printing it shows all.
+
+    Raises SpecError with the place of what is wrong.
+    """
+    return derive_spec(read(spec, overrides), dict(dims or {}))
+
+
+def read(spec: Source, overrides: Sequence[str] = ()) -> Spec:
+    """A loaded spec. Raises SpecError E0xx, E2xx."""
+    return spec if isinstance(spec, Spec) and not overrides else load(spec.to_dict() if isinstance(spec, Spec) else spec, overrides)
+
+
+def compile(
+    spec: Source,
+    *,
+    dims: Mapping[str, int] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    scalars: Mapping[str, float] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overrides: Sequence[str] = (),
+) -> Network:
+    """The network of a spec: an `nn.Module`, set to the untrained algorithm.
+
+    dims: sizes that the spec leaves open; those of `parameters` are read off.  parameters: tensors or arrays, as declared;
+    what is not given is drawn from `seed` (see `Network.drawn`).  scalars: values in the place of defaults.
+    overrides: "unroll.layers=8" and the like.  Raises SpecError (the spec), UnrollError E4xx (values).
+    """
+    import torch
+
+    from unroll.network import draw, network
+
+    loaded = read(spec, overrides)
+    derivation = derive_spec(loaded, _sizes(loaded, dims or {}, parameters or {}))
+    program = build(derivation)
+    given = {name: torch.as_tensor(value) for name, value in (parameters or {}).items()}
+    missing = [s.name for s in derivation.problem.parameters if s.name not in given]
+    drawn = draw(_with_inits(derivation), program.dims, seed) if missing else {}
+    dtype = dtype or torch.get_default_dtype()
+    values = given | {name: drawn[name].to(dtype) for name in missing}
+    net = network(program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device)
+    net.drawn = tuple(missing)
+    return net
+
+
+def build(derivation: Derivation) -> Program:
+    """Graph, passes and source. Raises UnrollError E402 for a size without a value."""
+    from unroll import emit
+
+    spec, problem = derivation.spec, derivation.problem
+    sizes = {d.name: n for d, n in problem.dims.items() if isinstance(n, int)}
+    return emit.build(problem, derivation.step, layers=derivation.layers, dims=sizes, name=spec.title, origin=_origin(spec), sha=spec.sha256)
+
+
+def _origin(spec: Spec) -> str:
+    return "" if spec.file.startswith("<") else os.path.relpath(spec.file) if Path(spec.file).is_relative_to(Path.cwd()) else Path(spec.file).name
+
+
+def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes given, and those that the shapes of given parameters say. Raises UnrollError E404 for a shape that contradicts."""
+    found = dict(dims)
+    for name, value in parameters.items():
+        if name not in spec.parameters:
+            raise UnrollError("E402", f"'{name}' is not a parameter of {spec.title}", hint=did_you_mean(name, spec.parameters))
+        declared = spec.parameters[name].shape
+        if len(value.shape) != len(declared):
+            raise UnrollError("E404", f"{name} has {len(value.shape)} axes, declared are {len(declared)}: [{', '.join(map(str, declared))}]")
+        for entry, n in zip(declared, value.shape, strict=True):
+            if isinstance(entry, str) and entry in spec.dims and not isinstance(spec.dims[entry], int):
+                if found.setdefault(entry, int(n)) != n:
+                    raise UnrollError("E404", f"{name} has shape {tuple(value.shape)}, but {entry} = {found[entry]}")
+    return found
+
+
+def _with_inits(derivation: Derivation) -> Any:
+    """The problem with `init:` of each parameter as a property that `draw` keeps."""
+    spec, problem = derivation.spec, derivation.problem
+    props = {n: p.init for n, p in spec.parameters.items() if p.init not in (None, "gaussian")}
+    return replace(problem, parameters=tuple(replace(s, props=s.props | {props[s.name]}) if s.name in props else s for s in problem.parameters))  # type: ignore[operator]
+
+
+def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
+    """One stage as text: spec, problem, derivation, step, graph or source."""
+    loaded = read(spec, overrides)
+    if name == "spec":
+        return loaded.to_yaml()
+    if name == "problem":
+        return _problem_text(loaded, dims)
+    derivation = derive_spec(loaded, dict(dims or {}))
+    match name:
+        case "derivation":
+            return str(derivation)
+        case "step":
+            return "\n".join(f"{a.target.name} <- {a.value}" for a in (*derivation.step.definitions, *derivation.step.assigns))
+        case "graph":
+            from unroll.interpret import graph_text
+
+            program = build(derivation)
+            return "\n".join([graph_text(program.graph), "", "passes:", *(f"  {line}" for line in program.log)])
+        case "source":
+            return build(derivation).source
+        case _:
+            raise UnrollError("E401", f"there is no stage '{name}'", hint="spec, problem, derivation, step, graph, source")
+
+
+def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
+    from unroll.expr import show_shape
+    from unroll.problem import from_spec
+    from unroll.show import text
+
+    problem = from_spec(spec, dims)
+    rows = [f"{s.role:10} {s.name:8} {show_shape(s.shape)}" for s in problem.symbols.values()]
+    rows += [f"scalar     {s.name:8} {'' if v is None else v}" for s, v in problem.scalars.items()]
+    rows += [f"size       {d.name:8} {'open' if n is None else n}" for d, n in problem.dims.items()]
+    return "\n".join([*rows, "", "minimise" if problem.sign > 0 else "maximise", *(f"  {n}: {text(e)}" for n, e in problem.terms.items())])
+
+
+def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: float) -> ScalarProx:
+    """The derived prox of a scalar formula in u: prox("lam*abs(u)", lam=0.3)(v, t) = argmin_z t lam |z| + (z - v)^2 / 2.
+
+    scalars: values, or none to leave them symbols; .formula, .curvature, .proof tell what was derived.
+    Raises SpecError E1xx (the formula), DeriveError E302 (no prox).
+    """
+    import sympy as sp
+
+    from unroll.calculus.prox_scalar import derive_prox
+    from unroll.expr import Expr, number, scalar
+    from unroll.parse import Scope, parse
+
+    u = sp.Symbol("u", real=True)
+    names: dict[str, Any] = {name: scalar(name, positive=value > 0) for name, value in scalars.items()}
+    f = parse_entry(formula, Scope({**names, "u": u}), parse)
+    assert not isinstance(f, Expr)
+    ends = (-sp.oo, sp.oo) if domain is None else (number(domain[0]), number(domain[1]))
+    found = derive_prox(f, u, ends)
+    return found.substitute({names[n]: number(v) for n, v in scalars.items()})
+
+
+def parse_entry(formula: str, scope: Any, parse: Any) -> sp.Expr:
+    """A formula in u as a SymPy profile, `where` included."""
+    from unroll.expr import Expr, Map, Mul, as_constant, slot, symbol
+
+    z = symbol("u", 1, 1, "variable", 0)
+    value = parse(formula, replace(scope, names={**scope.names, "u": z}))
+    if not isinstance(value, Expr):
+        return value
+
+    def profile(e: Any) -> Any:
+        c = as_constant(e)
+        if c is not None:
+            return c
+        match e:
+            case Map(p, _):
+                return p.subs(slot(0), scope.names["u"])
+            case Mul(c, (x,)):
+                return c * profile(x)
+            case _:
+                return sum(map(profile, e.terms)) if hasattr(e, "terms") else scope.names["u"]
+
+    return profile(value)
+
+
+def save(net: Network, folder: str | os.PathLike[str]) -> Path:
+    """Write a network as spec.yaml, weights.safetensors and its source; no pickle."""
+    return net.save(folder)
+
+
+def restore(folder: str | os.PathLike[str]) -> Network:
+    """The network that `save` wrote. Raises UnrollError E405."""
+    from unroll.network import restore as read_folder
+
+    return read_folder(folder)

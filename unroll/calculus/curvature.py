@@ -1,0 +1,348 @@
+"""Curvature of matrix expressions: bounds low <= Hessian <= high in one variable, as expressions that a network can compute.
+
+The scalar questions (range of f'') are answered by `scalar.curvature`; this file lifts the answers through affine maps,
+singular values and families. What no rule covers is None, never a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import sympy as sp
+
+from unroll.calculus.gradient import gradient
+from unroll.calculus.scalar import curvature as scalar_curvature
+from unroll.errors import DeriveError
+from unroll.expr import (
+    Add, Diag, Diagonal, Expr, Eye, FamilySum, Hold, LogDet, LogSumExp, Map, Mul, Op, Spectral, Sum, Sym, Trace, Transpose,
+    add, as_constant, constant, depends, elementwise, expand, eye, family_sum, largest, matmul, scale, slot, spectral_norm, split,
+    times, transpose, walk, zeros,
+)  # fmt: skip
+from unroll.show import text
+
+NOTHING = zeros(1, 1)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """low <= Hessian <= high, both 1 × 1 expressions.  proof: "proved", "bounded" or "sampled"; reason: which rule."""
+
+    low: Expr
+    high: Expr
+    proof: str
+    reason: str
+
+    @property
+    def smooth(self) -> bool:
+        """Are both bounds finite?"""
+        return not any(split(t)[0].is_infinite for b in (self.low, self.high) for t in (b.terms if isinstance(b, Add) else (b,)))
+
+    @property
+    def convex(self) -> bool:
+        """Is low >= 0 certain?"""
+        value = as_constant(self.low)
+        return value is not None and value.is_nonnegative is True
+
+    @property
+    def lipschitz(self) -> Expr:
+        """Lipschitz constant of the gradient: the larger of -low and high."""
+        low = as_constant(self.low)
+        if low is not None and low.is_nonnegative:
+            return self.high
+        return elementwise(sp.Max(slot(0), -slot(1)), self.high, self.low)
+
+    @property
+    def weak(self) -> Expr:
+        """rho such that e + rho/2 |z|^2 is convex."""
+        return NOTHING if self.convex else elementwise(sp.Max(0, -slot(0)), self.low)
+
+
+def bounds(e: Expr, z: Sym) -> Bounds | None:
+    """Hessian bounds of the scalar e in z, or None where no rule applies."""
+    if not depends(e, z):
+        return Bounds(NOTHING, NOTHING, "proved", "constant")
+    c, body = split(e)
+    if c != 1:
+        found = bounds(body, z)
+        return None if found is None else _scaled(c, found)
+    match e:
+        case Add(terms):
+            entries = {t: inner for t in terms if (inner := entrywise(t, z)) is not None}
+            groups: dict[tuple[Expr, ...], list[tuple[sp.Expr, Map]]] = {}
+            for c, inner in entries.values():
+                groups.setdefault(inner.args, []).append((c, inner))
+            together = [_elementwise(sp.Add(*(c * m.profile for c, m in g)), g[0][1], z) for g in groups.values() if len(g) > 1]
+            alone = [t for t in terms if t not in entries or len(groups[entries[t][1].args]) == 1]
+            return _together([*together, *(bounds(t, z) for t in alone)])
+        case FamilySum(i, n, body):
+            inner = bounds(body, z)
+            return None if inner is None else Bounds(family_sum(i, n, inner.low), family_sum(i, n, inner.high), inner.proof, inner.reason)
+        case Sum(Map() as inner, None):
+            return _elementwise(inner.profile, inner, z) or _quadratic(e, z)
+        case Map() if e.is_scalar:
+            return _elementwise(e.profile, e, z) or _radial(e, z)
+        case LogSumExp(x, None) | Sum(LogSumExp(x, _), None):
+            norm = operator_norm(x, z)  # diag(p) - p p' <= 1/2 by Gershgorin
+            return None if norm is None else Bounds(NOTHING, scale(sp.Rational(1, 2), _square(norm)), "proved", "log-sum-exp")
+        case Spectral(h, x):
+            return _spectral(h, x, z)
+        case LogDet(Add((Eye(), m))) if (root := square_root(m)) is not None:  # log det(I + c B B') = sum log(1 + c s^2)
+            return _spectral(sp.log(1 + root[0] * slot(0) ** 2), root[1], z)
+        case _:
+            return _quadratic(e, z)
+
+
+def smoothness(e: Expr, z: Sym) -> Bounds:
+    """As `bounds`. Raises DeriveError E304 where there is no finite bound."""
+    found = bounds(e, z)
+    if found is None or not found.smooth:
+        raise DeriveError("E304", f"no Lipschitz constant is known for the gradient of {text(e)}", hint="give the step size yourself: step: 0.01")
+    return found
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _scaled(c: sp.Expr, b: Bounds) -> Bounds:
+    if c.is_nonnegative:
+        return Bounds(scale(c, b.low), scale(c, b.high), b.proof, b.reason)
+    if c.is_nonpositive:
+        return Bounds(scale(c, b.high), scale(c, b.low), b.proof, b.reason)
+    widest = scale(sp.Abs(c), b.lipschitz)
+    return Bounds(scale(-1, widest), widest, b.proof, f"{b.reason}, sign of {c} unknown")
+
+
+def _together(parts: list[Bounds | None]) -> Bounds | None:
+    known = [p for p in parts if p is not None]
+    if len(known) < len(parts):
+        return None
+    grades = ("proved", "bounded", "sampled")
+    return Bounds(
+        add(*(p.low for p in known)), add(*(p.high for p in known)), max((p.proof for p in known), key=grades.index),
+        " + ".join(dict.fromkeys(p.reason for p in known if p.reason != "constant")),
+    )  # fmt: skip
+
+
+def _square(e: Expr) -> Expr:
+    return elementwise(slot(0) ** 2, e)
+
+
+def _lift(mu: Expr, high: Expr, norm: Expr, exact: bool) -> tuple[Expr, Expr]:
+    """Curvature of f(M z) from that of f: times |M|^2, except that a positive lower bound survives only M = identity."""
+    value = as_constant(mu)
+    if not exact:
+        mu = NOTHING if value is not None and value.is_nonnegative else elementwise(sp.Min(0, slot(0)), mu)
+    return times(mu, _square(norm)), times(high, _square(norm))
+
+
+def entrywise(e: Expr, z: Sym) -> tuple[sp.Expr, Map] | None:
+    """(c, map) for a term c * sum(map) that depends on z."""
+    c, body = split(e)
+    match body:
+        case Sum(Map() as inner, None) if depends(inner, z):
+            return c, inner
+        case _:
+            return None
+
+
+def _elementwise(profile: sp.Expr, e: Map, z: Sym) -> Bounds | None:
+    """sum of profile(M z + b, ...) at the arguments of e: the range of the second derivative there, times |M|^2."""
+    moving = [i for i, a in enumerate(e.args) if depends(a, z)]
+    if len(moving) != 1 or e.args[moving[0]].shape != e.shape:
+        return None
+    i = moving[0]
+    norm = operator_norm(e.args[i], z)
+    if norm is None:
+        return None
+    profile, factor = _unscaled(profile, i, len(e.args))
+    try:
+        found = scalar_curvature(profile, slot(i))
+    except DeriveError:
+        return None  # the pieces of the profile cannot be ordered, so no bound: the caller reports E304
+    others = [a for j, a in enumerate(e.args) if j != i]
+    low, high = (_over_entries(c * factor**2, i, others, smallest) for c, smallest in ((found.mu, True), (found.L, False)))
+    if low is None or high is None:
+        return None
+    low, high = _lift(low, high, norm, e.args[i] is z)
+    return Bounds(low, high, found.proof, found.reason)
+
+
+def _unscaled(profile: sp.Expr, i: int, count: int) -> tuple[sp.Expr, sp.Expr]:
+    """(g, w) with profile(u) = g(w u), w a product of the other arguments, if g is then free of them; else (profile, 1)."""
+    w = sp.Mul(*(slot(j) for j in range(count) if j != i and slot(j) in profile.free_symbols))
+    g = sp.simplify(profile.subs(slot(i), slot(i) / w)) if w != 1 else profile
+    return (g, w) if not (g.free_symbols & w.free_symbols) else (profile, sp.Integer(1))
+
+
+def _over_entries(c: sp.Expr, i: int, others: list[Expr], smallest: bool) -> Expr | None:
+    """Extreme over all entries of a curvature that depends on the other arguments."""
+    if c.is_infinite or c.has(sp.oo):
+        return None if smallest else constant(sp.oo)
+    names = [s for s in sorted(c.free_symbols, key=str) if isinstance(s, sp.Symbol) and s.name.startswith("_")]
+    if not names:
+        return constant(c)
+    index = {slot(j): slot(k) for k, j in enumerate(j for j in range(len(others) + 1) if j != i)}
+    values = elementwise(c.subs(index, simultaneous=True), *others)
+    return scale(-1, largest(scale(-1, values))) if smallest else largest(values)
+
+
+def _radial(e: Map, z: Sym) -> Bounds | None:
+    """p(|X|^2) with X affine: the curvature of s -> p(s^2), an even function of the norm."""
+    match e:
+        case Map(p, (Sum(Map(q, (x,)), None),)) if q == slot(0) ** 2:
+            return _spectral(p.subs(slot(0), slot(0) ** 2), x, z)
+        case _:
+            return None
+
+
+def _spectral(h: sp.Expr, x: Expr, z: Sym) -> Bounds | None:
+    """Sum of h over singular values of an affine X, h even: the range of h'' transfers. Source: Lewis & Sendov 2001, doi:10.1137/S089547980036838X."""
+    norm = operator_norm(x, z)
+    if norm is None or sp.simplify(h - h.subs(slot(0), -slot(0))) != 0:
+        return None
+    found = scalar_curvature(h, slot(0))
+    if found.L.is_infinite or found.mu.is_infinite:
+        return None
+    low, high = _lift(constant(found.mu), constant(found.L), norm, x is z)
+    return Bounds(low, high, found.proof, found.reason)
+
+
+def square_root(m: Expr) -> tuple[sp.Expr, Expr] | None:
+    """(c, B) with m = c B B', c > 0, from the form of a product that reads the same transposed."""
+    match m:
+        case Mul(c, factors) if c.is_positive and len(factors) % 2 == 0:
+            half = len(factors) // 2
+            left, right = matmul(*factors[:half]), matmul(*factors[half:])
+            return (c, left) if transpose(right) is left else None
+        case _:
+            return None
+
+
+def _quadratic(e: Expr, z: Sym) -> Bounds | None:
+    """An affine gradient sum c L z R + b: the Hessian is that linear map, at most sum |c| |L| |R|; each term with L and R both
+    squares is of one sign."""
+    if any(isinstance(x, Map) and depends(x, z) and not _polynomial(x, z) for x in walk(e)):
+        return None
+    try:
+        slope = expand(gradient(e, z))
+    except DeriveError:
+        return None  # no gradient, so no bound: the caller reports E304 for the whole term
+    low, high = list[Expr](), list[Expr]()
+    for term in slope.terms if isinstance(slope, Add) else (slope,):
+        if not depends(term, z):
+            continue
+        c, body = split(term)
+        factors = body.factors if isinstance(body, Mul) else (body,)
+        if factors.count(z) != 1 or any(depends(f, z) for f in factors if f is not z):
+            return None
+        at = factors.index(z)
+        left, right = (matmul(eye(n), *side) for n, side in ((z.rows, factors[:at]), (z.cols, factors[at + 1 :])))
+        size = scale(sp.Abs(c), times(spectral_norm(left), spectral_norm(right)))
+        definite = _is_square(left) and _is_square(right) and c.is_extended_nonzero is not False
+        identity = isinstance(left, Eye) and isinstance(right, Eye)
+        if definite and c.is_positive:
+            low.append(size if identity else NOTHING)
+            high.append(size)
+        elif definite and c.is_negative:
+            low.append(scale(-1, size))
+            high.append(scale(-1, size) if identity else NOTHING)
+        else:
+            low.append(scale(-1, size))
+            high.append(size)
+    return Bounds(add(NOTHING, *low), add(NOTHING, *high), "proved", "quadratic")
+
+
+def _polynomial(e: Map, z: Sym) -> bool:
+    return all(e.profile.is_polynomial(slot(i)) for i, a in enumerate(e.args) if depends(a, z))
+
+
+def _is_square(m: Expr) -> bool:
+    return isinstance(m, Eye) or square_root(m) is not None
+
+
+# --- norms of affine maps ---------------------------------------------------------------------------------------------
+
+
+def operator_norm(e: Expr, z: Sym) -> Expr | None:
+    """A bound on |M|_2 for e = M z + b, as a 1 × 1 expression; None where e is not affine in z by its form."""
+    if not depends(e, z):
+        return NOTHING
+    if e is z:
+        return eye(1)
+    match e:
+        case Add(terms):
+            return _norm_of_sum([t for t in terms if depends(t, z)], z)
+        case Mul(c, factors):
+            moving = [f for f in factors if depends(f, z)]
+            if len(moving) != 1:
+                return None
+            at = factors.index(moving[0])
+            inner = operator_norm(moving[0], z)
+            sides = [matmul(*side) for side in (factors[:at], factors[at + 1 :]) if side]
+            return None if inner is None else scale(sp.Abs(c), _product(inner, *map(spectral_norm, sides)))
+        case Transpose(x) | Diag(x) | Diagonal(x):
+            return operator_norm(x, z)
+        case Hold():
+            return NOTHING
+        case Op("difference", x, _):
+            inner = operator_norm(x, z)
+            return None if inner is None else scale(2, inner)
+        case Sum(x, axis):
+            inner = operator_norm(x, z)
+            count = x.rows * x.cols if axis is None else x.shape[axis]
+            return None if inner is None else scale(sp.sqrt(count), inner)
+        case Trace(x):
+            inner = operator_norm(x, z)
+            return None if inner is None else scale(sp.sqrt(x.rows), inner)
+        case Map():
+            return _norm_of_map(e, z)
+        case FamilySum(i, n, body):
+            inner = operator_norm(body, z)
+            return None if inner is None else family_sum(i, n, inner)
+        case _:
+            return None
+
+
+def _product(*norms: Expr) -> Expr:
+    out = eye(1)
+    for n in norms:
+        out = times(out, n)
+    return out
+
+
+def _norm_of_sum(terms: list[Expr], z: Sym) -> Expr | None:
+    """|sum of c L z R|: terms that share z R are added before the norm is taken."""
+    tails: dict[tuple[Expr, ...], list[Expr]] = {}
+    loose: list[Expr] = []
+    for t in terms:
+        c, body = split(t)
+        factors = body.factors if isinstance(body, Mul) else (body,)
+        at = next((i for i, f in enumerate(factors) if f is z), None)
+        if at is None or any(depends(f, z) for f in (*factors[:at], *factors[at + 1 :])):
+            loose.append(t)
+        else:
+            tails.setdefault(factors[at:], []).append(scale(c, matmul(*factors[:at]) if at else eye(z.rows)))
+    sizes = [_product(spectral_norm(add(*fronts)), *(spectral_norm(matmul(*tail[1:])) for _ in [0] if len(tail) > 1)) for tail, fronts in tails.items()]
+    rest = [operator_norm(t, z) for t in loose]
+    if any(r is None for r in rest):
+        return None
+    return add(NOTHING, *sizes, *cast(list[Expr], rest))
+
+
+def _norm_of_map(e: Map, z: Sym) -> Expr | None:
+    """An elementwise product with fixed entries: at most the largest of them."""
+    moving = [i for i, a in enumerate(e.args) if depends(a, z)]
+    if len(moving) != 1:
+        return None
+    i = moving[0]
+    factor = sp.diff(e.profile, slot(i))
+    if factor.has(slot(i)):
+        return None
+    inner = operator_norm(e.args[i], z)
+    if inner is None:
+        return None
+    weights = elementwise(sp.Abs(factor), *e.args)
+    repeats = sp.Mul(*(e.shape[k] for k in (0, 1) if e.args[i].shape[k] == 1 and e.shape[k] != 1))
+    return scale(sp.sqrt(repeats), times(inner, largest(weights)))
+

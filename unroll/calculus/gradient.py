@@ -1,0 +1,168 @@
+"""Reverse-mode gradients of matrix expressions, in closed form: one pullback per kind of node.
+
+For a scalar e, the adjoint of a sub-expression x is de/dx, of the shape of x. `pullback` hands the adjoint of a node to its
+children. Inside sum(... for k in K) adjoints depend on k; they are summed over k where the sweep leaves the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import assert_never, cast
+
+import sympy as sp
+
+from unroll.errors import DeriveError
+from unroll.expr import (
+    Add, Axis, Diag, Diagonal, Expr, Eye, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
+    Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
+    diagonal, elementwise, eye, family_sum, inverse, matmul, ones, operator, rename_index, require_scalar, slot, softmax, spectral_map,
+    times, total, transpose, walk, zeros,
+)  # fmt: skip
+from unroll.show import text
+
+
+def gradient(e: Expr, wrt: Sym) -> Expr:
+    """de/dwrt, of the shape of `wrt`, for a scalar e. For a family: the gradient for member [k], free in the index k.
+
+    Raises DeriveError E301 where e has no gradient (a norm at its kink, a constraint set).
+    Source: Minka 2000, Old and New Matrix Algebra Useful for Statistics; Giles 2008, Collected matrix derivative results.
+    """
+    require_scalar(e)
+    found = _sweep(e, eye(1), wrt)
+    index = min((i for i, _ in found if i is not None), default="")
+    return add(zeros(*wrt.shape), *(g if i is None else rename_index(g, i, index) for i, g in found))
+
+
+def _sweep(e: Expr, seed: Expr, wrt: Sym) -> list[tuple[str | None, Expr]]:
+    """Contributions to the adjoint of `wrt` from the adjoint `seed` of e. For a family: each with the index of its member."""
+    adjoints: dict[Expr, list[Expr]] = {e: [seed]}
+    found: list[tuple[str | None, Expr]] = []
+    for node in reversed(list(walk(e)) if not isinstance(e, FamilySum) else [e]):
+        received = adjoints.pop(node, None)
+        if received is None or not depends(node, wrt):
+            continue
+        g = add(*received)
+        if node is wrt:
+            found.append((None, g))
+        elif isinstance(node, Member) and node.of is wrt:
+            found.append((node.index, g))
+        elif isinstance(node, FamilySum):
+            found += [(i, x if i == node.index else family_sum(node.index, node.size, x)) for i, x in _sweep(node.body, g, wrt)]
+        else:
+            for child, adjoint in pullback(cast(Node, node), g):
+                assert adjoint.shape == child.shape, "an adjoint has the shape of its expression; please report"
+                adjoints.setdefault(child, []).append(adjoint)
+    return found
+
+
+def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """(child, contribution to its adjoint) for every child, given the adjoint g of the node."""
+    match node:
+        case Sym() | Member() | Eye() | Ones() | Zero() | Hold():
+            return
+        case Add(terms):
+            yield from ((t, g) for t in terms)
+        case Mul(c, factors):  # d tr(G' c L X R) = tr((c L' G R')' dX)
+            for i, f in enumerate(factors):
+                left, right = map(transpose, reversed(factors[:i])), map(transpose, reversed(factors[i + 1 :]))
+                yield f, matmul(*left, g, *right, coef=c)
+        case Transpose(x):
+            yield x, transpose(g)
+        case Inverse(x):  # d X^-1 = -X^-1 dX X^-1
+            y = transpose(node)
+            yield x, matmul(y, g, y, coef=-1)
+        case Map(profile, args):
+            for i, a in enumerate(args):
+                if slot(i) in profile.free_symbols:
+                    if jumps(profile, slot(i)):
+                        raise no_gradient(node, "it jumps")
+                    slope = elementwise(derivative(profile, slot(i)), *args)
+                    yield a, _reduce(times(slope, g), a)
+        case Diag(x):
+            yield x, diagonal(g)
+        case Diagonal(x):
+            yield x, diag(g)
+        case Softmax(x, axis):  # S * (G - sum(S * G))
+            yield x, elementwise(slot(0) * (slot(1) - slot(2)), node, g, total(times(node, g), axis))
+        case Op(name, x, adjoint):
+            yield x, operator(name, g, not adjoint)
+        case Sum(x, _):
+            yield x, _repeat(g, x)
+        case LogSumExp(x, None):
+            yield x, elementwise(sp.exp(slot(0) - slot(1)) * slot(2), x, node, g)
+        case LogSumExp(x, axis):
+            yield x, elementwise(slot(0) * slot(1), softmax(x, cast(int, axis)), g)
+        case Trace(x):
+            yield x, times(g, eye(x.rows))
+        case LogDet(x):
+            yield x, times(g, inverse(transpose(x)))
+        case Spectral(h, x):
+            if jumps(h, slot(0)):
+                raise no_gradient(node, "it jumps")
+            slope = derivative(h, slot(0))
+            if slope.subs(slot(0), 0) != 0:
+                raise no_gradient(node, "its derivative at a zero singular value is not 0")
+            yield x, times(g, spectral_map(slope, x))
+        case Max() | SpectralNorm():
+            raise no_gradient(node, "it has a kink wherever two entries tie for the largest")
+        case Indicator():
+            raise no_gradient(node, "it is a constraint, infinite outside its set")
+        case SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project():
+            raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
+        case FamilySum():
+            raise AssertionError("families are swept in their own scope; please report")
+        case never:
+            assert_never(never)
+
+
+def no_gradient(e: Expr, why: str) -> DeriveError:
+    return DeriveError(
+        "E301",
+        f"{text(e)} has no gradient: {why}",
+        hint="proximal algorithms (proximal_gradient, fista) take such a term through its prox",
+    )
+
+
+@cache
+def jumps(profile: sp.Expr, by: sp.Symbol) -> bool:
+    """Does the profile itself (not its slope) have a step, as sign(u) and 1[u != 0] have?"""
+    exact = any(isinstance(c, sp.Eq | sp.Ne) and c.has(by) for p in profile.atoms(sp.Piecewise) for _, c in p.args)
+    return exact or any(s.has(by) for s in profile.atoms(sp.sign, sp.Heaviside))
+
+
+@cache
+def kinked(profile: sp.Expr) -> bool:
+    """May the slope of the profile jump or be infinite: a branch, or a root of something that can be 0?"""
+    branches = profile.has(sp.Abs, sp.Max, sp.Min, sp.sign, sp.Piecewise)
+    return branches or any(not p.exp.is_integer and not p.base.is_positive for p in profile.atoms(sp.Pow))
+
+
+@cache
+def derivative(profile: sp.Expr, by: sp.Symbol) -> sp.Expr:
+    """d profile / d by, piecewise where the profile has kinks: sign(0) = 0, and a branch's own slope at its border."""
+    slope = sp.diff(profile.replace(lambda x: isinstance(x, sp.Max | sp.Min), _as_piecewise), by)
+    for s in slope.atoms(sp.sinh):  # sinh / cosh overflows where tanh is 1
+        slope = slope.subs(s / sp.cosh(s.args[0]), sp.tanh(s.args[0]))
+    return slope
+
+
+def _as_piecewise(e: sp.Expr) -> sp.Expr:
+    first, *rest = e.args
+    other = _as_piecewise(e.func(*rest)) if len(rest) > 1 else rest[0]
+    better = sp.Ge(first, other) if isinstance(e, sp.Max) else sp.Le(first, other)
+    return sp.Piecewise((first, better), (other, True))
+
+
+def _repeat(g: Expr, like: Expr) -> Expr:
+    """g along the axes of `like` that were summed over."""
+    return g if g.shape == like.shape else elementwise(slot(0) * slot(1), g, ones(*like.shape))
+
+
+def _reduce(g: Expr, like: Expr) -> Expr:
+    """Sum over the axes along which `like` was repeated."""
+    axes: list[Axis] = [k for k in (0, 1) if like.shape[k] == 1 and g.shape[k] != 1]
+    if len(axes) == 2:
+        return total(g)
+    return total(g, axes[0]) if axes else g
+

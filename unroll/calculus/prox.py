@@ -1,0 +1,393 @@
+"""Prox of matrix terms: lifts and calculus rules on top of the derived scalar proxes.
+
+    separable            sum of f(z_ij), with tilt, ridge, translation, box:   the scalar prox of each entry
+    radial, groups       f(|z|), sum of f(|z_g|):                              z / |z| times the scalar prox of |z|
+    sparse groups        sum of f(|z_g|) + c |z|_1 (and z >= 0):               groups after entries (Yu 2013)
+    spectral             sum of f(singular values):                            the scalar prox of each singular value
+    largest entry        c |z|_inf:                                            Moreau, v - P(v) on the 1-norm ball
+    semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b
+    quadratic            an affine gradient H z + b:                           solve (I + t H) z = v - t b
+    sets                 projections
+
+Each rule checks its side condition; a term that none covers is refused with the reason.
+Source: Combettes & Pesquet 2011, doi:10.1007/978-1-4419-9569-8_10; Beck 2017, First-Order Methods in Optimization, ch. 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import sympy as sp
+
+from unroll.calculus.gradient import gradient
+from unroll.calculus.prox_scalar import ScalarProx, derive_prox
+from unroll.errors import DeriveError
+from unroll.expr import (
+    Add, Axis, Expr, Indicator, Map, Max, Mul, Prox, Spectral, Sum, Sym, Transpose, add, as_constant, depends,
+    elementwise, expand, eye, inverse, matmul, project, prox_map, scalar, scale, slot, spectral_prox, split, substitute, symbol, total,
+    transpose, walk, zeros,
+)  # fmt: skip
+from unroll.show import text
+
+U = sp.Symbol("u", real=True)
+PROJECTED = ("simplex", "ball1", "sphere", "psd", "orthogonal", "stiefel", "unit_columns", "sparse", "rank_at_most")
+CONVEX_SETS = ("nonneg", "box", "simplex", "ball1", "ball2", "ball_inf", "psd", "unit_columns", "affine")
+"""Sets whose nearest point is an operation of the runtime; the others are scalar proxes or linear solves."""
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """A derived proximal step: `at` -> the minimiser. scalar: the scalar prox inside, if any. rule: which rule gave it."""
+
+    step: Expr
+    rule: str
+    convex: bool
+    scalar: ScalarProx | None = None
+
+
+def plan(node: Prox) -> Expr:
+    """The derived form of a `Prox` node, as an expression in `node.at`. Raises DeriveError E302."""
+    return derive(node.term, node.variable, node.t, node.at, node.swaps).step
+
+
+def proximable(term: Expr, z: Sym) -> Proximal:
+    """The prox of a term with a symbolic step at a symbolic point. Raises DeriveError E302 with the reason."""
+    return derive(term, z, scalar("step", positive=True), replace_role(z), ())
+
+
+def replace_role(z: Sym) -> Sym:
+    return symbol(z.name, z.nrows, z.ncols, "state", z.rank, z.family, z.props)
+
+
+@cache
+def derive(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()) -> Proximal:
+    """argmin over z of t * term + |z - at|^2 / 2. `swaps`: products of scalars that a symbol has taken the place of."""
+    parts = Parts.of(term, z)
+    if parts.tilt:
+        at = add(at, scale(-t, add(*parts.tilt)))
+    found = _rest(replace(parts, tilt=()), z, t, at, swaps)
+    if found is None:
+        raise _refused(term, z, parts)
+    return found
+
+
+def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
+    """The first rule that covers the kinds of parts that are there."""
+    kinds = [bool(p.radial), bool(p.spectral), bool(p.peak), bool(p.sets), bool(p.mapped), bool(p.quadratic)]
+    if not any(kinds):
+        return _separable(p, t, at, swaps)
+    if p.quadratic or sum(kinds) > 1 or len(p.radial + p.spectral + p.peak + p.sets + p.mapped) > 1:
+        return _solve(p, z, t, at) if not any(kinds[:-1]) and not p.domain and not p.entries else None
+    if p.ridge != 0:  # prox_t of f + rho/2 |z|^2 at v is prox_{t/(1 + t rho)} of f at v/(1 + t rho)
+        ridge = p.ridge
+        t, at, p = t / (1 + t * ridge), scale(1 / (1 + t * ridge), at), p.without_ridge()
+    if p.radial:
+        return _radial(p, z, t, at, swaps)
+    if p.entries or p.domain:
+        return None
+    if p.spectral:
+        ((c, h),) = p.spectral
+        found = _scalar(c * h.subs(slot(0), sp.Abs(slot(0))), t, swaps)
+        return Proximal(
+            spectral_prox(found, at), "the scalar prox of each singular value", found.curvature.convex, found
+        )
+    if p.peak:  # Moreau: the conjugate of c max|z| is the indicator of the 1-norm ball of radius c
+        (c,) = p.peak
+        return Proximal(
+            add(at, scale(-1, project("ball1", at, t * c))), "Moreau: v minus its projection on a 1-norm ball", True
+        )
+    if p.sets:
+        ((name, params),) = p.sets
+        return _projection(name, params, at)
+    ((c, h, m, b),) = p.mapped
+    y = add(matmul(m, at), b)
+    found = _scalar(c * h, t, swaps)
+    step = add(at, matmul(transpose(m), add(prox_map(found, (), y), scale(-1, y))))
+    return Proximal(step, "semi-orthogonal map", found.curvature.convex, found)
+
+
+Swaps = tuple[tuple[sp.Expr, sp.Expr], ...]
+
+
+def _scalar(f: sp.Expr, t: sp.Expr, swaps: Swaps, domain: tuple[sp.Expr, sp.Expr] = (-sp.oo, sp.oo)) -> ScalarProx:
+    """The derived prox of a profile in slot(0), with the step and the learned products in place."""
+    found = derive_prox(f.subs(slot(0), U), U, domain)
+    found = found.substitute({found.t: t})
+    for product, learned in swaps:
+        if product.free_symbols <= set(found.scalars):  # the product belongs to another scalar prox of the step
+            found = found.replace(product, learned)
+    return found
+
+
+# --- taking a term apart ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A term by what its summands are in z. Profiles are in slot(0); further slots of `entries` stand for `others`."""
+
+    tilt: tuple[Expr, ...] = ()
+    entries: tuple[sp.Expr, ...] = ()
+    others: tuple[Expr, ...] = ()
+    domain: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
+    radial: tuple[tuple[sp.Expr, Axis, Expr], ...] = ()
+    spectral: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
+    peak: tuple[sp.Expr, ...] = ()
+    sets: tuple[tuple[str, tuple[sp.Expr | Expr, ...]], ...] = ()
+    mapped: tuple[tuple[sp.Expr, sp.Expr, Expr, Expr], ...] = ()
+    quadratic: tuple[Expr, ...] = ()
+    unknown: tuple[Expr, ...] = field(default=())
+
+    @staticmethod
+    def of(term: Expr, z: Sym) -> Parts:
+        parts = Parts()
+        for summand in term.terms if isinstance(term, Add) else (term,):
+            if depends(summand, z):
+                parts = parts.with_summand(summand, z)
+        if parts.unknown:
+            raise _refused(term, z, parts)
+        return parts
+
+    @property
+    def ridge(self) -> sp.Expr:
+        """rho if rho/2 z^2 is in the separable part, the same for every entry; else 0."""
+        rho = sp.expand(sp.Add(*self.entries)).coeff(slot(0), 2) * 2
+        return rho if not any(rho.has(slot(i + 1)) for i in range(len(self.others))) else sp.Integer(0)
+
+    def without_ridge(self) -> Parts:
+        rest = sp.expand(sp.Add(*self.entries) - self.ridge * slot(0) ** 2 / 2)
+        return replace(self, entries=() if rest == 0 else (rest,))
+
+    def with_summand(self, e: Expr, z: Sym) -> Parts:
+        c, body = split(e)
+        match body:
+            case Indicator(name, params, x) if x is z:
+                return self._with_set(name, params)
+            case Indicator("affine", (a, b), x) if isinstance(a, Expr) and x is z:
+                return replace(self, sets=(*self.sets, ("affine", (a, b))))
+            case Sum(Map(p, (Sum(Map(q, (x,)), axis),)), None) if x is z and q == slot(0) ** 2:
+                return replace(self, radial=(*self.radial, (c * _root(p), axis, zeros(*z.shape))))
+            case Map(p, (Sum(Map(q, (x,)), None),)) if q == slot(0) ** 2 and (shift := _translation(x, z)) is not None:
+                return replace(self, radial=(*self.radial, (c * _root(p), None, shift)))
+            case Sum(Map() as inner, None):
+                return self._with_entries(c, inner, e, z)
+            case Map() if z.is_scalar:
+                return self._with_entries(c, body, e, z)
+            case Sum(x, None) if x is z:
+                return replace(self, tilt=(*self.tilt, gradient(e, z)))
+            case Spectral(h, x) if x is z:
+                return replace(self, spectral=(*self.spectral, (c, h)))
+            case Max(Map(p, (x,)), None) if p == sp.Abs(slot(0)) and x is z and c.is_nonnegative:
+                return replace(self, peak=(*self.peak, c))
+            case _:
+                return self._with_smooth(e, z)
+
+    def _with_set(self, name: str, params: tuple[sp.Expr | Expr, ...]) -> Parts:
+        match name, params:
+            case "nonneg", ():
+                return replace(self, domain=(*self.domain, (sp.Integer(0), sp.oo)))
+            case "box", (lo, hi):
+                return replace(self, domain=(*self.domain, (lo, hi)))  # type: ignore[arg-type]
+            case "ball_inf", (r,):
+                return replace(self, domain=(*self.domain, (-r, r)))  # type: ignore[operator]
+            case _:
+                return replace(self, sets=(*self.sets, (name, params)))
+
+    def _with_entries(self, c: sp.Expr, inner: Map, e: Expr, z: Sym) -> Parts:
+        """sum of profile(a z + b, data): profile in slot(0) = z, data as further slots."""
+        profile, others, shift = inner.profile, list(self.others), dict[sp.Symbol, sp.Expr]()
+        for i, a in enumerate(inner.args):
+            if not depends(a, z):
+                shift[slot(i)] = _named(others, a)
+                continue
+            at = _affine_entry(a, z)
+            if at is None:
+                return self._with_mapped(c, inner, e, z)
+            k, rest = at
+            shift[slot(i)] = k * slot(0) + (_named(others, rest) if rest is not None else 0)
+        profile = c * profile.subs(shift, simultaneous=True)
+        if profile.is_polynomial(slot(0)) and sp.degree(profile, slot(0)) == 1:
+            return replace(self, tilt=(*self.tilt, gradient(e, z)))
+        return replace(self, entries=(*self.entries, profile), others=tuple(others))
+
+    def _with_mapped(self, c: sp.Expr, inner: Map, e: Expr, z: Sym) -> Parts:
+        """f(k M z + b) with M M' = I declared (orthonormal columns, transposed or square)."""
+        if len(inner.args) == 1:
+            linear, rest = _split_terms(inner.args[0], z)
+            match linear:
+                case Mul(k, (m, x)) if x is z and _orthonormal_rows(m):
+                    profile = inner.profile.subs(slot(0), k * slot(0))
+                    return replace(self, mapped=(*self.mapped, (c, profile, m, scale(1 / k, rest))))
+                case _:
+                    pass
+        return self._with_smooth(e, z)
+
+    def _with_smooth(self, e: Expr, z: Sym) -> Parts:
+        try:
+            slope = expand(gradient(e, z))
+        except DeriveError:
+            return replace(self, unknown=(*self.unknown, e))
+        if not depends(slope, z):
+            return replace(self, tilt=(*self.tilt, slope))
+        terms = [t for t in (slope.terms if isinstance(slope, Add) else (slope,)) if depends(t, z)]
+        if all(_left_factor(t, z) is not None for t in terms):
+            return replace(self, quadratic=(*self.quadratic, slope))
+        return replace(self, unknown=(*self.unknown, e))
+
+
+def _root(p: sp.Expr) -> sp.Expr:
+    """p(|x|^2) as a profile of |x| >= 0, written so that it is even."""
+    s = sp.Symbol("s", nonnegative=True)
+    return p.subs(slot(0), s**2).subs(s, sp.Abs(slot(0)))
+
+
+def _named(others: list[Expr], e: Expr) -> sp.Symbol:
+    if e not in others:
+        others.append(e)
+    return slot(1 + others.index(e))
+
+
+def _split_terms(e: Expr, z: Sym) -> tuple[Expr, Expr]:
+    terms = e.terms if isinstance(e, Add) else (e,)
+    nothing = zeros(*e.shape)
+    return add(nothing, *(t for t in terms if depends(t, z))), add(nothing, *(t for t in terms if not depends(t, z)))
+
+
+def _affine_entry(a: Expr, z: Sym) -> tuple[sp.Expr, Expr | None] | None:
+    """(k, b) with a = k z + b entry by entry."""
+    moving, rest = _split_terms(a, z)
+    k, body = split(moving)
+    return (k, rest if as_constant(rest) != 0 else None) if body is z else None
+
+
+def _orthonormal_rows(m: Expr) -> bool:
+    """M M' = I, as declared."""
+    match m:
+        case Transpose(Sym(props=props)):
+            return "orthonormal" in props
+        case Sym(props=props):
+            return "orthonormal" in props and m.rows == m.cols
+        case _:
+            return False
+
+
+def _translation(x: Expr, z: Sym) -> Expr | None:
+    at = _affine_entry(x, z)
+    return None if at is None or abs(at[0]) != 1 else scale(at[0], at[1]) if at[1] is not None else zeros(*z.shape)
+
+
+def _left_factor(term: Expr, z: Sym) -> Expr | None:
+    """M with term = M z."""
+    c, body = split(term)
+    factors = body.factors if isinstance(body, Mul) else (body,)
+    if factors[-1] is not z or any(depends(f, z) for f in factors[:-1]):
+        return None
+    return scale(c, matmul(eye(z.rows), *factors[:-1]))
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
+    names = [_symbol_of(e, i) for i, e in enumerate(p.others)]
+    profile = sp.Add(*p.entries).subs({slot(i + 1): s for i, s in enumerate(names)}, simultaneous=True)
+    lo, hi = sp.Max(-sp.oo, *(d[0] for d in p.domain)), sp.Min(sp.oo, *(d[1] for d in p.domain))
+    if not p.entries and not p.domain:
+        return Proximal(at, "linear", True)
+    try:
+        found, clipped = _scalar(profile, t, swaps, (lo, hi)), False
+    except DeriveError:  # ends that cannot be ordered among the pieces: of a convex f on a line, clip the free minimiser
+        found, clipped = _scalar(profile, t, swaps), True
+        if not found.curvature.convex:
+            raise
+    used = [(s, e) for s, e in zip(names, p.others, strict=True) if s in found.scalars]
+    step = prox_map(found, tuple(s for s, _ in used), at, *(e for _, e in used))
+    if clipped:
+        step = elementwise(sp.Max(lo, sp.Min(hi, slot(0))), step)
+    rule = "the scalar prox of each entry" + (", clipped" if clipped else "")
+    return Proximal(step, rule, found.curvature.convex, found)
+
+
+def _symbol_of(e: Expr, i: int) -> sp.Symbol:
+    """A scalar that stands for the entries of data, with the sign that was declared."""
+    name = e.name if isinstance(e, Sym) else f"b{i}"
+    return scalar(name, positive=isinstance(e, Sym) and "positive" in e.props)
+
+
+def _radial(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
+    """z = b + (v - b)/|v - b| * prox_h(|v - b|); with c |z|_1 and z >= 0 on the entries first."""
+    ((h, axis, shift),) = p.radial
+    if p.entries or p.domain:
+        if not _sign_homogeneous(p) or as_constant(shift) != 0:
+            return None
+        at = _separable(replace(p, radial=()), t, at, swaps).step
+    at = add(at, shift)
+    found = _scalar(h, t, swaps)
+    if not found.even:
+        return None
+    length = _length(at, axis)
+    step = elementwise(slot(0) * (slot(1) / slot(2)), at, prox_map(found, (), length), length)
+    rule = "the scalar prox of the length" if axis is None else "the scalar prox of each group's length"
+    return Proximal(add(step, scale(-1, shift)), rule, found.curvature.convex, found)
+
+
+def _length(x: Expr, axis: Axis) -> Expr:
+    """|x|, at least 1e-15: a zero vector stays zero (0 * p / 1e-15) and has a gradient."""
+    return elementwise(sp.sqrt(sp.Max(slot(0), sp.Float("1e-30"))), total(elementwise(slot(0) ** 2, x), axis))
+
+
+def _sign_homogeneous(p: Parts) -> bool:
+    """Is the separable part c |z| (c >= 0), with or without z >= 0? Then radial after separable is the prox of the sum."""
+    f = sp.Add(*p.entries)
+    c = f.coeff(sp.Abs(slot(0)), 1)
+    return bool(
+        not p.others
+        and sp.expand(f - c * sp.Abs(slot(0))) == 0
+        and c.is_nonnegative
+        and all(d == (0, sp.oo) for d in p.domain)
+    )
+
+
+def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Proximal | None:
+    convex = name in CONVEX_SETS
+    match name, params:
+        case "ball2", (r,):
+            found = derive_prox(sp.Integer(0), U, (-r, r))  # type: ignore[operator]
+            length = _length(at, None)
+            step = elementwise(slot(0) * (slot(1) / slot(2)), at, prox_map(found, (), length), length)
+            return Proximal(step, "the length clipped at the radius", True, found)
+        case "affine", (a, b) if isinstance(a, Expr) and isinstance(b, Expr):  # v - A' (A A')^-1 (A v - b)
+            gap = add(matmul(a, at), scale(-1, b))
+            return Proximal(
+                add(at, matmul(transpose(a), inverse(matmul(a, transpose(a))), gap, coef=-1)),
+                "projection on an affine set",
+                True,
+            )
+        case _ if name in PROJECTED:
+            return Proximal(project(name, at, *params), f"projection on {name}", convex)
+        case _:
+            return None
+
+
+def _solve(p: Parts, z: Sym, t: sp.Expr, at: Expr) -> Proximal:
+    """0 = t (H z + b) + z - v."""
+    slope = add(*p.quadratic)
+    terms = slope.terms if isinstance(slope, Add) else (slope,)
+    h = add(*(m for x in terms if (m := _left_factor(x, z)) is not None and depends(x, z)))
+    b = substitute(slope, {z: zeros(*z.shape)})
+    return Proximal(matmul(inverse(add(eye(z.rows), scale(t, h))), add(at, scale(-t, b))), "a linear system", True)
+
+
+def _refused(term: Expr, z: Sym, parts: Parts) -> DeriveError:
+    if not parts.unknown:
+        why = "each of its parts has a prox, and no rule joins them"
+        return DeriveError("E302", f"{text(term)} is not proximable in {z.name}: {why}", hint="put all parts but one under smooth terms, or split the variable")
+    bad = parts.unknown[0]
+    why = "no rule gives its prox in closed form"
+    hint = "split it: introduce a variable for the inner part, or use a smooth approximation such as huber with gradient_descent"
+    linear = next((x for x in walk(bad) if isinstance(x, Mul) and len(x.factors) > 1 and not x.is_scalar and depends(x, z)), None)
+    if linear is not None:
+        why = f"{text(linear)} stands inside a function that is not smooth, and its matrix is not declared orthonormal"
+        hint = "if its rows are orthonormal, write it O.T with O declared `orthonormal: true`; else an algorithm that splits is needed, such as ADMM"
+    return DeriveError("E302", f"{text(bad)} is not proximable in {z.name}: {why}", hint=hint)

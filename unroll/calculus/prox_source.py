@@ -1,0 +1,354 @@
+"""Torch source of a derived proximal step: forward in threshold or candidate form, backward from the output alone.
+
+Legend: x = v, or |v| for an even profile; y = z, or |z|; G = t f', so that z + G(z) = x inside a piece.
+"""
+
+# SymPy annotates what its trees hold and return as Basic, where Expr is meant; only that is let pass.
+# pyright: reportArgumentType=false, reportReturnType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sympy as sp
+
+from unroll.calculus.torch_text import helpers_in, torch_text
+
+if TYPE_CHECKING:
+    from unroll.calculus.prox_scalar import Knot, Part, ScalarProx
+
+LOCALS = {"v", "z", "x", "y", "g", "gv", "ctx", "grad", "torch", "best", "value", "better", "width", "dtype", "sign"}
+
+
+def emit(prox: ScalarProx, name: str) -> str:
+    """One function NAME(v, *scalars) and the autograd rule behind it; scalars are tensors that broadcast against v."""
+    prox, arguments = _named(prox)
+    args = ", ".join(["v", *arguments])
+    saved = ", ".join(["z", *arguments])
+    unpack = f"        {saved}, = ctx.saved_tensors" if not arguments else f"        {saved} = ctx.saved_tensors"
+    return "\n".join(
+        [
+            f"class _{name}(torch.autograd.Function):",
+            '    """Backward needs the output alone: z tells which piece is active."""',
+            "",
+            "    @staticmethod",
+            f"    def forward(ctx, {args}):",
+            *_indent(_forward(prox), 8),
+            f"        ctx.save_for_backward({saved})",
+            "        return z",
+            "",
+            "    @staticmethod",
+            "    def backward(ctx, grad):",
+            unpack,
+            *_indent(_backward(prox, arguments), 8),
+            "",
+            "",
+            f"def {name}({args}):",
+            f'    """{_docline(prox)}"""',
+            f"    return _{name}.apply({args})",
+            "",
+        ]
+    )
+
+
+def helpers_of(prox: ScalarProx) -> set[str]:
+    """Names of the runtime operations that the emitted source calls."""
+    roots = [r for p in prox.parts for r in p.roots]
+    named = {h for r in roots for e in (r.z, r.lo, r.hi) if e is not None for h in helpers_in(e)}
+    return named | ({"bracketed_root"} if any(r.z is None for r in roots) else set())
+
+
+def _docline(prox: ScalarProx) -> str:
+    formula = prox.formula
+    what = f"{formula}, the z that minimises" if formula is not None and len(str(formula)) < 60 else "argmin over z of"
+    return f"{what} {prox.objective.xreplace({prox.u: sp.Symbol('z')})} + (z - v)**2/2"
+
+
+def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
+    """The prox with scalars renamed to fit Python and not to clash with the names of the source."""
+    new = {s: _fit(str(s)) for s in prox.scalars}
+    swap = {s: sp.Symbol(n, **s.assumptions0) for s, n in new.items() if n != str(s)}
+    return (prox.map(lambda e: e.xreplace(swap)) if swap else prox), list(new.values())
+
+
+def _fit(word: str) -> str:
+    word = "".join(c if c.isalnum() or c == "_" else "_" for c in word)
+    taken = word in LOCALS or keyword.iskeyword(word) or not word.isidentifier()
+    return f"s_{word}" if taken else word
+
+
+def _indent(lines: list[str], by: int) -> list[str]:
+    return [" " * by + line for line in lines]
+
+
+def _forward(prox: ScalarProx) -> list[str]:
+    wide = any(r.kind != "linear" for p in prox.parts for r in p.roots)
+    up = ["dtype = torch.promote_types(v.dtype, torch.float32)"] if wide else []
+    v = "v.to(dtype)" if wide else "v"
+    down = ["z = z.to(v.dtype)"] if wide else []
+    body = _threshold(prox, v) if prox.mode == "threshold" else _candidates(prox, v)
+    return [*up, *body, *down]
+
+
+# ---------------------------------------------------------------- forward, threshold form
+
+
+def segments(prox: ScalarProx) -> list[tuple[sp.Expr, sp.Expr | None, int]]:
+    """(up to which x, the value there or None for a bracketed root, index of the part or −1), ascending in x."""
+    out: list[tuple[sp.Expr, sp.Expr | None, int]] = []
+    for i, part in enumerate(prox.parts):
+        knot, after = prox.knots[i], prox.knots[i + 1]
+        if knot is not None and knot.flat:
+            out.append((knot.above, knot.at, -1))
+        out.append((sp.oo if after is None else after.below, part.roots[0].z, i))
+    last = prox.knots[-1]
+    if last is not None and last.flat:
+        out.append((sp.oo, last.at, -1))
+    return out
+
+
+def textbook(prox: ScalarProx) -> sp.Expr | None:
+    """The whole prox as max, min and sign where it has that shape: soft thresholds, clips, one-sided shrinkage."""
+    segs, x = segments(prox), prox.x
+    values = [s[1] for s in segs]
+    slopes = [sp.diff(z, x) if z is not None else sp.nan for z in values]
+    if any(s.has(x) or s is sp.nan for s in slopes):
+        return None
+    ends = [s[0] for s in segs]
+    match slopes:
+        case [s]:
+            out = values[0]
+        case [sp.S.Zero, s]:
+            out = values[0] + s * sp.Max(x - ends[0], 0)
+        case [s, sp.S.Zero]:
+            out = values[1] - s * sp.Max(ends[0] - x, 0)
+        case [sp.S.Zero, sp.S.One, sp.S.Zero] if values[1] == x:
+            out = sp.Min(sp.Max(x, values[0]), values[2])
+        case [sp.S.One, sp.S.Zero, sp.S.One]:
+            out = values[1] + sp.Max(x - ends[1], 0) - sp.Max(ends[0] - x, 0)
+        case _:
+            return None
+    assert out is not None
+    return sp.sign(prox.v) * out.xreplace({x: sp.Abs(prox.v)}) if prox.even else out.xreplace({x: prox.v})
+
+
+def _threshold(prox: ScalarProx, v: str) -> list[str]:
+    segs, x = segments(prox), prox.x
+    short = _short(prox, segs) if textbook(prox) is not None and v == "v" else None
+    if short is not None:
+        return short
+    lines = [f"x = {v}.abs()" if prox.even else f"x = {v}"]
+    names: list[str] = []
+    for _, value, i in segs:
+        if value is None or (i >= 0 and prox.parts[i].roots[0].kind != "linear"):
+            lines.append(f"z{i} = {_root_text(prox.parts[i], 0, x)}")
+            names.append(f"z{i}")
+        else:
+            names.append(torch_text(value))
+    middle = max(k for k, (_, value, _) in enumerate(segs) if value is None or value.has(x))
+    text = names[middle]  # innermost, because a NaN falls through every comparison
+    for k in range(middle + 1, len(segs)):
+        text = f"torch.where(x > {torch_text(segs[k - 1][0])}, {names[k]}, {text})"
+    for k in reversed(range(middle)):
+        text = f"torch.where(x <= {torch_text(segs[k][0])}, {names[k]}, {text})"
+    lines.append(f"z = v.sign() * {_grouped(text)}" if prox.even else f"z = {text}")
+    return lines
+
+
+def _short(prox: ScalarProx, segs: list[tuple[sp.Expr, sp.Expr | None, int]]) -> list[str] | None:
+    """The fewest kernels for the shapes that every network has: v − clip(v), clip, one-sided."""
+    values, ends, x = [s[1] for s in segs], [s[0] for s in segs], prox.x
+    slopes = [sp.diff(z, x) for z in values if z is not None]
+    scale = slopes[-1]
+    times = (
+        "" if scale == 1 else f" * ({torch_text(scale)})" if sp.denom(scale) == 1 else f" / ({torch_text(1 / scale)})"
+    )
+    wrap = (lambda text: f"({text}){times}") if times else (lambda text: text)
+    match slopes:
+        case [sp.S.Zero, _] if prox.even and values[0] == 0:
+            width = torch_text(ends[0])
+            named = [] if width.isidentifier() else [f"width = {width}"]
+            width = "width" if named else width
+            return [*named, f"z = {wrap(f'v - v.clamp(-{width}, {width})')}"]
+        case [sp.S.Zero, _] if not prox.even and values[0] == 0:
+            gap = "v" if ends[0] == 0 else f"(v - {_grouped(torch_text(ends[0]))})"
+            return [f"z = {gap}.clamp_min(0){times}"]
+        case [_] if not prox.even:
+            return [f"z = {torch_text(values[0].xreplace({x: prox.v}))}"]
+        case [sp.S.Zero, sp.S.One, sp.S.Zero] if values[1] == x and not prox.even:
+            return [f"z = v{_clip(values[0], values[2])}"]
+        case [sp.S.One, sp.S.Zero, sp.S.One] if not prox.even:
+            flat = "" if values[1] == 0 else f" + {_grouped(torch_text(values[1]))}"
+            return [f"z = v - v{_clip(ends[0], ends[1])}{flat}"]
+        case _:
+            return None
+
+
+def _grouped(text: str) -> str:
+    return text if text.isidentifier() or (text.startswith("torch.") and text.count("(") == 1) else f"({text})"
+
+
+def _root_text(part: Part, k: int, x: sp.Symbol) -> str:
+    root, u = part.roots[k], part.u
+    if root.z is not None:
+        text = torch_text(root.z)
+        return text if root.kind == "linear" else _clamped(text, part)
+    z = sp.Symbol("z")
+    h, rise, bend = (e.xreplace({u: z}) for e in (u + part.G - x, 1 + sp.diff(part.G, u), sp.diff(part.G, u, 2)))
+    lo, hi = torch_text(root.lo), torch_text(root.hi)
+    if root.turn:
+        turn = f"bracketed_root({_lambda(root.turn * rise)}, {_lambda(root.turn * bend)}, {lo}, {hi}, x)"
+        lo, hi = (turn, hi) if root.turn == 1 else (lo, turn)
+    return f"bracketed_root({_lambda(h)}, {_lambda(rise)}, {lo}, {hi}, x)"
+
+
+def _lambda(e: sp.Expr) -> str:
+    return f"lambda z: {torch_text(e)}"
+
+
+def _clamped(text: str, part: Part) -> str:
+    """A root kept within its piece: rounding must not move it into the next one."""
+    return f"({text}){_clip(part.lo, part.hi)}"
+
+
+def _clip(lo: sp.Expr, hi: sp.Expr) -> str:
+    """The call that keeps a tensor in [lo, hi]; torch takes two tensors or two numbers, not one of each."""
+    if lo.is_finite and hi.is_finite and lo.is_number == hi.is_number:
+        return f".clamp({torch_text(lo)}, {torch_text(hi)})"
+    above = "" if lo == -sp.oo else f".clamp_min({torch_text(lo)})"
+    return above if hi == sp.oo else f"{above}.clamp_max({torch_text(hi)})"
+
+
+# ---------------------------------------------------------------- forward, candidates compared by value
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A point that may be the minimiser: its text, its value F(z) + (z − x)²/2, the line that computes it if any."""
+
+    point: str
+    value: sp.Expr
+    line: str = ""
+
+
+def _candidates(prox: ScalarProx, v: str) -> list[str]:
+    """The best of all flat knots and of one point per root."""
+    first, *rest = _rivals(prox)
+    start = [f"x = {v}.abs()" if prox.even else f"x = {v}"]
+    if prox.even and first.point == "0" and [r.point for r in rest] == ["x"]:
+        return [*start, f"z = torch.where({torch_text(rest[0].value)} >= {torch_text(first.value)}, 0, v)"]
+    zero = "torch.zeros_like(x)"
+    lines = [*start, *filter(None, [first.line])]
+    lines += [f"z = {zero} + {first.point}", f"best = {zero} + {torch_text(first.value)}"]
+    for rival in rest:
+        lines += [*filter(None, [rival.line]), f"value = {torch_text(rival.value)}", "better = value < best"]
+        lines += [f"z, best = torch.where(better, {rival.point}, z), torch.where(better, value, best)"]
+    return [*lines, f"z = torch.where(x == x, {'v.sign() * z' if prox.even else 'z'}, v)"]  # a NaN stays one
+
+
+def _rivals(prox: ScalarProx) -> list[Rival]:
+    x, u = prox.x, prox.u
+    knots = [k for k in prox.knots if k is not None and k.flat]
+    out = [
+        Rival(
+            torch_text(k.at), sp.expand(k.value + (k.at - x) ** 2 / 2) if k.at == 0 else k.value + (k.at - x) ** 2 / 2
+        )
+        for k in knots
+    ]
+    for i, part in enumerate(prox.parts):
+        energy = part.F + (u - x) ** 2 / 2
+        for k, root in enumerate(part.roots):
+            if prox.even and part.lo == 0 and part.hi == sp.oo and root.z == x:
+                out.append(Rival("x", sp.expand(energy.xreplace({u: x}))))
+                continue
+            name = sp.Symbol(f"z{i}" if len(part.roots) == 1 else f"z{i}{'ab'[k]}")
+            text = _root_text(part, k, x)
+            text = _clamped(text, part) if root.kind in ("linear", "bracket") else text
+            out.append(Rival(str(name), energy.xreplace({u: name}), f"{name} = {text}"))
+    return out
+
+
+# ---------------------------------------------------------------- backward: implicit derivatives at the output
+
+
+def _backward(prox: ScalarProx, arguments: list[str]) -> list[str]:
+    """1 + G'(z) in the denominator; at a knot z does not move with v, only with the knot itself."""
+    u = prox.u
+    slopes = [_neat(1 / (1 + sp.diff(p.G, u))) for p in prox.parts]
+    if _only_zero_is_flat(prox) and not slopes[0].has(u):
+        lines = ["sign = z.sign()", "g = grad * sign", f"gv = {_times('g * sign', slopes[0])}"]
+    else:
+        lines = [f"gv = {_chain(prox, slopes, lambda knot: sp.S.Zero, 'grad')}"]
+        lines += [f"g = {'grad * z.sign()' if prox.even else 'grad'}"] if arguments else []
+    for i, (s, argument) in enumerate(zip(prox.scalars, arguments, strict=True)):
+        rates = [_neat(-sp.diff(p.G, s) / (1 + sp.diff(p.G, u))) for p in prox.parts]
+        moved = _chain(prox, rates, lambda knot, s=s: sp.diff(knot.at, s), "g")
+        lines.append(f"g{argument} = {_summed(moved, argument)} if ctx.needs_input_grad[{i + 1}] else None")
+    used = any(re.search(r"\by\b", line) for line in lines)
+    head = ["y = z.abs()"] if prox.even and used else []
+    return [*head, *lines, f"return {', '.join(['gv', *(f'g{a}' for a in arguments)])}"]
+
+
+def _only_zero_is_flat(prox: ScalarProx) -> bool:
+    """The shape of soft and hard thresholds: z = 0, or one smooth piece on either side."""
+    first = prox.knots[0]
+    return prox.even and len(prox.parts) == 1 and first is not None and first.flat and first.at == 0
+
+
+def _summed(moved: str, argument: str) -> str:
+    """The gradient of a scalar in its own shape."""
+    if moved == "torch.zeros_like(g)":
+        return f"torch.zeros_like({argument})"
+    if moved in ("g", "-g"):
+        return f"{moved}.sum_to_size({argument}.shape)"
+    return f"{_grouped(moved)}.sum_to_size({argument}.shape)"
+
+
+def _neat(e: sp.Expr) -> sp.Expr:
+    """One fraction where that is safe, its denominator not beginning with a minus sign; e^{−z} is never moved below."""
+    if e.has(sp.exp, sp.cosh, sp.sinh, sp.tanh):
+        return e
+    top, bottom = sp.fraction(sp.cancel(e))
+    return -top / -bottom if bottom.could_extract_minus_sign() else top / bottom
+
+
+def _chain(prox: ScalarProx, values: list[sp.Expr], at_knot: Callable[[Knot], sp.Expr], grad: str) -> str:
+    """`grad` times the value of the piece that the output lies in, or of the flat knot that it is."""
+    y = sp.Symbol("y" if prox.even else "z")
+
+    def text(e: sp.Expr) -> str:
+        return _times(grad, e.xreplace({prox.u: y}))
+
+    def choice(condition: str, yes: str, no: str) -> str:
+        return yes if yes == no else f"torch.where({condition}, {yes}, {no})"
+
+    first, last = prox.knots[0], prox.knots[-1]  # at an end of the domain z may have arrived by rounding
+    out = text(values[0])
+    if first is not None and (first.flat or not prox.even):
+        odd = prox.even and first.at == 0
+        vanishes = grad == "g" and _only_zero_is_flat(prox) and values[0].is_polynomial(prox.u)
+        apart = "z != 0" if odd else f"{y} > {torch_text(first.at)}"
+        out = out if vanishes else choice(apart, out, text(at_knot(first)))
+    for i, knot in enumerate(prox.knots[1:-1], start=1):
+        assert knot is not None
+        b, after = torch_text(knot.at), text(values[i])
+        after = choice(f"{y} > {b}", after, text(at_knot(knot))) if knot.flat else after
+        out = choice(f"{y} < {b}", out, after)
+    if last is not None:
+        out = choice(f"{y} < {torch_text(last.at)}", out, text(at_knot(last)))
+    return f"torch.zeros_like({grad})" if out == "0" else out
+
+
+def _times(grad: str, e: sp.Expr) -> str:
+    """grad * e, read as a person would write it."""
+    if e == 0:
+        return "0"
+    minus = "-" if e.could_extract_minus_sign() else ""
+    top, bottom = sp.fraction(-e if minus else e)
+    over = "" if bottom == 1 else f" / {_grouped(torch_text(bottom))}"
+    by = "" if top == 1 else f" * {_grouped(torch_text(top))}"
+    return f"{minus}{grad}{by}{over}"

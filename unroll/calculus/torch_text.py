@@ -1,0 +1,229 @@
+"""Scalar SymPy expressions as torch text, in forms that neither overflow nor cancel."""
+
+# SymPy annotates what its trees hold and return as Basic, where Expr is meant; only that is let pass.
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+from sympy.printing.str import StrPrinter
+
+
+class quadratic_root(sp.Function):
+    """The zero of a z² + b z + c at which it increases."""
+
+    nargs = (3,)
+
+    def textbook(self) -> sp.Expr:
+        a, b, c = self.args
+        return (sp.sqrt(sp.factor(b**2 - 4 * a * c)) - b) / (2 * a)
+
+
+class cubic_root(sp.Function):
+    """cubic_root(which, a, b, c, d): a real zero of a cubic."""
+
+    nargs = (5,)
+
+
+class wright_omega(sp.Function):
+    """ω(x) + log ω(x) = x."""
+
+    nargs = (1,)
+
+
+class sigmoid(sp.Function):
+    """1 / (1 + e^{−x})."""
+
+    nargs = (1,)
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return self * (1 - self)
+
+
+class softplus(sp.Function):
+    """log(1 + e^x)."""
+
+    nargs = (1,)
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return sigmoid(self.args[0])
+
+
+class logcosh(sp.Function):
+    """log cosh x."""
+
+    nargs = (1,)
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return sp.tanh(self.args[0])
+
+
+HELPERS = (quadratic_root, cubic_root, wright_omega)
+
+
+def stable(e: sp.Expr) -> sp.Expr:
+    """e, with log(1 + e^a), log cosh a and 1/(1 + e^a) named, so that derivatives and text stay finite."""
+
+    def rewrite(n: sp.Basic) -> sp.Basic:
+        match n:
+            case sp.log(args=(sp.cosh() as c,)):
+                return logcosh(c.args[0])
+            case sp.log(args=(sp.Add() as s,)) if len(s.args) == 2 and sp.S.One in s.args and (s - 1).func is sp.exp:
+                return softplus((s - 1).exp)
+            case sp.Pow(base=sp.Add() as s, exp=sp.core.numbers.NegativeOne()) if (s - 1).func is sp.exp:
+                return sigmoid(-(s - 1).exp)
+            case _:
+                return n
+
+    return e.replace(lambda n: isinstance(n, (sp.log, sp.Pow)), rewrite)
+
+
+CALLS = {
+    sp.exp: "torch.exp",
+    sp.log: "torch.log",
+    sp.tanh: "torch.tanh",
+    sp.sinh: "torch.sinh",
+    sp.cosh: "torch.cosh",
+    sp.sin: "torch.sin",
+    sp.cos: "torch.cos",
+    sp.tan: "torch.tan",
+    sp.atan: "torch.atan",
+    sp.asinh: "torch.asinh",
+    sp.acos: "torch.acos",
+    sp.asin: "torch.asin",
+    sp.erf: "torch.erf",
+    sp.erfc: "torch.erfc",
+    sigmoid: "torch.sigmoid",
+    softplus: "torch.nn.functional.softplus",
+    quadratic_root: "quadratic_root",
+    cubic_root: "cubic_root",
+    wright_omega: "wright_omega",
+}
+
+
+class TorchPrinter(StrPrinter):
+    """Text that torch evaluates: every symbol is a tensor, every number a Python literal."""
+
+    def _print_Rational(self, expr: Any) -> str:
+        return f"{expr.p}/{expr.q}"
+
+    def _print_Float(self, expr: Any) -> str:
+        return repr(float(expr))
+
+    def _print_NumberSymbol(self, expr: Any) -> str:
+        return repr(float(expr))
+
+    _print_Exp1 = _print_Pi = _print_NumberSymbol
+
+    def _print_Infinity(self, expr: Any) -> str:
+        return "float('inf')"
+
+    def _print_NegativeInfinity(self, expr: Any) -> str:
+        return "-float('inf')"
+
+    def _print_Pow(self, expr: Any, rational: bool = False) -> str:
+        if expr.is_number and not expr.is_rational:
+            return repr(float(expr))
+        if expr.exp == sp.Rational(1, 2):
+            return f"torch.sqrt({self._print(expr.base)})"
+        if expr.exp == sp.Rational(-1, 2):
+            return f"1/torch.sqrt({self._print(expr.base)})"
+        if isinstance(expr.base, sp.Basic) and expr.base.is_number and not expr.exp.is_number:
+            return f"torch.exp({self._print(expr.exp * float(sp.log(expr.base)))})"
+        return super()._print_Pow(expr, rational)
+
+    def _print_Function(self, expr: Any) -> str:
+        if expr.is_number:
+            return repr(float(expr))
+        inside = ", ".join(self._print(a) for a in expr.args)
+        if expr.func in CALLS:
+            return f"{CALLS[expr.func]}({inside})"
+        if isinstance(expr, logcosh):
+            return f"({inside} + torch.nn.functional.softplus(-2*({inside})) - 0.6931471805599453)"
+        raise NotImplementedError(f"no torch text for {expr.func}")
+
+    _print_log = _print_exp = _print_tanh = _print_sinh = _print_cosh = _print_Function
+
+    def _print_ExpBase(self, expr: Any) -> str:
+        return self._print_Function(expr)
+
+    def _print_Abs(self, expr: Any) -> str:
+        return f"torch.abs({self._print(expr.args[0])})"
+
+    def _print_sign(self, expr: Any) -> str:
+        return f"torch.sign({self._print(expr.args[0])})"
+
+    def _print_Max(self, expr: Any) -> str:
+        return self._bounded(expr, "clamp_min", "maximum")
+
+    def _print_Min(self, expr: Any) -> str:
+        return self._bounded(expr, "clamp_max", "minimum")
+
+    def _bounded(self, expr: Any, clamp: str, pair: str) -> str:
+        numbers = [a for a in expr.args if a.is_number]
+        rest = [self._print(a) for a in expr.args if not a.is_number]
+        text = rest[0]
+        for other in rest[1:]:
+            text = f"torch.{pair}({text}, {other})"
+        for number in numbers:
+            text = f"({text}).{clamp}({self._print(number)})"
+        return text
+
+
+_PRINTER = TorchPrinter()
+
+
+def torch_text(e: sp.Expr | int) -> str:
+    """e as Python text over torch tensors named as its symbols."""
+    return _PRINTER.doprint(sp.sympify(e))
+
+
+def helpers_in(e: sp.Basic) -> set[str]:
+    """Names of the runtime operations that the text of e calls."""
+    return {h.__name__ for h in HELPERS if e.has(h)}
+
+
+def _rank(e: sp.Expr) -> tuple[bool, int, bool]:
+    """Arguments of max and min as people write them: what varies first, numbers last."""
+    return e.is_number, -e.count_ops(), str(e) != "v"
+
+
+class PlainPrinter(StrPrinter):
+    """Text for people: |x|, max(x, 0), cases with their conditions."""
+
+    def _print_Abs(self, expr: Any) -> str:
+        return f"|{self._print(expr.args[0])}|"
+
+    def _print_Max(self, expr: Any) -> str:
+        return f"max({', '.join(self._print(a) for a in sorted(expr.args, key=_rank))})"
+
+    def _print_Min(self, expr: Any) -> str:
+        return f"min({', '.join(self._print(a) for a in sorted(expr.args, key=_rank))})"
+
+    def _print_Piecewise(self, expr: Any) -> str:
+        cases = [self._print(e) if c == sp.true else f"{self._print(e)} if {self._print(c)}" for e, c in expr.args]
+        return f"({' else '.join(cases)})"
+
+    def _print_Add(self, expr: Any, order: Any = None) -> str:
+        terms = sorted(expr.as_ordered_terms(), key=lambda a: a.could_extract_minus_sign())
+        text = " + ".join(self.parenthesize(a, 0) for a in terms)
+        return text.replace("+ -", "- ")
+
+    def _print_Mul(self, expr: Any) -> str:
+        signs = [a for a in expr.args if isinstance(a, sp.sign)]
+        rest = expr / sp.Mul(*signs)
+        if not signs:
+            return super()._print_Mul(expr)
+        inside = self._print(rest)
+        inside = f"({inside})" if rest.is_Add else inside
+        return f"{self._print(signs[0])} {inside}"
+
+
+_PLAIN = PlainPrinter()
+
+
+def plain(e: sp.Basic) -> str:
+    """e on one line, for people."""
+    return _PLAIN.doprint(e)

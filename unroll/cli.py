@@ -1,0 +1,264 @@
+"""The command line: one verb each. Settings live in the spec; KEY=VALUE overrides any of them by its dotted path.
+
+Exit status: 0 done, 1 a check failed, 2 what was asked for is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unroll import __version__
+from unroll.errors import UnrollError, explain
+
+STAGES = ("spec", "problem", "derivation", "step", "graph", "source")
+KINDS = ("objectives", "specs", "presets", "functions", "sets", "algorithms", "data")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="unroll")
+def cli() -> None:
+    """Compile an optimisation problem, declared in a few lines of YAML, into a deep network.
+
+    \b
+    Start here:
+      unroll list                         what is in the library
+      unroll show lista                   the derivation of a network, step by step
+      unroll show lista --stage source    the PyTorch module that comes out
+      unroll train lista_patches          train it on image patches, with baselines
+      unroll new mine                     a spec of your own to fill in
+
+    SPEC is a path, or the name of a spec or objective of the library. Any setting of it can be overridden:
+    unroll train lista_patches unroll.layers=8 train.epochs=5
+    """
+
+
+def _settings(f: Any) -> Any:
+    f = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(f)
+    return click.argument("spec")(f)
+
+
+@cli.command("list")
+@click.argument("kind", required=False, type=click.Choice(KINDS))
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_(kind: str | None, as_json: bool) -> None:
+    """What is in the library: objectives, specs, presets, and the functions, sets and algorithms of the language."""
+    found = {k: _entries(k) for k in ([kind] if kind else KINDS)}
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for name, rows in found.items():
+        click.secho(name, bold=True)
+        width = max((len(n) for n in rows), default=0)
+        for n, about in rows.items():
+            click.echo(f"  {n:{width}}   {about}")
+        click.echo()
+
+
+def _entries(kind: str) -> dict[str, str]:
+    match kind:
+        case "objectives" | "specs" | "presets":
+            from unroll import library
+            from unroll.spec import loader, nodes
+
+            found: dict[str, str] = {}
+            for name in library.names(kind):  # type: ignore[arg-type]
+                path = library.find(name, (kind,))  # type: ignore[arg-type]
+                tree: Any = nodes.plain(loader.parse(path.read_bytes(), str(path)))
+                found[name] = str(tree.get("about", ""))
+            return found
+        case "functions":
+            from unroll.functions import ELEMENTWISE, FUNCTIONS
+
+            own = {f"{f.name}({', '.join('uv'[: f.arity])})": f"elementwise: {f.about}" for f in ELEMENTWISE}
+            return {**{f.signature: f.about for f in FUNCTIONS}, **own}
+        case "sets":
+            from unroll.functions import SETS
+
+            return {s.name + (f"({', '.join(s.kinds)})" if s.kinds else ""): s.about for s in SETS}
+        case "algorithms":
+            from unroll.algorithms import ALGORITHMS
+
+            return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in ALGORITHMS}
+        case _:
+            from unroll.train.data import SOURCES
+
+            return {s.name: s.about for s in SOURCES}
+
+
+@cli.command()
+@_settings
+@click.option("--stage", type=click.Choice(STAGES), default="derivation", show_default=True, help="What to print.")
+@click.option("--latex", is_flag=True, help="The derivation as LaTeX.")
+def show(spec: str, overrides: tuple[str, ...], stage: str, latex: bool) -> None:
+    """Print a stage of the compilation: what was written, what was derived, what is emitted."""
+    from unroll import api
+
+    if latex:
+        click.echo(api.derive(spec, overrides=overrides).to_latex())
+    else:
+        click.echo(api.stage(spec, stage, overrides=overrides))
+
+
+@cli.command("compile")
+@_settings
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the module; the screen if left out.")
+def compile_(spec: str, overrides: tuple[str, ...], output: Path | None) -> None:
+    """Write the PyTorch module, which needs torch only."""
+    from unroll import api
+
+    source = api.stage(spec, "source", overrides=overrides)
+    if output is None:
+        click.echo(source, nl=False)
+    else:
+        output.write_text(source, encoding="utf-8")
+        click.echo(f"wrote {output}", err=True)
+
+
+@cli.command()
+@_settings
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Test every law on this spec: gradient, prox, curvature, step, initialisation, emission. Exit status 1 if one fails."""
+    from unroll.laws import check as run
+
+    report = run(spec, overrides=overrides)
+    click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) if as_json else str(report))
+    sys.exit(0 if report.ok else 1)
+
+
+@cli.command()
+@_settings
+@click.option("--input", "inputs", multiple=True, required=True, metavar="[NAME=]FILE", help="Samples (.npy, batch first); NAME= where there are several inputs.")
+@click.option("--parameter", "parameters", multiple=True, metavar="NAME=FILE", help="Value of a parameter (.npy).")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the solution (.npy).")
+@click.option("--tol", default=1e-8, show_default=True, help="Largest certified gap or residual, relative to the objective at the start.")
+@click.option("--max-iterations", default=100_000, show_default=True)
+def solve(spec: str, overrides: tuple[str, ...], inputs: tuple[str, ...], parameters: tuple[str, ...], output: Path | None, tol: float, max_iterations: int) -> None:
+    """Solve the problem itself: the same iteration, run until a gap or residual certifies the answer."""
+    from unroll.files import solve_files
+
+    solution = solve_files(spec, inputs, parameters, overrides=overrides, tol=tol, max_iterations=max_iterations, output=output)
+    click.echo(str(solution))
+    sys.exit(0 if solution.converged.all() else 1)
+
+
+@cli.command()
+@click.argument("spec", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--resume", type=click.Path(exists=True, path_type=Path), help="Go on with a run folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/NAME/TIME if left out.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or mps.")
+@click.option("--devices", default=1, show_default=True, help="How many of them.")
+@click.option("--seed", type=int, help="The same as train.seed=N.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def train(spec: str | None, overrides: tuple[str, ...], resume: Path | None, out: Path | None, device: str, devices: int, seed: int | None, quiet: bool) -> None:
+    """Train a network on the data its spec names; ends with a table against the plain algorithms."""
+    from unroll.train import resume as go_on
+    from unroll.train import train as start
+
+    if (spec is None) == (resume is None):
+        raise click.UsageError("give a SPEC to train, or --resume FOLDER to go on with a run")
+    if resume is not None:
+        run = go_on(resume, device=device, quiet=quiet)
+    else:
+        chosen = (*overrides, f"train.seed={seed}") if seed is not None else overrides
+        run = start(str(spec), overrides=chosen, out=out, device=device, devices=devices, quiet=quiet)
+    if run.table:  # the first of several processes measures
+        click.echo(str(run))
+
+
+@cli.command("eval")
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+def eval_(run: Path) -> None:
+    """Measure a finished run again on its held-out data."""
+    from unroll.train import evaluate
+
+    click.echo(str(evaluate(run)))
+
+
+@cli.command()
+@_settings
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True)
+def report(spec: str, overrides: tuple[str, ...], output: Path) -> None:
+    """One HTML page: the derivation, the graph, the laws, the module, and of a run its curves."""
+    from unroll.page import report as write
+
+    write(spec, output, overrides=overrides)
+    click.echo(f"wrote {output}", err=True)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("."), show_default=True)
+def new(name: str, folder: Path) -> None:
+    """Write NAME.yaml, a small spec with comments, to start from."""
+    if not name.isidentifier():
+        raise click.UsageError(f"'{name}' cannot be a name: use letters, digits and _")
+    path = folder / f"{name}.yaml"
+    if path.exists():
+        raise click.UsageError(f"{path} exists already")
+    path.write_text(TEMPLATE.format(name=name), encoding="utf-8")
+    click.echo(f"wrote {path}\nnext: unroll show {path}    unroll check {path}")
+
+
+@cli.command("explain")
+@click.argument("code")
+def explain_(code: str) -> None:
+    """What an error code means, with an example of wrong and right."""
+    click.echo(explain(code.upper()))
+
+
+TEMPLATE = """\
+name: {name}
+about: what it is for
+dims: {{m: 64, n: 128}}            # sizes
+variables: {{z: [n]}}              # what is solved for
+inputs: {{x: [m]}}                 # what comes in, one per sample
+parameters: {{A: [m, n]}}          # what is given once
+scalars: {{lam: 0.1}}
+
+minimize:                        # 'unroll list functions' shows what a formula may use
+  fidelity: 1/2 * sumsq(x - A @ z)
+  sparsity: lam * sum(sqrt(z**2 + 0.01))
+constraints: [z >= 0]            # delete what you do not need
+
+unroll:
+  algorithm: proximal_gradient   # or gradient_descent, projected_gradient, fista
+  layers: 10
+  learn:                         # a parameter in the place of a part of the step, starting at its value
+    W: {{replaces: step * A.T}}
+
+data: {{source: synthetic, sparsity: 0.1, train: 5000, validation: 500, nonnegative: true}}
+train: {{loss: nmse, epochs: 5}}
+"""
+
+
+def main() -> None:
+    """Entry point: errors of the user are messages, ours ask to be reported."""
+    try:
+        cli.main(standalone_mode=False)
+    except UnrollError as e:
+        click.echo(str(e), err=True)
+        sys.exit(2)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt) as e:
+        click.echo(str(e) or str(e.__cause__ or "") or "interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as e:
+        click.echo(f"internal error, please report it with the spec and the command line: {type(e).__name__}: {e}", err=True)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,886 @@
+"""Graph -> Python source: one `nn.Module` that needs torch only, as a person who knows the paper would have written it.
+
+Lines are made section by section (set up, once per call, per layer). A value read once is written inside the line that
+reads it; one that is read more often, or that the algorithm names, has a line of its own.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import sympy as sp
+from torch import nn
+
+from unroll import runtime
+from unroll.errors import UnrollError
+from unroll.expr import ONE, Sym, slot
+from unroll.formula import POSTFIX, PRODUCT, Text, formula, number, swap
+from unroll.graph import Graph, lower_step, lower_terms
+from unroll.operations import BY_NAME, HELPERS, Context, Node, Operand, Ref, Stage, helpers_of
+from unroll.passes import Sizes, optimise
+from unroll.problem import Problem
+from unroll.show import text as show
+from unroll.step import Learned, Step
+
+WIDTH = 110
+LONG = 60
+"""An expression longer than this gets a line of its own."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a network is made from: the optimised graph of one layer, what the passes did, and the text."""
+
+    problem: Problem
+    step: Step
+    layers: int
+    dims: dict[str, int]
+    class_name: str
+    graph: Graph
+    log: tuple[str, ...]
+    source: str
+    objective_source: str
+    words: Mapping[tuple[str, str], str]
+    """("symbol" or "learned" or "dim", the user's word) -> identifier in the text: argument, attribute, argument."""
+    initialise_arguments: tuple[str, ...]
+    """Parameters and scalars, in the user's words, that `initialise` takes."""
+
+    @property
+    def any_depth(self) -> bool:
+        """May the number of layers differ from call to call?"""
+        return all(("learned", p.name) not in self.words or not p.per_layer for p in self.step.learned)
+
+    @property
+    def init_arguments(self) -> dict[str, int]:
+        return {**{self.words["dim", d]: n for d, n in self.dims.items()}, "layers": self.layers}
+
+    def axes(self, s: Sym) -> tuple[str, ...]:
+        """Names of the axes of the tensor a user gives, after the batch axes."""
+        return stored_sizes(s)
+
+    def tensor_sizes(self, s: Sym) -> tuple[int | None, ...]:
+        """Numbers for `axes`; None is open."""
+        return self._sizes[s.name]
+
+    @cached_property
+    def _sizes(self) -> dict[str, tuple[int | None, ...]]:
+        values = {d: self.dims[d.name] for d in self.problem.dims if d.name in self.dims}
+        numbers = {s.name: [swap(n, values) for n in stored_axes(s)] for s in self.problem.symbols.values()}
+        return {name: tuple(int(n) if n.is_Integer else None for n in sizes) for name, sizes in numbers.items()}
+
+
+def build(
+    problem: Problem, step: Step, *, layers: int, dims: Mapping[str, int], name: str, origin: str = "", sha: str = ""
+) -> Program:
+    """Graph, passes and source of a network. Raises UnrollError E402 where a size has no value."""
+    for d, n in problem.dims.items():
+        if n != "dynamic" and d.name not in dims and _mentioned(d, problem):
+            raise UnrollError("E402", f"the size '{d.name}' has no value", hint=f"give it: dims: {{{d.name}: ...}}")
+    sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, layers)
+    optimised = optimise(lower_step(problem, step), sizes)
+    module = Module(problem, step, optimised.graph, layers, dict(dims), name, origin, sha)
+    terms = optimise(lower_terms(problem), sizes).graph
+    source = module.source()
+    return Program(
+        problem, step, layers, dict(dims), module.class_name, optimised.graph, optimised.log, source,
+        objective(problem, terms),
+        module.words, tuple(module.initialise_arguments),
+    )  # fmt: skip
+
+
+def _mentioned(d: sp.Symbol, problem: Problem) -> bool:
+    symbols = problem.symbols.values()
+    return any(d in n.free_symbols for s in symbols for n in (s.nrows, s.ncols, s.family or ONE))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+_TAKEN = frozenset(
+    [
+        "torch",
+        "nn",
+        "F",
+        "math",
+        "functools",
+        "self",
+        "layers",
+        "layer",
+        "trace",
+        "zip",
+        "range",
+        "enumerate",
+        "len",
+        "max",
+        "min",
+        "abs",
+        "exact",
+        "inverse",
+        "cholesky",
+        "solve",
+        "cholesky_solve",
+        "logdet_cholesky",
+        "spectral_norm",
+        "spectral_sum",
+        "spectral_map",
+        "softplus_inverse",
+        "indicator",
+        "s",
+    ]
+) | {op.name for op in runtime.RUNTIME}
+
+
+_MEMBERS = frozenset(
+    [
+        "takes",
+        "numbers",
+        "drawn",
+        "terms_of",
+        "initialise",
+        "trace",
+        "objective",
+        "source",
+        "graph",
+        "learned",
+        "given",
+        "scalars",
+        "inputs",
+        "variables",
+        "layers",
+        "program",
+        "spec",
+        "derivation",
+        "save",
+    ]
+)
+"""What a network has besides what it holds."""
+
+
+class Names:
+    """The one place where a user's word becomes an identifier of emitted text; distinct words stay distinct."""
+
+    def __init__(self, taken: frozenset[str] = _TAKEN) -> None:
+        self.given: dict[tuple[str, str], str] = {}
+        self.used: set[str] = set(taken)
+
+    def __call__(self, kind: str, word: str) -> str:
+        """The identifier of a word of some kind ("state", "given", ...); always the same for the same pair."""
+        key = (kind, word)
+        if key not in self.given:
+            self.given[key] = self.fresh(word)
+        return self.given[key]
+
+    def fresh(self, word: str) -> str:
+        name = base = identifier(word)
+        count = 2
+        while name in self.used or keyword.iskeyword(name) or keyword.issoftkeyword(name):
+            name = f"{base}_" if name == base else f"{base}_{count}"
+            count += name != f"{base}_"
+        self.used.add(name)
+        return name
+
+
+def identifier(word: str) -> str:
+    """Letters, digits and underscores only, not starting with a digit or two underscores."""
+    plain = re.sub(r"\W", "_", unicodedata.normalize("NFKC", word))
+    plain = re.sub(r"^_+", "", plain)[:60] or "x"
+    return plain if plain.isidentifier() else f"x_{plain}"
+
+
+def remark(text: str) -> str:
+    """Text for a comment or docstring: one line, and nothing that could end it."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat.replace("\\", "\\\\").replace('"""', "'''")
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Section:
+    """Lines that compute some values, given the text of others."""
+
+    graph: Graph
+    known: dict[int, Text]
+    fresh: Callable[[str], str]
+    size: Callable[[sp.Expr], str]
+    function: Callable[[Any], str]
+    like: str = "x"
+    used_ops: set[str] = field(default_factory=set[str])
+
+    def operand(self, ref: Ref) -> Operand:
+        return Operand(self.graph.nodes[ref.node], ref.flip, self.text(ref.node))
+
+    def text(self, i: int) -> Text:
+        """The expression of a node, operands that have no name written inside it."""
+        if i in self.known:
+            return self.known[i]
+        node = self.graph.nodes[i]
+        op = BY_NAME[node.op]
+        self.used_ops.update(helpers_of(node))
+        out = op.text(node, [self.operand(r) for r in node.inputs], Context(self.size, self.like, self.function))
+        return Text(out.code, out.level, not node.plain)
+
+    def stored(self, ref: Ref) -> Text:
+        """The expression of a ref in the order in which its own value would be stored."""
+        node = self.graph.nodes[ref.node]
+        return self.operand(ref).ordered("cr" if node.batched else "rc")
+
+    def lines_for(self, roots: Iterable[Ref], keep: Iterable[int] = ()) -> list[int]:
+        """Nodes that deserve a line, operands first."""
+        roots = list(roots)
+        reads: dict[int, int] = {}
+        pending = [r.node for r in roots]
+        order: set[int] = set()
+        for i in pending:
+            reads[i] = reads.get(i, 0) + 1
+        while pending:
+            i = pending.pop()
+            if i in order or i in self.known:
+                continue
+            order.add(i)
+            for k, r in enumerate(self.graph.nodes[i].inputs):
+                reads[r.node] = reads.get(r.node, 0) + self._occurrences(i, k)
+                pending.append(r.node)
+        kept, rows = set(keep), list[int]()
+        for i in sorted(order):
+            if i in kept or self._deserves(i, reads[i]):
+                rows.append(i)
+                self.known[i] = Text("name")  # for the length of what reads it
+        for i in rows:
+            del self.known[i]
+        return rows
+
+    def _occurrences(self, i: int, k: int) -> int:
+        """How often the text of node i writes its k-th operand."""
+        node = self.graph.nodes[i]
+        return max(node.attrs[0].count(slot(k)), 1) if node.op == "map" else 1
+
+    def _deserves(self, i: int, reads: int) -> bool:
+        node = self.graph.nodes[i]
+        if node.op in ("number", "full", "eye") or not node.inputs:
+            return node.op == "eye" and reads > 1
+        return reads > 1 or i in self.graph.names or len(self.text(i).code) > LONG
+
+    def assign(self, i: int, name: str | None = None) -> str:
+        """The line of a node, which is known by its name from here on."""
+        text = self.text(i)
+        name = name or self.fresh(self.graph.names.get(i) or hint(self.graph, i))
+        self.known[i] = Text(name, POSTFIX, text.tensor)
+        return commented(f"{name} = {text.code}", self.graph.notes.get(i, ""))
+
+
+def commented(line: str, note: str) -> str:
+    note = remark(note)
+    if not note:
+        return line
+    return f"{line}  # {note}" if len(line) + len(note) < WIDTH - 12 else f"# {note}\n{line}"
+
+
+def hint(graph: Graph, i: int) -> str:
+    """A name that says what a value is: A.T @ A -> AtA, step * A.T -> step_At."""
+
+    def word(ref: Ref) -> str:
+        node = graph.nodes[ref.node]
+        own = graph.names.get(ref.node) or (
+            str(node.attrs[0])
+            if not node.inputs and node.op not in ("number", "eye", "full")
+            else hint(graph, ref.node)
+        )
+        return f"{own}t" if ref.flip and len(node.tags) > 1 else own
+
+    node = graph.nodes[i]
+    match node.op:
+        case "matmul" | "contract":
+            joined = "".join(map(word, node.inputs))
+        case "scale":
+            joined = "_".join(map(word, node.inputs))
+        case "cholesky" | "inverse":
+            joined = {"cholesky": "chol", "inverse": "inv"}[node.op]
+        case _:
+            joined = {"add": "t", "map": "t", "number": "t", "sum": "total"}.get(node.op, node.op)
+    return joined if len(joined) <= 12 else {"matmul": "p", "scale": "q"}.get(node.op, "t")
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Module:
+    """Writes the class. Attributes are worked out in the order of the text."""
+
+    problem: Problem
+    step: Step
+    graph: Graph
+    layers: int
+    dims: dict[str, int]
+    name: str
+    origin: str
+    sha: str
+    attributes: Names = field(default_factory=lambda: Names(frozenset(dir(nn.Module())) | _MEMBERS))
+    locals: Names = field(default_factory=Names)
+    functions: dict[int, str] = field(default_factory=dict[int, str])
+    proxes: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
+    helpers: set[str] = field(default_factory=set[str])
+    sizes_used: set[str] = field(default_factory=set[str])
+    initialise_arguments: list[str] = field(default_factory=list[str])
+
+    @cached_property
+    def class_name(self) -> str:
+        word = "".join(p[:1].upper() + p[1:] for p in identifier(self.name).split("_") if p)
+        return Names().fresh(word or "Net")
+
+    # What the module holds.
+
+    @cached_property
+    def forward_nodes(self) -> list[int]:
+        """Nodes computed in a call."""
+        return [i for i, n in self.graph.nodes.items() if n.stage > Stage.SETUP and n.inputs]
+
+    @cached_property
+    def buffers(self) -> list[int]:
+        """Values of set-up time that a call reads."""
+        reads = [r.node for i in self.forward_nodes for r in self.graph.nodes[i].inputs]
+        reads += [r.node for (kind, _), r in self.graph.roots.items() if kind in ("start", "next")]
+        return [i for i in dict.fromkeys(reads) if self.graph.nodes[i].stage == Stage.SETUP]
+
+    @cached_property
+    def learned(self) -> list[Learned]:
+        """Parameters that a call reads; others are not in the module."""
+        names = {n.attrs[0] for n in self.graph.nodes.values() if n.op == "learned"}
+        return [p for p in self.step.learned if p.name in names]
+
+    @cached_property
+    def starts(self) -> list[str]:
+        """States that can be started at a value given by the caller: the variables."""
+        states = {s.symbol.name for s in self.step.states}
+        return [v.name for v in self.problem.variables if v.name in states]
+
+    def size(self, n: sp.Expr, prefix: str = "self.") -> Text:
+        names: dict[sp.Symbol, Text] = {}
+        for d in n.free_symbols:
+            assert isinstance(d, sp.Symbol)
+            if prefix and self.problem.dims.get(d) != "dynamic":
+                word = self.attributes("dim", d.name)
+                self.sizes_used.add(d.name)
+                names[d] = Text(prefix + word, tensor=False)
+            else:
+                names[d] = Text(self.locals("dim", d.name), tensor=False)
+        return formula(n, names)
+
+    def function(self, record: Any) -> str:
+        """The module-level function of a scalar prox."""
+        if id(record) not in self.functions:
+            name = self.locals.fresh("prox" if not self.proxes else f"prox_{len(self.proxes) + 1}")
+            self.functions[id(record)] = name
+            self.proxes.append((name, record))
+            self.helpers.update(record.runtime)
+        return self.functions[id(record)]
+
+    def section(self, known: dict[int, Text], like: str, used: set[str]) -> Section:
+        local = Names()
+        local.used |= used | self.locals.used | {"prox", *(f"prox_{k}" for k in range(2, len(self.graph.nodes) + 1))}
+        return Section(self.graph, known, local.fresh, lambda n: self.size(n).code, self.function, like)
+
+    @property
+    def words(self) -> dict[tuple[str, str], str]:
+        """What the user's words became, once the text is written."""
+        learned = {("learned", p.name): self.attributes("learned", p.name) for p in self.learned}
+        local = {(kind, word): name for (kind, word), name in self.locals.given.items() if kind in ("symbol", "dim")}
+        return {**local, **learned}
+
+    # The text.
+
+    def source(self) -> str:
+        for s in (*self.problem.inputs, *self.problem.variables, *self.problem.parameters, *self.problem.scalars):
+            self.locals("symbol", s.name)
+        for d in self.problem.dims:
+            self.locals("dim", d.name)
+        for p in self.learned:
+            self.locals("learned", p.name)
+            self.attributes("learned", p.name)
+        buffer_names = {i: self._buffer_name(i) for i in self.buffers}
+        forward = self._forward(buffer_names)
+        initialise = self._initialise(buffer_names)
+        body = "\n\n".join(textwrap.indent(part, "    ") for part in (self._init(buffer_names), initialise, forward))
+        text = f"class {self.class_name}(nn.Module):\n{textwrap.indent(self._signature_doc(), '    ')}\n\n{body}\n"
+        functions = [*(_helper(h) for h in _needed(self.helpers))]
+        functions += [record.source(name) for name, record in self.proxes]
+        whole = "\n\n".join([*(f.strip("\n") + "\n" for f in functions), text])
+        return f"{self._header()}{_imports(whole)}\n\n{whole}"
+
+    def _header(self) -> str:
+        terms = " + ".join(show(e) for e in self.problem.terms.values())
+        goal = "minimise" if self.problem.sign > 0 else "maximise"
+        over = ", ".join(v.name for v in self.problem.variables)
+        steps = [f"    {a.target.name} <- {show(a.value)}" for a in self.step.assigns]
+        by = f" from {self.origin}" if self.origin else ""
+        sha = f" (sha256 {self.sha[:12]})" if self.sha else ""
+        head = [
+            f"{self.name}: {self.layers} unrolled layers of {self.step.algorithm} for", "",
+            f"    {goal} over {over}   {terms}", "", "one layer:", "", *steps, "",
+            f"Generated by unroll{by}{sha}. Needs torch only.",
+        ]  # fmt: skip
+        lines = [("    " if line.startswith("    ") else "") + remark(line) for line in head]
+        return '"""' + "\n".join(lines) + '\n"""\n\n'
+
+    def _signature_doc(self) -> str:
+        def show_axes(s: Sym) -> str:
+            return f"{self.locals('symbol', s.name)}: ({', '.join(('...', *stored_sizes(s)))})"
+
+        ins = ", ".join(map(show_axes, self.problem.inputs)) or "nothing"
+        outs = ", ".join(show_axes(s) for s in self.step.output)
+        return f'"""{remark(ins)} -> {remark(outs)}."""'
+
+    def _init(self, buffers: dict[int, str]) -> str:
+        lines: list[str] = []
+        for p in self.learned:
+            name, node = self.attributes("learned", p.name), self._leaf("learned", p.name)
+            shape = self._shape(node, ["layers"] if p.per_layer else [])
+            where = "one per layer" if p.per_layer else "shared by layers"
+            kind = {"none": "", "positive": ", kept > 0 by softplus"}.get(
+                p.constraint, f", {p.constraint.replace('_', ' ')}"
+            )
+            lines.append(
+                commented(
+                    f"self.{name} = nn.Parameter(torch.empty({shape}))", f"{p.text or show(p.replaces)}, {where}{kind}"
+                )
+            )
+        for i, name in buffers.items():
+            lines.append(f'self.register_buffer("{name}", torch.empty({self._shape(self.graph.nodes[i], [])}))')
+        keep = [(self.attributes("dim", d), self.locals("dim", d)) for d in self.dims if d in self.sizes_used]
+        keep += [("layers", "layers")] if self._counts_layers else []
+        if keep:
+            lines.insert(0, f"{', '.join(f'self.{k}' for k, _ in keep)} = {', '.join(k for _, k in keep)}")
+        used = [(self.locals("dim", d), n) for d, n in self.dims.items()]
+        args = ", ".join(["self", *(f"{word}={n}" for word, n in used), f"layers={self.layers}"])
+        return f"def __init__({args}):\n" + textwrap.indent("\n".join(["super().__init__()", *lines]), "    ")
+
+    @property
+    def _counts_layers(self) -> bool:
+        return not any(p.per_layer for p in self.learned)
+
+    def _shape(self, node: Node, first: list[str]) -> str:
+        by_tag = {"r": node.shape[0], "c": node.shape[1], **dict(node.families)}
+        sizes = [*first, *(self.size(by_tag[t], "").code for t in node.tags)]
+        return ", ".join(sizes) if sizes else "()"
+
+    def _leaf(self, op: str, name: str) -> Node:
+        return next(n for n in self.graph.nodes.values() if n.op == op and n.attrs[0] == name)
+
+    def _buffer_name(self, i: int) -> str:
+        node = self.graph.nodes[i]
+        if node.op in ("given", "scalar"):
+            return self.attributes("symbol", str(node.attrs[0]))
+        word = self.graph.names.get(i) or hint(self.graph, i)
+        return self.attributes.fresh("constant" if word == "t" else word)
+
+    # initialise
+
+    def _initialise(self, buffers: dict[int, str]) -> str:
+        goals = {p.name: self.graph.roots["learned", p.name] for p in self.learned}
+        reached = self._reach([*(r.node for r in goals.values()), *buffers])
+        given = [s for s in self.problem.parameters if ("given", s.name) in reached]
+        scalars = [s for s in self.problem.scalars if ("scalar", s.name) in reached]
+        known: dict[int, Text] = {}
+        lines: list[str] = []
+        for i, node in self.graph.nodes.items():
+            if node.op in ("given", "scalar"):
+                known[i] = Text(self.locals("symbol", str(node.attrs[0])))
+            elif node.op == "dim":
+                known[i] = self.size(sp.Symbol(node.attrs[0], integer=True, positive=True))
+        for s in given:
+            word = self.locals("symbol", s.name)
+            dropped = unit_axes(s)
+            lines += [f"{word} = {word}.squeeze({_tuple(dropped)})"] if dropped else []
+        for s in scalars:
+            word = self.locals("symbol", s.name)
+            lines.append(f"{word} = torch.as_tensor({word}, dtype=torch.float64)")
+        like = next((self.locals("symbol", s.name) for s in given), f"self.{self._some_tensor(buffers)}")
+        sec = self.section(known, like, set())
+        for i in sec.lines_for([*goals.values(), *(Ref(i) for i in buffers)]):
+            lines.append(sec.assign(i))
+        for p in self.learned:
+            lines.append(self._start_of(p, goals[p.name], sec))
+        for i, name in buffers.items():
+            text = sec.text(i)
+            lines.append(f"self.{name}.copy_({text.code})" if text.tensor else f"self.{name}.fill_({text.code})")
+        self.helpers |= sec.used_ops
+        self.initialise_arguments = [s.name for s in (*given, *scalars)]
+        args = ", ".join(["self", *(self.locals("symbol", s.name) for s in given), *self._scalar_args(scalars)])
+        doc = '"""Set every parameter to the value that makes the network the algorithm itself."""'
+        return f"@torch.no_grad()\ndef initialise({args}):\n" + textwrap.indent(
+            "\n".join([doc, *lines, "return self"]), "    "
+        )
+
+    def _scalar_args(self, scalars: list[sp.Symbol]) -> list[str]:
+        """Those without a default first."""
+        required = [self.locals("symbol", s.name) for s in scalars if self.problem.scalars[s] is None]
+        optional = [(self.locals("symbol", s.name), self.problem.scalars[s]) for s in scalars]
+        return [*required, *(f"{w}={number(sp.sympify(v)).code}" for w, v in optional if v is not None)]
+
+    def _reach(self, nodes: Iterable[int]) -> set[tuple[str, str]]:
+        seen: set[int] = set()
+        stack = list(nodes)
+        while stack:
+            i = stack.pop()
+            if i not in seen:
+                seen.add(i)
+                stack += [r.node for r in self.graph.nodes[i].inputs]
+        return {
+            (self.graph.nodes[i].op, str(self.graph.nodes[i].attrs[0])) for i in seen if not self.graph.nodes[i].inputs
+        }
+
+    def _start_of(self, p: Learned, ref: Ref, sec: Section) -> str:
+        """Copy the start value of a parameter into it, through the inverse of its constraint."""
+        name = self.attributes("learned", p.name)
+        if self.graph.nodes[ref.node].stage > Stage.SETUP:
+            raise UnrollError(
+                "E403", f"'{p.name}' cannot be learned: what it replaces depends on the input or the layer"
+            )
+        text = sec.stored(ref)
+        if p.constraint == "positive":
+            self.helpers.add("softplus_inverse")
+            value = text.code if text.tensor else f"torch.tensor({text.code}, dtype=torch.float64)"
+            return f"self.{name}.copy_(softplus_inverse({value}))"
+        return f"self.{name}.copy_({text.code})" if text.tensor else f"self.{name}.fill_({text.code})"
+
+    def _some_tensor(self, buffers: dict[int, str]) -> str:
+        return next((self.attributes("learned", p.name) for p in self.learned), next(iter(buffers.values()), ""))
+
+    # forward
+
+    def _forward(self, buffers: dict[int, str]) -> str:
+        symbol = lambda name: self.locals("symbol", name)  # noqa: E731
+        inputs = [symbol(s.name) for s in self.problem.inputs]
+        states = {s.symbol.name: self._state_name(s.symbol) for s in self.step.states}
+        known = self._known_in_forward(buffers)
+        like = inputs[0] if inputs else f"self.{self._some_tensor(buffers)}"
+        sec = self.section(known, like, {*states.values()})
+        lines = self._open_inputs()
+        lines += self._prologue(sec)
+        start, per_layer = self._starts(sec, states), self._per_layer()
+        lines += start
+        for i, node in self.graph.nodes.items():
+            if node.op in ("state", "counter"):
+                known[i] = Text(states[str(node.attrs[0])], tensor=not node.plain)
+        record = f"trace.append({self._answer(states)})"
+        tracing = ["if trace is not None:", f"    {record}"]
+        lines += tracing
+        lines.append(self._loop_head(per_layer))
+        lines += textwrap.indent("\n".join([*self._body(sec, states), *tracing]), "    ").split("\n")
+        lines.append(f"return {self._answer(states)}")
+        self.helpers |= sec.used_ops
+        args = ["self", *inputs, *(f"{symbol(v)}=None" for v in self.starts), "*"]
+        args += ["layers=None"] if self._counts_layers else []
+        return f"def forward({', '.join([*args, 'trace=None'])}):\n" + textwrap.indent("\n".join(lines), "    ")
+
+    def _state_name(self, symbol: Sym | sp.Symbol) -> str:
+        return self.locals("symbol" if symbol.name in self.starts else "state", symbol.name)
+
+    def _known_in_forward(self, buffers: dict[int, str]) -> dict[int, Text]:
+        known = {i: Text(f"self.{name}") for i, name in buffers.items()}
+        for i, node in self.graph.nodes.items():
+            word = str(node.attrs[0]) if node.attrs else ""
+            match node.op:
+                case "input":
+                    known[i] = Text(self.locals("symbol", word))
+                case "learned":
+                    p = next(p for p in self.learned if p.name == word)
+                    attribute = f"self.{self.attributes('learned', word)}"
+                    known[i] = Text(self.locals("learned", word)) if p.per_layer else constrained(p, attribute)
+                case "dim":
+                    known[i] = self.size(sp.Symbol(word, integer=True, positive=True))
+                case "layer":
+                    known[i] = Text("layer", tensor=False)
+                case "start":
+                    known[i] = Text(
+                        self.locals("symbol" if word in self.starts else "state", word), tensor=not node.plain
+                    )
+                case _:
+                    pass
+        return known
+
+    def _open_inputs(self) -> list[str]:
+        """Axes of size 1 are not stored; open sizes are read off the inputs."""
+        lines: list[str] = []
+        for d, n in self.problem.dims.items():
+            if n == "dynamic":
+                found = [(s, a) for s in self.problem.inputs for a in _axes_of(s, d)]
+                if found:
+                    s, axis = found[0]
+                    lines.append(f"{self.locals('dim', d.name)} = {self.locals('symbol', s.name)}.shape[{axis}]")
+        for s in self.problem.inputs:
+            word, dropped = self.locals("symbol", s.name), unit_axes(s)
+            lines += [f"{word} = {word}.squeeze({_tuple(dropped)})"] if dropped else []
+        return lines
+
+    def _prologue(self, sec: Section) -> list[str]:
+        """Values that the layers share."""
+        ahead = [i for i in self.graph.nodes if self.graph.nodes[i].stage <= Stage.PROLOGUE]
+        read = [
+            r.node
+            for i in self.forward_nodes
+            if self.graph.nodes[i].stage == Stage.BODY
+            for r in self.graph.nodes[i].inputs
+        ]
+        read += [r.node for (kind, _), r in self.graph.roots.items() if kind == "next"]
+        goals = [
+            i for i in dict.fromkeys(read)
+            if i in ahead and i not in sec.known
+            and self.graph.nodes[i].op not in ("number", "full") and not self.graph.nodes[i].plain
+        ]  # fmt: skip
+        lines: list[str] = []
+        for i in list(dict.fromkeys(read)):
+            node = self.graph.nodes[i]
+            if node.op == "learned" and node.stage == Stage.PROLOGUE and "(" in sec.known[i].code:
+                name = self.locals("learned", str(node.attrs[0]))
+                lines.append(f"{name} = {sec.known[i].code}")
+                sec.known[i] = Text(name)
+        return lines + [sec.assign(i) for i in sec.lines_for(map(Ref, goals), keep=goals)]
+
+    def _starts(self, sec: Section, states: dict[str, str]) -> list[str]:
+        lines: list[str] = []
+        for s in self.step.states:
+            name, ref = states[s.symbol.name], self.graph.roots["start", s.symbol.name]
+            value = self._start_value(s.symbol, ref, sec)
+            if s.symbol.name in self.starts:
+                assert isinstance(s.symbol, Sym)
+                dropped = unit_axes(s.symbol)
+                given = f"{name}.squeeze({_tuple(dropped)})" if dropped else name
+                lines.append(f"{name} = {value} if {name} is None else {given}")
+            else:
+                lines.append(f"{name} = {value}")
+        return lines
+
+    def _start_value(self, symbol: Sym | sp.Symbol, ref: Ref, sec: Section) -> str:
+        node = self.graph.nodes[ref.node]
+        if not isinstance(symbol, Sym):
+            return sec.text(ref.node).code
+        batch = self._batch()
+        sizes = [self.size(n).code for n in reversed(symbol.shape) if n != 1]
+        dims = ", ".join([*([f"*{batch}"] if batch else []), *sizes]) or "()"
+        if (node.op == "full" and node.attrs[0] == 0) or (node.op == "number" and node.attrs[0] == 0):
+            return f"{sec.like}.new_zeros({dims})"
+        if node.plain:
+            return f"{sec.like}.new_full(({dims},), {sec.text(ref.node).code})"
+        text = sec.operand(ref).ordered("cr")
+        return text.code if node.batched else text.then(f".expand({dims})").code
+
+    def _batch(self) -> str:
+        """Shape of the batch axes."""
+        if not self.problem.inputs:
+            return ""
+        s = self.problem.inputs[0]
+        kept = sum(n != 1 for n in s.shape) + (s.family is not None)
+        word = self.locals("symbol", s.name)
+        return f"{word}.shape[:-{kept}]" if kept else f"{word}.shape"
+
+    def _per_layer(self) -> list[tuple[str, str]]:
+        """(name in the loop, the stack it runs over)."""
+        out: list[tuple[str, str]] = []
+        for p in self.learned:
+            if p.per_layer:
+                stack = constrained(p, f"self.{self.attributes('learned', p.name)}")
+                out.append((self.locals("learned", p.name), stack.code))
+        return out
+
+    def _loop_head(self, per_layer: list[tuple[str, str]]) -> str:
+        index = any(n.op == "layer" for n in self.graph.nodes.values())
+        if not per_layer:
+            return f"for {'layer' if index else '_'} in range(self.layers if layers is None else layers):"
+        names = ", ".join(n for n, _ in per_layer)
+        over = per_layer[0][1] if len(per_layer) == 1 else f"zip({', '.join(s for _, s in per_layer)}, strict=True)"
+        if not index:
+            return f"for {names} in {over}:"
+        return f"for layer, {names if len(per_layer) == 1 else f'({names})'} in enumerate({over}):"
+
+    def _body(self, sec: Section, states: dict[str, str]) -> list[str]:
+        """Assign the new states; an old value that is still read later keeps its name until the end of the layer."""
+        goals = {s.symbol.name: self.graph.roots["next", s.symbol.name] for s in self.step.states}
+        leaf_of = {str(n.attrs[0]): i for i, n in self.graph.nodes.items() if n.op in ("state", "counter")}
+        wanted = [r.node for r in goals.values() if r.node not in sec.known]
+        rows = sec.lines_for(goals.values(), keep=wanted)
+        reads = {i: self._leaves_read(i, set(rows), sec) for i in rows}
+        direct = {r.node for r in goals.values()}
+        lines: list[str] = []
+        rest: dict[str, Ref] = {}
+        named: set[int] = set()
+        for name, ref in goals.items():
+            if ref.node in rows and ref.node not in named and not self._turned(ref):
+                named.add(ref.node)
+            else:
+                rest[name] = ref
+        becomes = {goals[name].node: name for name in goals if name not in rest}
+        for place, i in enumerate(rows):
+            state = becomes.get(i)
+            if state is None:
+                lines.append(sec.assign(i))
+                continue
+            leaf = leaf_of.get(state)
+            later = any(leaf in reads[j] for j in rows[place + 1 :])
+            if leaf is None or not (later or leaf in direct):
+                lines.append(sec.assign(i, states[state]))
+            else:
+                lines.append(sec.assign(i, sec.fresh(f"{states[state]}_next")))
+                rest[state] = goals[state]
+        moves = [(states[name], sec.operand(ref).ordered("cr").code) for name, ref in rest.items()]
+        moves = [(a, b) for a, b in moves if a != b]
+        if moves:
+            lines.append(f"{', '.join(a for a, _ in moves)} = {', '.join(b for _, b in moves)}")
+        return lines
+
+    def _turned(self, ref: Ref) -> bool:
+        """Is the ref stored in another order than a state?"""
+        return ref.flip and {"r", "c"} <= set(self.graph.nodes[ref.node].tags)
+
+    def _leaves_read(self, i: int, rows: set[int], sec: Section) -> set[int]:
+        """State leaves that the line of a node reads, through what is written inside it."""
+        out: set[int] = set()
+        stack = [r.node for r in self.graph.nodes[i].inputs]
+        while stack:
+            j = stack.pop()
+            if not self.graph.nodes[j].inputs:
+                out.add(j)
+            elif j not in rows and j not in sec.known:
+                stack += [r.node for r in self.graph.nodes[j].inputs]
+        return out
+
+    def _answer(self, states: dict[str, str]) -> str:
+        out: list[str] = []
+        for s in self.step.output:
+            text = states[s.name]
+            for axis in reversed(unit_axes(s)):
+                text += f".unsqueeze({axis})"
+            out.append(text)
+        return ", ".join(out) if len(out) == 1 else f"({', '.join(out)})"
+
+
+def constrained(p: Learned, text: str) -> Text:
+    """The value of a parameter, from what is stored."""
+    match p.constraint:
+        case "none":
+            return Text(text)
+        case "positive":
+            return Text(f"F.softplus({text})")
+        case "symmetric":
+            return Text(f"({text} + {text}.mT) / 2", PRODUCT)
+        case "unit_columns":
+            return Text(f"F.normalize({text}, dim=-2)")
+
+
+def unit_axes(s: Sym) -> tuple[int, ...]:
+    """Axes of size 1 of the tensor a user sees that are not stored, counted from the end."""
+    match s.rank:
+        case 0:
+            return ()
+        case 1:
+            return (-1,) if s.nrows == 1 else ()
+        case _:
+            sizes = (s.nrows, s.ncols) if s.role == "parameter" else (s.ncols, s.nrows)
+            return tuple(i - 2 for i in (0, 1) if sizes[i] == 1)
+
+
+def stored_axes(s: Sym) -> tuple[sp.Expr, ...]:
+    """Axes of the tensor that a user sees, after the batch axes."""
+    family = () if s.family is None else (s.family,)
+    match s.rank:
+        case 0:
+            return family
+        case 1:
+            return (*family, s.nrows)
+        case _:
+            return (*family, *((s.nrows, s.ncols) if s.role == "parameter" else (s.ncols, s.nrows)))
+
+
+def stored_sizes(s: Sym) -> tuple[str, ...]:
+    return tuple(map(str, stored_axes(s)))
+
+
+def _axes_of(s: Sym, d: sp.Symbol) -> list[int]:
+    sizes = (s.nrows,) if s.rank == 1 else (s.ncols, s.nrows) if s.rank == 2 else ()
+    return [i - len(sizes) for i, n in enumerate(sizes) if n == d]
+
+
+def _tuple(axes: Sequence[int]) -> str:
+    return str(axes[0]) if len(axes) == 1 else str(tuple(axes))
+
+
+def _imports(text: str) -> str:
+    wanted = [("math", r"\bmath\."), ("functools", r"\bfunctools\.")]
+    first = [f"import {m}" for m, pattern in wanted if re.search(pattern, text)]
+    torch = ["import torch", "from torch import nn"] + (
+        ["from torch.nn import functional as F"] if re.search(r"\bF\.", text) else []
+    )
+    return "\n".join([*sorted(first), *([""] if first else []), *torch]) + "\n"
+
+
+def _needed(names: Iterable[str]) -> list[str]:
+    """Helpers with those they call, callees first."""
+    out: dict[str, None] = {}
+    for name in sorted(names):
+        if name in HELPERS:
+            out |= dict.fromkeys(_needed(HELPERS[name].needs))
+        out[name] = None
+    return list(out)
+
+
+def _helper(name: str) -> str:
+    return HELPERS[name].source if name in HELPERS else runtime.operation(name).source
+
+
+def term_source(problem: Problem, dims: Mapping[str, int]) -> str:
+    """Source of the terms of a problem (see `objective`), its graph optimised for the sizes that are known."""
+    sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, 1)
+    return objective(problem, optimise(lower_terms(problem), sizes).graph)
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+def objective(problem: Problem, graph: Graph) -> str:
+    """Source of a function of variables, inputs, parameters and scalars: the value of every term, per sample."""
+    names, lines = Names(), list[str]()
+    symbols = [*problem.variables, *problem.inputs, *problem.parameters]
+    args = [names("symbol", s.name) for s in symbols] + [names("symbol", s.name) for s in problem.scalars]
+    sizes = {d: names("dim", d.name) for d in problem.dims}
+    for s in symbols:
+        for d, word in sizes.items():
+            family = [(-len(stored_sizes(s)))] if s.family == d else []
+            axes = _axes_of(s, d) if s.role != "parameter" else [a if s.rank == 1 else -3 - a for a in _axes_of(s, d)]
+            line = f"{word} = {names('symbol', s.name)}.shape[{(family or axes)[0]}]" if family or axes else ""
+            if line and not any(x.startswith(f"{word} = ") for x in lines):
+                lines.append(line)
+    for s in symbols:
+        if dropped := unit_axes(s):
+            lines.append(f"{names('symbol', s.name)} = {names('symbol', s.name)}.squeeze({_tuple(dropped)})")
+    read = {str(n.attrs[0]) for n in graph.nodes.values() if n.op == "scalar"}
+    numbers = [names("symbol", s.name) for s in problem.scalars if s.name in read]
+    lines += [f"{w} = torch.as_tensor({w}, dtype=torch.float64)" for w in numbers]
+    known: dict[int, Text] = {}
+    for i, node in graph.nodes.items():
+        if node.op in ("input", "given", "scalar"):
+            known[i] = Text(names("symbol", str(node.attrs[0])))
+        elif node.op == "dim":
+            known[i] = Text(names("dim", str(node.attrs[0])), tensor=False)
+    size: Callable[[sp.Expr], str] = lambda n: formula(n, {d: Text(w, tensor=False) for d, w in sizes.items()}).code  # noqa: E731
+
+    def no_prox(record: Any) -> str:
+        raise AssertionError(f"internal error, please report: a proximal step within an objective: {record}")
+
+    sec = Section(graph, known, names.fresh, size, no_prox, args[0])
+    goals = {name: graph.roots["term", name] for name in problem.terms}
+    lines += [sec.assign(i) for i in sec.lines_for(goals.values())]
+    body = [f"    {name!r}: {sec.text(ref.node).code}," for name, ref in goals.items()]
+    code = (
+        "\n".join(["def objective(" + ", ".join(args) + "):", *(f"    {x}" for x in [*lines, "return {", *body, "}"])])
+        + "\n"
+    )
+    whole = "\n\n".join([*(_helper(h) for h in _needed(sec.used_ops)), code])
+    return f"{_imports(whole)}\n\n{whole}"

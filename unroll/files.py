@@ -1,0 +1,51 @@
+"""Solve from files to a file: what the command line does with `unroll solve`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from unroll.api import Source, read
+from unroll.errors import UnrollError
+from unroll.solver import Solution, solve
+from unroll.train.data import read_array
+
+
+def solve_files(
+    source: Source,
+    inputs: Sequence[str],
+    parameters: Sequence[str],
+    *,
+    overrides: Sequence[str] = (),
+    tol: float = 1e-8,
+    max_iterations: int = 100_000,
+    output: Path | None = None,
+) -> Solution:
+    """As `solve`, from and to .npy files named [NAME=]FILE. Raises SpecError E502 to E506 for files, UnrollError E404 for names."""
+    spec = read(source, overrides)
+    named = dict(_pair(text, spec.inputs) for text in inputs)
+    given = {name: read_array(Path(file), name) for name, file in (_pair(text, spec.parameters) for text in parameters)}
+    absent = [name for name in spec.inputs if name not in named]
+    if absent:
+        raise UnrollError("E404", f"the input '{absent[0]}' is missing", hint=f"--input {absent[0]}=FILE")
+    arrays = [read_array(Path(named[name]), name).double() for name in spec.inputs]
+    found = solve(spec, *arrays, parameters=given, tol=tol, max_iterations=max_iterations, console=Console(stderr=True))
+    if output is not None:
+        np.save(output, found.z.numpy())
+    return found
+
+
+def _pair(text: str, names: Mapping[str, Any]) -> tuple[str, str]:
+    """NAME=FILE, or FILE where there is one name."""
+    name, equals, file = text.partition("=")
+    if equals and name in names:
+        return name, file
+    if len(names) == 1:
+        return next(iter(names)), text
+    raise UnrollError(
+        "E404", f"'{text}' does not say what it is", hint=f"NAME=FILE with NAME one of {', '.join(names)}"
+    )

@@ -1,0 +1,257 @@
+"""SymPy scalar formulas -> torch source text, in a stable form: softplus and sigmoid, not quotients of exponentials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, cast
+
+import sympy as sp
+
+from unroll.calculus.torch_text import logcosh, sigmoid, softplus, stable
+from unroll.errors import DeriveError
+
+COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
+"""How tightly Python binds a text; a looser one is put in brackets."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A Python expression. tensor: False for one whose value is a plain number."""
+
+    code: str
+    level: int = POSTFIX
+    tensor: bool = True
+
+    def at(self, level: int) -> str:
+        """The text as an operand of something that binds at `level`."""
+        return self.code if self.level >= level else f"({self.code})"
+
+    def then(self, suffix: str) -> Text:
+        """Attribute, call or index: `x.mT`, `x[..., None]`."""
+        return Text(self.at(POSTFIX) + suffix, POSTFIX, self.tensor)
+
+
+def formula(e: sp.Expr, names: Mapping[sp.Symbol, Text]) -> Text:
+    """Torch text of a SymPy formula, its symbols replaced by `names`. Raises DeriveError E401: no torch form."""
+    return _text(_stable(e), names)
+
+
+def swap(e: sp.Expr, values: Mapping[Any, Any]) -> sp.Expr:
+    """e with symbols replaced, all at once."""
+    return cast(sp.Expr, cast(Any, e).subs(values, simultaneous=True))
+
+
+# --- stable forms -----------------------------------------------------------------------------------------------------
+
+
+def _stable(e: sp.Expr) -> sp.Expr:
+    """log(1 + exp(u)) -> softplus(u), exp(u) / (1 + exp(u)) -> sigmoid(u): no overflow for large u."""
+    powers = cast(Any, e).replace(_is_logistic_power, lambda x: stable(1 / x.base) ** -x.exp)
+    return cast(Any, stable(powers)).replace(lambda x: isinstance(x, sp.Mul) and x.has(sigmoid), _merge_exponentials)
+
+
+def _is_logistic_power(e: sp.Basic) -> bool:
+    """(1 + exp(u)) ** -n, n = 2, 3, ..."""
+    return (
+        isinstance(e, sp.Pow)
+        and e.exp.is_Integer is True
+        and e.exp < -1
+        and isinstance(e.base, sp.Add)
+        and e.base.has(sp.exp)
+    )
+
+
+def _merge_exponentials(e: sp.Expr) -> sp.Expr:
+    """exp(u) * sigmoid(-u) -> sigmoid(u)."""
+    for s in (a for a in e.args for a in (a.base if isinstance(a, sp.Pow) else a,) if isinstance(a, sigmoid)):
+        u = -cast(sp.Expr, s.args[0])
+        if any(isinstance(a, sp.exp) and sp.expand(a.args[0] - u) == 0 for a in e.args):
+            return _merge_exponentials(e / (sp.exp(u) * s) * sigmoid(u))
+    return e
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[type[Any], tuple[str, str]] = {
+    sp.exp: ("torch.exp", "math.exp"),
+    sp.log: ("torch.log", "math.log"),
+    sp.sin: ("torch.sin", "math.sin"),
+    sp.cos: ("torch.cos", "math.cos"),
+    sp.tan: ("torch.tan", "math.tan"),
+    sp.atan: ("torch.atan", "math.atan"),
+    sp.tanh: ("torch.tanh", "math.tanh"),
+    sp.sinh: ("torch.sinh", "math.sinh"),
+    sp.cosh: ("torch.cosh", "math.cosh"),
+    sp.erf: ("torch.erf", "math.erf"),
+    sp.floor: ("torch.floor", "math.floor"),
+    sp.ceiling: ("torch.ceil", "math.ceil"),
+}
+"""SymPy function -> its name for tensors, for plain numbers."""
+TEMPLATES: dict[type[Any], tuple[str, str]] = {
+    **{f: (f"{tensor}({{}})", f"{plain}({{}})") for f, (tensor, plain) in FUNCTIONS.items()},
+    softplus: ("F.softplus({})", "math.log1p(math.exp({}))"),
+    sigmoid: ("torch.sigmoid({})", "(1 / (1 + math.exp(-({}))))"),
+}
+
+
+def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
+    def go(x: sp.Basic) -> Text:
+        return _text(x, names)
+
+    match e:
+        case sp.Symbol():
+            return names[e]
+        case logcosh():
+            u = cast(sp.Expr, e.args[0])
+            return go(u + softplus(-2 * u) - sp.log(2))
+        case sp.Number() | sp.NumberSymbol() | sp.core.numbers.Infinity() | sp.core.numbers.NegativeInfinity():
+            return number(cast(sp.Expr, e))
+        case sp.Add():
+            return _sum([cast(sp.Expr, a) for a in e.as_ordered_terms()], go)
+        case sp.Mul():
+            return _product(e, go)
+        case sp.Pow():
+            return _power(e, go)
+        case sp.Max() | sp.Min():
+            return _extreme("max" if isinstance(e, sp.Max) else "min", [go(a) for a in e.args])
+        case sp.Abs():
+            return _call("abs", go(e.args[0]))
+        case sp.sign():
+            x = go(e.args[0])
+            return (
+                x.then(".sign()") if x.tensor else Text(f"math.copysign(1, {x.code}) * ({x.code} != 0)", PRODUCT, False)
+            )
+        case sp.Heaviside():
+            x = go(e.args[0])
+            return Text(f"(torch.sign({x.code}) + 1) / 2", PRODUCT)
+        case sp.Piecewise():
+            return _piecewise(e, go)
+        case softplus() if (x := go(-cast(sp.Expr, e.args[0]))).tensor:  # F.softplus is only right to 2e-9
+            return Text(f"-F.logsigmoid({x.code})", UNARY)
+        case sp.Rel() | sp.And() | sp.Or() | sp.Not():
+            return _condition(e, go)
+        case _ if type(e) in TEMPLATES:
+            x = go(e.args[0])
+            return Text(TEMPLATES[type(e)][0 if x.tensor else 1].format(x.code), POSTFIX, x.tensor)
+        case _:
+            raise DeriveError("E401", f"no torch form for the function {e.func.__name__} in {e}")
+
+
+def number(e: sp.Expr) -> Text:
+    """A constant as Python text."""
+    if e.is_Integer:
+        return Text(str(e), POSTFIX if e >= 0 else UNARY, False)
+    if e in (sp.oo, -sp.oo):
+        return Text("math.inf" if e == sp.oo else "-math.inf", POSTFIX if e == sp.oo else UNARY, False)
+    if e is sp.pi:
+        return Text("math.pi", POSTFIX, False)
+    short = repr(float(e))
+    if isinstance(e, sp.Rational) and len(short) > 10:
+        return Text(f"{e.p} / {e.q}", PRODUCT, False)
+    return Text(short, POSTFIX if e >= 0 else UNARY, False)
+
+
+Go = Callable[[sp.Basic], Text]
+
+
+def _sum(terms: list[sp.Expr], go: Go) -> Text:
+    ordered = sorted(terms, key=lambda t: (t.could_extract_minus_sign(), t.is_number))
+    parts = [(t.could_extract_minus_sign(), t) for t in ordered]
+    first, *rest = parts
+    texts = [go(first[1])] + [go(-t if minus else t) for minus, t in rest]
+    code = texts[0].at(SUM) + "".join(
+        f" {'-' if minus else '+'} {x.at(PRODUCT)}" for (minus, _), x in zip(rest, texts[1:], strict=True)
+    )
+    return Text(code, SUM, any(x.tensor for x in texts))
+
+
+def _product(e: sp.Expr, go: Go) -> Text:
+    over: list[sp.Expr] = []
+    under: list[sp.Expr] = []
+    coef, body = e.as_coeff_Mul()
+    for f in sp.Mul.make_args(body):
+        down = isinstance(f, sp.Pow) and f.exp.is_Rational and f.exp < 0 and f.exp != sp.Rational(-1, 2)
+        (under if down else over).append(1 / f if down else f)
+    minus = coef.is_negative
+    coef = -coef if minus else coef
+    if isinstance(coef, sp.Rational) and coef.q != 1 and (coef.p == 1 or len(repr(float(coef))) > 10):
+        under.insert(0, sp.Integer(coef.q))
+        coef = sp.Integer(coef.p)
+    if coef != 1 or not over:
+        over.insert(0, coef)
+    texts = [go(f) for f in over]
+    code = " * ".join([texts[0].at(PRODUCT), *(x.at(UNARY) for x in texts[1:])])
+    if under:
+        divisors = [go(f) for f in under]
+        texts += divisors
+        code += " / " + (
+            divisors[0].at(UNARY) if len(under) == 1 else f"({' * '.join(x.at(PRODUCT) for x in divisors)})"
+        )
+    single = len(texts) == 1
+    out = Text(code, texts[0].level if single else PRODUCT, any(x.tensor for x in texts))
+    return Text(f"-{out.at(PRODUCT)}", UNARY if single else PRODUCT, out.tensor) if minus else out
+
+
+def _power(e: sp.Pow, go: Go) -> Text:
+    base, exponent = go(e.base), e.exp
+    if e.base is sp.E:
+        x = go(exponent)
+        return Text(f"{'torch' if x.tensor else 'math'}.exp({x.code})", POSTFIX, x.tensor)
+    half = sp.Rational(1, 2)
+    if exponent == half:
+        return Text(f"torch.sqrt({base.code})") if base.tensor else Text(f"math.sqrt({base.code})", POSTFIX, False)
+    if exponent == -half and base.tensor:
+        return Text(f"torch.rsqrt({base.code})")
+    if exponent == 2 and base.tensor:
+        return base.then(".square()")
+    if exponent.is_Rational and exponent < 0:
+        return Text(f"1 / {go(1 / e).at(UNARY)}", PRODUCT, base.tensor)
+    power = go(exponent)
+    return Text(f"{base.at(POSTFIX)} ** {power.at(POWER)}", POWER, base.tensor or power.tensor)
+
+
+def _extreme(which: str, args: list[Text]) -> Text:
+    """Largest or smallest of several; plain numbers become a clamp."""
+    tensors, plain = [a for a in args if a.tensor], [a for a in args if not a.tensor]
+    bound = plain[0] if len(plain) == 1 else Text(f"{which}({', '.join(a.code for a in plain)})", POSTFIX, False)
+    if not tensors:
+        return bound
+    clamp = ".clamp_min" if which == "max" else ".clamp_max"
+    pick = f"torch.{which}imum"
+    out = reduce(lambda a, b: Text(f"{pick}({a.code}, {b.code})"), tensors)
+    return out.then(f"{clamp}({bound.code})") if plain else out
+
+
+def _call(name: str, x: Text) -> Text:
+    return x.then(f".{name}()") if x.tensor else Text(f"{name}({x.code})", POSTFIX, False)
+
+
+def _piecewise(e: sp.Basic, go: Go) -> Text:
+    cases = [cast(sp.Tuple, c) for c in e.args]
+    if cases[-1].args[1] != sp.true:
+        raise DeriveError("E401", f"a formula by cases must end in one that always holds: {e}")
+    out = go(cases[-1].args[0])
+    for case in reversed(cases[:-1]):
+        value, condition = go(case.args[0]), go(case.args[1])
+        if condition.tensor and not (value.tensor or out.tensor):  # two plain numbers: kept in double precision
+            out = Text(f"{out.at(SUM)} + ({condition.code}) * ({value.code} - {out.at(PRODUCT)})", SUM)
+        elif condition.tensor:
+            out = Text(f"torch.where({condition.code}, {value.code}, {out.code})")
+        else:
+            out = Text(f"({value.code} if {condition.code} else {out.code})", POSTFIX, value.tensor or out.tensor)
+    return out
+
+
+def _condition(e: sp.Basic, go: Go) -> Text:
+    if isinstance(e, sp.Rel):
+        a, b = go(e.lhs), go(e.rhs)
+        op = {"Equality": "==", "Unequality": "!="}.get(type(e).__name__, cast(Any, e).rel_op)
+        return Text(f"{a.at(SUM)} {op} {b.at(SUM)}", COMPARE, a.tensor or b.tensor)
+    parts = [go(a) for a in e.args]
+    tensor = any(p.tensor for p in parts)
+    if isinstance(e, sp.Not):
+        return Text(f"{'~' if tensor else 'not '}({parts[0].code})", UNARY if tensor else COMPARE, tensor)
+    word = ("&" if isinstance(e, sp.And) else "|") if tensor else ("and" if isinstance(e, sp.And) else "or")
+    return Text(f" {word} ".join(f"({p.code})" for p in parts), COMPARE, tensor)

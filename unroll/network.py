@@ -1,0 +1,445 @@
+"""Program -> nn.Module: the emitted class, loaded so that tracebacks show its text, with the problem it came from.
+
+net(x, z=z0)               the answer; (..., m) -> (..., n)
+net.trace(x)               every iterate, and every term of the objective at every iterate
+net.objective(x, z=z)      the terms of the objective, per sample
+net.save(folder)           spec.yaml, weights.safetensors, the source: no pickle
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import linecache
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unroll.emit import Program, stored_axes, term_source
+from unroll.errors import UnrollError, did_you_mean
+from unroll.formula import swap
+from unroll.problem import Problem
+from unroll.step import Learned
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+VERSION = "1"
+"""Of the layout of a saved folder."""
+SPEC, WEIGHTS, SOURCE = "spec.yaml", "weights.safetensors", "network.py"
+
+
+class Written(Protocol):
+    """What a network keeps of the spec it came from."""
+
+    @property
+    def sha256(self) -> str: ...
+    def to_yaml(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """iterates[z]: layers + 1 tensors, the start first.  terms[name]: (layers + 1, ...), worked out when asked for."""
+
+    iterates: dict[str, list[Tensor]]
+    evaluate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = field(repr=False)
+
+    @cached_property
+    def terms(self) -> dict[str, Tensor]:
+        depth = len(next(iter(self.iterates.values())))
+        values = [self.evaluate({name: found[k] for name, found in self.iterates.items()}) for k in range(depth)]
+        return {name: torch.stack([v[name] for v in values]) for name in values[0]}
+
+
+class Network(nn.Module):
+    """An emitted module and what it stands for. Made by `network`, which mixes this class with the emitted one.
+
+    layers, spec, derivation, program: what it was made from.  drawn: parameters that no value was given for, drawn from the seed.
+    """
+
+    layers: int
+    program: Program
+    spec: Written | None
+    derivation: Any
+    numbers: dict[str, float]
+    takes: dict[str, tuple[str, tuple[int | None, ...], bool]]
+    """Inputs, then variables: the word in the text, the sizes of the last axes, whether it must be given."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.program.problem.inputs)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.program.step.output)
+
+    @property
+    def source(self) -> str:
+        """The Python text of the module."""
+        return self.program.source
+
+    @property
+    def graph(self) -> nx.DiGraph[int]:
+        """Tensor operations of one layer and of what goes before it."""
+        return self.program.graph.digraph
+
+    @property
+    def learned(self) -> tuple[Learned, ...]:
+        names = {
+            self.program.words["learned", p.name]: p
+            for p in self.program.step.learned
+            if ("learned", p.name) in self.program.words
+        }
+        return tuple(names[name] for name, _ in self.named_parameters())
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Values of the problem's parameters, in the network's type and place."""
+        held = cast(nn.Module, self._modules["_given"])
+        return {s.name: held.get_buffer(f"p{i}") for i, s in enumerate(self.program.problem.parameters)}
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return dict(self.numbers)
+
+    def forward(self, *args: Tensor, **start: Any) -> Any:
+        """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406."""
+        given = self._bind(args, start)
+        return super().forward(**given)
+
+    def trace(self, *args: Tensor, **start: Any) -> Trace:
+        """Run, and keep every iterate."""
+        given = self._bind(args, start)
+        found: list[Any] = []
+        super().forward(**given, trace=found)
+        rows = [r if isinstance(r, tuple) else (r,) for r in found]
+        iterates = {name: [r[i] for r in rows] for i, name in enumerate(self.variables)}
+        inputs = {name: given[self.program.words["symbol", name]] for name in self.inputs}
+        return Trace(iterates, lambda values: self._terms({**inputs, **values}))
+
+    def objective(self, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
+        """Every term of the objective, and "total": (...) values, one per sample."""
+        named = {**self._by_name(args), **values}
+        problem = self.program.problem
+        for s in (*problem.inputs, *problem.variables):
+            if s.name not in named:
+                raise UnrollError("E404", f"the objective needs a value for '{s.name}'")
+            self._check(s.name, named[s.name])
+        self._refuse_unknown(named)
+        return self._terms(named)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write spec, weights and source into a folder, each file whole or not at all."""
+        if self.spec is None:
+            raise UnrollError("E405", "a network without a spec cannot be saved; its source and state_dict can")
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {f"network.{k}": v for k, v in self.state_dict().items()} | {
+            f"given.{k}": v for k, v in self.given.items()
+        }
+        record = {
+            "version": VERSION,
+            "sha256": self.spec.sha256,
+            "dims": json.dumps(self.program.dims),
+            "scalars": json.dumps(self.numbers),
+        }
+        with TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                Path(fresh) / WEIGHTS,
+                metadata=record,
+            )
+            (Path(fresh) / SPEC).write_text(self.spec.to_yaml(), encoding="utf-8")
+            (Path(fresh) / SOURCE).write_text(self.source, encoding="utf-8")
+            for name in (SOURCE, SPEC, WEIGHTS):
+                os.replace(Path(fresh) / name, target / name)
+        return target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.spec is None:
+            raise UnrollError("E405", "a network without a spec cannot be pickled; its source and state_dict can")
+        return _rebuild, (
+            self.spec.to_yaml(),
+            self.program.dims,
+            self.given,
+            self.numbers,
+            self.state_dict(),
+            self.training,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        shared = ("program", "spec", "derivation")
+        new.__dict__ = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        return new
+
+    # Arguments.
+
+    def _by_name(self, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        if len(args) > len(self.inputs):
+            raise UnrollError(
+                "E404",
+                f"{len(args)} inputs were given, this network takes {len(self.inputs)}: {', '.join(self.inputs)}",
+            )
+        return dict(zip(self.inputs, args, strict=False))
+
+    def _bind(self, args: tuple[Tensor, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the emitted forward."""
+        out: dict[str, Any] = {}
+        if "layers" in named and "layers" not in self.takes:
+            out["layers"] = self._depth(named.pop("layers"))
+        if args:
+            named |= self._by_name(args)
+        for name, (word, sizes, needed) in self.takes.items():
+            value = named.pop(name, None)
+            if value is not None:
+                if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
+                    self._check(name, value)
+                out[word] = value
+            elif needed:
+                raise UnrollError("E404", f"the input '{name}' is missing")
+        if named:
+            self._refuse_unknown(named)
+        return out
+
+    def _depth(self, layers: int | None) -> int | None:
+        if layers is not None and not self.program.any_depth:
+            own = f"this network has parameters of its own in each of its {self.layers} layers: its depth is fixed"
+            raise UnrollError("E406", own)
+        return layers
+
+    def _refuse_unknown(self, named: Mapping[str, Any]) -> None:
+        for name in named:
+            if name not in self.takes:
+                hint = did_you_mean(name, self.takes)
+                raise UnrollError("E404", f"'{name}' is neither an input nor a variable", hint=hint)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        """The last axes are those declared; axes before them are batch axes. Raises UnrollError E404."""
+        symbol = self.program.problem.symbols[name]
+        sizes, axes = self.program.tensor_sizes(symbol), self.program.axes(symbol)
+        shape = tuple(value.shape)
+        last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
+        if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
+            want = ", ".join(["...", *map(_axis, axes, sizes)])
+            hint = "batch axes come first, then the axes of the spec"
+            raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=hint)
+
+    def terms_of(self, problem: Problem) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
+        return self._evaluator(problem, term_source(problem, self.program.dims))
+
+    def _terms(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        terms = self._evaluator(self.program.problem, self.program.objective_source)(named)
+        return {**terms, "total": sum(terms.values())}  # type: ignore[dict-item]
+
+    def _evaluator(self, problem: Problem, source: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        order = [*problem.variables, *problem.inputs, *problem.parameters]
+        evaluate = load(source, f"objective of {problem.name}")["objective"]
+
+        def run(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values: dict[str, Any] = {**named, **self.given, **self.numbers}
+            return evaluate(*(values[s.name] for s in order), *(values[s.name] for s in problem.scalars))
+
+        return run
+
+
+def _axis(name: str, size: int | None) -> str:
+    return name if size is None or str(size) == name else f"{name} = {size}"
+
+
+# --- making one -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load(source: str, title: str) -> dict[str, Any]:
+    """Run emitted text and return its names; tracebacks show its lines."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    file = f"<unroll {title} {digest}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    module = sys.modules[f"unroll_emitted_{digest}"] = ModuleType(
+        f"unroll_emitted_{digest}"
+    )  # torch.compile looks it up
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module.__dict__
+
+
+@cache
+def _mixed(source: str, name: str) -> type[Network]:
+    emitted = load(source, name)[name]
+    return cast(type[Network], type(name, (Network, emitted), {"__doc__": emitted.__doc__, "__module__": __name__}))
+
+
+def network(
+    program: Program,
+    given: Mapping[str, Tensor],
+    scalars: Mapping[str, float] | None = None,
+    *,
+    spec: Written | None = None,
+    derivation: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Network:
+    """A network set to the algorithm itself.
+
+    given: a tensor for every parameter of the problem, as declared.  scalars: values in the place of defaults.
+    Raises UnrollError E402 (no value), E403 (a start value that its constraint excludes), E404 (shape).
+    """
+    problem = program.problem
+    numbers = _numbers(program, scalars or {})
+    made = _mixed(program.source, program.class_name)
+    net = made.__new__(made)
+    cast(Any, super(Network, net)).__init__(**program.init_arguments)
+    net.layers, net.program, net.numbers = program.layers, program, numbers
+    net.spec, net.derivation = spec, derivation
+    net.takes = _arguments(program)
+    _hold(net, given)
+    net.to(dtype=dtype or torch.get_default_dtype(), device=device)
+    exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
+    wanted = program.initialise_arguments
+    cast(Any, net).initialise(**{program.words["symbol", n]: exact[n] if n in exact else numbers[n] for n in wanted})
+    for name, p in net.named_parameters():
+        if not p.isfinite().all():
+            raise UnrollError(
+                "E403",
+                f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
+            )
+    for name, b in net.named_buffers():
+        if b.is_floating_point() and not b.isfinite().all():
+            raise UnrollError(
+                "E403",
+                f"'{name}' is not finite for the parameters given",
+                hint="a matrix of zeros has the Lipschitz constant 0, and 1/0 is no step size",
+            )
+    return net
+
+
+def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...], bool]]:
+    problem, words, sizes = program.problem, program.words, program.tensor_sizes
+    ins = {s.name: (words["symbol", s.name], sizes(s), True) for s in problem.inputs}
+    return ins | {s.name: (words["symbol", s.name], sizes(s), False) for s in problem.variables}
+
+
+def _numbers(program: Program, scalars: Mapping[str, float]) -> dict[str, float]:
+    known = {s.name: default for s, default in program.problem.scalars.items()}
+    positive = {s.name for s in program.problem.scalars if s.is_positive}
+    for name, value in scalars.items():
+        if name not in known:
+            raise UnrollError("E402", f"'{name}' is not a scalar of this problem", hint=did_you_mean(name, known))
+        if name in positive and not value > 0:
+            raise UnrollError("E403", f"'{name}' is declared positive, {float(value):g} is not", hint="what was derived relies on its sign")
+    out: dict[str, float] = {}
+    for name, default in known.items():
+        if name not in scalars and default is None:
+            raise UnrollError("E402", f"the scalar '{name}' has no value", hint=f"give it: scalars={{'{name}': ...}}")
+        out[name] = float(scalars[name] if name in scalars else cast(Any, default))
+    return out
+
+
+def _hold(net: Network, given: Mapping[str, Tensor]) -> None:
+    """Keep the parameters of the problem for the objective: moved with the network, not part of its state."""
+    known = [s.name for s in net.program.problem.parameters]
+    for name in given:
+        if name not in known:
+            raise UnrollError("E402", f"'{name}' is not a parameter of this problem", hint=did_you_mean(name, known))
+    held = nn.Module()
+    for i, s in enumerate(net.program.problem.parameters):
+        if s.name not in given:
+            raise UnrollError(
+                "E402", f"the parameter '{s.name}' has no value", hint=f"give it: parameters={{'{s.name}': ...}}"
+            )
+        sizes = net.program.tensor_sizes(s)
+        if tuple(given[s.name].shape) != sizes:
+            want = ", ".join(map(_axis, net.program.axes(s), sizes))
+            raise UnrollError("E404", f"{s.name} has shape {tuple(given[s.name].shape)}, expected ({want})")
+        held.register_buffer(f"p{i}", given[s.name].detach().clone(), persistent=False)
+    net.add_module("_given", held)
+
+
+def restore(folder: str | os.PathLike[str]) -> Network:
+    """The network that `save` wrote. Raises UnrollError E405 for a folder that is not one."""
+    import unroll
+
+    place = Path(folder)
+    for name in (SPEC, WEIGHTS):
+        if not (place / name).is_file():
+            raise UnrollError("E405", f"{place} holds no {name}: it is not a saved network")
+    with safe_open(place / WEIGHTS, framework="pt") as file:
+        record = cast(dict[str, str], file.metadata() or {})
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if record.get("version") != VERSION:
+        raise UnrollError("E405", f"{place / WEIGHTS} was written by another version of unroll")
+    state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    given = {k.removeprefix("given."): v for k, v in tensors.items() if k.startswith("given.")}
+    compile_ = cast(Callable[..., Network], unroll.compile)
+    text = (place / SPEC).read_text(encoding="utf-8")
+    net = compile_(
+        text,
+        dims=json.loads(record["dims"]),
+        parameters=given,
+        scalars=json.loads(record["scalars"]),
+        dtype=_dtype(state, given),
+    )
+    if net.spec is None or net.spec.sha256 != record["sha256"]:
+        raise UnrollError("E405", f"{place / SPEC} is not the spec that these weights belong to")
+    net.load_state_dict(state)
+    return net
+
+
+def _dtype(*tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    return next((t.dtype for d in tensors for t in d.values() if t.is_floating_point()), None)
+
+
+def _rebuild(
+    spec: str,
+    dims: dict[str, int],
+    given: dict[str, Tensor],
+    scalars: dict[str, float],
+    state: dict[str, Tensor],
+    training: bool,
+) -> Network:
+    import unroll
+
+    compile_ = cast(Callable[..., Network], unroll.compile)
+    net = compile_(spec, dims=dims, parameters=given, scalars=scalars, dtype=_dtype(state, given))
+    net.load_state_dict(state)
+    return net.train(training)
+
+
+def draw(problem: Problem, dims: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Random values for the parameters of a problem: Gaussian with variance 1/rows, then made what was declared.
+
+    Float64. `orthonormal` gives M M' = I, or M' M = I for a tall M.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {d: dims[d.name] for d in problem.dims if d.name in dims}
+    out: dict[str, Tensor] = {}
+    for s in problem.parameters:
+        shape = [int(swap(n, sizes)) for n in stored_axes(s)]
+        value = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if s.rank == 2:
+            value = value / shape[-2] ** 0.5
+        if "orthonormal" in s.props:
+            left, _, right = torch.linalg.svd(value, full_matrices=False)
+            value = left @ right
+        if "unit_columns" in s.props:
+            value = nn.functional.normalize(value, dim=-2)
+        if "symmetric" in s.props:
+            value = (value + value.mT) / 2
+        if "positive" in s.props:
+            value = value.abs()
+        out[s.name] = value
+    return out

@@ -1,0 +1,630 @@
+"""Tensor operations: what a graph is made of.
+
+A `Node` has a mathematical shape (rows, cols), like every expression, and a place where it is stored:
+
+    with batch axes      (*, families, cols, rows)      a column (*, families, rows)
+    without              (families, rows, cols)         a column (families, rows)
+
+An axis of size 1 is not stored, so a column and the row that is its transpose are one tensor, and a matrix and its
+transpose differ by `.mT` only. A `Ref` is a node or its transpose. Operations are an open set: one record each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+from typing import Any, Protocol
+
+import sympy as sp
+
+from unroll.expr import ONE, Shape, broadcast, slot
+from unroll.formula import POWER, PRODUCT, SUM, UNARY, Text, formula, number
+
+Tags = tuple[str, ...]
+"""Stored axes in order: "*" all batch axes, "r" rows, "c" columns, anything else the index of a family."""
+
+
+class Stage(IntEnum):
+    """When a value is known. Setup: from problem parameters alone. Prologue: once per call. Body: per layer."""
+
+    CONSTANT = 0
+    SETUP = 1
+    PROLOGUE = 2
+    BODY = 3
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A node, or its transpose."""
+
+    node: int
+    flip: bool = False
+
+    @property
+    def T(self) -> Ref:
+        return Ref(self.node, not self.flip)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One tensor operation. families: (index, size) of every free family index. plain: a Python number."""
+
+    op: str
+    inputs: tuple[Ref, ...]
+    attrs: tuple[Any, ...]
+    shape: Shape
+    batched: bool = False
+    families: tuple[tuple[str, sp.Expr], ...] = ()
+    stage: Stage = Stage.CONSTANT
+    plain: bool = False
+    symmetric: bool = False
+
+    @property
+    def tags(self) -> Tags:
+        """Stored axes."""
+        rows = () if self.shape[0] == 1 else ("r",)
+        cols = () if self.shape[1] == 1 else ("c",)
+        matrix = cols + rows if self.batched else rows + cols
+        return (("*",) if self.batched else ()) + tuple(k for k, _ in self.families) + matrix
+
+
+class Nodes(Protocol):
+    def __getitem__(self, i: int, /) -> Node: ...
+
+
+@dataclass(frozen=True)
+class View:
+    """A ref with its node: the operand of an operation."""
+
+    node: Node
+    flip: bool
+
+    @property
+    def shape(self) -> Shape:
+        rows, cols = self.node.shape
+        return (cols, rows) if self.flip else (rows, cols)
+
+    @property
+    def tags(self) -> Tags:
+        turn = {"r": "c", "c": "r"} if self.flip else {}
+        return tuple(turn.get(t, t) for t in self.node.tags)
+
+
+@dataclass(frozen=True)
+class Operand(View):
+    """A view with its text."""
+
+    text: Text
+
+    def ordered(self, order: str) -> Text:
+        """The text with its two matrix axes in this order, "rc" or "cr" """
+        both = "r" in self.tags and "c" in self.tags
+        stored = "".join(t for t in self.tags if t in "rc")
+        return self.text.then(".mT") if both and stored != order and not self.node.symmetric else self.text
+
+    def aligned(self, tags: Tags) -> Text:
+        """The text with axes of size 1 where it lacks one of `tags`, so that it broadcasts against them."""
+        text = self.ordered("".join(t for t in tags if t in ("r", "c")) or "rc") if len(self.tags) > 1 else self.text
+        if self.node.plain or not self.tags:
+            return text
+        own = [t for t in tags if t in self.tags]
+        inner = tags[tags.index(own[0]) + 1 :] if own else ()
+        parts = [":" if t in self.tags else "None" for t in inner]
+        if "None" not in parts:
+            return text
+        while parts and parts[0] == ":" and own[0] == "*":
+            parts.pop(0)
+        return text.then(f"[{', '.join(['...' if own[0] == '*' else ':', *parts])}]")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the text of an operation may need besides its operands."""
+
+    size: Callable[[sp.Expr], str]
+    like: str  # a tensor whose dtype and device new ones take
+    function: Callable[[Any], str]  # name of a record's function in the module
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kind of tensor operation.
+
+    axes(inputs, attrs) -> shape.  text(out, operands, context) -> Python.  cost(out, inputs, sizes) -> floating-point
+    operations of one sample.  helpers: module-level functions that the text calls.
+    """
+
+    name: str
+    axes: Callable[[Sequence[View], tuple[Any, ...]], Shape]
+    text: Callable[[Node, Sequence[Operand], Context], Text]
+    cost: Callable[[Node, Sequence[View], Callable[[sp.Expr], int]], int]
+    helpers: tuple[str, ...] = ()
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+Sizes = Callable[[sp.Expr], int]
+
+
+def entries(v: Node | View, size: Sizes) -> int:
+    node = v.node if isinstance(v, View) else v
+    return size(node.shape[0]) * size(node.shape[1]) * prod(size(n) for _, n in node.families)
+
+
+def _pointwise(out: Node, args: Sequence[View], size: Sizes) -> int:
+    return max((entries(a, size) for a in (out, *args)), default=1)
+
+
+def _free(out: Node, args: Sequence[View], size: Sizes) -> int:
+    return 0
+
+
+def _product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    """2 m k n per product, left to right."""
+    parts = args[1:] if out.op == "product" else args
+    families = {k: size(n) for a in parts for k, n in a.node.families}
+    rows, total = size(parts[0].shape[0]), 0
+    for b in parts[1:]:
+        total += 2 * rows * size(b.shape[0]) * size(b.shape[1])
+    return total * prod(families.values())
+
+
+def _cubic(out: Node, args: Sequence[View], size: Sizes) -> int:
+    n = size(args[0].shape[0])
+    return n**2 * max(n, entries(out, size) // max(n, 1)) * prod(size(k) for _, k in out.families)
+
+
+# --- axes -------------------------------------------------------------------------------------------------------------
+
+
+def _same(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return args[0].shape
+
+
+def _broadcast(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return broadcast(*(a.shape for a in args)) if args else (ONE, ONE)
+
+
+def _given(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return attrs[-2], attrs[-1]
+
+
+def _to_scalar(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return ONE, ONE
+
+
+def _along(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0].shape
+    return (ONE if attrs[0] in (None, 0) else rows, ONE if attrs[0] in (None, 1) else cols)
+
+
+def _product_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return args[0].shape[0], args[-1].shape[1]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _map_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """Elementwise formula attrs[0] in slots."""
+    return formula(attrs_formula(out), {slot(i): a.aligned(out.tags) for i, a in enumerate(args)})
+
+
+def attrs_formula(node: Node) -> sp.Expr:
+    return node.attrs[0]
+
+
+def _add_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs[0]: the numbers in front of the terms."""
+    parts = sorted(zip(out.attrs[0], args, strict=True), key=lambda p: bool(p[0] < 0))
+    texts: list[str] = []
+    for i, (coef, arg) in enumerate(parts):
+        text, minus = arg.aligned(out.tags), coef < 0
+        size = abs(coef)
+        body = Text(f"{number(size).at(PRODUCT)} * {text.at(UNARY)}", PRODUCT) if size != 1 else text
+        if i:
+            texts.append(f" {'-' if minus else '+'} {body.at(PRODUCT)}")
+        else:
+            texts.append(f"-{body.at(UNARY)}" if minus else body.at(SUM))
+    return Text("".join(texts), SUM, not out.plain)
+
+
+def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """a @ b. With batch axes the stored tensors are transposed, so the product is b.T @ a.T."""
+    a, b = args
+    if a.node.families or b.node.families or a.shape[1] == 1:
+        return einsum(out, a, b)
+    if not out.batched:
+        return _at(a.ordered("rc"), b.ordered("rc"))
+    thin_a, thin_b = a.shape[0] == 1, b.shape[1] == 1
+    match a.node.batched, b.node.batched:
+        case True, True if thin_a and thin_b:
+            return Text(f"torch.linalg.vecdot({a.text.code}, {b.text.code})")
+        case True, True if thin_b:
+            return _at(b.text.then("[..., None, :]"), a.ordered("cr")).then(".squeeze(-2)")
+        case True, True if thin_a:
+            return _at(b.ordered("cr"), a.text.then("[..., None]")).then(".squeeze(-1)")
+        case True, False if thin_a:
+            return _at(a.text, b.ordered("rc"))
+        case _:
+            return _at(b.ordered("cr"), a.ordered("cr"))
+
+
+def _at(a: Text, b: Text) -> Text:
+    return Text(f"{a.at(PRODUCT)} @ {b.at(UNARY)}", PRODUCT)
+
+
+def einsum(out: Node, a: Operand, b: Operand) -> Text:
+    """The general contraction, one letter per axis; an index missing from the result is summed over."""
+    turns = ({"r": "i", "c": "k"}, {"r": "k", "c": "j"}, {"r": "i", "c": "j"})
+    families = list(dict.fromkeys(k for x in (a, b) for k, _ in x.node.families))
+    letters = dict(zip(families, "hgfedcba", strict=False))
+
+    def word(tags: Tags, turn: Mapping[str, str]) -> str:
+        return "".join("..." if t == "*" else turn.get(t) or letters[t] for t in tags)
+
+    spec = f"{word(a.tags, turns[0])},{word(b.tags, turns[1])}->{word(out.tags, turns[2])}"
+    return Text(f'torch.einsum("{spec}", {a.text.code}, {b.text.code})')
+
+
+def _scale_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    coef, x = (a.aligned(out.tags) for a in args)
+    return Text(f"{coef.at(PRODUCT)} * {x.at(UNARY)}", PRODUCT, not out.plain)
+
+
+def _prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"{c.function(out.attrs[0])}({', '.join(a.aligned(out.tags).code for a in args)})")
+
+
+def _axis(x: View, tag: str) -> int:
+    """Position of an axis, counted from the end."""
+    return x.tags.index(tag) - len(x.tags)
+
+
+def _over(out: Node, x: Operand) -> str:
+    """The axes that a reduction removes, as an argument."""
+    axes = tuple(_axis(x, t) for t in x.tags if t in "rc" and t not in out.tags)
+    return str(axes[0]) if len(axes) == 1 else str(axes)
+
+
+def _reduction(method: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        (x,) = args
+        return x.text if x.tags == out.tags else x.text.then(f".{method}({_over(out, x)})")
+
+    return text
+
+
+def _softmax_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return args[0].text.then(f".softmax({_axis(args[0], 'rc'[out.attrs[0]])})")
+
+
+def _family_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return args[0].text.then(f".sum({_axis(args[0], out.attrs[0])})")
+
+
+def _call(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """A function of square or orientation-free matrices, stored as they are."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        return Text(f"{name}({', '.join(a.text.code for a in args)})")
+
+    return text
+
+
+def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """inv(S) @ B for the factor or matrix args[0] and B = args[1]."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        s, b = args
+        lead = tuple(t for t in out.tags if t not in ("r", "c"))
+        side = b.aligned((*lead, *(t for t in ("r", "c") if t in b.tags))) if lead else b.ordered("rc")
+        column = out.shape[1] == 1
+        side = side.then("[..., None]") if column else side
+        call = Text(f"{name}({s.aligned((*lead, 'r', 'c')).code}, {side.code})")
+        return call.then(".squeeze(-1)") if column else call.then(".mT") if out.batched else call
+
+    return text
+
+
+def _spectral_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """A function of singular values: attrs[0] is the profile in slot(0), further operands are its scalars."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        x, *scalars = args
+        names = {slot(0): Text("s"), **{slot(i + 1): a.text for i, a in enumerate(scalars)}}
+        return Text(f"{name}({x.text.code}, lambda s: {formula(attrs_formula(out), names).code})")
+
+    return text
+
+
+def _difference_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    axis, adjoint = _axis(x, "r"), out.attrs[1]
+    if not adjoint:
+        return x.text.then(f".diff(dim={axis})")
+    before, after = ("0, 0, 1, 0", "0, 0, 0, 1") if axis == -2 else ("1, 0", "0, 1")
+    return Text(f"F.pad({x.text.code}, ({before})) - F.pad({x.text.code}, ({after}))", SUM)
+
+
+def _eye_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"torch.eye({c.size(out.shape[0])}, dtype={c.like}.dtype, device={c.like}.device)")
+
+
+def _full_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    sizes = ", ".join(c.size(n) for n in out.shape if n != 1)
+    kind = "zeros" if out.attrs[0] == 0 else "ones"
+    return Text(f"{c.like}.new_{kind}({sizes or '()'})")
+
+
+def _diag_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"torch.diag_embed({args[0].text.code})")
+
+
+def _diagonal_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return args[0].text.then(".diagonal(dim1=-2, dim2=-1)")
+
+
+def _trace_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return args[0].text.then(".diagonal(dim1=-2, dim2=-1).sum(-1)")
+
+
+def _trace_product_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """trace(A @ B) = sum of A * B.T."""
+    a, b = args
+    letters = ({"r": "i", "c": "j"}, {"r": "j", "c": "i"})
+    families = dict(zip(dict.fromkeys(k for x in (a, b) for k, _ in x.node.families), "hgfedcba", strict=False))
+    words = [
+        "".join("..." if t == "*" else m.get(t) or families[t] for t in x.tags)
+        for x, m in zip(args, letters, strict=True)
+    ]
+    result = "".join("..." if t == "*" else families[t] for t in out.tags)
+    return Text(f'torch.einsum("{words[0]},{words[1]}->{result}", {a.text.code}, {b.text.code})')
+
+
+def _leaf_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    raise AssertionError("leaves are named by whoever prints the graph")
+
+
+def _number_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return number(out.attrs[0])
+
+
+WHOLE = ("ball1", "ball2", "sparse")
+"""Sets that take a matrix as one long vector; the others take each column, or the matrix."""
+
+
+def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:
+    """The nearest point of a set, the last axis along the columns of x."""
+    x, *params = args
+    code = x.ordered("cr")
+    bounds = ["" if p.node.op == "number" and p.node.attrs[0].is_infinite else p.aligned(x.tags).code for p in params]
+    match name:
+        case "nonneg":
+            return code.then(".clamp_min(0)")
+        case "box":
+            return code.then("".join(f".clamp_{m}({b})" for m, b in zip(("min", "max"), bounds, strict=True) if b))
+        case "ball_inf":
+            return code.then(f".clamp_min(-{params[0].text.at(POWER)}).clamp_max({bounds[0]})")
+        case "orthogonal":
+            name = "stiefel"
+        case _:
+            pass
+    if name in WHOLE and len([t for t in x.tags if t in "rc"]) == 2:
+        call = Text(f"project_{name}({', '.join([code.then('.flatten(-2)').code, *bounds])})")
+        return call.then(f".unflatten(-1, {code.then('.shape[-2:]').code})")
+    return Text(f"project_{name}({', '.join([code.code, *bounds])})")
+
+
+def _project_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    text = _nearest(out, args, out.attrs[0])
+    return text if out.batched or len(out.tags) < 2 else text.then(".mT")
+
+
+def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """0 within rounding of the set, infinite outside: a point of the set is its own nearest point."""
+    x = args[0]
+    axes = tuple(range(-len([t for t in x.tags if t in "rc"]), 0))
+    if out.attrs[0] == "affine":  # operands: A @ x and b
+        return Text(f"indicator({x.text.code}, {args[1].aligned(x.tags).code}, {axes})")
+    return Text(f"indicator({x.ordered('cr').code}, {_nearest(out, args, out.attrs[0]).code}, {axes})")
+
+
+def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    x, *scalars = args
+    arguments = ", ".join(["s", *(a.text.code for a in scalars)])
+    return Text(f"spectral_map({x.text.code}, lambda s: {c.function(out.attrs[0])}({arguments}))")
+
+
+def helpers_of(node: Node) -> tuple[str, ...]:
+    """Module-level functions that the text of a node calls."""
+    if node.op in ("project", "indicator"):
+        name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
+        return (*BY_NAME[node.op].helpers, *((f"project_{name}",) if f"project_{name}" in HELPERS else ()))
+    return BY_NAME[node.op].helpers
+
+
+LEAVES = ("given", "scalar", "learned", "input", "start", "state", "counter", "layer", "dim")
+"""What a graph reads: attrs are (name, rows, cols)."""
+
+OPERATIONS: tuple[Operation, ...] = (
+    *(Operation(name, _given, _leaf_text, _free) for name in LEAVES),
+    Operation("number", _to_scalar, _number_text, _free),
+    Operation("eye", _given, _eye_text, _free),
+    Operation("full", _given, _full_text, _free),
+    Operation("map", _broadcast, _map_text, _pointwise),
+    Operation("add", _broadcast, _add_text, _pointwise),
+    Operation("scale", lambda args, attrs: broadcast(args[0].shape, args[1].shape), _scale_text, _pointwise),
+    Operation("product", lambda args, attrs: _product_axes(args[1:], attrs), _leaf_text, _product_cost),
+    Operation("matmul", _product_axes, _matmul_text, _product_cost),
+    Operation("contract", _product_axes, lambda out, args, c: einsum(out, args[0], args[1]), _product_cost),
+    Operation("prox", _broadcast, _prox_text, _pointwise),
+    Operation("detach", _same, lambda out, args, c: args[0].text.then(".detach()"), _free),
+    Operation("sum", _along, _reduction("sum"), _pointwise),
+    Operation("logsumexp", _along, _reduction("logsumexp"), _pointwise),
+    Operation("max", _along, _reduction("amax"), _pointwise),
+    Operation("softmax", _same, _softmax_text, _pointwise),
+    Operation("family_sum", _same, _family_sum_text, _pointwise),
+    Operation("diag", lambda args, attrs: (args[0].shape[0], args[0].shape[0]), _diag_text, _pointwise),
+    Operation("diagonal", lambda args, attrs: (args[0].shape[0], ONE), _diagonal_text, _pointwise),
+    Operation("trace", _to_scalar, _trace_text, _pointwise),
+    Operation("trace_product", _to_scalar, _trace_product_text, _pointwise),
+    Operation("inverse", _same, _call("inverse"), _cubic, ("inverse",)),
+    Operation("cholesky", _same, _call("cholesky"), _cubic, ("cholesky",)),
+    Operation("solve", lambda args, attrs: args[1].shape, _solve_text("solve"), _cubic, ("solve",)),
+    Operation(
+        "cholesky_solve", lambda args, attrs: args[1].shape, _solve_text("cholesky_solve"), _cubic, ("cholesky_solve",)
+    ),
+    Operation("logdet_cholesky", _to_scalar, _call("logdet_cholesky"), _pointwise, ("logdet_cholesky",)),
+    Operation("spectral_norm", _to_scalar, _call("spectral_norm"), _cubic, ("spectral_norm",)),
+    Operation("spectral_sum", _to_scalar, _spectral_text("spectral_sum"), _cubic, ("spectral_sum",)),
+    Operation(
+        "spectral_map", lambda args, attrs: args[0].shape, _spectral_text("spectral_map"), _cubic, ("spectral_map",)
+    ),
+    Operation(
+        "difference",
+        lambda args, attrs: (args[0].shape[0] + (1 if attrs[1] else -1), args[0].shape[1]),
+        _difference_text,
+        _pointwise,
+    ),
+    Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
+    Operation("project", _same, _project_text, _pointwise),
+    Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
+)
+BY_NAME = {op.name: op for op in OPERATIONS}
+
+
+# --- helpers: functions that emitted text calls -----------------------------------------------------------------------
+
+_EXACT = '''def exact(f):
+    """Linear algebra in float32 or better, under autocast too."""
+
+    @functools.wraps(f)
+    def run(*args):
+        x = next(a for a in args if isinstance(a, torch.Tensor))
+        low = (torch.float16, torch.bfloat16)
+        wide = [a.float() if isinstance(a, torch.Tensor) and a.dtype in low else a for a in args]
+        with torch.autocast(x.device.type, enabled=False):
+            return f(*wide).to(x.dtype)
+
+    return run
+'''
+
+
+@dataclass(frozen=True)
+class Helper:
+    """Source text of a function, and the helpers it calls."""
+
+    source: str
+    needs: tuple[str, ...] = ()
+
+
+def _exact(name: str, args: str, doc: str, body: str) -> Helper:
+    lines = body.replace("\n", "\n    ")
+    return Helper(f'@exact\ndef {name}({args}):\n    """{doc}"""\n    {lines}\n', ("exact",))
+
+
+HELPERS: dict[str, Helper] = {
+    "exact": Helper(_EXACT),
+    "inverse": _exact("inverse", "m", "inv(m).", "return torch.linalg.inv(m)"),
+    "cholesky": _exact(
+        "cholesky", "s", "Lower L with L L' = s, s symmetric positive definite.", "return torch.linalg.cholesky(s)"
+    ),
+    "solve": _exact("solve", "m, b", "inv(m) b.", "return torch.linalg.solve(m, b)"),
+    "cholesky_solve": _exact("cholesky_solve", "l, b", "inv(l l') b.", "return torch.cholesky_solve(b, l)"),
+    "logdet_cholesky": _exact(
+        "logdet_cholesky", "l", "log det(l l').", "return 2 * l.diagonal(dim1=-2, dim2=-1).log().sum(-1)"
+    ),
+    "spectral_norm": _exact(
+        "spectral_norm",
+        "m",
+        "Largest singular value, from the Gram matrix of the smaller side.",
+        "gram = m @ m.mT if m.shape[-2] <= m.shape[-1] else m.mT @ m\n"
+        "return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()",
+    ),
+    "spectral_sum": _exact(
+        "spectral_sum", "x, h", "Sum of h over the singular values.", "return h(torch.linalg.svdvals(x)).sum(-1)"
+    ),
+    "spectral_map": _exact(
+        "spectral_map",
+        "x, h",
+        "U h(S) V' for x = U S V'.",
+        "u, s, v = torch.linalg.svd(x, full_matrices=False)\nreturn (u * h(s).unsqueeze(-2)) @ v",
+    ),
+    "softplus_inverse": Helper(
+        'def softplus_inverse(y):\n    """x with softplus(x) = y > 0."""\n    return y + torch.log(-torch.expm1(-y))\n'
+    ),
+    "indicator": Helper(
+        '''def indicator(x, nearest, axes):
+    """0 where x is, up to rounding, its nearest point of the set; infinite elsewhere."""
+    gap, size = (x - nearest).abs(), x.abs()
+    gap, size = (gap.amax(axes), size.amax(axes)) if axes else (gap, size)
+    inside = gap <= torch.finfo(x.dtype).eps ** (2 / 3) * size.clamp_min(1)
+    return torch.zeros_like(gap).masked_fill(~inside, math.inf)
+'''
+    ),
+    "project_simplex": Helper(
+        '''def project_simplex(v):
+    """Nearest point with entries >= 0 that sum to 1 (Held, Wolfe & Crowder 1974, doi:10.1007/BF01580223)."""
+    u = v.sort(dim=-1, descending=True).values
+    shift = (u.cumsum(-1) - 1) / torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
+    last = (u > shift).sum(-1, keepdim=True).sub(1).clamp_min(0)
+    return (v - shift.gather(-1, last)).clamp_min(0)
+'''
+    ),
+    "project_ball1": Helper(
+        '''def project_ball1(v, r):
+    """Nearest point whose absolute values sum to at most r (Duchi et al. 2008, doi:10.1145/1390156.1390191)."""
+    u = v.abs().sort(dim=-1, descending=True).values
+    shift = (u.cumsum(-1) - r) / torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
+    last = (u > shift).sum(-1, keepdim=True).sub(1).clamp_min(0)
+    return v.sign() * (v.abs() - shift.gather(-1, last).clamp_min(0)).clamp_min(0)
+'''
+    ),
+    "project_ball2": Helper(
+        '''def project_ball2(v, r):
+    """Nearest point of length at most r."""
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return torch.where(length > r, v * (r / length), v)
+'''
+    ),
+    "project_sphere": Helper(
+        '''def project_sphere(v):
+    """Nearest point of length 1."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+'''
+    ),
+    "project_unit_columns": Helper(
+        '''def project_unit_columns(v):
+    """Nearest point whose columns (here: the last axis) have length at most 1."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1)
+'''
+    ),
+    "project_psd": _exact(
+        "project_psd",
+        "m",
+        "Nearest symmetric positive semidefinite matrix.",
+        "w, q = torch.linalg.eigh((m + m.mT) / 2)\nreturn (q * w.clamp_min(0).unsqueeze(-2)) @ q.mT",
+    ),
+    "project_stiefel": _exact(
+        "project_stiefel",
+        "m",
+        "Nearest matrix with orthonormal columns: the polar factor.",
+        "u, _, v = torch.linalg.svd(m, full_matrices=False)\nreturn u @ v",
+    ),
+    "project_sparse": Helper(
+        '''def project_sparse(v, s):
+    """Nearest point with at most s entries that are not zero: the s largest."""
+    keep = v.abs().topk(s, dim=-1).indices
+    return torch.zeros_like(v).scatter(-1, keep, v.gather(-1, keep))
+'''
+    ),
+    "project_rank_at_most": _exact(
+        "project_rank_at_most",
+        "m, r",
+        "Nearest matrix of rank at most r.",
+        "u, s, v = torch.linalg.svd(m, full_matrices=False)\nreturn (u[..., :r] * s[..., None, :r]) @ v[..., :r, :]",
+    ),
+}

@@ -1,0 +1,86 @@
+"""One HTML page about a spec or a finished run: the derivation, the graph, the laws, the module, the curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from unroll import html
+from unroll.api import Source, build, derive, read
+from unroll.derivation import Derivation
+from unroll.interpret import svg
+from unroll.laws import check
+from unroll.spec import Spec
+
+Section = tuple[str, str]
+
+
+def report(source: Source, path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Path:
+    """Write the page of a spec, or of the run in a folder. Raises SpecError for a spec that does not compile."""
+    target = Path(path)
+    run = _run_folder(source)
+    spec = read(source if run is None else run / "spec.yaml", overrides)
+    derivation = derive(spec)
+    sections = [*_of_spec(spec, derivation), *(_of_run(run) if run is not None else ()), *_of_network(derivation)]
+    target.write_text(html.page(spec.title, derivation.problem.about, sections), encoding="utf-8")
+    return target
+
+
+def _run_folder(source: Source) -> Path | None:
+    """The folder, if the source is one that holds a run."""
+    if not isinstance(source, str | Path) or "\n" in str(source):
+        return None
+    return Path(source) if (Path(source) / "run.json").is_file() else None
+
+
+def _of_spec(spec: Spec, derivation: Derivation) -> Iterator[Section]:
+    yield (
+        "Derivation",
+        html.equations(derivation.equations()) + html.folded("in words", html.preformatted(str(derivation))),
+    )
+    yield "Spec", html.preformatted(spec.to_yaml())
+    yield "Laws", _laws(spec)
+
+
+def _of_network(derivation: Derivation) -> Iterator[Section]:
+    program = build(derivation)
+    yield "Graph of one layer", html.scrolled(svg(program.graph)) + html.preformatted("\n".join(program.log))
+    yield "Module", html.python(program.source)
+
+
+def _laws(spec: Spec) -> str:
+    found = check(spec)
+    rows = [(r.law, r.measured, r.reference, r.verdict) for r in found.rows]
+    return html.table(("law", "measured", "bound / reference", "verdict"), rows)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def _of_run(folder: Path) -> Iterator[Section]:
+    from unroll.train.engine import read_rows
+
+    yield "Training", _training(read_rows(folder / "metrics.csv"))
+    if (folder / "table.json").is_file():
+        ended: dict[str, Any] = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        yield "Layer by layer", _layers(cast(dict[str, list[float | None]], ended["layers"]), str(ended["reference"]))
+        yield "Closing table", _closing(cast(list[dict[str, Any]], ended["rows"]))
+
+
+def _training(rows: Sequence[dict[str, float]]) -> str:
+    curves = {name: [row[key] for row in rows] for key, name in (("loss", "training"), ("held_out", "held out"))}
+    return html.lines(curves, "measurement", "loss")
+
+
+def _layers(errors: dict[str, list[float | None]], reference: str) -> str:
+    values = {name: [html.decibel(v) for v in row] for name, row in errors.items()}
+    return html.lines(values, "layer", f"NMSE in dB, against the {reference}")
+
+
+def _closing(rows: Sequence[dict[str, Any]]) -> str:
+    columns = [key for key in rows[0] if key != "name"]
+    body = [(str(row["name"]), *("-" if row[key] is None else f"{row[key]:.4g}" for key in columns)) for row in rows]
+    return html.table(("", *(key.replace("_", " ") for key in columns)), body)

@@ -1,0 +1,261 @@
+"""Specs: text -> `Spec`, a frozen record of what was written that knows where each part of it stands.
+
+load(path | library name | YAML text | dict, overrides) -> parse -> use: -> overrides -> preset -> schema -> Spec
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, Self, cast
+
+import yaml
+from pydantic import BaseModel, PrivateAttr, ValidationError
+
+from unroll import library
+from unroll.errors import SpecError, Where, did_you_mean, quote
+from unroll.spec import loader
+from unroll.spec.consistency import contradictions
+from unroll.spec.messages import known_paths, to_spec_error
+from unroll.spec.nodes import Entries, Origin, Plain, Scalar, Source, entries, key_origin, merge, node_at, plain, put
+from unroll.spec.schema import Document
+
+__all__ = ["Origin", "Spec", "load"]
+
+MAX_USE = 8
+NAMED = ("dims", "variables", "inputs", "parameters", "scalars")  # sections that declare the names of formulas
+OVERRIDE = re.compile(r"\s*([^\s=]+)\s*=(.*)", re.DOTALL)
+ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029\ufeff"}  # text to JSON, line breaks to YAML
+TEXT, DICT = "<text>", "<dict>"
+
+
+class Spec(Document):
+    """A checked spec. Fields: see `Document`. origin, key_where: places in the file."""
+
+    _root: Entries = PrivateAttr()
+    _preset: str | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> str:
+        """The file that was loaded, as messages cite it."""
+        return self._root.origin.source.file
+
+    @property
+    def title(self) -> str:
+        """The name of the network."""
+        return self.name or "network"
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that was worked into `unroll`."""
+        return self._preset
+
+    def origin(self, *path: str | int) -> Origin:
+        """Where the value at `path` is written; of a default, the nearest key around it, with the default as text."""
+        node = node_at(self._root, path)
+        return node.origin if isinstance(node, Scalar) else key_origin(self._root, path).saying(self._text(path))
+
+    def key_where(self, *path: str | int) -> Where:
+        """Where the last key of `path` is written."""
+        return key_origin(self._root, path).where()
+
+    def to_dict(self) -> dict[str, Plain]:
+        """The whole spec with `use`, overrides and preset worked in: `load` reads it back to an equal spec."""
+        return cast("dict[str, Plain]", plain(self._root))
+
+    def to_yaml(self) -> str:
+        """`to_dict` as YAML text."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+
+    @property
+    def sha256(self) -> str:
+        """Of what the spec says, not how: comments, the order of keys and `use` do not count."""
+        text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def _text(self, path: Sequence[str | int]) -> str:
+        value: Any = self
+        for key in path:
+            value = getattr(value, str(key), "") if isinstance(value, BaseModel) else value[key]
+        return value if isinstance(value, str) else ""
+
+    @classmethod
+    def check(cls, root: Entries, preset: str | None) -> Self:
+        """The spec that a whole tree says. Raises SpecError E201 to E206 or E212 to E216, with all findings."""
+        try:
+            spec = cls.model_validate(_frozen(plain(root)))
+        except ValidationError as e:
+            raise to_spec_error(e, root, Document) from None
+        if errors := contradictions(spec, root):
+            raise SpecError.together(errors)
+        spec._root, spec._preset = root, preset
+        return spec
+
+
+def load(source: str | bytes | FilePath | Mapping[str, Any], overrides: Sequence[str] = ()) -> Spec:
+    """A spec from a path, a name of the library, YAML text or a dict; overrides: `train.epochs=3`, in order.
+
+    Raises SpecError E0xx (files, YAML), E2xx (what it says), with the place.
+    """
+    root, folder = _read(source)
+    root = _use(root, folder, ())
+    for text in overrides:
+        root = _override(root, text)
+    root, preset = _expand(_named(root))
+    return Spec.check(root, preset)
+
+
+# --- where a spec comes from ---------------------------------------------------------------------------------------
+
+
+def _read(source: str | bytes | FilePath | Mapping[str, Any]) -> tuple[Entries, FilePath]:
+    """The tree, and the folder that relative paths in it start from."""
+    match source:
+        case FilePath():
+            return _file(source), source.parent
+        case bytes():
+            return _mapping(source, TEXT), FilePath()
+        case Mapping():
+            return _mapping(_as_text(source), DICT), FilePath()
+        case str() if "\n" in source or re.search(r":(\s|$)", source) or not source.strip():
+            return _mapping(source, TEXT), FilePath()
+        case str():
+            path = library.find(source, ("specs", "objectives"))
+            return _file(path), path.parent
+
+
+def _file(path: FilePath) -> Entries:
+    try:
+        with path.open("rb") as file:
+            data = file.read(loader.MAX_LENGTH * 4 + 1)
+    except (OSError, ValueError) as e:
+        reason = e.strerror or "" if isinstance(e, OSError) else "not a path"
+        raise SpecError("E002", f"cannot read '{quote(str(path))}': {reason}") from None
+    return _mapping(data, str(path))
+
+
+def _mapping(data: str | bytes, file: str) -> Entries:
+    root = loader.parse(data, file)
+    if not isinstance(root, Entries):
+        hint = "start with `use:` or `objective:`"
+        raise SpecError("E012", "a spec is a mapping of keys to values", root.origin.where(), hint)
+    return root
+
+
+def _as_text(source: Mapping[str, Any]) -> str:
+    """A dict as JSON, which is YAML: what comes in from Python passes the same checks."""
+    try:
+        return json.dumps(dict(source), ensure_ascii=False, indent=2).translate(ESCAPED)
+    except (TypeError, ValueError, RecursionError) as e:
+        hint = "use text, numbers, true, false, None, lists and dicts"
+        raise SpecError("E008", f"this dict cannot be a spec: {quote(str(e), 120)}", hint=hint) from None
+
+
+# --- use:, overrides, presets --------------------------------------------------------------------------------------
+
+
+def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> Entries:
+    """The tree laid on the one that it uses."""
+    match root.get("use"):
+        case Scalar(str(name), origin):
+            path = library.find(name, ("objectives", "specs"), origin.where(), folder)
+            if path.resolve() in chain or len(chain) == MAX_USE:
+                loop = " uses ".join(p.stem for p in (*chain, path))
+                raise SpecError("E004", f"`use` goes in a circle or too deep: {loop}", origin.where())
+            under = _use(_file(path), path.parent, (*chain, path.resolve()))
+            return merge(under.without("name"), root.without("use"))
+        case _:
+            return root
+
+
+def _named(root: Entries) -> Entries:
+    """The tree with a `name`: its file's, else that of its objective."""
+    if "name" in root.entries:
+        return root
+    file, objective = root.origin.source.file, root.get("objective")
+    name = FilePath(file).stem if file not in (TEXT, DICT) else plain(objective) if objective else "network"
+    return entries(
+        {"name": (root.origin, Scalar(str(name), root.origin.saying(str(name)))), **root.entries}, root.origin
+    )
+
+
+def _override(root: Entries, text: str) -> Entries:
+    """The tree with one `dotted.path=value` laid on it. Raises SpecError E210, E211."""
+    source = Source("override", (text,))
+    match = OVERRIDE.fullmatch(text)
+    if not match or not match[2].strip() or "\n" in text:
+        raise SpecError("E211", f"'{quote(text)}' does not set anything", source.where(0, 0, len(text)), "KEY=VALUE")
+    keys, at = match[1].split("."), match.start(1)
+    _refuse_unknown(root, keys, source.where(0, at, len(match[1])))
+    node = loader.parse(" " * match.start(2) + match[2], source.file, source)
+    columns = [at + sum(len(key) + 1 for key in keys[:i]) for i in range(len(keys))]
+    path = [(key, Origin(source, 0, column, len(key), key)) for key, column in zip(keys, columns, strict=True)]
+    return put(root, path, node)
+
+
+def _refuse_unknown(root: Entries, keys: list[str], where: Where) -> None:
+    """An override may set a name that the spec declares, but not declare one."""
+    sections = {name: section for name in NAMED if isinstance(section := root.get(name), Entries)}
+    declared = [f"{name}.{key}" for name, section in sections.items() for key in section.entries]
+    settings = [".".join(path) for path in known_paths(Document)]
+    if keys[0] in NAMED and ".".join(keys[:2]) not in declared:
+        near = did_you_mean(".".join(keys[:2]), declared)
+        raise SpecError("E210", f"the spec declares no '{quote('.'.join(keys))}'", where, near)
+    if keys[0] not in Document.model_fields:
+        last = [path for path in (*declared, *settings) if path.split(".")[-1] == keys[0]]
+        hint = f"did you mean '{last[0]}'?" if last else did_you_mean(".".join(keys), [*declared, *settings])
+        raise SpecError("E210", f"a spec has no '{quote('.'.join(keys))}'", where, hint)
+
+
+def _expand(root: Entries) -> tuple[Entries, str | None]:
+    """The tree with the preset that `unroll.parametrisation` names worked in; what is written goes before it."""
+    unroll = root.get("unroll")
+    if not isinstance(unroll, Entries):
+        return root, None
+    match unroll.get("parametrisation"):
+        case Scalar(str(name), origin):
+            fragment = _file(library.find(name, ("presets",), origin.where()))
+            joined = merge(fragment.without("about", "source", "parametrisation"), unroll.without("parametrisation"))
+            key = root.entries["unroll"][0]
+            return entries({**root.entries, "unroll": (key, joined)}, root.origin), name
+        case _:
+            return root, None
+
+
+def _frozen(value: Plain) -> object:
+    match value:
+        case list():
+            return tuple(_frozen(item) for item in value)
+        case dict():
+            return {key: _frozen(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly the text that our loader would read as something else."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: object) -> bool:
+        del data
+        return True
+
+
+def _write_text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = '"' if any(ord(c) in ESCAPED for c in text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _write_text)
+for _tag, _pattern in loader.RESOLVERS.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, None)

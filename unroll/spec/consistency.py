@@ -1,0 +1,73 @@
+"""What no single field can know: contradictions between the sections of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from unroll.errors import SpecError, did_you_mean
+from unroll.spec.nodes import Entries, Scalar, key_origin, node_at
+from unroll.spec.schema import Document, Number, Unroll
+
+SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
+
+
+def contradictions(spec: Document, root: Entries) -> list[SpecError]:
+    """All of them; none if the spec is consistent."""
+    unroll = _unroll(spec.unroll, root, set(spec.variables)) if spec.unroll else iter(())
+    return [*_empty(root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root), *unroll]
+
+
+def _empty(root: Entries) -> Iterator[SpecError]:
+    for section in ("use", "minimize", "maximize", "unroll", "data", "train"):
+        if isinstance(node := root.get(section), Scalar) and node.value is None:
+            hint = "fill it in, or leave the key out"
+            yield SpecError("E203", f"{section} is empty", key_origin(root, (section,)).where(), hint)
+
+
+def _objective(spec: Document, root: Entries) -> Iterator[SpecError]:
+    if spec.minimize is None and spec.maximize is None:
+        hint = "write `minimize:` with a formula, or `use:` with the name of an objective"
+        yield SpecError("E207", "the spec has nothing to minimize", root.origin.where(), hint)
+    if spec.minimize is not None and spec.maximize is not None:
+        where = key_origin(root, ("maximize",)).where()
+        yield SpecError("E212", "the spec has both `minimize` and `maximize`", where, "subtract one from the other")
+    if not spec.variables:
+        hint = "add  variables: {z: [n]}"
+        yield SpecError("E207", "the spec has no variables to minimize over", root.origin.where(), hint)
+
+
+def _twice(spec: Document, root: Entries) -> Iterator[SpecError]:
+    first: dict[str, str] = {}
+    learned = spec.unroll.learn if spec.unroll else {}
+    declared = [((section, name), name) for section in SECTIONS for name in getattr(spec, section)]
+    for path, name in [*declared, *((("unroll", "learn", name), name) for name in learned)]:
+        if name in first:
+            where = key_origin(root, path).where()
+            hint = "every name means one thing"
+            yield SpecError("E213", f"'{name}' is already declared under {first[name]}", where, hint)
+        first.setdefault(name, path[0])
+
+
+def _scalars(scalars: dict[str, Number], root: Entries) -> Iterator[SpecError]:
+    for name, number in scalars.items():
+        default = number.default
+        if default is None:
+            continue
+        broken = [
+            *(["positive"] if number.positive and default <= 0 else []),
+            *([f"at least {number.min:g}"] if number.min is not None and default < number.min else []),
+            *([f"at most {number.max:g}"] if number.max is not None and default > number.max else []),
+        ]
+        if broken:
+            where = node_at(root, ("scalars", name, "default")).origin.where()
+            yield SpecError("E205", f"scalars.{name} must be {' and '.join(broken)}, not {default:g}", where)
+
+
+def _unroll(unroll: Unroll, root: Entries, variables: set[str]) -> Iterator[SpecError]:
+    here = key_origin(root, ("unroll",)).where()
+    if unroll.algorithm is None and not unroll.blocks:
+        yield SpecError("E202", "unroll needs a key 'algorithm'", here, "add  algorithm: proximal_gradient")
+    for name in unroll.start:
+        if name not in variables:
+            where = key_origin(root, ("unroll", "start", name)).where()
+            yield SpecError("E214", f"'{name}' is not a variable", where, did_you_mean(name, variables))

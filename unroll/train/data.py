@@ -1,0 +1,411 @@
+"""Data: settings -> `Data`, tensors by the names that a problem gives to its inputs, variables and parameters.
+
+Every source is one record in `SOURCES`, and a pure function of its settings: the same seed gives the same bits.
+Shapes: batch first, B samples; a vector [n] is (B, n), a matrix [d, N] is (B, N, d).
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unroll.errors import SpecError, did_you_mean, quote
+from unroll.spec.schema import DataSettings, Digits, Files, Patches, Synthetic
+
+Shape = tuple[int | None, ...]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a problem asks of its data: stored shapes without the batch axis; None where a size is open."""
+
+    inputs: Mapping[str, Shape]
+    variables: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
+    parameters: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples: inputs by name, and the true values of variables where the source knows them. All (B, ...)."""
+
+    inputs: Tensors
+    targets: Tensors = field(default_factory=dict[str, Tensor])
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def __getitem__(self, index: Tensor | slice) -> Split:
+        return Split({k: v[index] for k, v in self.inputs.items()}, {k: v[index] for k, v in self.targets.items()})
+
+    def to(self, like: Tensor | torch.device | torch.dtype) -> Split:
+        """The same samples with the device and dtype of `like`."""
+        return Split({k: v.to(like) for k, v in self.inputs.items()}, {k: v.to(like) for k, v in self.targets.items()})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples to train on, samples held out, and the values of problem parameters that come with them."""
+
+    source: str
+    train: Split
+    validation: Split
+    parameters: Tensors = field(default_factory=dict[str, Tensor])
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> list[tuple[str, str, str, str, str]]:
+        """Rows to print before training: what, name, shape, range, dtype."""
+        parts = [
+            ("train", self.train.inputs),
+            ("train target", self.train.targets),
+            ("held out", self.validation.inputs),
+            ("held-out target", self.validation.targets),
+            ("parameter", self.parameters),
+        ]
+        return [(what, name, *_describe(value)) for what, tensors in parts for name, value in tensors.items()]
+
+
+def _describe(value: Tensor) -> tuple[str, str, str]:
+    low, high = value.aminmax()
+    shape = " × ".join(f"{size:,}" for size in value.shape)
+    return shape, f"{low.item():.3g} .. {high.item():.3g}", str(value.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of data: its name in a spec, and the function that makes it from its record of `unroll.spec.schema`."""
+
+    name: str
+    make: Callable[[Any, Shapes, Tensors], Data]
+    about: str
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def patches(settings: Patches, shapes: Shapes, given: Tensors) -> Data:
+    """x = W (p - mean p) for patches p, W = (C + eps I)^-1/2 of the training patches' covariance C."""
+    del given
+    name = fed_input(settings, shapes)
+    images = _grey_images()
+    cut = images.shape[2] * 3 // 4  # training patches lie wholly to the left of it, held-out ones to the right
+    train = _choose(images[:, :, :cut], settings.train, settings.seed, settings)
+    held = _choose(images[:, :, cut:], settings.validation, settings.seed + 1, settings)
+    train, held = (p - p.mean(-1, keepdim=True) for p in (train, held))
+    if settings.whiten != "none":
+        w = whitening(train, settings.whiten, settings.eps)
+        train, held = train @ w.mT, held @ w.mT
+    train, held = (_scaled(p, settings.norm) for p in (train, held))
+    return Data("patches", Split({name: train}), Split({name: held}))
+
+
+def _grey_images() -> Tensor:
+    """scikit-learn's two photographs in grey, 0..1: (2, 427, 640)."""
+    datasets = package("sklearn.datasets", "data: source: patches")
+    colour = torch.from_numpy(np.stack(datasets.load_sample_images().images)).double() / 255
+    return colour @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+
+
+def _choose(images: Tensor, count: int, seed: int, settings: Patches) -> Tensor:
+    """`count` patches drawn without replacement among those with enough contrast: (count, size^2)."""
+    size = settings.size
+    windows = images.unfold(1, size, 1).unfold(2, size, 1)
+    means = [torch.nn.functional.avg_pool2d(power, size, stride=1) for power in (images, images.square())]
+    places = ((means[1] - means[0].square()).clamp_min(0).sqrt() > settings.contrast).nonzero()
+    if len(places) < count:
+        message = f"{count:,} patches were asked for, {len(places):,} have a contrast above {settings.contrast}"
+        raise SpecError("E504", f"data: {message}", hint="ask for fewer, or set contrast: lower")
+    chosen = places[torch.randperm(len(places), generator=generator(seed))[:count]]
+    return windows[tuple(chosen.T)].flatten(1)
+
+
+def whitening(x: Tensor, kind: Literal["zca", "pca"], eps: float) -> Tensor:
+    """W with W C W' = diag(c / (c + eps max c)) in the eigenbasis of C = cov(x). x: (B, n). Returns (n, n), float64.
+
+    zca: W = V diag(..) V', the nearest to the identity; pca: W = diag(..) V', largest eigenvalue first.
+    """
+    c, v = torch.linalg.eigh(x.double().mT.cov())
+    scale = (c.clamp_min(0) + eps * c[-1]).rsqrt()
+    return (v * scale) @ v.mT if kind == "zca" else (v * scale).mT.flip(0)
+
+
+def digits(settings: Digits, shapes: Shapes, given: Tensors) -> Data:
+    """x: (B, 64), the pixels of a digit, in a shuffled order; the last `validation` of them are held out."""
+    del given
+    name = fed_input(settings, shapes)
+    raw: Any = package("sklearn.datasets", "data: source: digits").load_digits()
+    x = _scaled(torch.from_numpy(np.array(raw.data)) / 16, settings.norm)
+    train, held = divide(Split({name: x}), settings.validation, settings.seed)
+    return Data("digits", train, held)
+
+
+def synthetic(settings: Synthetic, shapes: Shapes, given: Tensors) -> Data:
+    """x = A z + noise with the A that is given, or a random one. x: (B, m), z: (B, n), A: (m, n)."""
+    x, z, a = _linear_names(shapes)
+    A = given[a].double() if a in given else _matrix(settings, *_sizes(shapes, x, z))
+    splits = [
+        _sparse_samples(settings, A, count, generator(settings.seed * 3 + part))
+        for part, count in ((1, settings.train), (2, settings.validation))
+    ]
+    train, held = (Split({x: signal}, {z: code}) for signal, code in splits)
+    return Data("synthetic", train, held, {a: A})
+
+
+def _matrix(settings: Synthetic, m: int, n: int) -> Tensor:
+    """Gaussian with unit columns, or with singular values spaced geometrically and |A|_F^2 = n."""
+    A = torch.randn(m, n, generator=generator(settings.seed * 3), dtype=torch.float64)
+    if settings.condition is None:
+        return A / A.norm(dim=0)
+    u, _, vt = torch.linalg.svd(A, full_matrices=False)
+    s = torch.logspace(0, -math.log10(settings.condition), min(m, n), dtype=torch.float64)
+    return (u * (s * math.sqrt(n) / s.norm())) @ vt
+
+
+def _sparse_samples(settings: Synthetic, A: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    code = torch.randn(count, A.shape[1], generator=draw, dtype=A.dtype)
+    code = code.abs() if settings.nonnegative else code
+    code = code * (torch.rand(code.shape, generator=draw, dtype=A.dtype) < settings.sparsity)
+    clean = code @ A.mT
+    if settings.snr is None:
+        return clean, code
+    noise = torch.randn(clean.shape, generator=draw, dtype=A.dtype)
+    level = clean.norm(dim=-1, keepdim=True) * 10 ** (-settings.snr / 20) / math.sqrt(A.shape[0])
+    return clean + level * noise, code
+
+
+def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
+    """Arrays by the names of inputs (needed), variables (targets) and parameters (values)."""
+    del given
+    known = [*shapes.inputs, *shapes.variables, *shapes.parameters]
+    for name in settings.files:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
+            raise SpecError("E507", f"data: files: '{quote(name)}' is no name of this problem", hint=hint)
+    missing = [name for name in shapes.inputs if name not in settings.files]
+    if missing:
+        raise SpecError("E507", f"data: files: no file for the input {', '.join(missing)}")
+    loaded = {name: read_array(Path(path), name) for name, path in settings.files.items()}
+    inputs, targets, parameters = (
+        {k: v for k, v in loaded.items() if k in names}
+        for names in (shapes.inputs, shapes.variables, shapes.parameters)
+    )
+    check_counts({**inputs, **targets})
+    train, held = divide(Split(inputs, targets), settings.validation, settings.seed)
+    return Data("file", train, held, parameters)
+
+
+SOURCES: tuple[Source, ...] = (
+    Source("patches", patches, "whitened patches of scikit-learn's sample photographs"),
+    Source("digits", digits, "scikit-learn's 8 x 8 handwritten digits"),
+    Source("synthetic", synthetic, "x = A z + noise with a sparse z that is known"),
+    Source("file", files, "your arrays: .npy, .npz, .pt"),
+)
+
+
+def make_data(settings: Patches | Digits | Synthetic | Files, shapes: Shapes, given: Tensors | None = None) -> Data:
+    """The data that a spec's `data:` asks for, checked: finite, and of the shapes that the problem declares.
+
+    given: values of problem parameters that are known already.  Raises SpecError E501 to E507.
+    """
+    data = find_source(settings.source).make(settings, shapes, given or {})
+    check(data, shapes)
+    return data
+
+
+def find_source(name: str) -> Source:
+    """The record of a source. Raises SpecError E507."""
+    for record in SOURCES:
+        if record.name == name:
+            return record
+    names = [record.name for record in SOURCES]
+    hint = did_you_mean(name, names) or f"there are {', '.join(names)}"
+    raise SpecError("E507", f"data: there is no source '{quote(name)}'", hint=hint)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_array(path: Path, name: str) -> Tensor:
+    """The array `name` of a .npy, .npz or .pt file; nothing in the file is executed. Raises SpecError E502 to E506."""
+    if not path.is_file():
+        raise SpecError(
+            "E502", f"there is no file '{path}' for {name}", hint="paths are relative to where you run unroll"
+        )
+    readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pt": _read_torch}
+    if path.suffix not in readers:
+        raise SpecError(
+            "E503", f"'{path}' for {name}: a {path.suffix or 'nameless'} file", hint="use .npy, .npz or .pt"
+        )
+    return _numbers(readers[path.suffix](path, name), path, name)
+
+
+def _read_numpy(path: Path, name: str) -> object:
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else _member(dict(loaded), path, name)
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise SpecError(
+                "E506",
+                f"'{path}' for {name} holds Python objects, not numbers",
+                hint="objects may run code when loaded; save a plain array: np.save(path, np.asarray(x, dtype=float))",
+            ) from error
+        raise SpecError("E503", f"'{path}' for {name} is not a numpy file: {error}") from error
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise SpecError("E503", f"'{path}' for {name} is not a numpy file: {error}") from error
+
+
+def _read_torch(path: Path, name: str) -> object:
+    try:
+        loaded: object = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise SpecError(
+            "E503",
+            f"'{path}' for {name} holds more than tensors, or is no PyTorch file",
+            hint="save a tensor or a dict of tensors: torch.save({'x': x}, path)",
+        ) from error
+    return _member(cast("dict[str, object]", loaded), path, name) if isinstance(loaded, dict) else loaded
+
+
+def _member(arrays: Mapping[str, object], path: Path, name: str) -> object:
+    if name in arrays:
+        return arrays[name]
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    hint = did_you_mean(name, arrays) or f"it holds {', '.join(arrays) or 'nothing'}"
+    raise SpecError("E507", f"'{path}' holds no array '{name}'", hint=hint)
+
+
+def _numbers(value: object, path: Path, name: str) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise SpecError("E506", f"'{path}' for {name} holds {_kind(value)}, not real numbers")
+    return value if value.is_floating_point() else value.double()
+
+
+def _kind(value: object) -> str:
+    kind = getattr(value, "dtype", type(value).__name__)
+    return f"{kind} values"
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------
+
+
+def generator(seed: int) -> torch.Generator:
+    """A private source of random numbers: neither reads nor moves the global one."""
+    return torch.Generator().manual_seed(seed)
+
+
+def package(name: str, wanted_by: str, extra: str = "train") -> ModuleType:
+    """Import an optional package. Raises SpecError E501 with the command that installs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
+            raise
+        hint = f"pip install 'unroll-compiler[{extra}]'"
+        raise SpecError(
+            "E501", f"{wanted_by} needs the package {error.name}, which is not installed", hint=hint
+        ) from error
+
+
+def divide(samples: Split, validation: float, seed: int) -> tuple[Split, Split]:
+    """(train, held out): shuffled, the last `validation` samples held out; below 1 it is a share."""
+    held = round(validation * len(samples)) if validation < 1 else int(validation)
+    if not 0 < held < len(samples):
+        raise SpecError("E504", f"cannot hold out {held:,} of {len(samples):,} samples", hint="set data: validation:")
+    order = torch.randperm(len(samples), generator=generator(seed))
+    return samples[order[:-held]], samples[order[-held:]]
+
+
+def fed_input(settings: DataSettings, shapes: Shapes) -> str:
+    """The input that samples are fed to: the one that is named, or the only one. Raises SpecError E507."""
+    if settings.input is not None and settings.input not in shapes.inputs:
+        hint = did_you_mean(settings.input, shapes.inputs)
+        raise SpecError("E507", f"data: input: '{quote(settings.input)}' is no input of this problem", hint=hint)
+    if settings.input is None and len(shapes.inputs) != 1:
+        names = ", ".join(shapes.inputs) or "none"
+        raise SpecError("E507", f"data: which input do the samples feed? There are: {names}", hint="add data: input:")
+    return settings.input or next(iter(shapes.inputs))
+
+
+def _linear_names(shapes: Shapes) -> tuple[str, str, str]:
+    """(x, z, A) with x: (m,), z: (n,), A: (m, n), if the problem has exactly one such triple."""
+    found = [
+        (x, z, a)
+        for x, m in shapes.inputs.items()
+        for z, n in shapes.variables.items()
+        for a, size in shapes.parameters.items()
+        if len(m) == len(n) == 1 and size == (*m, *n)
+    ]
+    if len(found) != 1:
+        what = "no" if not found else "more than one"
+        raise SpecError("E507", f"data: source 'synthetic' makes x = A z, and the problem has {what} such x, z and A")
+    return found[0]
+
+
+def _sizes(shapes: Shapes, x: str, z: str) -> tuple[int, int]:
+    m, n = shapes.inputs[x][0], shapes.variables[z][0]
+    if m is None or n is None:
+        raise SpecError("E507", f"data: the size of {x if m is None else z} is open", hint="give it under dims:")
+    return m, n
+
+
+def _scaled(x: Tensor, norm: Literal["unit", "none"]) -> Tensor:
+    return x if norm == "none" else x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def check_counts(arrays: Tensors) -> None:
+    """Every array has the same number of samples. Raises SpecError E504."""
+    for name, value in arrays.items():
+        if value.ndim == 0:
+            raise SpecError("E504", f"data: {name} is a single number", hint="the batch axis comes first")
+    counts = {name: len(value) for name, value in arrays.items()}
+    if len(set(counts.values())) != 1:
+        found = ", ".join(f"{name} has {count:,}" for name, count in counts.items())
+        raise SpecError("E504", f"data: inputs and targets differ in their number of samples: {found}")
+
+
+def check(data: Data, shapes: Shapes) -> None:
+    """Every tensor is finite and has its declared shape. Raises SpecError E504, E505."""
+    for split in (data.train, data.validation):
+        for names, tensors in ((shapes.inputs, split.inputs), (shapes.variables, split.targets)):
+            for name, value in tensors.items():
+                _check_shape(name, tuple(value.shape[1:]), names[name])
+                _check_finite(name, value)
+    for name, value in data.parameters.items():
+        _check_shape(name, tuple(value.shape), shapes.parameters[name])
+        _check_finite(name, value)
+
+
+def _check_shape(name: str, found: tuple[int, ...], declared: Shape) -> None:
+    fits = len(found) == len(declared) and all(d in (None, f) for f, d in zip(found, declared, strict=True))
+    if not fits:
+        sizes = [" × ".join("?" if s is None else str(s) for s in shape) or "scalar" for shape in (found, declared)]
+        raise SpecError(
+            "E504",
+            f"data: {name} is {sizes[0]}, the problem declares {sizes[1]}",
+            hint="the batch axis comes first; a matrix [d, N] is stored N × d"
+            if len(declared) > 1
+            else "change dims: or the data",
+        )
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    bad = ~value.isfinite()
+    if bad.any():
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise SpecError("E505", f"data: {name} has {int(bad.sum()):,} values that are not finite, the first at {first}")

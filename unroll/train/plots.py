@@ -1,0 +1,66 @@
+"""Pictures of a run as PNG files: the course of the training, the error layer by layer, the atoms of a dictionary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from unroll.train.data import package
+
+
+def curves(
+    rows: Sequence[Mapping[str, float]], errors: Mapping[str, Sequence[float]], reference: str, path: Path
+) -> None:
+    """Left: loss by epoch, in training and held out. Right: NMSE (sum ratio, dB) after each layer."""
+    figure, (left, right) = _figure(2)
+    epochs = [row["epoch"] for row in rows]
+    for key, label in (("loss", "training"), ("held_out", "held out")):
+        left.plot(epochs, [row[key] for row in rows], label=label)
+    values = [row[key] for row in rows for key in ("loss", "held_out")]
+    if values and 0 < 10 * min(values) < max(values):
+        left.set_yscale("log")
+    left.set(xlabel="epoch", ylabel="loss")
+    for label, values in errors.items():
+        decibel = [10 * math.log10(v) if v > 0 else math.nan for v in values]
+        right.plot(range(len(decibel)), decibel, marker="o", markersize=3, label=label)
+    right.set(xlabel="layer", ylabel=f"NMSE in dB, against the {reference}")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, loc="upper right")
+    _save(figure, path)
+
+
+def atoms(dictionary: Tensor, path: Path) -> bool:
+    """The columns of (m, n) as a wall of square pictures; not drawn if m is no square. Returns whether it was."""
+    m, n = dictionary.shape
+    side = math.isqrt(m)
+    if side * side != m:
+        return False
+    columns = math.ceil(math.sqrt(n))
+    wall = np.full((math.ceil(n / columns) * (side + 1) + 1, columns * (side + 1) + 1), np.nan)
+    for k, atom in enumerate(dictionary.detach().double().cpu().T.numpy()):
+        top, left = (k // columns) * (side + 1) + 1, (k % columns) * (side + 1) + 1
+        wall[top : top + side, left : left + side] = (atom / max(abs(atom).max(), 1e-12)).reshape(side, side)
+    figure, (axis,) = _figure(1)
+    axis.imshow(wall, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axis.axis("off")
+    _save(figure, path)
+    return True
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    """A figure that never opens a window."""
+    figure_module = package("matplotlib.figure", "the pictures of a run")
+    package("matplotlib.backends.backend_agg", "the pictures of a run")
+    figure: Any = figure_module.Figure(figsize=(5 * panels, 4), dpi=120, layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
