@@ -141,7 +141,7 @@ def mssa(y: Tensor, U: Tensor, W_out: Tensor | None, b_out: Tensor | None = None
     return out if b_out is None else out + b_out
 
 
-def ista_step(x: Tensor, D: Tensor, eta: float = 0.1, lam: float = 0.1) -> Tensor:
+def ista_step(x: Tensor, D: Tensor, eta: float, lam: float) -> Tensor:
     """ReLU(X − ηDᵀ(DX − X) − ηλ): one step on ½‖X − DA‖² + λ‖A‖₁, A ≥ 0, from A = X.  x (..., N, d), D (d, d)."""
     residual = x @ D.mT - x
     return (x - eta * residual @ D - eta * lam).clamp_min(0)
@@ -420,7 +420,7 @@ def unit_ball_columns(A: Tensor) -> Tensor:
     return A / A.norm(dim=0).clamp_min(1)
 
 
-def palm_step(A: Tensor, z: Tensor, x: Tensor, lam: float, codes: int = 1, atoms: int = 1) -> tuple[Tensor, Tensor]:
+def palm_step(A: Tensor, z: Tensor, x: Tensor, lam: float, codes: int, atoms: int) -> tuple[Tensor, Tensor]:
     """On ‖X − AZ‖² + λ‖Z‖₁ (no ½), ‖A_j‖ ≤ 1: `codes` steps Z ← S_{ηλ}(Z − 2ηAᵀ(AZ − X)), η = 1/(2‖A‖²), then
 
     `atoms` steps A ← P(A − 2τ(AZ − X)Zᵀ), τ = 1/(2‖Z‖²).  A (D, s), z (N, s), x (N, D); returns (A, z).
@@ -501,7 +501,7 @@ def rate_reduction(z: Tensor, members: Tensor, eps2: float) -> Tensor:
     return coding_rate(z, eps2) - class_rate(z, members, eps2)
 
 
-def mcr2_loss(z: Tensor, members: Tensor, eps2: float = 0.5, gam1: float = 1.0, gam2: float = 1.0) -> Tensor:
+def mcr2_loss(z: Tensor, members: Tensor, eps2: float, gam1: float = 1.0, gam2: float = 1.0) -> Tensor:
     """−gam2 ½logdet(I + gam1 d/(Nε²) ZZᵀ) + R^c(Z|Π), minimised; gam1 is inside the first logdet alone."""
     return class_rate(z, members, eps2) - gam2 * coding_rate(z, eps2 / gam1)
 
@@ -511,7 +511,7 @@ def mcr2_regularised(z: Tensor, members: Tensor, eps2: float, lam: float) -> Ten
     return rate_reduction(z, members, eps2) - lam / 2 * (z**2).sum()
 
 
-def simdino_loss(teacher: Tensor, student: Tensor, eps2: float = 0.05, gamma: float = 1.0, workers: int = 1) -> Tensor:
+def simdino_loss(teacher: Tensor, student: Tensor, eps2: float, gamma: float, workers: int = 1) -> Tensor:
     """−(mean cosine of teacher and student over pairs of different views) − γ (p + Nm)/(pNm) mean_v R(Z_v).
 
     teacher (V, m, p): V global views, no gradient.  student (W, m, p): W ≥ V views, the first V the same global ones.

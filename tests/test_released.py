@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import Parameter, signature
 from itertools import pairwise
 
 import pytest
@@ -317,8 +318,10 @@ def test_one_head_is_a_member_of_every_token(N, d, K, p):
     y, t = normal(2, N, d), drawn(counts.tost_attention(d, 1, p))
     w = y @ t["U"][0] + t["b_qkv"][0]
     wanted = F.linear(-w / (1 + w.square().mean(-2, keepdim=True)), t["W_out"], t["b_out"])
-    assert gap(r.tost_attention(y, **t), wanted) < 1e-7
     assert gap(r.tost_attention(y, **t, eps=0.0), wanted) < 1e-12
+    damped = F.linear(-w / (1 + w.square().sum(-2, keepdim=True) / (N + 0.25)), t["W_out"], t["b_out"])
+    assert gap(r.tost_attention(y, **t, eps=0.25), damped) < 1e-12
+    assert 0 < gap(r.tost_attention(y, **t), wanted) < 1e-7
 
 
 @shapes
@@ -350,17 +353,19 @@ def test_an_exact_layer_is_projected_gradient_ascent_on_the_rate_reduction():
     assert gap(layer, F.normalize(z + 0.5 * slope, dim=-1)) < 1e-13
 
 
-def test_the_released_forward_is_the_sum_over_classes_of_one_sample():
+@pytest.mark.parametrize("sharpness", [500.0, 1.0])
+def test_the_released_forward_is_the_sum_over_classes_of_one_sample(sharpness):
     z, pi = mixture()
     E, C, gamma = r.redunet_operators(z, pi, 0.1)
     rows = []
     for v in z:
         norms = torch.stack([torch.linalg.vector_norm(c @ v) for c in C])
-        soft = torch.exp(-500 * (norms - norms.min()))
+        soft = torch.exp(-sharpness * (norms - norms.min()))
         soft = soft / soft.sum()
         step = v + 0.5 * (E @ v - sum(gamma[k] * soft[k] * C[k] @ v for k in range(3)))
         rows.append(step / step.norm())
-    assert gap(r.redunet_layer(z, E, C, gamma), torch.stack(rows)) < 1e-12
+    out = r.redunet_layer(z.unflatten(0, (4, 9)), E, C, gamma, sharpness=sharpness).flatten(0, 1)
+    assert gap(out, torch.stack(rows)) < 1e-12
 
 
 def test_the_flow_raises_the_rate_reduction_in_every_layer_with_labels_and_with_estimates():
@@ -447,6 +452,7 @@ def test_fastica_finds_one_component():
     for _ in range(30):
         u = r.fastica_step(u, x)
     assert (U.mT @ u).abs().max() > 0.99
+    u = normal(6, seed=4)
     slope = gradient(lambda v: ((x @ v) ** 4).mean() / 4 - 1.5 * (v @ v), u)
     assert gap(r.fastica_step(u, x), slope / slope.norm()) < 1e-13
 
@@ -461,7 +467,7 @@ def test_palm_descends_and_its_codes_reach_the_lasso():
     values = [cost(A, z)]
     B, w = A, z
     for _ in range(20):
-        B, w = r.palm_step(B, w, x, 0.3)
+        B, w = r.palm_step(B, w, x, 0.3, codes=1, atoms=1)
         values.append(cost(B, w))
         assert B.norm(dim=0).max() <= 1 + 1e-14
     assert (torch.stack(values).diff() < 0).all()
@@ -470,6 +476,26 @@ def test_palm_descends_and_its_codes_reach_the_lasso():
     slack = 2 * (x - codes @ A.mT) @ A
     assert slack.abs().max() < 0.3 + 1e-9
     assert (slack - 0.3 * codes.sign())[codes != 0].abs().max() < 1e-9
+
+
+def test_palm_takes_the_largest_safe_steps_along_the_gradients():
+    """1/L with L the largest curvature of each block, from the Hessian itself."""
+    x, A, z, lam = normal(4, 3), 0.5 * normal(3, 2, seed=1), normal(4, 2, seed=2), 0.3
+
+    def fit(A: Tensor, z: Tensor) -> Tensor:
+        return (z @ A.mT - x).square().sum()
+
+    def curvature(f: object, at: Tensor) -> Tensor:
+        n = at.numel()
+        return torch.linalg.eigvalsh(torch.autograd.functional.hessian(f, at).reshape(n, n)).max()
+
+    step = 1 / curvature(lambda v: fit(A, v), z)
+    v = z - step * gradient(lambda v: fit(A, v), z)
+    codes = torch.where(v.abs() > step * lam, v - step * lam * v.sign(), 0)
+    assert gap(r.palm_step(A, z, x, lam, codes=1, atoms=0)[1], codes) < 1e-12
+    W = A - gradient(lambda B: fit(B, codes), A) / curvature(lambda B: fit(B, codes), A)
+    atoms = torch.where(W.norm(dim=0) > 1, F.normalize(W, dim=0), W)
+    assert gap(r.palm_step(A, z, x, lam, codes=1, atoms=1)[0], atoms) < 1e-12
 
 
 def test_a_sparse_autoencoder_is_one_nonnegative_step_with_its_maps_set_free():
@@ -583,8 +609,28 @@ def test_the_simdino_loss_is_the_books_distance_minus_its_rate_up_to_a_constant(
     rate = (1 + p / (m * 0.05) * spectrum).log().sum(-1).mean() / 2
     wanted = sum(pairs) / len(pairs) - 1 - 0.7 * (p + m) / (p * m) * rate
     assert torch.allclose(r.simdino_loss(teacher, student, 0.05, 0.7), wanted, rtol=1e-12)
+    shared = (1 + p / (3 * m * 0.05) * spectrum).log().sum(-1).mean() / 2
+    wanted = sum(pairs) / len(pairs) - 1 - 0.7 * (p + 3 * m) / (p * 3 * m) * shared
+    assert torch.allclose(r.simdino_loss(teacher, student, 0.05, 0.7, workers=3), wanted, rtol=1e-12)
     moved = teacher.clone().requires_grad_()
-    assert not r.simdino_loss(moved, student).requires_grad
+    assert not r.simdino_loss(moved, student, 0.05, 1.0).requires_grad
+
+
+CONSTANTS = {
+    r.layer_norm: {"eps": 1e-5},
+    r.crate_block: {"eta": 0.1, "lam": 0.1, "causal": False},
+    r.crate_alpha_block: {"eta": 0.1, "lam": 0.1, "steps": 2},
+    r.tost_attention: {"eps": 1e-8},
+    r.tost_causal_attention: {"eps": 1e-8},
+    r.redunet_layer: {"eta": 0.5, "sharpness": 500.0, "members": None},
+    r.redunet_construct: {"eta": 0.5, "eps2": 0.1, "sharpness": 500.0, "exact": True},
+}
+
+
+@pytest.mark.parametrize("form", CONSTANTS, ids=lambda f: f.__name__)
+def test_the_constants_are_the_released_ones(form):
+    found = {k: v.default for k, v in signature(form).parameters.items() if v.default is not Parameter.empty}
+    assert found == CONSTANTS[form]
 
 
 # ---------------------------------------------------------------- counts

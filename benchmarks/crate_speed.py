@@ -1,0 +1,93 @@
+"""CRATE-T: forward and training step against modules written by hand and against their matrix products alone.
+
+python benchmarks/crate_speed.py            prints a table and writes results/crate_speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from _experts import Crate, crate_products, explicit, fused
+from _record import write
+from _timing import Run, against, interleaved
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Build = Callable[[dict[str, Tensor]], nn.Module]
+"""Makes images (B, 3, 224, 224) → logits (B, 1000) with the weights of a released state dict."""
+
+PRODUCTS = "its matrix products"
+EXPERT = "by hand, explicit attention"
+
+
+def modules(emitted: Build | None, device: str) -> dict[str, nn.Module]:
+    """The networks side by side, all with the same weights."""
+    expert, faster = Crate(explicit).to(device), Crate(fused).to(device)
+    faster.load_state_dict(expert.state_dict())
+    found = {EXPERT: expert, "by hand, fused attention": faster}
+    return found if emitted is None else {"emitted": emitted(expert.state_dict()).to(device), **found}
+
+
+def forward(net: nn.Module, images: Tensor) -> Run:
+    def run() -> None:
+        with torch.no_grad():
+            net(images)
+
+    return run
+
+
+def training_step(net: nn.Module, images: Tensor, labels: Tensor) -> Run:
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
+
+    def run() -> None:
+        optimiser.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimiser.step()
+
+    return run
+
+
+def products(batch: int, backward: bool, device: str) -> Run:
+    pairs = crate_products(batch, 197, 384, 6, 12, 768, 1000, backward, device)
+
+    def run() -> None:
+        with torch.no_grad():
+            for a, b in pairs:
+                a @ b
+
+    return run
+
+
+def measure(emitted: Build | None, batch: int, rounds: int, device: str) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    nets = modules(emitted, device)
+    images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
+    with torch.no_grad():
+        outputs = {name: net(images) for name, net in nets.items()}
+    for out in outputs.values():
+        torch.testing.assert_close(out, outputs[EXPERT], rtol=1e-3, atol=1e-4)
+    rows: list[dict[str, object]] = []
+    for what in ("forward", "training step"):
+        runs = {
+            k: forward(v, images) if what == "forward" else training_step(v, images, labels) for k, v in nets.items()
+        }
+        runs[PRODUCTS] = products(batch, what != "forward", device)
+        rows += [{"what": what, "batch": batch} | row for row in against(interleaved(runs, device, rounds), EXPERT)]
+    return rows
+
+
+def main(emitted: Build | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure(emitted, args.batch, args.rounds, args.device)
+    write("crate_speed", rows, threads=1, device=args.device, dtype="float32")
+
+
+if __name__ == "__main__":
+    main()
