@@ -1,4 +1,4 @@
-"""The modules that an expert writes by hand, from the formulas of the papers: the emitted ones are measured against them.
+"""The modules that an expert writes by hand, from the papers' formulas: the emitted ones are measured against them.
 
 B images, N tokens, d features, K heads of width p.  Parameters have the names of the released checkpoints, so that
 the state of `Crate` is also a released one.

@@ -49,18 +49,18 @@ def both(net: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def measure_one(mixer: str, n: int, device: str, rounds: int) -> dict[str, float]:
-    """Peak memory of the first call at this size, then times; to be run in a process of its own."""
+RUNS = {"forward": forward, "forward and backward": both}
+
+
+def measure_one(mixer: str, what: str, n: int, device: str, rounds: int) -> dict[str, float]:
+    """Peak memory of the first call at this size, then its time; to be run in a process of its own."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     net, x = MIXERS[mixer]().to(device), torch.randn(1, n, D, device=device)
     both(net, x[:, :16])()  # loads what PyTorch loads late
-    found: dict[str, float] = {}
-    for what, make in (("forward", forward), ("forward and backward", both)):
-        run = make(net, x)
-        found[f"{what}, MB"] = peak_mb(run, device)
-        found[f"{what}, ms"] = 1e3 * statistics.median(once(run, device, 0.05) for _ in range(rounds))
-    return found
+    run = RUNS[what](net, x)
+    peak = peak_mb(run, device)
+    return {"MB": peak, "ms": 1e3 * statistics.median(once(run, device, 0.05) for _ in range(rounds))}
 
 
 def measure(tokens: tuple[int, ...], device: str, rounds: int, most_gb: float) -> list[dict[str, object]]:
@@ -70,9 +70,10 @@ def measure(tokens: tuple[int, ...], device: str, rounds: int, most_gb: float) -
             if needed_gb(mixer, n) > most_gb:
                 print(f"{mixer} at {n} tokens is not run: it needs more than {most_gb:g} GB")
                 continue
-            one = [sys.executable, __file__, "--one", mixer, "--tokens", str(n), "--device", device]
-            done = subprocess.run([*one, "--rounds", str(rounds)], capture_output=True, text=True, check=True)
-            rows.append({"mixer": mixer, "N": n} | json.loads(done.stdout))
+            for what in RUNS:
+                one = [sys.executable, __file__, "--one", mixer, what, "--tokens", str(n), "--device", device]
+                done = subprocess.run([*one, "--rounds", str(rounds)], stdout=subprocess.PIPE, text=True, check=True)
+                rows.append({"mixer": mixer, "N": n, "what": what} | json.loads(done.stdout))
     return rows
 
 
@@ -82,10 +83,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--most-gb", type=float, default=8.0, help="leave out what needs more than this")
-    parser.add_argument("--one", choices=MIXERS, help="measure this one alone, here, and print it as JSON")
+    parser.add_argument("--one", nargs=2, metavar=("MIXER", "WHAT"), help="measure this alone, here, and print it")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure_one(args.one, args.tokens[0], args.device, args.rounds)))
+        print(json.dumps(measure_one(*args.one, args.tokens[0], args.device, args.rounds)))
         return
     rows = measure(tuple(args.tokens), args.device, args.rounds, args.most_gb)
     write("token_mixers", rows, threads=1, device=args.device, dtype="float32", d=D, heads=K)

@@ -380,14 +380,32 @@ def redunet_construct(
     return operators, features
 
 
-def redunet_spectral_operator(v: Tensor, alpha: float, factor: float) -> Tensor:
-    """E(ω) = α(I_C + α·factor Σ_i v_i(ω) v_i(ω)ᴴ)⁻¹ for signals that are told apart only up to cyclic shifts.
+def redunet_spectral_operators(v: Tensor, members: Tensor, eps2: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """E(ω) = α(I + α·factor Σ_i v_i(ω)v_i(ω)ᴴ)⁻¹, C_k(ω) with Σ_i π_ik and α_k;  α = C/(mε²), α_k = C/(m_kε²).
 
-    v (m, C, T): orthonormal transform of m signals of C channels and length T, α = C/(mε²).  Returns (T, C, C) complex.
-    factor: T makes it the operator of all shifted copies; 1 is the released one, whose ε² is T times larger so.
+    v (m, C, T) complex: orthonormal transforms of m signals of C channels (in two dimensions T = H W frequencies, in
+    one row); members (m, K).  factor T: the operators of all cyclic shifts of the signals; 1: the released ones, whose
+    ε² is T times larger so.  Returns E (T, C, C), C (K, T, C, C), gamma (K,).
     """
-    eye = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
-    return alpha * torch.linalg.inv(eye + alpha * factor * torch.einsum("mct,met->tce", v, v.conj()))
+    m, channels, _ = v.shape
+    eye, size = torch.eye(channels, dtype=v.dtype, device=v.device), members.sum(0)
+    a, a_k = channels / (m * eps2), (channels / (size * eps2))[:, None, None, None]
+    grams = factor * torch.einsum("mct,mk,met->ktce", v, members.to(v.dtype), v.conj())
+    return a * torch.linalg.inv(eye + a * grams.sum(0)), a_k * torch.linalg.inv(eye + a_k * grams), size / m
+
+
+def redunet_spectral_layer(
+    v: Tensor, E: Tensor, C: Tensor, gamma: Tensor, eta: float = 0.5, sharpness: float = 500.0
+) -> Tensor:
+    """V⁺ = P_S(V + η(EV − Σ_k γ_k π_k ⊙ C_kV)) at every frequency; π_k = softmax_k(−sharpness ‖C_kV‖) over all of them.
+
+    v (..., C, T) complex, the operators as `redunet_spectral_operators` returns them.
+    """
+    near = torch.einsum("ktce,...et->...kct", C, v)
+    norms = torch.linalg.vector_norm(near, dim=(-2, -1)).clamp_min(1e-8)
+    weights = gamma * torch.softmax(-sharpness * norms, -1)
+    step = v + eta * (torch.einsum("tce,...et->...ct", E, v) - (weights[..., None, None] * near).sum(-3))
+    return step / torch.linalg.vector_norm(step, dim=(-2, -1), keepdim=True)
 
 
 # ---------------------------------------------------------------- power iterations and dictionaries
