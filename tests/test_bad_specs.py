@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unroll.algorithms import derive
+from unroll.blocks import derive
 from unroll.errors import SpecError
 from unroll.parametrise import parametrise
 from unroll.problem import from_spec

@@ -79,30 +79,11 @@ class Algorithm:
     momenta: tuple[str, ...] = ()
 
 
-def derive(problem: Problem, spec: Spec) -> Step:
-    """One iteration of the algorithm that the spec names. Raises SpecError E303 (does not fit), E304 (no step size)."""
-    unrolled = spec.unroll
-    if unrolled is None:
-        raise SpecError("E303", f"{spec.title} says what to minimise, not how", hint="add a section 'unroll:' with algorithm and layers, or unroll.solve it")
-    if unrolled.blocks or unrolled.rewrites or unrolled.gauge or unrolled.normalise:
-        used = next(k for k in ("blocks", "rewrites", "gauge", "normalise") if getattr(unrolled, k))
-        raise SpecError("E307", f"'{used}' is accepted by the language, but not built yet", spec.key_where("unroll", used))
-    record = find(unrolled.algorithm or "", spec)
-    options = Options(unrolled.step, unrolled.momentum, place_of(spec, "unroll", "step"))
-    try:
-        step = build(record, problem, options)
-    except DeriveError as e:
-        at = ("unroll", "step") if e.code == "E304" else ("unroll", "algorithm")
-        raise e.located(spec.origin(*at).where()) from None
-    starts = {name: parse_start(problem, spec, name) for name in unrolled.start}
-    return replace(step, states=tuple(_started(s, starts) for s in step.states))
-
-
-def find(name: str, spec: Spec | None = None) -> Algorithm:
-    """The record of a name. Raises SpecError E303."""
+def find(name: str, spec: Spec | None = None, path: tuple[str | int, ...] = ()) -> Algorithm:
+    """The record of a name; path: where the spec says it. Raises SpecError E303."""
     record = BY_NAME.get(name)
     if record is None:
-        where = spec.origin("unroll", "algorithm").where() if spec is not None and spec.unroll and spec.unroll.algorithm else None
+        where = spec.origin(*path).where() if spec is not None and name else None
         hint = did_you_mean(name, BY_NAME) or f"algorithms: {', '.join(BY_NAME)}"
         raise SpecError("E303", f"unknown algorithm '{name}'" if name else "no algorithm is named", where, hint)
     return record
@@ -332,10 +313,6 @@ def parse_start(problem: Problem, spec: Spec, name: str) -> Expr:
     if any(depends(e, v) for v in problem.variables):
         raise SpecError("E101", f"the start of {name} depends on a variable", place(0, 1))
     return e
-
-
-def _started(s: State, starts: dict[str, Expr]) -> State:
-    return replace(s, start=starts[s.symbol.name]) if s.symbol.name in starts else s
 
 
 ALGORITHMS: tuple[Algorithm, ...] = (

@@ -67,7 +67,7 @@ def compile(
     drawn = draw(_with_inits(derivation), program.dims, seed) if missing else {}
     dtype = dtype or torch.get_default_dtype()
     values = given | {name: drawn[name].to(dtype) for name in missing}
-    net = network(program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device)
+    net = network(program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed)
     net.drawn = tuple(missing)
     return net
 

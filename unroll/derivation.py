@@ -8,28 +8,37 @@ from functools import cached_property
 
 import sympy as sp
 
-from unroll import algorithms, html
+from unroll import algorithms, blocks, html
 from unroll.algorithms import Part
 from unroll.calculus import prox as proximal
 from unroll.calculus.curvature import bounds
 from unroll.calculus.gradient import gradient
 from unroll.expr import Expr, Prox, Sym, add, walk
-from unroll.parametrise import parametrise
+from unroll.parametrise import parametrise, used_scalars
 from unroll.problem import Problem, from_spec
 from unroll.show import latex, pretty
 from unroll.spec import Spec
-from unroll.step import Assign, Learned, Step
+from unroll.step import Assign, Departure, Learned, Step
 
 
 @dataclass(frozen=True)
 class Derivation:
-    """All stages of one spec. `exact`: one iteration of the algorithm; `step`: the same with parameters in place."""
+    """All stages of one spec. `exact`: one layer with nothing learned; `step`: the same with parameters in place."""
 
     spec: Spec
     problem: Problem
-    parts: tuple[Part, ...]
     exact: Step
     step: Step
+
+    @cached_property
+    def halves(self) -> tuple[Half, ...]:
+        """What each block of a layer minimises, and what is known of its terms."""
+        return tuple(Half(name, p, algorithms.classify(p)) for name, p in self.exact.subproblems)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The summands of the objective, of a layer with one part."""
+        return tuple(p for h in self.halves for p in h.parts)
 
     @cached_property
     def variable(self) -> Sym:
@@ -37,14 +46,13 @@ class Derivation:
 
     @cached_property
     def gradient(self) -> Expr | None:
-        """Gradient of the smooth part."""
-        smooth = [p.e for p in self.parts if p.descended or not self.proximal]
-        return gradient(add(*smooth), self.variable) if smooth else None
+        """Gradient of the smooth part, of a layer with one part."""
+        return self.halves[0].gradient
 
     @property
-    def proximal(self) -> bool:
-        """Does the step have a prox?"""
-        return any(isinstance(n, Prox) for a in self.exact.assigns if isinstance(a.value, Expr) for n in walk(a.value))
+    def approximate(self) -> tuple[Departure, ...]:
+        """What is not the exact algorithm on the objective."""
+        return tuple(d for d in self.step.departures if d.kind != "exact")
 
     @property
     def layers(self) -> int:
@@ -59,9 +67,8 @@ class Derivation:
         z = latex(self.variable)
         goal = r"\min" if self.problem.sign > 0 else r"\max"
         rows = [("objective", rf"{goal}_{{{z}}}", " + ".join(latex(e) for e in self.problem.terms.values()))]
-        if self.gradient is not None:
-            rows.append(("gradient", rf"\nabla f({z})", f"= {latex(self.gradient)}"))
-        for record in proxes(self.exact):
+        rows += [("gradient", rf"\nabla f({latex(h.variable)})", f"= {latex(h.gradient)}") for h in self.halves if h.gradient is not None]
+        for record in proxes(self.exact.assigns):
             left, right = record.latex().split(" = ", 1)
             rows.append(("prox", left, f"= {right}"))
         rows += [("step", *_assignment(a)) for a in (*self.exact.definitions, *self.exact.assigns)]
@@ -87,17 +94,41 @@ def _assignment(a: Assign) -> tuple[str, str]:
     return latex(a.target), rf"\leftarrow {latex(a.value)}"
 
 
+@dataclass(frozen=True)
+class Half:
+    """One block: what it minimises over its variable, term by term."""
+
+    name: str
+    problem: Problem
+    parts: tuple[Part, ...]
+
+    @property
+    def variable(self) -> Sym:
+        return self.problem.variables[0]
+
+    @property
+    def proximal(self) -> bool:
+        """Is there a term that is taken through its prox?"""
+        return any(not p.descended for p in self.parts)
+
+    @cached_property
+    def gradient(self) -> Expr | None:
+        """Gradient of the smooth part."""
+        smooth = [p.e for p in self.parts if p.descended or not self.proximal]
+        return gradient(add(*smooth), self.variable) if smooth else None
+
+
 def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
     """Every stage above the graph. Raises SpecError E1xx (formulas), E3xx (what cannot be derived)."""
     problem = from_spec(spec, dims)
-    exact = algorithms.derive(problem, spec)
-    return Derivation(spec, problem, algorithms.classify(problem), exact, parametrise(exact, problem, spec))
+    exact = blocks.derive(problem, spec)
+    return Derivation(spec, problem, exact, parametrise(exact, problem, spec))
 
 
-def proxes(step: Step) -> Iterable[proximal.ScalarProx]:
+def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.ScalarProx]:
     """The scalar proxes of a step, each once."""
     found: dict[int, proximal.ScalarProx] = {}
-    for a in step.assigns:
+    for a in assigns:
         if isinstance(a.value, Expr):
             for node in walk(a.value):
                 if isinstance(node, Prox):
@@ -118,12 +149,42 @@ def _page(d: Derivation) -> Iterable[str]:
     yield ""
     yield from _objective(d)
     yield ""
-    yield from _algorithm(d)
-    if d.step.learned:
+    for half in d.halves:
+        yield from _block(d, half)
         yield ""
-        yield from _learned(d)
-    yield ""
-    yield "not exact         nothing: no approximation was used"
+    yield from _not_exact(d)
+
+
+def _block(d: Derivation, half: Half) -> Iterable[str]:
+    """One part of a layer: what it minimises (where that is not the objective), its step, what is learned."""
+    if half.name:
+        yield f"block {half.name}"
+        terms = " + ".join(pretty(e) for e in half.problem.terms.values())
+        yield f"{'':15}   minimise over {half.variable.name}   {terms}"
+    yield from _algorithm(d, half)
+    learned = [p for p in d.step.learned if _belongs(p, half, d)]
+    if learned:
+        yield ""
+        yield from _learned(d, half, learned)
+
+
+def _belongs(p: Learned, half: Half, d: Derivation) -> bool:
+    """Does a parameter stand in the assignments of a block?"""
+    symbols = {s for a in d.step.assigns if a.block == half.name and isinstance(a.value, Expr) for s in (*a.value.symbols, *used_scalars(a.value))}
+    return p.symbol in symbols or (not half.name and len(d.halves) == 1)
+
+
+def _not_exact(d: Derivation) -> Iterable[str]:
+    """Everything that was asked for beyond the exact algorithm."""
+    if not d.step.departures:
+        yield "not exact         nothing: no approximation was used"
+        return
+    rows = [((head if i == 0 else "").ljust(15), f"{x.block}: {x.name}" if x.block else x.name, _tidy_says(x)) for head, kind in (("not exact", False), ("exact rewrites", True)) for i, x in enumerate(x for x in d.step.departures if (x.kind == "exact") == kind)]
+    yield from _table(rows)
+
+
+def _tidy_says(x: Departure) -> str:
+    return x.says if x.kind != "exact" else "changes no value"
 
 
 def _table(rows: list[tuple[str, ...]], indent: str = "") -> Iterable[str]:
@@ -145,9 +206,10 @@ def _objective(d: Derivation) -> Iterable[str]:
 def _kind(d: Derivation, name: str) -> str:
     """What is known of a term: smooth or proximable, convex or not, and how that was proved."""
     kinds: list[str] = []
-    for p in (p for p in d.parts if p.term == name):
+    seen = [(h, p) for h in d.halves for p in h.parts if p.term == name]
+    for half, p in seen:
         if p.smooth is not None and p.descended:
-            found = bounds(p.e, d.variable)
+            found = bounds(p.e, half.variable)
             constant = f", L = {pretty(found.lipschitz)}" if found is not None and found.smooth else ", no Lipschitz constant"
             convex = ", convex" if found is not None and found.convex else ", not known to be convex"
             kinds.append(f"smooth{convex}{constant}  ({p.smooth.proof}: {p.smooth.reason})")
@@ -157,17 +219,21 @@ def _kind(d: Derivation, name: str) -> str:
     return "; ".join(kinds) or "constant"
 
 
-def _algorithm(d: Derivation) -> Iterable[str]:
+def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
     rows: list[tuple[str, ...]] = []
-    if d.gradient is not None:
-        rows.append(("gradient", f"∇f({d.variable.name}) = {pretty(d.gradient)}"))
-    for record in proxes(d.exact):
+    mine = [a for a in d.exact.assigns if a.block == half.name]
+    if half.gradient is not None:
+        rows.append(("gradient", f"∇f({half.variable.name}) = {pretty(half.gradient)}"))
+    for record in proxes(mine):
         rows.append(("prox", f"{_tidy(record.text())}   derived; {record.proof}"))
+    suffix = f"_{half.name}" if half.name else ""
     for a in d.exact.definitions:
-        rows.append(("", f"{a.target.name} = {pretty(a.value)}"))
-    for i, a in enumerate(d.exact.assigns):
+        if not suffix or a.target.name.endswith(suffix):
+            rows.append(("", f"{a.target.name} = {pretty(a.value)}"))
+    for i, a in enumerate(mine):
         rows.append(("step" if i == 0 else "", f"{a.target.name} ← {pretty(a.value)}"))
-    rows += [("", note) for note in d.exact.notes]
+    prefix = f"{half.name}: " if half.name else ""
+    rows += [("", note.removeprefix(prefix)) for note in d.exact.notes if note.startswith(prefix)]
     yield from _table([(head.ljust(15), body) for head, body in rows])
 
 
@@ -175,17 +241,20 @@ def _tidy(text: str) -> str:
     return text.replace("**", "^").replace("*", " ").replace("Abs(v)", "|v|").replace("Max", "max").replace("Min", "min")
 
 
-def _learned(d: Derivation) -> Iterable[str]:
-    rows = [("learned" if i == 0 else "", *_parameter(p)) for i, p in enumerate(d.step.learned)]
+def _learned(d: Derivation, half: Half, learned: list[Learned]) -> Iterable[str]:
+    rows = [("learned" if i == 0 else "", *_parameter(p)) for i, p in enumerate(learned)]
     yield from _table([(r[0].ljust(15), *r[1:]) for r in rows])
-    for i, a in enumerate(a for a in d.step.assigns if isinstance(a.value, Expr)):
+    mine = [a for a in d.step.assigns if a.block == half.name]
+    for i, a in enumerate(a for a in mine if isinstance(a.value, Expr)):
         yield f"{'so' if i == 0 else '':15}   {a.target.name} ← {pretty(a.value)}"
-    for record in proxes(d.step):
+    for record in proxes(mine):
         yield f"{'':15}   {_tidy(record.text())}"
 
 
 def _parameter(p: Learned) -> tuple[str, ...]:
     kept = {"none": "", "positive": ", > 0", "symmetric": ", symmetric", "unit_columns": ", unit columns"}[p.constraint]
     shape = " × ".join(map(str, p.shape)) or "scalar"
+    shape = f"{p.family} of {shape}" if p.family is not None else shape
+    kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")
     return p.name, "for", pretty(p.replaces), f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
 

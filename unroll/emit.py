@@ -20,7 +20,7 @@ from torch import nn
 
 from unroll import runtime
 from unroll.errors import UnrollError
-from unroll.expr import ONE, Sym, slot
+from unroll.expr import ONE, Sym, slot, walk
 from unroll.formula import POSTFIX, PRODUCT, Text, formula, number, swap
 from unroll.graph import Graph, lower_step, lower_terms
 from unroll.operations import BY_NAME, HELPERS, Context, Node, Operand, Ref, Stage, helpers_of
@@ -30,6 +30,7 @@ from unroll.show import text as show
 from unroll.step import Learned, Step
 
 WIDTH = 110
+DRAWN = ("gaussian", "uniform")
 LONG = 60
 """An expression longer than this gets a line of its own."""
 
@@ -51,6 +52,15 @@ class Program:
     """("symbol" or "learned" or "dim", the user's word) -> identifier in the text: argument, attribute, argument."""
     initialise_arguments: tuple[str, ...]
     """Parameters and scalars, in the user's words, that `initialise` takes."""
+    inputs: tuple[str, ...]
+    """What a call takes, in the user's words; an input that only the objective reads is not among them."""
+    construct_inputs: tuple[str, ...]
+    """What `construct` takes; nothing where no parameter is worked out on data."""
+
+    @property
+    def drawn(self) -> bool:
+        """Does `initialise` draw the start of a parameter?"""
+        return any(p.init in DRAWN and ("learned", p.name) in self.words for p in self.step.learned)
 
     @property
     def any_depth(self) -> bool:
@@ -92,6 +102,8 @@ def build(
         problem, step, layers, dict(dims), module.class_name, optimised.graph, optimised.log, source,
         objective(problem, terms),
         module.words, tuple(module.initialise_arguments),
+        tuple(s.name for s in module.inputs),
+        tuple(s.name for s in problem.inputs) if module.constructed else (),
     )  # fmt: skip
 
 
@@ -260,6 +272,8 @@ class Section:
     def _occurrences(self, i: int, k: int) -> int:
         """How often the text of node i writes its k-th operand."""
         node = self.graph.nodes[i]
+        if node.op == "attention":
+            return 3 if k == 0 else 1
         return max(node.attrs[0].count(slot(k)), 1) if node.op == "map" else 1
 
     def _deserves(self, i: int, reads: int) -> bool:
@@ -341,12 +355,35 @@ class Module:
     @cached_property
     def forward_nodes(self) -> list[int]:
         """Nodes computed in a call."""
-        return [i for i, n in self.graph.nodes.items() if n.stage > Stage.SETUP and n.inputs]
+        return self._computed("start", "next", "block")
+
+    @cached_property
+    def construct_nodes(self) -> list[int]:
+        """Nodes computed while parameters are worked out on data; none if there are no such parameters."""
+        return self._computed("start", "next", "block", "learned") if self.constructed else []
+
+    def _computed(self, *kinds: str) -> list[int]:
+        """What a call computes for these roots."""
+        own = {p.name for p in self.constructed}
+        roots = [r.node for (kind, name), r in self.graph.roots.items() if kind in kinds and (kind != "learned" or name in own)]
+        reached = self._reached(roots)
+        return [i for i, n in self.graph.nodes.items() if i in reached and n.stage > Stage.SETUP and n.inputs]
+
+    @cached_property
+    def constructed(self) -> list[Learned]:
+        """Parameters that are worked out on data."""
+        return [p for p in self.learned if p.constructed]
+
+    @cached_property
+    def inputs(self) -> list[Sym]:
+        """What a call takes: not what is estimated."""
+        return [s for s in self.problem.inputs if s.name not in self.step.estimated]
 
     @cached_property
     def buffers(self) -> list[int]:
         """Values of set-up time that a call reads."""
-        reads = [r.node for i in self.forward_nodes for r in self.graph.nodes[i].inputs]
+        computed = {*self.forward_nodes, *self.construct_nodes}
+        reads = [r.node for i in self.graph.nodes if i in computed for r in self.graph.nodes[i].inputs]
         reads += [r.node for (kind, _), r in self.graph.roots.items() if kind in ("start", "next")]
         return [i for i in dict.fromkeys(reads) if self.graph.nodes[i].stage == Stage.SETUP]
 
@@ -408,7 +445,8 @@ class Module:
         buffer_names = {i: self._buffer_name(i) for i in self.buffers}
         forward = self._forward(buffer_names)
         initialise = self._initialise(buffer_names)
-        body = "\n\n".join(textwrap.indent(part, "    ") for part in (self._init(buffer_names), initialise, forward))
+        parts = [self._init(buffer_names), initialise, *([self._construct(buffer_names)] if self.constructed else []), forward]
+        body = "\n\n".join(textwrap.indent(part, "    ") for part in parts)
         text = f"class {self.class_name}(nn.Module):\n{textwrap.indent(self._signature_doc(), '    ')}\n\n{body}\n"
         functions = [*(_helper(h) for h in _needed(self.helpers))]
         functions += [record.source(name) for name, record in self.proxes]
@@ -434,7 +472,7 @@ class Module:
         def show_axes(s: Sym) -> str:
             return f"{self.locals('symbol', s.name)}: ({', '.join(('...', *stored_sizes(s)))})"
 
-        ins = ", ".join(map(show_axes, self.problem.inputs)) or "nothing"
+        ins = ", ".join(map(show_axes, self.inputs)) or "nothing"
         outs = ", ".join(show_axes(s) for s in self.step.output)
         return f'"""{remark(ins)} -> {remark(outs)}."""'
 
@@ -484,7 +522,7 @@ class Module:
     # initialise
 
     def _initialise(self, buffers: dict[int, str]) -> str:
-        goals = {p.name: self.graph.roots["learned", p.name] for p in self.learned}
+        goals = {p.name: self.graph.roots["learned", p.name] for p in self.learned if p.init == "value"}
         reached = self._reach([*(r.node for r in goals.values()), *buffers])
         given = [s for s in self.problem.parameters if ("given", s.name) in reached]
         scalars = [s for s in self.problem.scalars if ("scalar", s.name) in reached]
@@ -507,17 +545,34 @@ class Module:
         for i in sec.lines_for([*goals.values(), *(Ref(i) for i in buffers)]):
             lines.append(sec.assign(i))
         for p in self.learned:
-            lines.append(self._start_of(p, goals[p.name], sec))
+            lines.append(self._start_of(p, goals[p.name], sec) if p.name in goals else self._drawn(p))
         for i, name in buffers.items():
             text = sec.text(i)
             lines.append(f"self.{name}.copy_({text.code})" if text.tensor else f"self.{name}.fill_({text.code})")
         self.helpers |= sec.used_ops
         self.initialise_arguments = [s.name for s in (*given, *scalars)]
-        args = ", ".join(["self", *(self.locals("symbol", s.name) for s in given), *self._scalar_args(scalars)])
+        drawn = ["generator=None"] if any(p.init in DRAWN for p in self.learned) else []
+        args = ", ".join(["self", *(self.locals("symbol", s.name) for s in given), *self._scalar_args(scalars), *drawn])
         doc = '"""Set every parameter to the value that makes the network the algorithm itself."""'
+        if drawn:
+            doc = '"""Set every parameter to the value that makes the network the algorithm itself, or to a draw where the spec asks for one."""'
         return f"@torch.no_grad()\ndef initialise({args}):\n" + textwrap.indent(
             "\n".join([doc, *lines, "return self"]), "    "
         )
+
+    def _drawn(self, p: Learned) -> str:
+        """The start of a parameter that is drawn (its variance is scale^2 / rows), or worked out on data later."""
+        name = f"self.{self.attributes('learned', p.name)}"
+        match p.init:
+            case "zeros" | "ones":
+                return f"{name}.{'zero' if p.init == 'zeros' else 'fill'}_({'' if p.init == 'zeros' else number(sp.sympify(p.scale)).code})"
+            case "data":
+                return f"{name}.fill_(math.nan)  # until construct has worked it out"
+            case _:
+                rows = self.size(p.shape[0]).code if p.shape else "1"
+                if p.init == "gaussian":
+                    return f"{name}.normal_(0, {p.scale!r} / math.sqrt({rows}), generator=generator)"
+                return f"{name}.uniform_(-1, 1, generator=generator).mul_({p.scale!r} * math.sqrt(3 / {rows}))"
 
     def _scalar_args(self, scalars: list[sp.Symbol]) -> list[str]:
         """Those without a default first."""
@@ -525,7 +580,8 @@ class Module:
         optional = [(self.locals("symbol", s.name), self.problem.scalars[s]) for s in scalars]
         return [*required, *(f"{w}={number(sp.sympify(v)).code}" for w, v in optional if v is not None)]
 
-    def _reach(self, nodes: Iterable[int]) -> set[tuple[str, str]]:
+    def _reached(self, nodes: Iterable[int]) -> set[int]:
+        """Nodes and all that they are computed from."""
         seen: set[int] = set()
         stack = list(nodes)
         while stack:
@@ -533,9 +589,11 @@ class Module:
             if i not in seen:
                 seen.add(i)
                 stack += [r.node for r in self.graph.nodes[i].inputs]
-        return {
-            (self.graph.nodes[i].op, str(self.graph.nodes[i].attrs[0])) for i in seen if not self.graph.nodes[i].inputs
-        }
+        return seen
+
+    def _reach(self, nodes: Iterable[int]) -> set[tuple[str, str]]:
+        found = (self.graph.nodes[i] for i in self._reached(nodes))
+        return {(n.op, str(n.attrs[0])) for n in found if not n.inputs}
 
     def _start_of(self, p: Learned, ref: Ref, sec: Section) -> str:
         """Copy the start value of a parameter into it, through the inverse of its constraint."""
@@ -558,28 +616,66 @@ class Module:
 
     def _forward(self, buffers: dict[int, str]) -> str:
         symbol = lambda name: self.locals("symbol", name)  # noqa: E731
-        inputs = [symbol(s.name) for s in self.problem.inputs]
-        states = {s.symbol.name: self._state_name(s.symbol) for s in self.step.states}
-        known = self._known_in_forward(buffers)
-        like = inputs[0] if inputs else f"self.{self._some_tensor(buffers)}"
-        sec = self.section(known, like, {*states.values()})
-        lines = self._open_inputs()
-        lines += self._prologue(sec)
-        start, per_layer = self._starts(sec, states), self._per_layer()
-        lines += start
-        for i, node in self.graph.nodes.items():
-            if node.op in ("state", "counter"):
-                known[i] = Text(states[str(node.attrs[0])], tensor=not node.plain)
+        lines, sec, states = self._opening(buffers, self.inputs, self.forward_nodes)
         record = f"trace.append({self._answer(states)})"
         tracing = ["if trace is not None:", f"    {record}"]
         lines += tracing
-        lines.append(self._loop_head(per_layer))
-        lines += textwrap.indent("\n".join([*self._body(sec, states), *tracing]), "    ").split("\n")
+        lines += self._loop_head(self._per_layer())
+        body = self._body(sec, states, trace=True)
+        lines += textwrap.indent("\n".join([*body, *([] if self.step.blocks else tracing)]), "    ").split("\n")
         lines.append(f"return {self._answer(states)}")
         self.helpers |= sec.used_ops
-        args = ["self", *inputs, *(f"{symbol(v)}=None" for v in self.starts), "*"]
+        args = ["self", *(symbol(s.name) for s in self.inputs), *(f"{symbol(v)}=None" for v in self.starts), "*"]
         args += ["layers=None"] if self._counts_layers else []
+        lines = self._read_sizes(self.inputs, lines)
         return f"def forward({', '.join([*args, 'trace=None'])}):\n" + textwrap.indent("\n".join(lines), "    ")
+
+    def _construct(self, buffers: dict[int, str]) -> str:
+        """The method that works out parameters on data, layer by layer."""
+        inputs = list(self.problem.inputs)
+        lines, sec, states = self._opening(buffers, inputs, self.construct_nodes, start=False)
+        body: list[str] = []
+        goals = {p.name: self.graph.roots["learned", p.name] for p in self.constructed}
+        body += [sec.assign(i) for i in sec.lines_for(goals.values())]
+        body += [f"self.{self.attributes('learned', n)}[layer] = {sec.stored(ref).code}" for n, ref in goals.items()]
+        body += [f"{name} = {Text(stack, stack_level(stack)).at(POSTFIX)}[layer]" for name, stack in self._per_layer()]
+        body += self._body(sec, states)
+        first = f"self.{self.attributes('learned', self.constructed[0].name)}"
+        lines += [f"for layer in range(len({first})):", *textwrap.indent("\n".join(body), "    ").split("\n")]
+        lines.append(f"return {self._answer(states)}")
+        self.helpers |= sec.used_ops
+        words = ", ".join(self.locals("symbol", s.name) for s in inputs)
+        names = ", ".join(p.name for p in self.constructed)
+        doc = f'"""Work out {names} on these data, layer by layer; no batch axes. Returns what the data have become."""'
+        lines = [doc, *self._read_sizes(inputs, lines)]
+        return f"@torch.no_grad()\ndef construct(self, {words}):\n" + textwrap.indent("\n".join(lines), "    ")
+
+    def _opening(self, buffers: dict[int, str], inputs: list[Sym], nodes: list[int], start: bool = True) -> tuple[list[str], Section, dict[str, str]]:
+        """What comes before the loop: values that layers share, and start values."""
+        states = {s.symbol.name: self._state_name(s.symbol) for s in self.step.states}
+        known = self._known_in_forward(buffers)
+        like = self.locals("symbol", inputs[0].name) if inputs else f"self.{self._some_tensor(buffers)}"
+        sec = self.section(known, like, {*states.values()})
+        lines = [f"{word} = {word}.squeeze({_tuple(dropped)})" for s in inputs if (dropped := unit_axes(s)) for word in [self.locals("symbol", s.name)]]
+        lines += self._prologue(sec, nodes)
+        lines += self._starts(sec, states, start)
+        for i, node in self.graph.nodes.items():
+            if node.op in ("state", "counter"):
+                known[i] = Text(states[str(node.attrs[0])], tensor=not node.plain)
+        return lines, sec, states
+
+    def _read_sizes(self, inputs: list[Sym], lines: list[str]) -> list[str]:
+        """Open sizes that the lines use are read off the inputs, before anything else."""
+        first: list[str] = []
+        text = "\n".join(line.split("#")[0] for line in "\n".join(lines).split("\n"))
+        for d, n in self.problem.dims.items():
+            word = self.locals("dim", d.name)
+            if n == "dynamic" and re.search(rf"(?<![\w.]){re.escape(word)}\b", text):
+                found = [(s, a) for s in inputs for a in _axes_of(s, d)]
+                if found:
+                    s, axis = found[0]
+                    first.append(f"{word} = {self.locals('symbol', s.name)}.shape[{axis}]")
+        return [*first, *lines]
 
     def _state_name(self, symbol: Sym | sp.Symbol) -> str:
         return self.locals("symbol" if symbol.name in self.starts else "state", symbol.name)
@@ -607,26 +703,12 @@ class Module:
                     pass
         return known
 
-    def _open_inputs(self) -> list[str]:
-        """Axes of size 1 are not stored; open sizes are read off the inputs."""
-        lines: list[str] = []
-        for d, n in self.problem.dims.items():
-            if n == "dynamic":
-                found = [(s, a) for s in self.problem.inputs for a in _axes_of(s, d)]
-                if found:
-                    s, axis = found[0]
-                    lines.append(f"{self.locals('dim', d.name)} = {self.locals('symbol', s.name)}.shape[{axis}]")
-        for s in self.problem.inputs:
-            word, dropped = self.locals("symbol", s.name), unit_axes(s)
-            lines += [f"{word} = {word}.squeeze({_tuple(dropped)})"] if dropped else []
-        return lines
-
-    def _prologue(self, sec: Section) -> list[str]:
+    def _prologue(self, sec: Section, nodes: list[int]) -> list[str]:
         """Values that the layers share."""
         ahead = [i for i in self.graph.nodes if self.graph.nodes[i].stage <= Stage.PROLOGUE]
         read = [
             r.node
-            for i in self.forward_nodes
+            for i in nodes
             if self.graph.nodes[i].stage == Stage.BODY
             for r in self.graph.nodes[i].inputs
         ]
@@ -645,16 +727,16 @@ class Module:
                 sec.known[i] = Text(name)
         return lines + [sec.assign(i) for i in sec.lines_for(map(Ref, goals), keep=goals)]
 
-    def _starts(self, sec: Section, states: dict[str, str]) -> list[str]:
+    def _starts(self, sec: Section, states: dict[str, str], given: bool = True) -> list[str]:
         lines: list[str] = []
         for s in self.step.states:
             name, ref = states[s.symbol.name], self.graph.roots["start", s.symbol.name]
             value = self._start_value(s.symbol, ref, sec)
-            if s.symbol.name in self.starts:
+            if s.symbol.name in self.starts and given:
                 assert isinstance(s.symbol, Sym)
                 dropped = unit_axes(s.symbol)
-                given = f"{name}.squeeze({_tuple(dropped)})" if dropped else name
-                lines.append(f"{name} = {value} if {name} is None else {given}")
+                own = f"{name}.squeeze({_tuple(dropped)})" if dropped else name
+                lines.append(f"{name} = {value} if {name} is None else {own}")
             else:
                 lines.append(f"{name} = {value}")
         return lines
@@ -677,7 +759,7 @@ class Module:
         """Shape of the batch axes."""
         if not self.problem.inputs:
             return ""
-        s = self.problem.inputs[0]
+        s = self.inputs[0]
         kept = sum(n != 1 for n in s.shape) + (s.family is not None)
         word = self.locals("symbol", s.name)
         return f"{word}.shape[:-{kept}]" if kept else f"{word}.shape"
@@ -691,64 +773,89 @@ class Module:
                 out.append((self.locals("learned", p.name), stack.code))
         return out
 
-    def _loop_head(self, per_layer: list[tuple[str, str]]) -> str:
+    def _loop_head(self, per_layer: list[tuple[str, str]]) -> list[str]:
         index = any(n.op == "layer" for n in self.graph.nodes.values())
         if not per_layer:
-            return f"for {'layer' if index else '_'} in range(self.layers if layers is None else layers):"
-        names = ", ".join(n for n, _ in per_layer)
-        over = per_layer[0][1] if len(per_layer) == 1 else f"zip({', '.join(s for _, s in per_layer)}, strict=True)"
-        if not index:
-            return f"for {names} in {over}:"
-        return f"for layer, {names if len(per_layer) == 1 else f'({names})'} in enumerate({over}):"
+            return [f"for {'layer' if index else '_'} in range(self.layers if layers is None else layers):"]
+        names, stacks = ", ".join(n for n, _ in per_layer), [s for _, s in per_layer]
+        over = stacks[0] if len(stacks) == 1 else f"zip({', '.join(stacks)}, strict=True)"
+        if index:
+            names = f"layer, {names if len(per_layer) == 1 else f'({names})'}"
+            over = f"enumerate({over})"
+        line = f"for {names} in {over}:"
+        if len(line) <= WIDTH or len(per_layer) == 1:
+            return [line]
+        wrap: Callable[[str], list[str]] = lambda text: textwrap.wrap(text, WIDTH - 12, break_long_words=False)  # noqa: E731
+        inner = [*textwrap.indent("\n".join(wrap(", ".join(n for n, _ in per_layer))), "    ").split("\n")]
+        stacked = [*textwrap.indent("\n".join(wrap(", ".join([*stacks, "strict=True"]))), "    ").split("\n")]
+        if index:
+            return ["for layer, (", *inner, ") in enumerate(zip(", *stacked, ")):"]
+        return ["for (", *inner, ") in zip(", *stacked, "):"]
 
-    def _body(self, sec: Section, states: dict[str, str]) -> list[str]:
-        """Assign the new states; an old value that is still read later keeps its name until the end of the layer."""
+    def _body(self, sec: Section, states: dict[str, str], trace: bool = False) -> list[str]:
+        """Assign the new states; a name is used again once nothing reads its old value. trace: record the end of each block."""
         goals = {s.symbol.name: self.graph.roots["next", s.symbol.name] for s in self.step.states}
+        ends = {name: ref for (kind, name), ref in self.graph.roots.items() if kind == "block"}
         leaf_of = {str(n.attrs[0]): i for i, n in self.graph.nodes.items() if n.op in ("state", "counter")}
-        wanted = [r.node for r in goals.values() if r.node not in sec.known]
-        rows = sec.lines_for(goals.values(), keep=wanted)
-        reads = {i: self._leaves_read(i, set(rows), sec) for i in rows}
-        direct = {r.node for r in goals.values()}
-        lines: list[str] = []
-        rest: dict[str, Ref] = {}
-        named: set[int] = set()
-        for name, ref in goals.items():
-            if ref.node in rows and ref.node not in named and not self._turned(ref):
-                named.add(ref.node)
-            else:
-                rest[name] = ref
-        becomes = {goals[name].node: name for name in goals if name not in rest}
+        wanted = [r.node for r in (*goals.values(), *ends.values()) if r.node not in sec.known]
+        rows = sec.lines_for([*goals.values(), *ends.values()], keep=wanted)
+        reads = {i: self._reads(i, set(rows), sec) for i in rows}
+        direct = {r.node for r in (*goals.values(), *ends.values())}
+        becomes = self._results(goals, ends, set(rows))
+        holds = {states[name]: leaf for name, leaf in leaf_of.items()}
+        bases: dict[str, str] = {}
+        current, lines = dict(states), list[str]()
         for place, i in enumerate(rows):
+            later = {j for k in rows[place + 1 :] for j in reads[k]}
+            free: Callable[[str], bool] = lambda name, later=later: name in holds and holds[name] not in later  # noqa: E731
             state = becomes.get(i)
-            if state is None:
-                lines.append(sec.assign(i))
-                continue
-            leaf = leaf_of.get(state)
-            later = any(leaf in reads[j] for j in rows[place + 1 :])
-            if leaf is None or not (later or leaf in direct):
-                lines.append(sec.assign(i, states[state]))
+            base = states[state] if state is not None else bases.get(self.graph.names.get(i, ""), "")
+            final = state is not None and goals[state].node == i
+            if state is not None and free(base) and not (holds[base] in direct and holds[base] == leaf_of.get(state)):
+                name: str | None = base
+            elif state is not None:
+                name = sec.fresh(f"{base}_next" if final else f"{base}_half")
             else:
-                lines.append(sec.assign(i, sec.fresh(f"{states[state]}_next")))
-                rest[state] = goals[state]
-        moves = [(states[name], sec.operand(ref).ordered("cr").code) for name, ref in rest.items()]
+                name = base if base and free(base) else None
+            lines.append(sec.assign(i, name))
+            used = sec.known[i].code
+            holds[used] = i
+            if i in self.graph.names:
+                bases.setdefault(self.graph.names[i], used)
+            if state is not None:
+                current[state] = used
+            if trace:
+                done = [b for b, ref in ends.items() if ref.node == i]
+                lines += ["if trace is not None:", f"    trace.append({self._answer(current)})"] * len(done)
+        moves = [(states[name], sec.operand(ref).ordered("cr").code) for name, ref in goals.items()]
         moves = [(a, b) for a, b in moves if a != b]
         if moves:
             lines.append(f"{', '.join(a for a, _ in moves)} = {', '.join(b for _, b in moves)}")
         return lines
 
+    def _results(self, goals: dict[str, Ref], ends: dict[str, Ref], rows: set[int]) -> dict[int, str]:
+        """Node -> the state whose new value it is, for lines that can take the state's own name."""
+        out: dict[int, str] = {}
+        block_state = {a.block: a.target.name for a in self.step.assigns if a.block and a.target in self.step.output}
+        pairs = [*((ref, name) for name, ref in goals.items()), *((ref, block_state[b]) for b, ref in ends.items())]
+        for ref, name in pairs:
+            if ref.node in rows and not self._turned(ref):
+                out.setdefault(ref.node, name)
+        return out
+
     def _turned(self, ref: Ref) -> bool:
         """Is the ref stored in another order than a state?"""
         return ref.flip and {"r", "c"} <= set(self.graph.nodes[ref.node].tags)
 
-    def _leaves_read(self, i: int, rows: set[int], sec: Section) -> set[int]:
-        """State leaves that the line of a node reads, through what is written inside it."""
+    def _reads(self, i: int, rows: set[int], sec: Section) -> set[int]:
+        """Lines and leaves that the line of a node reads, through what is written inside it."""
         out: set[int] = set()
         stack = [r.node for r in self.graph.nodes[i].inputs]
         while stack:
             j = stack.pop()
-            if not self.graph.nodes[j].inputs:
+            if j in rows or not self.graph.nodes[j].inputs:
                 out.add(j)
-            elif j not in rows and j not in sec.known:
+            elif j not in sec.known:
                 stack += [r.node for r in self.graph.nodes[j].inputs]
         return out
 
@@ -760,6 +867,11 @@ class Module:
                 text += f".unsqueeze({axis})"
             out.append(text)
         return ", ".join(out) if len(out) == 1 else f"({', '.join(out)})"
+
+
+def stack_level(stack: str) -> int:
+    """How tightly the text of a stack of parameters binds."""
+    return PRODUCT if " " in stack and not stack.startswith("F.") else POSTFIX
 
 
 def constrained(p: Learned, text: str) -> Text:
@@ -844,40 +956,49 @@ def term_source(problem: Problem, dims: Mapping[str, int]) -> str:
 # --- the objective ----------------------------------------------------------------------------------------------------
 
 
+def term_symbols(problem: Problem) -> list[Sym]:
+    """What the terms are functions of: all variables, then the inputs and parameters that occur."""
+    read = {s for e in problem.terms.values() for s in e.symbols}
+    return [*problem.variables, *(s for s in (*problem.inputs, *problem.parameters) if s in read)]
+
+
 def objective(problem: Problem, graph: Graph) -> str:
     """Source of a function of variables, inputs, parameters and scalars: the value of every term, per sample."""
     names, lines = Names(), list[str]()
     symbols = [*problem.variables, *problem.inputs, *problem.parameters]
+    read = [*(known := term_symbols(problem)), *(s for s in symbols if s not in known)]
     args = [names("symbol", s.name) for s in symbols] + [names("symbol", s.name) for s in problem.scalars]
     sizes = {d: names("dim", d.name) for d in problem.dims}
-    for s in symbols:
+    for s in read:
         for d, word in sizes.items():
             family = [(-len(stored_sizes(s)))] if s.family == d else []
             axes = _axes_of(s, d) if s.role != "parameter" else [a if s.rank == 1 else -3 - a for a in _axes_of(s, d)]
             line = f"{word} = {names('symbol', s.name)}.shape[{(family or axes)[0]}]" if family or axes else ""
             if line and not any(x.startswith(f"{word} = ") for x in lines):
                 lines.append(line)
-    for s in symbols:
+    for s in known:
         if dropped := unit_axes(s):
             lines.append(f"{names('symbol', s.name)} = {names('symbol', s.name)}.squeeze({_tuple(dropped)})")
-    read = {str(n.attrs[0]) for n in graph.nodes.values() if n.op == "scalar"}
-    numbers = [names("symbol", s.name) for s in problem.scalars if s.name in read]
+    counted = {str(n.attrs[0]) for n in graph.nodes.values() if n.op == "scalar"}
+    numbers = [names("symbol", s.name) for s in problem.scalars if s.name in counted]
     lines += [f"{w} = torch.as_tensor({w}, dtype=torch.float64)" for w in numbers]
-    known: dict[int, Text] = {}
+    texts: dict[int, Text] = {}
     for i, node in graph.nodes.items():
         if node.op in ("input", "given", "scalar"):
-            known[i] = Text(names("symbol", str(node.attrs[0])))
+            texts[i] = Text(names("symbol", str(node.attrs[0])))
         elif node.op == "dim":
-            known[i] = Text(names("dim", str(node.attrs[0])), tensor=False)
+            texts[i] = Text(names("dim", str(node.attrs[0])), tensor=False)
     size: Callable[[sp.Expr], str] = lambda n: formula(n, {d: Text(w, tensor=False) for d, w in sizes.items()}).code  # noqa: E731
 
     def no_prox(record: Any) -> str:
         raise AssertionError(f"internal error, please report: a proximal step within an objective: {record}")
 
-    sec = Section(graph, known, names.fresh, size, no_prox, args[0])
+    sec = Section(graph, texts, names.fresh, size, no_prox, args[0])
     goals = {name: graph.roots["term", name] for name in problem.terms}
-    lines += [sec.assign(i) for i in sec.lines_for(goals.values())]
+    computed = [sec.assign(i) for i in sec.lines_for(goals.values())]
     body = [f"    {name!r}: {sec.text(ref.node).code}," for name, ref in goals.items()]
+    used = "\n".join([*computed, *body])
+    lines = [x for x in lines if not (m := re.match(r"(\w+) = \w+\.shape", x)) or re.search(rf"(?<![\w.]){m[1]}\b", used)] + computed
     code = (
         "\n".join(["def objective(" + ", ".join(args) + "):", *(f"    {x}" for x in [*lines, "return {", *body, "}"])])
         + "\n"

@@ -21,6 +21,8 @@ from unroll.expr import (
     Diagonal,
     Expr,
     Eye,
+    FamilyLogSumExp,
+    FamilySoftmax,
     FamilySum,
     Hold,
     Indicator,
@@ -32,6 +34,7 @@ from unroll.expr import (
     Member,
     Mul,
     Node,
+    Normalise,
     Ones,
     Op,
     Project,
@@ -138,12 +141,21 @@ class Evaluator:
                 return torch.diag_embed(self(x).squeeze(-1))
             case Diagonal(x):
                 return self(x).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-            case Softmax(x, axis):
-                return self(x).softmax(axis - 2)
+            case Softmax(x, axis, causal):
+                return (self.seen(self(x), axis) if causal else self(x)).softmax(axis - 2)
+            case FamilySoftmax(index, n, x):
+                return self(x).exp() / torch.stack(self.family(index, n, x)).exp().sum(0)
+            case FamilyLogSumExp(index, n, body):
+                return torch.stack(self.family(index, n, body)).logsumexp(0)
+            case Normalise(kind, axis, eps, x, weight, bias):
+                return self.normalised(kind, axis - 2, self.number(eps), self(x)) * self(weight) + self(bias)
             case SpectralMap(h, x):
                 return self.spectral(x, lambda s: self.profile(h, {slot(0): s}))
             case SpectralProx(prox, x):
                 return self.spectral(x, lambda s: self.prox(prox, s, {}))
+            case Op("running_sum", x, adjoint):
+                ones = torch.ones(self.size(x.cols), self.size(x.cols), dtype=self.dtype)
+                return self(x) @ (ones.tril() if adjoint else ones.triu())
             case Op(_, x, adjoint):
                 return self.difference(self(x), adjoint)
             case Hold(x):
@@ -158,8 +170,7 @@ class Evaluator:
             case Project(name, params, x):
                 return project(name, self(x), [self(p) if isinstance(p, Expr) else self.number(p) for p in params])
             case FamilySum(index, n, body):
-                parts = [replace(self, members={**self.members, index: k})(body) for k in range(self.size(n))]
-                return torch.stack(parts).sum(0)
+                return torch.stack(self.family(index, n, body)).sum(0)
             case Sum(x, axis):
                 return self.along(x, axis, torch.sum)
             case LogSumExp(x, axis):
@@ -179,6 +190,21 @@ class Evaluator:
                 return self.indicator(name, self(x), numbers)
             case never:
                 assert_never(never)
+
+    def family(self, index: str, n: sp.Expr, body: Expr) -> list[Tensor]:
+        """The body for every member."""
+        return [replace(self, members={**self.members, index: k})(body) for k in range(self.size(n))]
+
+    def seen(self, x: Tensor, axis: int) -> Tensor:
+        """Scores of a causal softmax: -inf where what is looked at comes after what looks."""
+        ahead = torch.ones_like(x).tril(-1) if axis == 0 else torch.ones_like(x).triu(1)
+        return x.masked_fill(ahead.bool(), -torch.inf)
+
+    def normalised(self, kind: str, dim: int, eps: Tensor, x: Tensor) -> Tensor:
+        if kind == "sphere":
+            return x / x.norm(dim=dim, keepdim=True).clamp_min(eps)
+        centred = x - x.mean(dim, keepdim=True) if kind == "layer_norm" else x
+        return centred / (centred.square().mean(dim, keepdim=True) + eps).sqrt()
 
     def along(self, x: Expr, axis: int | None, reduce: Callable[..., Tensor]) -> Tensor:
         return reduce(self(x), dim=(-2, -1) if axis is None else axis - 2, keepdim=True)

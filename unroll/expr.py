@@ -12,7 +12,8 @@ Only the smart constructors (lower case: `add`, `matmul`, `elementwise`, ...) bu
     reductions   linear ones distribute over sums and let coefficients out
 
     leaves       Sym, Member, Eye, Ones, Zero
-    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Hold, Prox, ProxMap, SpectralProx, Project, FamilySum
+    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Hold, Normalise, Prox, ProxMap, SpectralProx, Project
+    families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
 
@@ -28,6 +29,7 @@ import sympy as sp
 from unroll.errors import DeriveError
 
 Role = Literal["variable", "input", "parameter", "state", "learned"]
+Norm = Literal["layer_norm", "rms_norm", "sphere"]
 Axis = Literal[0, 1] | None
 Shape = tuple[sp.Expr, sp.Expr]
 ONE = sp.Integer(1)
@@ -332,10 +334,11 @@ class Diagonal(Expr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Softmax(Expr):
-    """exp(x) / sum of exp(x) along `axis` (0: down the columns)."""
+    """exp(x) / sum of exp(x) along `axis` (0: down the columns). causal: entry i of column j counts only for i <= j."""
 
     x: Expr
     axis: Literal[0, 1]
+    causal: bool = False
 
     @cached_property
     def shape(self) -> Shape:
@@ -356,7 +359,8 @@ class SpectralMap(Expr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Op(Expr):
-    """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours."""
+    """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours,
+    `running_sum` sums each row from its start (its adjoint: to its end)."""
 
     name: str
     x: Expr
@@ -364,7 +368,7 @@ class Op(Expr):
 
     @cached_property
     def shape(self) -> Shape:
-        return self.x.rows + (1 if self.adjoint else -1), self.x.cols
+        return operator_shape(self.name, self.x.shape, self.adjoint)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -372,6 +376,25 @@ class Hold(Expr):
     """stop_gradient(x): the value of x, a constant for every derivative."""
 
     x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Normalise(Expr):
+    """Columns (axis 0) or rows (axis 1) of x normalised, entry by entry scaled by `weight` and moved by `bias` (as long as they are).
+
+    layer_norm: (x - mean) / sqrt(variance + eps).  rms_norm: x / sqrt(mean of squares + eps).  sphere: x / max(norm, eps).
+    """
+
+    kind: Norm
+    axis: Literal[0, 1]
+    eps: sp.Expr
+    x: Expr
+    weight: Expr
+    bias: Expr
 
     @cached_property
     def shape(self) -> Shape:
@@ -444,6 +467,32 @@ class FamilySum(Expr):
     @cached_property
     def shape(self) -> Shape:
         return self.body.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FamilyLogSumExp(Expr):
+    """logsumexp(body for index in size), entry by entry."""
+
+    index: str
+    size: sp.Expr
+    body: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.body.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FamilySoftmax(Expr):
+    """exp(x) over the sum of exp(x) of all members of `index`, which stays free; entry by entry."""
+
+    index: str
+    size: sp.Expr
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.shape
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -525,7 +574,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Hold | Prox | ProxMap | SpectralProx | Project | FamilySum | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Hold | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}
@@ -695,6 +744,8 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
                 flat.extend(factors)
             case _:
                 flat.append(part)
+    if len(flat) > 1 and (weighed := _row_weights(flat[-1])) is not None:  # A (X * r) = (A X) * r for a row r
+        return elementwise(slot(0) * slot(1), matmul(*flat[:-1], weighed[0], coef=c), weighed[1])
     factors = list[Expr]()
     for f in flat:
         if isinstance(f, Eye):
@@ -711,6 +762,21 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
     if len(factors) == 1:
         return scale(c, factors[0])
     return zeros(*shape) if c == 0 else _intern(Mul, _tidy(c), tuple(factors))
+
+
+def _row_weights(e: Expr) -> tuple[Expr, Expr] | None:
+    """(X, r) for X * r entry by entry, r a row that is repeated."""
+    if not isinstance(e, Map) or e.rows == 1:
+        return None
+    wide = [i for i, a in enumerate(e.args) if a.rows != 1]
+    rest = e.profile / slot(wide[0]) if wide else e.profile
+    if len(wide) != 1 or rest.has(slot(wide[0])) or e.args[wide[0]].shape != e.shape or isinstance(e.args[wide[0]], Ones):
+        return None
+    others = [a for i, a in enumerate(e.args) if i != wide[0]]
+    if all(a.is_scalar for a in others):
+        return None
+    names = {slot(i): slot(j) for j, i in enumerate(i for i in range(len(e.args)) if i != wide[0])}
+    return e.args[wide[0]], elementwise(rest.xreplace(names), *others)
 
 
 def _unit(e: Add) -> tuple[sp.Expr, Expr]:
@@ -758,8 +824,14 @@ def transpose(e: Expr) -> Expr:
             return inverse(transpose(x))
         case Map(profile, args):
             return elementwise(profile, *map(transpose, args))
-        case Softmax(x, axis):
-            return softmax(transpose(x), 1 - axis)
+        case Softmax(x, axis, causal):
+            return softmax(transpose(x), 1 - axis, causal)
+        case FamilySoftmax(i, n, x):
+            return family_softmax(i, n, transpose(x))
+        case FamilyLogSumExp(i, n, body):
+            return family_logsumexp(i, n, transpose(body))
+        case Normalise(kind, axis, eps, x, weight, bias):
+            return normalise(kind, 1 - axis, eps, transpose(x), transpose(weight), transpose(bias))
         case Sum(x, axis) if axis is not None:
             return total(transpose(x), 1 - axis)
         case LogSumExp(x, axis) if axis is not None:
@@ -987,8 +1059,21 @@ def logsumexp(e: Expr, axis: Axis = None) -> Expr:
     return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else _intern(LogSumExp, e, axis)
 
 
-def softmax(e: Expr, axis: int) -> Expr:
-    return ones(*e.shape) if e.shape[axis] == 1 else _intern(Softmax, e, axis)
+def softmax(e: Expr, axis: int, causal: bool = False) -> Expr:
+    """Shares along an axis. Raises ShapeError for a causal one of a matrix that is not square."""
+    if causal:
+        square(e, "a causal softmax")
+    return ones(*e.shape) if e.shape[axis] == 1 else _intern(Softmax, e, axis, causal)
+
+
+def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = None, bias: Expr | None = None) -> Expr:
+    """Columns (axis 0) or rows (axis 1) normalised; without weight and bias: no more than that. Raises ShapeError."""
+    length = (e.rows, ONE) if axis == 0 else (ONE, e.cols)
+    weight, bias = ones(*length) if weight is None else weight, zeros(*length) if bias is None else bias
+    for part in (weight, bias):
+        if not all(map(same, part.shape, length)):
+            raise ShapeError(f"a weight of a norm is {show_shape(length)}, not {show_shape(part.shape)}")
+    return _intern(Normalise, kind, axis, number(eps), e, weight, bias)
 
 
 def largest(e: Expr, axis: Axis = None) -> Expr:
@@ -1069,11 +1154,15 @@ def spectral_norm(e: Expr) -> Expr:
             return _intern(SpectralNorm, e)
 
 
+def operator_shape(name: str, shape: Shape, adjoint: bool = False) -> Shape:
+    """Shape of the value of a linear operator."""
+    return (shape[0] + (1 if adjoint else -1), shape[1]) if name == "difference" else shape
+
+
 def operator(name: str, e: Expr, adjoint: bool = False) -> Expr:
-    """A named linear operator applied to a column."""
+    """A named linear operator applied to a matrix."""
     if isinstance(e, Zero):
-        shape = e.rows + (1 if adjoint else -1), e.cols
-        return zeros(*shape)
+        return zeros(*operator_shape(name, e.shape, adjoint))
     return _distribute(lambda x: operator(name, x, adjoint), e) or _intern(Op, name, e, adjoint)
 
 
@@ -1087,12 +1176,28 @@ def family_sum(index: str, size: Any, body: Expr) -> Expr:
     return _distribute(lambda x: family_sum(index, size, x), body) or _intern(FamilySum, index, size, body)
 
 
+def family_logsumexp(index: str, size: Any, body: Expr) -> Expr:
+    """log of sum(exp(body) for index in size)."""
+    size = sp.sympify(size)
+    if not mentions(body, index):
+        return add(body, constant(sp.log(size), *body.shape))
+    if index in (taken := bound_indices(body)):
+        index, body = (fresh := fresh_index(index, taken | free_indices(body))), rename_index(body, index, fresh)
+    return _intern(FamilyLogSumExp, index, size, body)
+
+
+def family_softmax(index: str, size: Any, e: Expr) -> Expr:
+    """Shares among the members of a family: exp(e) / sum(exp(e) for index in size), still a function of the index."""
+    size = sp.sympify(size)
+    return _intern(FamilySoftmax, index, size, e) if mentions(e, index) else constant(1 / size, *e.shape)
+
+
 def mentions(e: Expr, index: str) -> bool:
     """Does e contain a member with this free index?"""
     match e:
         case Member(_, i):
             return i == index
-        case FamilySum(i, _, _) if i == index:
+        case FamilySum(i, _, _) | FamilyLogSumExp(i, _, _) if i == index:
             return False
         case _:
             return any(mentions(c, index) for c in e.children)
@@ -1100,7 +1205,7 @@ def mentions(e: Expr, index: str) -> bool:
 
 def bound_indices(e: Expr) -> frozenset[str]:
     """The indices of all sums over families in e."""
-    return frozenset(x.index for x in walk(e) if isinstance(x, FamilySum))
+    return frozenset(x.index for x in walk(e) if isinstance(x, FamilySum | FamilyLogSumExp))
 
 
 def free_indices(e: Expr) -> frozenset[str]:
@@ -1118,9 +1223,12 @@ def rename_index(e: Expr, old: str, new: str) -> Expr:
     match e:
         case Member(of, _):
             return member(of, new)
-        case FamilySum(i, n, body) if i == new:
+        case FamilySum(i, n, body) | FamilyLogSumExp(i, n, body) if i == new:
             fresh = fresh_index(i, free_indices(body) | bound_indices(body) | {old, new})
-            return family_sum(fresh, n, rename_index(rename_index(body, i, fresh), old, new))
+            make = family_sum if isinstance(e, FamilySum) else family_logsumexp
+            return make(fresh, n, rename_index(rename_index(body, i, fresh), old, new))
+        case FamilySoftmax(i, n, x):
+            return family_softmax(new if i == old else i, n, rename_index(x, old, new))
         case _:
             return rebuild(e, tuple(rename_index(c, old, new) for c in e.children))
 
@@ -1181,8 +1289,14 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return diag(parts[0])
         case Diagonal():
             return diagonal(parts[0])
-        case Softmax(_, axis):
-            return softmax(parts[0], axis)
+        case Softmax(_, axis, causal):
+            return softmax(parts[0], axis, causal)
+        case Normalise(kind, axis, eps, _, _, _):
+            return normalise(kind, axis, eps, *parts)
+        case FamilyLogSumExp(i, n, _):
+            return family_logsumexp(i, n, parts[0])
+        case FamilySoftmax(i, n, _):
+            return family_softmax(i, n, parts[0])
         case SpectralMap(h, _):
             return spectral_map(h, parts[0])
         case Op(name, _, adjoint):
@@ -1272,6 +1386,12 @@ def substitute_scalars(e: Expr, mapping: Mapping[sp.Basic, Any]) -> Expr:
                 )  # fmt: skip
             case FamilySum(i, n, body):
                 return family_sum(i, swap(n), body)
+            case FamilyLogSumExp(i, n, body):
+                return family_logsumexp(i, swap(n), body)
+            case FamilySoftmax(i, n, x):
+                return family_softmax(i, swap(n), x)
+            case Normalise(kind, axis, eps, x, weight, bias):
+                return normalise(kind, axis, swap(eps), x, weight, bias)
             case Indicator(name, params, x):
                 return indicator(name, x, *(p if isinstance(p, Expr) else swap(p) for p in params))
             case Prox(term, variable, t, at, swaps):

@@ -10,10 +10,10 @@ import sympy as sp
 
 from unroll.expr import (
     ONE, Expr, ShapeError, constant, diag, diagonal, elementwise, eye, hold, indicator, inverse, largest, logdet,
-    logsumexp, ones, operator, show_shape, slot, softmax, spectral, spectral_norm, total, trace, transpose, zeros,
+    logsumexp, normalise, ones, operator, show_shape, slot, softmax, spectral, spectral_norm, total, trace, transpose, zeros,
 )  # fmt: skip
 
-Kind = Literal["matrix", "vector", "number", "size", "axis"]
+Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias"]
 Value = Expr | sp.Expr
 u, w = slot(0), slot(1)
 
@@ -31,7 +31,7 @@ class Function:
 
     @property
     def signature(self) -> str:
-        names = {"matrix": "M", "vector": "v", "number": "a", "size": "n", "axis": "axis"}
+        names = {"matrix": "M", "vector": "v", "number": "a", "size": "n", "axis": "axis", "eps": "eps", "weight": "weight", "bias": "bias"}
         shown = [names[k] for k in self.kinds]
         return f"{self.name}({', '.join(shown)})"
 
@@ -122,6 +122,21 @@ def _difference(x: Expr) -> Expr:
     return operator("difference", x)
 
 
+def _norm(kind: str) -> Callable[..., Expr]:
+    def build(x: Expr, axis: int = 0, eps: sp.Expr = EPS, weight: Expr | None = None, bias: Expr | None = None) -> Expr:
+        return normalise(kind, axis, eps, x, weight, bias)
+
+    return build
+
+
+EPS = sp.Rational(1, 100_000)
+NORMS = (
+    ("layer_norm", "layer_norm", "columns (axis=0) with mean 0 and variance 1, then weight and bias"),
+    ("rms_norm", "rms_norm", "columns with mean square 1, then weight and bias"),
+    ("unit_norm", "sphere", "columns with Euclidean norm 1 (or less, below eps), then weight and bias"),
+)
+
+
 FUNCTIONS: tuple[Function, ...] = (
     Function("I", ("size",), eye, "identity matrix"),
     Function("ones", ("size", "size"), lambda m, n=ONE: ones(m, n), "matrix (or vector) of ones", optional=1),
@@ -157,6 +172,10 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("entropy", ("matrix",), lambda p: total(of(-u * sp.log(u), p)), "-sum p log p"),
     Function("kl", ("matrix", "matrix"), kl, "sum x log(x/y) - x + y"),
     Function("max_entry", ("matrix", "axis"), largest, "largest entry", optional=1),
+    Function("causal_softmax", ("matrix", "axis"), lambda x, axis: softmax(x, axis, causal=True), "softmax of a square matrix: entry i of column j counts for i <= j"),
+    *(Function(name, ("matrix", "axis", "eps", "weight", "bias"), _norm(kind), about, optional=4) for name, kind, about in NORMS),
+    Function("running_sum", ("matrix",), lambda x: operator("running_sum", x), "sums of each row from its start"),
+    Function("running_sum_T", ("matrix",), lambda x: operator("running_sum", x, adjoint=True), "sums of each row to its end"),
     Function("stop_gradient", ("matrix",), hold, "held constant in every derivative"),
 )  # fmt: skip
 

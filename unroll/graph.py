@@ -23,6 +23,8 @@ from unroll.expr import (
     Diagonal,
     Expr,
     Eye,
+    FamilyLogSumExp,
+    FamilySoftmax,
     FamilySum,
     Hold,
     Indicator,
@@ -33,6 +35,7 @@ from unroll.expr import (
     Max,
     Member,
     Mul,
+    Normalise,
     Ones,
     Op,
     Project,
@@ -49,6 +52,7 @@ from unroll.expr import (
     Trace,
     Transpose,
     Zero,
+    as_constant,
     is_symmetric,
     matmul,
     same,
@@ -64,7 +68,7 @@ from unroll.problem import Problem
 from unroll.step import LAYER, Learned, Step
 
 Root = tuple[str, str]
-"""("learned", W) start value of a parameter, ("start", z), ("next", z), ("output", z), ("term", name)."""
+"""("learned", W) start value of a parameter, ("start", z), ("next", z), ("block", name) its result, ("term", name)."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class Builder:
             if lead is not None and lead.flip:
                 return self.flip(self._make(op, tuple(self.flip(r) for r in refs), attrs))
         elif op in UNARY and refs[0].flip:
-            turned = (1 - attrs[0],) if op in ALONG and attrs[0] is not None else attrs
+            turned = (1 - attrs[0], *attrs[1:]) if op in ALONG and attrs[0] is not None else attrs
             out = self._make(op, (refs[0].T, *refs[1:]), turned)
             return out if op == "diagonal" else self.flip(out)
         return self._make(op, refs, attrs)
@@ -194,6 +198,9 @@ class Builder:
         turned = tuple(self.flip(r) for r in reversed(factors))
         if turned == factors:
             return self._make(op, refs, attrs, symmetric=True)
+        if op == "matmul" and not straight_first(self.nodes, factors):  # the parameter to the left: tokens stay before features
+            factors, turned = turned, factors
+            return self.flip(self._make(op, factors, attrs))
         as_key: Callable[[tuple[Ref, ...]], Any] = lambda fs: [(r.node, r.flip) for r in fs]  # noqa: E731
         known = (op, (*head, *turned), attrs, ()) in self.numbers
         straight = (op, refs, attrs, ()) in self.numbers
@@ -207,7 +214,7 @@ class Builder:
     def _make(self, op: str, refs: tuple[Ref, ...], attrs: tuple[Any, ...], symmetric: bool = False) -> Ref:
         views = [self.view(r) for r in refs]
         families = dict(f for v in views for f in v.node.families)
-        if op in ("family_sum", "contract"):
+        if op in ("family_sum", "family_logsumexp", "contract"):
             families.pop(attrs[0])
         shape = BY_NAME[op].axes(views, attrs)
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
@@ -274,9 +281,16 @@ class Builder:
         return Graph(nodes, dict(roots), pick(self.names), pick(self.notes))
 
 
+def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
+    """Is a product of two matrices, one with batch axes, written with the other one first?"""
+    a, b = (nodes[r.node] for r in factors)
+    thin = 1 in (*a.shape, *b.shape)
+    return thin or not (a.batched and not b.batched)
+
+
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
-    "detach", "sum", "logsumexp", "max", "softmax", "inverse", "family_sum", "spectral_norm", "spectral_sum",
+    "detach", "sum", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
     "spectral_map", "spectral_prox", "trace", "diagonal",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
@@ -364,8 +378,18 @@ class Lowering:
                 return b.add("diag", (self.lower(x),))
             case Diagonal(x):
                 return b.add("diagonal", (self.lower(x),))
-            case Softmax(x, axis):
-                return b.add("softmax", (self.lower(x),), axis)
+            case Softmax(x, axis, causal):
+                return b.add("softmax", (self.lower(x),), axis, causal)
+            case FamilySoftmax(index, _, x):
+                return b.add("family_softmax", (self.lower(x),), index)
+            case FamilyLogSumExp(index, _, body):
+                return b.add("family_logsumexp", (self.lower(body),), index)
+            case Normalise(kind, axis, eps, x, weight, bias):
+                affine = as_constant(weight) != 1 or as_constant(bias) != 0
+                parts = [self.lower(x), *([self.lower(weight), self.lower(bias)] if affine else [])]
+                return b.add("norm", parts, kind, axis, eps, affine)
+            case Op("running_sum", x, adjoint):
+                return b.add("running_sum", (self.lower(x),), "running_sum", adjoint)
             case SpectralMap(h, x):
                 return self._spectral("spectral_map", h, x)
             case Spectral(h, x):
@@ -409,7 +433,7 @@ class Lowering:
     def _add(self, terms: tuple[Expr, ...]) -> Ref:
         """Numbers in front of terms belong to the sum."""
         coefs, refs = list[sp.Expr](), list[Ref]()
-        for term in terms:
+        for term in _unrepeated(terms):
             c, body = split(term)
             value, rest = c.as_coeff_Mul()
             coefs.append(cast(sp.Expr, value))
@@ -464,6 +488,23 @@ class Lowering:
                 return b.add("trace", (self.lower(x),))
 
 
+def _unrepeated(terms: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """b @ ones(1, n) beside a term of the full shape is b: addition repeats it."""
+    columns = {t: _column(t) for t in terms}
+    full = any(c is None for c in columns.values())
+    return tuple(c if full and c is not None else t for t, c in columns.items())
+
+
+def _column(e: Expr) -> Expr | None:
+    """b for c * b @ ones(1, n), b a column."""
+    c, body = split(e)
+    match body:
+        case Mul(_, (*front, Ones(one, _))) if one == 1 and front:
+            return matmul(*front, coef=c)
+        case _:
+            return None
+
+
 def definite(e: Expr) -> int:
     """2: positive definite whatever the values of its symbols, 1: semidefinite, 0: not known. As its form shows."""
     match e:
@@ -511,7 +552,7 @@ def lower_step(problem: Problem, step: Step) -> Graph:
         ref = low.value(a.value)
         _name(b, ref, a.target.name, a.note)
         low.bind(a.target, ref)
-    roots: dict[Root, Ref] = {("learned", p.name): low.value(p.replaces) for p in step.learned}
+    roots: dict[Root, Ref] = {("learned", p.name): low.value(p.replaces) for p in step.learned if not p.constructed}
     for p in step.learned:
         low.bind(p.symbol, _learned(b, p))
     for s in step.states:
@@ -521,10 +562,13 @@ def lower_step(problem: Problem, step: Step) -> Graph:
     low.bind(LAYER, b.leaf("layer", "layer", (ONE, ONE), Stage.BODY, plain=True))
     for s in step.states:
         low.bind(s.symbol, _state(b, s.symbol))
+    roots |= {("learned", p.name): low.value(p.replaces) for p in step.learned if p.constructed}
     for a in step.assigns:
         ref = low.value(a.value)
         _name(b, ref, a.target.name, a.note)
         low.bind(a.target, ref)
+        if a.block and isinstance(a.target, Sym) and a.target in step.output:
+            roots["block", a.block] = ref
     roots |= {("next", s.symbol.name): low.env[s.symbol] for s in step.states}
     return b.graph(roots)
 

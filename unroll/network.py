@@ -15,7 +15,7 @@ import linecache
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,10 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unroll.emit import Program, stored_axes, term_source
+from unroll.emit import Program, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
 from unroll.formula import swap
 from unroll.problem import Problem
+from unroll.expr import Sym
 from unroll.step import Learned
 
 if TYPE_CHECKING:
@@ -51,16 +52,74 @@ class Written(Protocol):
 
 @dataclass(frozen=True)
 class Trace:
-    """iterates[z]: layers + 1 tensors, the start first.  terms[name]: (layers + 1, ...), worked out when asked for."""
+    """What a network did, block by block, and what that did to the objective; worked out when asked for.
 
-    iterates: dict[str, list[Tensor]]
-    evaluate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = field(repr=False)
+    iterates[z]: layers + 1 tensors, the start first.  steps[z]: the same with what every block of a layer left in between.
+    blocks: names of the parts of a layer; one, "step", where a layer has one part.
+    terms[name]: (layers + 1, ...) values.  predicted[name], actual[name]: (steps, ...), the change of a term in each step to first
+    order, and the change that came.  zeros[z]: (layers + 1, ...), the share of entries that are zero.
+    """
+
+    steps: dict[str, list[Tensor]]
+    blocks: tuple[str, ...]
+    evaluate: Callable[[dict[str, Tensor], str], dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def iterates(self) -> dict[str, list[Tensor]]:
+        return {name: found[:: len(self.blocks)] for name, found in self.steps.items()}
+
+    @property
+    def labels(self) -> tuple[tuple[int, str], ...]:
+        """(layer, block) of every step, layers from 1."""
+        count = len(next(iter(self.steps.values()))) - 1
+        return tuple((k // len(self.blocks) + 1, self.blocks[k % len(self.blocks)]) for k in range(count))
 
     @cached_property
     def terms(self) -> dict[str, Tensor]:
-        depth = len(next(iter(self.iterates.values())))
-        values = [self.evaluate({name: found[k] for name, found in self.iterates.items()}) for k in range(depth)]
+        return {name: value[:: len(self.blocks)] for name, value in self.all_terms.items()}
+
+    @cached_property
+    def all_terms(self) -> dict[str, Tensor]:
+        """Every term at the start and after every step: (steps + 1, ...)."""
+        values = [self.evaluate(self._at(k), self._place(k)) for k in range(len(self.labels) + 1)]
         return {name: torch.stack([v[name] for v in values]) for name in values[0]}
+
+    @cached_property
+    def actual(self) -> dict[str, Tensor]:
+        return {name: value[1:] - value[:-1] for name, value in self.all_terms.items()}
+
+    @cached_property
+    def predicted(self) -> dict[str, Tensor]:
+        """<gradient of the term at the state before, what the step added>, by autograd on the objective."""
+        rows = [self._first_order(k) for k in range(len(self.labels))]
+        return {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
+
+    @cached_property
+    def zeros(self) -> dict[str, Tensor]:
+        def share(name: str, z: Tensor) -> Tensor:
+            kept = self.all_terms["total"].ndim - 1
+            return (z == 0).to(z.dtype).flatten(kept).mean(-1) if z.ndim > kept else (z == 0).to(z.dtype)
+
+        return {name: torch.stack([share(name, z) for z in found]) for name, found in self.iterates.items()}
+
+    def _at(self, k: int) -> dict[str, Tensor]:
+        return {name: found[k] for name, found in self.steps.items()}
+
+    def _place(self, k: int) -> str:
+        return "before the first layer" if k == 0 else f"after {self.labels[k - 1][1]} of layer {self.labels[k - 1][0]}"
+
+    def _first_order(self, k: int) -> dict[str, Tensor]:
+        before, after = self._at(k), self._at(k + 1)
+        with torch.enable_grad():
+            at = {name: z.detach().requires_grad_() for name, z in before.items()}
+            values = self.evaluate(at, self._place(k))
+            moves = {name: (after[name] - before[name]).detach() for name in at}
+            out: dict[str, Tensor] = {}
+            for term, value in values.items():
+                slopes = torch.autograd.grad(value.sum(), list(at.values()), retain_graph=True, materialize_grads=True, allow_unused=True) if value.requires_grad else [torch.zeros_like(z) for z in at.values()]
+                kept = value.ndim
+                out[term] = sum((g * moves[name]).flatten(kept).sum(-1) for g, name in zip(slopes, at, strict=True))  # type: ignore[assignment]
+        return out
 
 
 class Network(nn.Module):
@@ -76,10 +135,12 @@ class Network(nn.Module):
     numbers: dict[str, float]
     takes: dict[str, tuple[str, tuple[int | None, ...], bool]]
     """Inputs, then variables: the word in the text, the sizes of the last axes, whether it must be given."""
+    built: bool
+    """Have the parameters that depend on data been worked out?"""
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return tuple(s.name for s in self.program.problem.inputs)
+        return self.program.inputs
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -115,29 +176,53 @@ class Network(nn.Module):
         return dict(self.numbers)
 
     def forward(self, *args: Tensor, **start: Any) -> Any:
-        """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406."""
+        """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406, E408."""
         given = self._bind(args, start)
         return super().forward(**given)
 
+    def construct(self, *args: Tensor, **named: Tensor) -> Any:
+        """Work out, layer by layer, the parameters that depend on data; returns what these data become.
+
+        Inputs in order or by name, without batch axes: one set of data, such as (N, d) features and their (K, N) memberships.
+        Raises UnrollError E404, E408.
+        """
+        wanted = self.program.construct_inputs
+        if not wanted:
+            raise UnrollError("E408", "no parameter of this network depends on data", hint="init: data, in an entry of learn:, asks for that")
+        given = {**dict(zip(wanted, args, strict=False)), **named}
+        for name in (*wanted, *given):
+            if name not in given or name not in wanted:
+                raise UnrollError("E404", f"the data to construct with are {', '.join(wanted)}; '{name}' is {'missing' if name in wanted else 'not one of them'}")
+            self._check(name, given[name])
+            if given[name].ndim != len(self.program.axes(self.program.problem.symbols[name])):
+                raise UnrollError("E404", f"{name} has shape {tuple(given[name].shape)}: data to construct with have no batch axes")
+        words = self.program.words
+        out = cast(Any, super()).construct(**{words["symbol", name]: value for name, value in given.items()})
+        bad = [n for n, p in self.named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise UnrollError("E408", f"'{bad[0]}' is not finite on these data", hint="a class without samples, or a step that diverges")
+        self.built = True
+        return out
+
     def trace(self, *args: Tensor, **start: Any) -> Trace:
-        """Run, and keep every iterate."""
+        """Run, and keep what every block left. Inputs that only the objective reads may be given by name."""
+        problem = self.program.problem
+        extra = {s.name: start.pop(s.name) for s in problem.inputs if s.name in start and s.name not in self.takes}
         given = self._bind(args, start)
         found: list[Any] = []
         super().forward(**given, trace=found)
         rows = [r if isinstance(r, tuple) else (r,) for r in found]
-        iterates = {name: [r[i] for r in rows] for i, name in enumerate(self.variables)}
-        inputs = {name: given[self.program.words["symbol", name]] for name in self.inputs}
-        return Trace(iterates, lambda values: self._terms({**inputs, **values}))
+        steps = {name: [r[i] for r in rows] for i, name in enumerate(self.variables)}
+        inputs = {name: given[self.program.words["symbol", name]] for name in self.inputs} | extra
+        return Trace(steps, self.program.step.blocks or ("step",), lambda values, place: self._terms({**inputs, **values}, place))
 
     def objective(self, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
         """Every term of the objective, and "total": (...) values, one per sample."""
         named = {**self._by_name(args), **values}
-        problem = self.program.problem
-        for s in (*problem.inputs, *problem.variables):
-            if s.name not in named:
-                raise UnrollError("E404", f"the objective needs a value for '{s.name}'")
-            self._check(s.name, named[s.name])
-        self._refuse_unknown(named)
+        for name in named:
+            if name not in self.program.problem.symbols:
+                self._refuse_unknown({name: named[name]})
+            self._check(name, named[name])
         return self._terms(named)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -198,6 +283,8 @@ class Network(nn.Module):
 
     def _bind(self, args: tuple[Tensor, ...], named: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the emitted forward."""
+        if not self.built:
+            raise UnrollError("E408", "this network has parameters that are worked out on data, and has seen none", hint=f"net.construct({', '.join(self.program.construct_inputs)})")
         out: dict[str, Any] = {}
         if "layers" in named and "layers" not in self.takes:
             out["layers"] = self._depth(named.pop("layers"))
@@ -242,9 +329,28 @@ class Network(nn.Module):
         """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
         return self._evaluator(problem, term_source(problem, self.program.dims))
 
-    def _terms(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = self._evaluator(self.program.problem, self.program.objective_source)(named)
+    def _terms(self, named: Mapping[str, Tensor], place: str = "") -> dict[str, Tensor]:
+        """All terms and their sum. Raises UnrollError E404 for a missing value, E409 where a matrix has no log-determinant."""
+        problem = self.program.problem
+        for s in term_symbols(problem):
+            if s.role != "parameter" and s.name not in named:
+                raise UnrollError("E404", f"the objective needs a value for '{s.name}'", hint=f"give it by name: {s.name}=...")
+        try:
+            terms = self._evaluator(problem, self.program.objective_source)(named)
+        except torch.linalg.LinAlgError:
+            raise self._not_definite(named, place) from None
         return {**terms, "total": sum(terms.values())}  # type: ignore[dict-item]
+
+    def _not_definite(self, named: Mapping[str, Tensor], place: str) -> UnrollError:
+        """Which term has a matrix that is not positive definite."""
+        problem = self.program.problem
+        for name, e in problem.terms.items():
+            one = replace(problem, terms={name: e})
+            try:
+                self.terms_of(one)(named)
+            except torch.linalg.LinAlgError:
+                return UnrollError("E409", f"the term {name} has a matrix that is not positive definite {place}".rstrip(), hint="values that are not finite, or float32 where float64 is needed")
+        return UnrollError("E409", f"a matrix is not positive definite {place}".rstrip())
 
     def _evaluator(self, problem: Problem, source: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         order = [*problem.variables, *problem.inputs, *problem.parameters]
@@ -252,7 +358,7 @@ class Network(nn.Module):
 
         def run(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             values: dict[str, Any] = {**named, **self.given, **self.numbers}
-            return evaluate(*(values[s.name] for s in order), *(values[s.name] for s in problem.scalars))
+            return evaluate(*(values.get(s.name) for s in order), *(values[s.name] for s in problem.scalars))
 
         return run
 
@@ -292,8 +398,9 @@ def network(
     derivation: Any = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    seed: int = 0,
 ) -> Network:
-    """A network set to the algorithm itself.
+    """A network set to the algorithm itself; starts that the spec asks to draw are drawn from `seed`.
 
     given: a tensor for every parameter of the problem, as declared.  scalars: values in the place of defaults.
     Raises UnrollError E402 (no value), E403 (a start value that its constraint excludes), E404 (shape).
@@ -306,13 +413,16 @@ def network(
     net.layers, net.program, net.numbers = program.layers, program, numbers
     net.spec, net.derivation = spec, derivation
     net.takes = _arguments(program)
+    net.built = not program.construct_inputs
     _hold(net, given)
     net.to(dtype=dtype or torch.get_default_dtype(), device=device)
     exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
     wanted = program.initialise_arguments
-    cast(Any, net).initialise(**{program.words["symbol", n]: exact[n] if n in exact else numbers[n] for n in wanted})
+    drawn = {"generator": torch.Generator(next(net.parameters()).device).manual_seed(seed)} if program.drawn else {}
+    cast(Any, net).initialise(**{program.words["symbol", n]: exact[n] if n in exact else numbers[n] for n in wanted}, **drawn)
+    waiting = {program.words["learned", p.name] for p in program.step.learned if p.constructed and ("learned", p.name) in program.words}
     for name, p in net.named_parameters():
-        if not p.isfinite().all():
+        if name not in waiting and not p.isfinite().all():
             raise UnrollError(
                 "E403",
                 f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
@@ -329,7 +439,7 @@ def network(
 
 def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...], bool]]:
     problem, words, sizes = program.problem, program.words, program.tensor_sizes
-    ins = {s.name: (words["symbol", s.name], sizes(s), True) for s in problem.inputs}
+    ins = {s.name: (words["symbol", s.name], sizes(s), True) for s in problem.inputs if s.name in program.inputs}
     return ins | {s.name: (words["symbol", s.name], sizes(s), False) for s in problem.variables}
 
 
@@ -396,6 +506,7 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     if net.spec is None or net.spec.sha256 != record["sha256"]:
         raise UnrollError("E405", f"{place / SPEC} is not the spec that these weights belong to")
     net.load_state_dict(state)
+    net.built = all(p.isfinite().all() for p in net.parameters())
     return net
 
 
@@ -416,30 +527,38 @@ def _rebuild(
     compile_ = cast(Callable[..., Network], unroll.compile)
     net = compile_(spec, dims=dims, parameters=given, scalars=scalars, dtype=_dtype(state, given))
     net.load_state_dict(state)
+    net.built = all(p.isfinite().all() for p in net.parameters())
     return net.train(training)
 
 
 def draw(problem: Problem, dims: Mapping[str, int], seed: int) -> dict[str, Tensor]:
     """Random values for the parameters of a problem: Gaussian with variance 1/rows, then made what was declared.
 
-    Float64. `orthonormal` gives M M' = I, or M' M = I for a tall M.
+    Float64. `orthonormal` gives M M' = I, or M' M = I for a tall M; `tight_frame` makes the members of a family together orthonormal.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = {d: dims[d.name] for d in problem.dims if d.name in dims}
-    out: dict[str, Tensor] = {}
-    for s in problem.parameters:
-        shape = [int(swap(n, sizes)) for n in stored_axes(s)]
-        value = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if s.rank == 2:
-            value = value / shape[-2] ** 0.5
-        if "orthonormal" in s.props:
-            left, _, right = torch.linalg.svd(value, full_matrices=False)
-            value = left @ right
-        if "unit_columns" in s.props:
-            value = nn.functional.normalize(value, dim=-2)
-        if "symmetric" in s.props:
-            value = (value + value.mT) / 2
-        if "positive" in s.props:
-            value = value.abs()
-        out[s.name] = value
-    return out
+    return {s.name: _drawn(s, [int(swap(n, sizes)) for n in stored_axes(s)], generator) for s in problem.parameters}
+
+
+def _drawn(s: Sym, shape: list[int], generator: torch.Generator) -> Tensor:
+    value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if s.rank == 2:
+        value = value / shape[-2] ** 0.5
+    if "tight_frame" in s.props:
+        count, rows, cols = shape
+        if count * cols != rows:
+            raise UnrollError("E403", f"{s.name} cannot start as a tight frame: {count} times {cols} columns are not {rows}")
+        value = torch.linalg.qr(value.movedim(0, 1).reshape(rows, rows)).Q.reshape(rows, count, cols).movedim(1, 0)
+    if "orthonormal" in s.props:
+        left, _, right = torch.linalg.svd(value, full_matrices=False)
+        value = left @ right
+    if "unit_columns" in s.props:
+        value = nn.functional.normalize(value, dim=-2)
+    if "symmetric" in s.props:
+        value = (value + value.mT) / 2
+    if "positive" in s.props:
+        value = value.abs()
+    if "identity" in s.props:
+        value = torch.eye(*shape[-2:], dtype=torch.float64).expand(shape).clone()
+    return torch.full_like(value, float("ones" in s.props)) if {"zeros", "ones"} & s.props else value

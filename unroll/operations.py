@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import sympy as sp
 
 from unroll.expr import ONE, Shape, broadcast, slot
-from unroll.formula import POWER, PRODUCT, SUM, UNARY, Text, formula, number
+from unroll.formula import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
 Tags = tuple[str, ...]
 """Stored axes in order: "*" all batch axes, "r" rows, "c" columns, anything else the index of a family."""
@@ -171,6 +171,11 @@ def _product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
     return total * prod(families.values())
 
 
+def _attention_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    """Two products with the N x N matrix of scores."""
+    return 4 * size(out.shape[1]) * entries(out, size)
+
+
 def _cubic(out: Node, args: Sequence[View], size: Sizes) -> int:
     n = size(args[0].shape[0])
     return n**2 * max(n, entries(out, size) // max(n, 1)) * prod(size(k) for _, k in out.families)
@@ -298,11 +303,57 @@ def _reduction(method: str) -> Callable[[Node, Sequence[Operand], Context], Text
 
 
 def _softmax_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    return args[0].text.then(f".softmax({_axis(args[0], 'rc'[out.attrs[0]])})")
+    """attrs: axis, causal."""
+    axis, causal = out.attrs
+    dim = _axis(args[0], "rc"[axis])
+    return Text(f"causal_softmax({args[0].text.code}, {dim})") if causal else args[0].text.then(f".softmax({dim})")
 
 
-def _family_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    return args[0].text.then(f".sum({_axis(args[0], out.attrs[0])})")
+def _norm_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: kind, axis, eps, and whether weight and bias are among the operands."""
+    kind, axis, eps, affine = out.attrs
+    x, n = args[0], out.shape[axis]
+    last = x.tags[-1] == "rc"[axis]
+    code = x.text if last else x.text.then(".mT")
+    weights = [a.text.code for a in args[1:]] if affine else []
+    match kind:
+        case "layer_norm":
+            call = f"F.layer_norm({', '.join([code.code, f'({c.size(n)},)', *(weights or ['None', 'None']), number(eps).code])})"
+        case "rms_norm":
+            call = f"F.rms_norm({', '.join([code.code, f'({c.size(n)},)', *(weights[:1] or ['None']), number(eps).code])})"
+            call += f" + {weights[1]}" if weights else ""
+        case _:
+            call = f"F.normalize({code.code}, dim=-1, eps={number(eps).code})"
+            call += f" * {weights[0]} + {weights[1]}" if weights else ""
+    text = Text(call, POSTFIX if kind == "layer_norm" or not weights else SUM)
+    return text if last else text.then(".mT")
+
+
+def _family_axis(x: View, index: str) -> int:
+    return x.tags.index(index) - len(x.tags)
+
+
+def _over_family(method: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """attrs[0]: the index."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        return args[0].text.then(f".{method}({_family_axis(args[0], out.attrs[0])})")
+
+    return text
+
+
+def _attention_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """V softmax(scale V'V) for V = args[0], tokens its columns. attrs: causal."""
+    v, scale = args
+    code = v.ordered("cr").code
+    mask = ", is_causal=True" if out.attrs[0] else ""
+    return Text(f"F.scaled_dot_product_attention({code}, {code}, {code}{mask}, scale={scale.text.code})")
+
+
+def _running_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    axis, adjoint = _axis(x, "c"), out.attrs[1]
+    return x.text.then(f".flip({axis}).cumsum({axis}).flip({axis})" if adjoint else f".cumsum({axis})")
 
 
 def _call(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
@@ -440,6 +491,8 @@ def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 def helpers_of(node: Node) -> tuple[str, ...]:
     """Module-level functions that the text of a node calls."""
+    if node.op == "softmax" and node.attrs[1]:
+        return ("causal_softmax",)
     if node.op in ("project", "indicator"):
         name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
         return (*BY_NAME[node.op].helpers, *((f"project_{name}",) if f"project_{name}" in HELPERS else ()))
@@ -466,7 +519,12 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("logsumexp", _along, _reduction("logsumexp"), _pointwise),
     Operation("max", _along, _reduction("amax"), _pointwise),
     Operation("softmax", _same, _softmax_text, _pointwise),
-    Operation("family_sum", _same, _family_sum_text, _pointwise),
+    Operation("family_sum", _same, _over_family("sum"), _pointwise),
+    Operation("family_logsumexp", _same, _over_family("logsumexp"), _pointwise),
+    Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
+    Operation("norm", _same, _norm_text, _pointwise),
+    Operation("running_sum", _same, _running_text, _pointwise),
+    Operation("attention", _same, _attention_text, _attention_cost),
     Operation("diag", lambda args, attrs: (args[0].shape[0], args[0].shape[0]), _diag_text, _pointwise),
     Operation("diagonal", lambda args, attrs: (args[0].shape[0], ONE), _diagonal_text, _pointwise),
     Operation("trace", _to_scalar, _trace_text, _pointwise),
@@ -527,6 +585,13 @@ def _exact(name: str, args: str, doc: str, body: str) -> Helper:
 
 
 HELPERS: dict[str, Helper] = {
+    "causal_softmax": Helper(
+        '''def causal_softmax(x, dim):
+    """Softmax along dim (-1 or -2) of square matrices: what is looked at comes no later than what looks."""
+    seen = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
+    return x.masked_fill(~(seen.tril() if dim == -1 else seen.triu()), -math.inf).softmax(dim)
+'''
+    ),
     "exact": Helper(_EXACT),
     "inverse": _exact("inverse", "m", "inv(m).", "return torch.linalg.inv(m)"),
     "cholesky": _exact(

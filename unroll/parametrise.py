@@ -10,102 +10,220 @@ What is not found is an error that shows the step, never a parameter that does n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import sympy as sp
 
 from unroll.algorithms import LIPSCHITZ, MOMENTUM, STEP, state_of
+from unroll.blocks import affine_norms
 from unroll.calculus.prox import derive as derive_prox
-from unroll.errors import SpecError, Where
+from unroll.errors import SpecError, Where, did_you_mean
 from unroll.expr import (
     Add,
     Expr,
     Eye,
+    FamilySum,
     Map,
     Mul,
+    Normalise,
     Prox,
     Sym,
     add,
     as_constant,
+    bound_indices,
     elementwise,
     expand,
     eye,
+    family_sum,
+    free_indices,
     is_symmetric,
     matmul,
+    member,
+    normalise,
+    ones,
     prox,
+    rebuild,
+    rename_index,
     scalar,
     scale,
+    show_shape,
     split,
+    substitute,
     substitute_scalars,
     symbol,
     transform,
     transpose,
     walk,
+    zeros,
 )  # fmt: skip
-from unroll.functions import Value
-from unroll.parse import parse
+from unroll.functions import Value, as_expr
+from unroll.parse import parse_member
 from unroll.problem import Problem, place_of
 from unroll.show import text
 from unroll.spec import Spec
 from unroll.spec.schema import Learn
-from unroll.step import Assign, Constraint, Learned, Step
+from unroll.step import LAYER, Assign, Constraint, Departure, Learned, Step
 
-PLACES = ("gradient", "prox")
-"""Where an occurrence may be: in the gradient step (all that is fed to the prox), or in the prox itself."""
+PLACES = ("gradient", "prox", "output")
+"""Where an occurrence may be: in the gradient step (all that is fed to the prox), in the prox itself, or first of all factors."""
 
 Word = tuple[Expr, ...]
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One entry of `learn:`, read."""
+    """One entry of `learn:`, read. index, size: of a family, of which `value` is the member `index`."""
 
     name: str
     record: Learn
     value: Value
     where: Where
+    block: str
+    index: str = ""
+    size: sp.Expr | None = None
+
+    def at(self, index: str) -> Expr:
+        """The pattern for another name of the index."""
+        assert isinstance(self.value, Expr)
+        return rename_index(self.value, self.index, index) if self.index else self.value
 
 
 def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
     """The step with learned parameters in place. Raises SpecError E305 (not found), E306 (a constraint that does not apply)."""
-    assert spec.unroll is not None
-    wanted = [_read(name, step, problem, spec) for name in spec.unroll.learn]
-    for w in sorted(wanted, key=_size, reverse=True):  # what is larger takes its words first
+    unrolled = spec.unroll
+    assert unrolled is not None
+    schemes = [("", ("unroll",), unrolled), *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks))]
+    wanted = [_read(name, step, problem, spec, block, path) for block, path, scheme in schemes for name in scheme.learn]
+    for w in sorted(wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True):  # what is larger takes its words first
         step = _replace(step, w)
-    order = list(spec.unroll.learn)
-    learned = tuple(sorted(step.learned, key=lambda p: order.index(p.name)))
+    step = _affine(step, spec)
+    for block, path, scheme in schemes:
+        for name in scheme.keep:
+            step = replace(step, learned=(*step.learned, _kept(name, step, problem, spec, block, (*path, "keep", name))))
+    for block, path, scheme in schemes:
+        for name in scheme.estimate:
+            step = _estimated(step, problem, spec, block, (*path, "estimate", name))
+    order = [w.name for w in wanted]
+    rank = {name: i for i, name in enumerate(order)}
+    learned = tuple(sorted(step.learned, key=lambda p: rank.get(p.name.removesuffix("_bias"), len(order))))
     return _without_unused(replace(step, learned=learned))
+
+
+def _affine(step: Step, spec: Spec) -> Step:
+    """Weight and bias of every norm that has them, starting at 1 and 0."""
+    affine, learned = affine_norms(spec), list(step.learned)
+
+    def freed(a: Assign) -> Assign:
+        if not affine.get(a.block) or not isinstance(a.value, Expr):
+            return a
+        prefix = f"{a.block}_norm" if a.block else "norm"
+
+        def rule(e: Expr) -> Expr | None:
+            if not isinstance(e, Normalise):
+                return None
+            n = e.shape[e.axis]
+            free = [symbol(f"{prefix}_{part}", n, 1, "learned") for part in ("weight", "bias")]
+            starts = (ones(n), zeros(n))
+            known = {p.name for p in learned}
+            learned.extend(Learned(s.name, s, v, (n,), True, text=text(v)) for s, v in zip(free, starts, strict=True) if s.name not in known)
+            weight, bias = free if e.axis == 0 else map(transpose, free)
+            return normalise(e.kind, e.axis, e.eps, e.x, weight, bias)
+
+        value = transform(a.value, rule)
+        return a if value is a.value else replace(a, value=value, note=_note(replace(a, value=value)))
+
+    assigns = tuple(map(freed, step.assigns))
+    return replace(step, assigns=assigns, learned=tuple(learned))
+
+
+def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple[str | int, ...]) -> Step:
+    """An input that is not known when the network runs, replaced by a formula of what is."""
+    name, where = str(path[-1]), spec.key_where(*path)
+    given = next((s for s in problem.inputs if s.name == name), None)
+    if given is None:
+        raise SpecError("E306", f"'{name}' is not an input", where, did_you_mean(name, [s.name for s in problem.inputs]))
+    scope = replace(problem.scope, names={**_names(step, problem, block), **{p.name: p.symbol for p in step.learned}})
+    written = cast(str, spec.at(*path))
+    value, index, size = parse_member(written, scope, place_of(spec, *path))
+    e = as_expr(value)
+    if e.shape != given.shape or size != given.family:
+        hint = "a family is estimated member by member: f(C[k]) for k in K" if given.family is not None else ""
+        raise SpecError("E131", f"the estimate of {name} is {show_shape(e.shape)}, {name} is {show_shape(given.shape)}", where, hint)
+
+    def put(a: Assign) -> Assign:
+        if not isinstance(a.value, Expr) or (block and a.block != block) or given not in a.value.symbols:
+            return a
+        swaps = {member(given, i): rename_index(e, index, i) for i in _indices(a.value)} if given.family is not None else {given: e}
+        fresh = substitute(a.value, swaps)
+        return replace(a, value=fresh, note=_note(replace(a, value=fresh)))
+
+    assigns = tuple(map(put, step.assigns))
+    if assigns == step.assigns:
+        raise SpecError("E305", f"the step does not read {name}, so there is nothing to estimate", where)
+    said = Departure("estimate", block, "heuristic", f"{name} is estimated by {written.strip()}")
+    return replace(step, assigns=assigns, departures=(*step.departures, said), estimated=(*step.estimated, name))
+
+
+def _kept(name: str, step: Step, problem: Problem, spec: Spec, block: str, path: tuple[str | int, ...]) -> Learned:
+    """A quantity that takes the place of nothing: it is worked out on data, for estimates."""
+    names, written = _names(step, problem, block), cast(str, spec.at(*path))
+    if name in names or name in {p.name for p in step.learned}:
+        raise SpecError("E306", f"'{name}' is already the name of something else", spec.key_where(*path), "choose another name")
+    value, _, size = parse_member(written, replace(problem.scope, names=names), place_of(spec, *path))
+    e = as_expr(value)
+    rank = 0 if e.is_scalar else 1 if e.cols == 1 else 2
+    return Learned(name, symbol(name, *e.shape, "learned", rank, size), e, e.shape[:rank], True, "none", written, "data", constructed=True)
+
+
+def _indices(e: Expr) -> list[str]:
+    """All indices of families in e, bound or free."""
+    return sorted(bound_indices(e) | free_indices(e))
 
 
 def _shape_fits(name: str, record: Learn, problem: Problem, where: Where) -> None:
     """A scalar may be repeated over the entries of the variable, and over nothing else."""
-    (z,) = problem.variables
+    z = problem.variables[0]
     sizes = {**{d.name: d for d in problem.dims}, **{str(d): d for d in z.shape}}
     shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape or ()]
     if shape and shape != [z.rows]:
         raise SpecError("E306", f"the shape of {name} is not that of {z.name}", where, f"shape: [{z.rows}] gives every entry of {z.name} its own")
 
 
-def _read(name: str, step: Step, problem: Problem, spec: Spec) -> _Wanted:
-    assert spec.unroll is not None
-    record, path = spec.unroll.learn[name], ("unroll", "learn", name)
+def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
+    """What names mean in a block: states in the place of variables, its own step size, what it defines."""
+    own = {s.name: s for a in step.assigns if a.block == block and isinstance(a.value, Expr) for s in (a.target, *a.value.symbols) if isinstance(s, Sym)}
     states = {s.name: s for z in problem.variables for s in [state_of(z)]}
-    names: dict[str, Value] = {**problem.scope.names, **states, "step": STEP, "L": LIPSCHITZ, "momentum": MOMENTUM}
+    suffix = f"_{block}" if block else ""
+    numbers = {s.name: scalar(s.name + suffix, positive=True) for s in (STEP, LIPSCHITZ)}
+    return {**own, **problem.scope.names, **states, **numbers, "momentum": MOMENTUM, "layer": LAYER}
+
+
+def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: tuple[str | int, ...]) -> _Wanted:
+    path = (*at, "learn", name)
+    record = cast(Learn, spec.at(*path))
+    names = _names(step, problem, block)
     where = spec.key_where(*path)
     _shape_fits(name, record, problem, where)
     if name in names:
         raise SpecError("E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter")
-    value = parse(record.replaces, replace(problem.scope, names=names), place_of(spec, *path, "replaces"))
+    scope, place = replace(problem.scope, names=names), place_of(spec, *path, "replaces")
+    family = names.get(record.replaces.strip())
+    index, size = "", None
+    if isinstance(family, Sym) and family.family is not None:  # the whole family by its name
+        value, index, size = cast(Value, member(family, "k")), "k", family.family
+    else:
+        value, index, size = parse_member(record.replaces, scope, place)
+        value = as_expr(value) if size is not None else value
     if isinstance(value, Expr) and (c := as_constant(value)) is not None and value.is_scalar:
         value = c
     if MOMENTUM in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(a.target == MOMENTUM for a in step.assigns):
         hint = "learn the step or a matrix; momentum follows its schedule"
         raise SpecError("E307", "learning the momentum is not built yet: it starts at another value in each layer", where, hint)
-    for field, used in (("bias", record.bias),):
-        if used:
-            raise SpecError("E307", f"'{field}' is accepted by the language, but not built yet", spec.key_where(*path, field))
     if record.where is not None and record.where not in PLACES:
         raise SpecError("E306", f"'{record.where}' is not a place in a step", spec.key_where(*path, "where"), f"places: {', '.join(PLACES)}")
-    return _Wanted(name, record, value, spec.origin(*path, "replaces").where())
+    if record.bias and record.where != "output":
+        raise SpecError("E306", f"{name} can have a bias only where it is the first factor", spec.key_where(*path, "bias"), "add where: output, or put a vector into the objective")
+    return _Wanted(name, record, value, spec.origin(*path, "replaces").where(), block, index, size)
 
 
 def _size(w: _Wanted) -> tuple[int, int]:
@@ -116,17 +234,18 @@ def _size(w: _Wanted) -> tuple[int, int]:
 
 
 def _replace(step: Step, w: _Wanted) -> Step:
-    learned = _learned(w)
+    learned = _learned(w, step)
     swap = _swap_matrix if isinstance(w.value, Expr) else _swap_scalar
-    assigns = tuple(replace(a, value=swap(a.value, w, learned)) for a in step.assigns)
-    if assigns == step.assigns:
-        body = "; ".join(f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}" for a in step.assigns)
+    mine = [not w.block or a.block == w.block for a in step.assigns]
+    assigns = tuple(replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True))
+    if all(a.value is b.value or a.value == b.value for a, b in zip(assigns, step.assigns, strict=True)):
+        body = "; ".join(f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}" for a, own in zip(step.assigns, mine, strict=True) if own)
         raise SpecError(
             "E305", f"{w.record.replaces.strip()} does not occur in the step" + (f" ({w.record.where})" if w.record.where else ""), w.where,
             "it must be a sub-expression of the step, up to expanding products", (f"the step: {body}",),
         )  # fmt: skip
     assigns = tuple(replace(a, note=_note(a)) for a in assigns)
-    return replace(step, assigns=assigns, learned=(*step.learned, learned))
+    return replace(step, assigns=assigns, learned=(*step.learned, *learned))
 
 
 def _name(target: Sym | sp.Symbol) -> str:
@@ -137,18 +256,30 @@ def _note(a: Assign) -> str:
     return f"{_name(a.target)} <- {text(a.value)}" if a.note and isinstance(a.value, Expr) else a.note
 
 
-def _learned(w: _Wanted) -> Learned:
+def _learned(w: _Wanted, step: Step) -> tuple[Learned, ...]:
+    """The parameter, and its bias if it has one."""
     record, value = w.record, w.value
-    constraint = _constraint(w)
     per_layer = record.share == "none"
-    if isinstance(value, Expr):
-        if record.shape is not None:
-            raise SpecError("E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'")
-        shape = value.shape if value.cols != 1 else (value.rows,)
-        return Learned(w.name, symbol(w.name, *value.shape, "learned"), value, shape, per_layer, constraint, record.replaces)
-    shape = tuple(sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True) for n in record.shape or ())
-    s = scalar(w.name, positive=bool(value.is_positive) or record.positive)
-    return Learned(w.name, s, value, shape, per_layer, constraint, record.replaces)
+    if not isinstance(value, Expr):
+        shape = tuple(sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True) for n in record.shape or ())
+        s = scalar(w.name, positive=bool(value.is_positive) or record.positive)
+        return (Learned(w.name, s, value, shape, per_layer, _constraint(w), record.replaces, record.init, record.scale),)
+    if record.shape is not None:
+        raise SpecError("E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'")
+    moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
+    depends_on = sorted(s.name for s in value.symbols if (s.role == "state" and s.name in moving) or s.role == "input")
+    if depends_on and record.init == "value":
+        hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
+        raise SpecError("E306", f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at", w.where, hint)
+    if record.init == "data" and not per_layer:
+        raise SpecError("E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'")
+    rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
+    s = symbol(w.name, *value.shape, "learned", rank, w.size)
+    found = Learned(w.name, s, value, value.shape[:rank], per_layer, _constraint(w), record.replaces, record.init, record.scale, record.init == "data")
+    if not record.bias:
+        return (found,)
+    n = value.rows
+    return found, Learned(f"{w.name}_bias", symbol(f"{w.name}_bias", n, 1, "learned"), zeros(n), (n,), per_layer, text=f"zeros({n})")
 
 
 def _constraint(w: _Wanted) -> Constraint:
@@ -177,18 +308,52 @@ def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
     assert isinstance(w.value, Expr) and isinstance(learned.symbol, Sym)
     if not isinstance(value, Expr) or w.record.where == "prox":
         return value
-    pattern, into = w.value, learned.symbol
+    into = learned.symbol
+
+    def pairs(e: Expr) -> list[tuple[Expr, Expr]]:
+        """(pattern, parameter), for every name that the index of a family has in e."""
+        return [(w.at(i), member(into, i)) for i in _indices(e)] if w.index else [(w.value, into)]  # type: ignore[list-item]
 
     def inside(e: Expr) -> Expr:
         """The pattern lives in what is fed to the prox, not in the term that the prox belongs to."""
         if isinstance(e, Prox):
             return prox(e.term, e.variable, e.t, inside(e.at), e.swaps)
-        found = structural(e, pattern, into)
-        if found is e:
-            found = algebraic(e, pattern, into)
-        return found
+        if w.record.where == "output":
+            return outermost(e, pairs(e), symbol(f"{w.name}_bias", into.rows, 1, "learned") if w.record.bias else None)
+        for pattern, parameter in pairs(e):
+            found = structural(e, pattern, parameter)
+            e = algebraic(e, pattern, parameter) if found is e and not w.index else found
+        return e
 
     return inside(value)
+
+
+def outermost(e: Expr, pairs: list[tuple[Expr, Expr]], bias: Sym | None) -> Expr:
+    """The pattern replaced where it is the first factor of a term; `bias` is added there, once for a whole family."""
+    match e:
+        case Add(terms):
+            return add(*(outermost(t, pairs, bias) for t in terms))
+        case FamilySum(i, n, body):
+            inner = outermost(body, pairs, None)
+            return e if inner is body else _biased(family_sum(i, n, inner), bias)
+        case Map(_, args):
+            return rebuild(e, tuple(outermost(a, pairs, bias) for a in args))
+        case Mul(c, (first, *rest)):
+            for pattern, into in pairs:
+                k, body = split(pattern)
+                factors = body.factors if isinstance(body, Mul) else (body,)
+                if e.factors[: len(factors)] == factors and _divides(k, c):
+                    return _biased(scale(c / k, matmul(into, *e.factors[len(factors) :])), bias)
+            if not rest or first.is_scalar:
+                return scale(c, outermost(first, pairs, bias)) if not rest else e
+            return e
+        case _:
+            return next((_biased(into, bias) for pattern, into in pairs if e is pattern), e)
+
+
+def _biased(e: Expr, bias: Sym | None) -> Expr:
+    """A x + b in every column."""
+    return e if bias is None else add(e, matmul(bias, ones(1, e.cols)))
 
 
 def structural(e: Expr, pattern: Expr, into: Expr) -> Expr:
@@ -210,6 +375,9 @@ def _in_product(node: Mul, pattern: Expr, into: Expr) -> Expr | None:
     """c * ... F1 F2 ... with the factors of the pattern in a row, and its coefficient in c."""
     c, body = split(pattern)
     factors = body.factors if isinstance(body, Mul) else (body,)
+    if len(node.factors) == 1 and isinstance(node.factors[0], FamilySum) and c != 1 and _divides(c, node.coef):  # its coefficient stands before the sum
+        inner = structural(node.factors[0], body, into)
+        return None if inner is node.factors[0] else scale(node.coef / c, inner)
     if isinstance(body, Eye):
         if c == 1 or not _divides(c, node.coef) or node.rows != body.n:
             return None
@@ -345,7 +513,8 @@ def _without_unused(step: Step) -> Step:
     read = set[sp.Basic]().union(*(used_scalars(a.value) for a in step.assigns if isinstance(a.value, Expr)))
     numbers = [a for a in step.assigns if isinstance(a.target, sp.Symbol)]
     for _ in numbers:  # what a number that is read needs is read too
-        read |= set[sp.Basic]().union(*(a.value.free_symbols for a in numbers if a.target in read))
+        values = [a.value for a in numbers if a.target in read]
+        read |= set[sp.Basic]().union(*(used_scalars(v) if isinstance(v, Expr) else v.free_symbols for v in values))
     kept = [a for a in step.assigns if isinstance(a.target, Sym) or a.target in read]
     targets = {a.target for a in kept}
     return replace(step, assigns=tuple(kept), states=tuple(s for s in step.states if isinstance(s.symbol, Sym) or s.symbol in targets))

@@ -15,7 +15,7 @@ import sympy as sp
 
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean, quote
 from unroll.expr import (
-    Expr, ShapeError, Sym, add, elementwise, family_sum, matmul, member, same, scale, show_shape, slot,
+    Expr, ShapeError, Sym, add, elementwise, family_logsumexp, family_softmax, family_sum, matmul, normalise, member, same, scale, show_shape, slot,
     spectral, spectral_map, transpose,
 )  # fmt: skip
 from unroll.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
@@ -61,6 +61,11 @@ def parse_matrix(text: str, scope: Scope, place: Place = nowhere) -> Expr:
     return as_expr(parse(text, scope, place))
 
 
+def parse_member(text: str, scope: Scope, place: Place = nowhere) -> tuple[Value, str, sp.Expr | None]:
+    """(value, index, size) of `f(U[k]) for k in K`, one value for each member; of a plain formula (value, "", None)."""
+    return _Reader(text, scope, place).member()
+
+
 def parse_constraint(text: str, scope: Scope, place: Place = nowhere) -> Expr:
     """`z >= 0`, `z <= b`, `z in simplex`, `z in box(0, 1)` -> the indicator of the set."""
     return _Reader(text, scope, place).constraint()
@@ -85,6 +90,12 @@ OPERATORS: dict[type[ast.operator], str] = {
 RELATIONS: dict[type[ast.cmpop], Any] = {
     ast.Lt: sp.Lt, ast.LtE: sp.Le, ast.Gt: sp.Gt, ast.GtE: sp.Ge, ast.Eq: sp.Eq, ast.NotEq: sp.Ne,
 }  # fmt: skip
+
+
+NAMED = ("axis", "eps", "weight", "bias")
+"""Arguments that may be written with their name."""
+FAMILIES: dict[str, Callable[[str, Any, Expr], Expr]] = {"sum": family_sum, "logsumexp": family_logsumexp}
+"""What can be taken over the members of a family."""
 
 
 class _Reader:
@@ -185,6 +196,13 @@ class _Reader:
         if isinstance(value, _Condition):
             self.fail(tree, "E132", f"{self.source(tree)} is a comparison, not a value", "where(condition, a, b) chooses by one; constraints go under 'constraints:'")
         return value
+
+    def member(self) -> tuple[Value, str, sp.Expr | None]:
+        tree = self.tree()
+        if not isinstance(tree, ast.GeneratorExp):
+            return self.value(tree), "", None
+        inner, index, size = self._scope_of(tree)
+        return inner.value(tree.elt), index, size
 
     def signature(self) -> tuple[str, tuple[str, ...]]:
         tree = self.tree()
@@ -428,8 +446,10 @@ class _Reader:
             return self._macro(node, self.scope.macros[name], args, keywords)
         if name == "where":
             return self._where(node, args)
-        if name == "sum" and len(args) == 1 and isinstance(args[0], ast.GeneratorExp):
-            return self._family(args[0])
+        if name in FAMILIES and len(args) == 1 and isinstance(args[0], ast.GeneratorExp):
+            return self._family(args[0], FAMILIES[name])
+        if name == "softmax" and len(args) == 1 and [k.arg for k in keywords] == ["over"]:
+            return self._shares(args[0], keywords[0].value)
         if name in ("spectral_sum", "spectral_map"):
             return self._spectral(node, name, args)
         if name in ELEMENTWISE_BY_NAME:
@@ -441,11 +461,14 @@ class _Reader:
             if isinstance(self.scope.names.get(name), Expr | sp.Basic):
                 self.fail(node, "E102", f"{quote(name)} is not a function; it was declared as a quantity", "multiply with * or @")
             self.fail(node.func, "E102", f"unknown function '{quote(name)}'", hint or "declare it under 'functions:' by its formula; 'unroll list functions' shows those that exist")
-        given = [*args, *(k.value for k in keywords)]
         least = len(found.kinds) - found.optional
-        bad = [k.arg for k in keywords if k.arg != "axis" or "axis" not in found.kinds]
+        bad = [k.arg for k in keywords if k.arg not in found.kinds or k.arg not in NAMED]
         if bad:
             self.fail(node, "E105", f"{name} has no argument '{bad[0]}'", f"it is called as {found.signature}: {found.about}")
+        order = [found.kinds.index(k.arg) for k in keywords]  # type: ignore[arg-type]
+        if order != list(range(len(args), len(args) + len(order))):
+            self.fail(node, "E105", f"{name} is called as {found.signature}", found.about)
+        given = [*args, *(k.value for k in keywords)]
         if not least <= len(given) <= len(found.kinds):
             wanted = str(least) if not found.optional else f"{least} to {len(found.kinds)}"
             self.fail(node, "E105", f"{name} takes {wanted} argument{'s' if wanted != '1' else ''}, not {len(given)}", f"it is called as {found.signature}: {found.about}")
@@ -478,8 +501,15 @@ class _Reader:
                 if value.cols != 1:
                     self.fail(node, "E132", f"{self.source(node)} is {self.shape(value)}; a vector is needed here", notes=self.declared(node))
                 return value
+            case "weight" | "bias":
+                return self.matrix(node)
             case "number":
                 return self.number(node)
+            case "eps":
+                value = self.number(node)
+                if value.is_negative:
+                    self.fail(node, "E132", f"eps is not negative; {self.source(node)} is")
+                return value
             case "size":
                 value = self.number(node)
                 if value.is_number and not (value.is_integer and value.is_positive and value < 10**7):
@@ -523,7 +553,19 @@ class _Reader:
         profile = inner.number(args[0])
         return (spectral if name == "spectral_sum" else spectral_map)(profile, self.matrix(args[1]))
 
-    def _family(self, node: ast.GeneratorExp) -> Expr:
+    def _shares(self, x: ast.expr, over: ast.expr) -> Expr:
+        """softmax(x, over=k): shares among the members of a family, inside a sum over k."""
+        size = self.scope.names.get(f"[{over.id}]") if isinstance(over, ast.Name) else None
+        if size is None:
+            self.fail(over, "E101", f"'{self.source(over)}' is not an index", "softmax(f(U[k]), over=k) stands inside sum(... for k in K)")
+        return family_softmax(over.id, size, self.matrix(x))  # type: ignore[union-attr]
+
+    def _family(self, node: ast.GeneratorExp, make: Callable[[str, Any, Expr], Expr]) -> Expr:
+        inner, index, size = self._scope_of(node)
+        return make(index, size, inner.matrix(node.elt))
+
+    def _scope_of(self, node: ast.GeneratorExp) -> tuple[_Reader, str, sp.Expr]:
+        """A reader that knows the index of `... for k in K`, the index and its size."""
         match node.generators:
             case [ast.comprehension(target=ast.Name(id=index), iter=ast.Name() as over, ifs=[], is_async=0)]:
                 size = self.number(over)
@@ -532,8 +574,7 @@ class _Reader:
         if index in self.scope.names:
             self.fail(node, "E103", f"the index {index} is already the name of something else", "choose another letter")
         names = {**self.scope.names, f"[{index}]": size}
-        inner = _Reader(self.text, replace(self.scope, names=names), self.place, self.active)
-        return family_sum(index, size, inner.matrix(node.elt))
+        return _Reader(self.text, replace(self.scope, names=names), self.place, self.active), index, size
 
     def _macro(self, node: ast.Call, macro: Macro, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
         if keywords or len(args) != len(macro.parameters):

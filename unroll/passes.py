@@ -3,6 +3,7 @@
 solves      inv(S) @ B becomes a solve; by Cholesky where S is positive definite
 gram        products distribute over sums where that is cheaper: A'(A z - x) -> (A'A) z - A'x
 order       the order of multiplication with the least work, given sizes, depth and what can be done once
+attention   V softmax(scale V' V) is one fused operation
 contract    a sum over a family of products is one contraction
 hoist       what does not depend on the layer leaves the loop (read off the stages)
 """
@@ -314,5 +315,39 @@ def contract(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
     return out, f"{count} family sums fused with their product"
 
 
+def attention(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """V softmax(scale V' V) -> one fused operation, which never holds the scores."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "matmul":
+            return None
+        v, weights = inputs
+        shares = b.nodes[weights.node]
+        if shares.op != "softmax" or shares.attrs[0] != (1 if weights.flip else 0):
+            return None
+        found = _scores(b, shares.inputs[0], v)
+        if found is None or not b.nodes[v.node].batched:
+            return None
+        count += 1
+        return b.add("attention", (v, found), shares.attrs[1])
+
+    out = rewrite(graph, rule)
+    return out, f"{count} products V softmax(V'V) fused"
+
+
+def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:
+    """The scale of scores = scale * V' V."""
+    node = b.nodes[scores.node]
+    if node.op == "matmul":
+        return b.number(ONE) if set(node.inputs) == {v, b.flip(v)} and node.inputs[1] in (v, b.flip(v)) and b.view(node.inputs[0]).shape[1] == b.view(v).shape[0] else None
+    if node.op == "scale":
+        return node.inputs[0] if _scores(b, node.inputs[1], v) is not None else None
+    if node.op == "add" and len(node.inputs) == 1:
+        return b.number(node.attrs[0][0]) if _scores(b, node.inputs[0], v) is not None else None
+    return None
+
+
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
-PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("contract", contract))
+PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("attention", attention), ("contract", contract))

@@ -12,6 +12,7 @@ from unroll.expr import ONE, Expr, Role, Sym, dim, number, scalar, scale, show_s
 from unroll.functions import Value, as_expr
 from unroll.parse import Macro, Place, Scope, parse, parse_constraint, parse_signature
 from unroll.spec import Spec
+from unroll.spec.schema import Tensor
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,21 @@ def _dims(spec: Spec, given: Mapping[str, int]) -> dict[sp.Symbol, int | str | N
 
 
 def _tensors(spec: Spec, section: str, role: Role, names: Mapping[str, Value]) -> tuple[Sym, ...]:
-    found: list[Sym] = []
-    for name, record in getattr(spec, section).items():
-        where = spec.key_where(section, name)
-        shape = [_size(entry, names, where) for entry in record.shape]
-        props = {p for p in ("orthonormal", "symmetric", "positive") if getattr(record, p, False)}
-        props |= {"unit_columns"} if getattr(record, "columns", None) == "unit" else set()
-        if len(shape) == 3 and role != "parameter":
-            raise SpecError("E132", f"{name} has three sizes; only parameters can be families", where)
-        family = shape.pop(0) if len(shape) == 3 else None
-        rows, cols = [*shape, ONE, ONE][:2]
-        if "symmetric" in props and rows != cols:
-            raise SpecError("E131", f"{name} is declared symmetric, but {show_shape((rows, cols))} is not square", where)
-        found.append(symbol(name, rows, cols, role, len(shape), family, props))
-    return tuple(found)
+    return tuple(tensor(name, record, role, names, spec.key_where(section, name)) for name, record in getattr(spec, section).items())
+
+
+def tensor(name: str, record: Tensor, role: Role, names: Mapping[str, Value], where: Where) -> Sym:
+    """The symbol of a declared tensor. Raises SpecError E131, E132, E134."""
+    shape = [_size(entry, names, where) for entry in record.shape]
+    props = {p for p in ("orthonormal", "symmetric", "positive") if getattr(record, p, False)}
+    props |= {"unit_columns"} if getattr(record, "columns", None) == "unit" else set()
+    family = shape.pop(0) if len(shape) == 3 else None if record.family is None else _size(record.family, names, where)
+    if family is not None and role == "variable":
+        raise SpecError("E132", f"{name} is a family; a variable is one matrix", where, "give it its sizes: Z: [n, N]")
+    rows, cols = [*shape, ONE, ONE][:2]
+    if "symmetric" in props and rows != cols:
+        raise SpecError("E131", f"{name} is declared symmetric, but {show_shape((rows, cols))} is not square", where)
+    return symbol(name, rows, cols, role, len(shape), family, props)
 
 
 def _size(entry: int | str, names: Mapping[str, Value], where: Where) -> sp.Expr:

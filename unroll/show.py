@@ -10,8 +10,8 @@ from sympy.printing.latex import LatexPrinter
 from sympy.printing.str import StrPrinter
 
 from unroll.expr import (
-    Add, Diag, Diagonal, Expr, Eye, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
-    Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, as_constant,
+    Add, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
+    Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, as_constant,
     scale, slot, split,
 )  # fmt: skip
 
@@ -172,11 +172,14 @@ _TEXT = Dialect(_scalar_text, " @ ", "{} * {}", " + ", " - ", "{}.T", "({})", {
     "trace": "trace({})", "logdet": "logdet({})", "nuclear": "nuclear({})", "spectral_sum": "spectral_sum({}, {})", "spectral_map": "spectral_map({}, {})",
     "spectral_norm": "spectral({})", "hold": "stop_gradient({})", "in": "{} in {}", "family": "sum({} for {} in {})", "op": "{}({})", "op_T": "{}_T({})",
     "prox": "prox[{}]({})", "prox_map": "prox[{}]({})", "tv": "tv({})", "norm0": "norm0({})", "rank": "rank({})",
+    "causal": "causal_softmax({}, axis={})", "shares": "softmax({}, over={})", "family_lse": "logsumexp({} for {} in {})",
+    "norm": "{0}({1}, axis={2}, eps={3})", "norm_affine": "{0}({1}, axis={2}, eps={3}, weight={4}, bias={5})",
 })  # fmt: skip
 _PRETTY = Dialect(_scalar_pretty, " ", "{} {}", " + ", " − ", "{}ᵀ", "({})", _TEXT.templates | {
     "sumsq": "‖{}‖²", "norm1": "‖{}‖₁", "dot": "⟨{}, {}⟩", "norm2": "‖{}‖", "eye": "I", "inverse": "({})⁻¹",
     "nuclear": "‖{}‖_*", "spectral_norm": "‖{}‖₂", "in": "{} ∈ {}", "family": "Σ_{1} {0}", "trace": "tr({})", "logdet": "log det({})",
     "sum": "Σ {}", "ones": "1", "zeros": "0", "norm0": "‖{}‖₀", "group": "Σ ‖{}‖ along axis {}",
+    "shares": "softmax_{1}({0})", "family_lse": "lse_{1} {0}", "norm": "{0}({1})", "norm_affine": "{0}({1}; {4}, {5})",
 })  # fmt: skip
 _LATEX = Dialect(_scalar_latex, r"\, ", r"{} \, {}", " + ", " - ", r"{}^{{\top}}", r"\left({}\right)", {
     "sumsq": r"\left\|{}\right\|_F^2", "norm1": r"\left\|{}\right\|_1", "dot": r"\left\langle {}, {}\right\rangle", "norm2": r"\left\|{}\right\|_F",
@@ -189,13 +192,17 @@ _LATEX = Dialect(_scalar_latex, r"\, ", r"{} \, {}", " + ", " - ", r"{}^{{\top}}
     "hold": r"\operatorname{{sg}}\left({}\right)", "in": r"{0} \in \mathrm{{{1}}}", "family": r"\sum_{{{1}=1}}^{{{2}}} {0}",
     "op": r"\operatorname{{{}}}\left({}\right)", "op_T": r"\operatorname{{{}}}^{{\top}}\left({}\right)", "prox": r"\operatorname{{prox}}_{{{}}}\left({}\right)",
     "prox_map": r"\operatorname{{prox}}_{{{}}}\left({}\right)", "tv": r"\left\|\nabla {}\right\|_1",
-    "norm0": r"\left\|{}\right\|_0", "rank": r"\operatorname{{rank}}({})",
+    "norm0": r"\left\|{}\right\|_0", "rank": r"\operatorname{{rank}}({})", "causal": r"\operatorname{{causal\,softmax}}_{1}({0})",
+    "shares": r"\operatorname{{softmax}}_{{{1}}}\left({0}\right)", "family_lse": r"\operatorname{{lse}}_{{{1}=1}}^{{{2}}} {0}",
+    "norm": r"\operatorname{{{0}}}\left({1}\right)", "norm_affine": r"\operatorname{{{0}}}\left({1};\, {4}, {5}\right)",
 })  # fmt: skip
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------
 
 Shown = tuple[str, int]
+NORMS = {"layer_norm": "layer_norm", "rms_norm": "rms_norm", "sphere": "unit_norm"}
+"""Kind of a norm -> the function of the language."""
 NONZERO = sp.Piecewise((0, sp.Eq(slot(0), 0)), (1, True))
 
 
@@ -258,8 +265,16 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("diag", x)
         case Diagonal(x):
             return call("diagonal", x)
-        case Softmax(x, axis):
-            return call("softmax", x, str(axis))
+        case Softmax(x, axis, causal):
+            return call("causal" if causal else "softmax", x, str(axis))
+        case Normalise(kind, axis, eps, x, weight, bias):
+            plain = as_constant(weight) == 1 and as_constant(bias) == 0
+            shown = NORMS[kind].replace("_", r"\_") if d is _LATEX else NORMS[kind]
+            return call("norm", shown, x, str(axis), eps) if plain else call("norm_affine", shown, x, str(axis), eps, weight, bias)
+        case FamilySoftmax(i, _, x):
+            return call("shares", x, i)
+        case FamilyLogSumExp(i, n, body):
+            return call("family_lse", body, i, n)
         case Spectral(h, x) if h == slot(0):
             return call("nuclear", x)
         case Spectral(h, x):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import sympy as sp
 
 from unroll.expr import Expr, Sym
+from unroll.problem import Problem
 
 Constraint = Literal["none", "positive", "symmetric", "unit_columns"]
 LAYER = sp.Symbol("layer", integer=True, nonnegative=True)
@@ -24,18 +25,34 @@ class State:
 
 @dataclass(frozen=True)
 class Assign:
-    """target <- value. In a step, assignments run in order; later ones see the new value of a target."""
+    """target <- value. In a step, assignments run in order; later ones see the new value of a target.
+
+    block: the part of the layer that it belongs to; "" where a layer has one part.
+    """
 
     target: Sym | sp.Symbol
     value: Expr | sp.Expr
     note: str
+    block: str = ""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What a spec asked for that is not the algorithm on the objective: named, with what it assumes and how far it may be off."""
+
+    name: str
+    block: str
+    kind: Literal["exact", "bounded", "heuristic", "choice"]
+    says: str
+    applied: Any = None
 
 
 @dataclass(frozen=True)
 class Learned:
     """A free parameter in the place of a derived sub-expression; it starts at the value of `replaces`.
 
-    symbol: a matrix symbol, or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the matrix.
+    symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
+    matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
     """
 
     name: str
@@ -45,10 +62,18 @@ class Learned:
     per_layer: bool
     constraint: Constraint = "none"
     text: str = ""
+    init: str = "value"
+    scale: float = 1.0
+    constructed: bool = False
 
     @property
     def kind(self) -> Literal["scalar", "matrix"]:
         return "matrix" if len(self.shape) == 2 else "scalar"
+
+    @property
+    def family(self) -> sp.Expr | None:
+        """How many of them there are, where it takes the place of a family."""
+        return self.symbol.family if isinstance(self.symbol, Sym) else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,8 @@ class Step:
 
     definitions: scalars with a derived value, such as step = 1 / |A|^2, in order; they depend on no state.
     states: start values.  assigns: the body of a layer.  output: the states that are the answer, one per variable.
+    blocks: names of the parts of a layer, in order; none where it has one part.  estimated: inputs that a formula
+    has taken the place of.  departures: what is not the exact algorithm.  subproblems: what each block minimises, in one variable.
     """
 
     algorithm: str
@@ -66,3 +93,7 @@ class Step:
     output: tuple[Sym, ...]
     learned: tuple[Learned, ...] = ()
     notes: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    estimated: tuple[str, ...] = ()
+    departures: tuple[Departure, ...] = ()
+    subproblems: tuple[tuple[str, Problem], ...] = ()

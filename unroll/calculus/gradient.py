@@ -14,9 +14,9 @@ import sympy as sp
 
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add, Axis, Diag, Diagonal, Expr, Eye, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
-    Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
-    diagonal, elementwise, eye, family_sum, inverse, matmul, ones, operator, rename_index, require_scalar, slot, softmax, spectral_map,
+    Add, Axis, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp,
+    Map, Max, Member, Mul, Node, Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
+    bound_indices, diagonal, elementwise, eye, family_softmax, family_sum, free_indices, fresh_index, inverse, matmul, ones, operator, rename_index, require_scalar, slot, softmax, spectral_map,
     times, total, transpose, walk, zeros,
 )  # fmt: skip
 from unroll.show import text
@@ -38,7 +38,7 @@ def _sweep(e: Expr, seed: Expr, wrt: Sym) -> list[tuple[str | None, Expr]]:
     """Contributions to the adjoint of `wrt` from the adjoint `seed` of e. For a family: each with the index of its member."""
     adjoints: dict[Expr, list[Expr]] = {e: [seed]}
     found: list[tuple[str | None, Expr]] = []
-    for node in reversed(list(walk(e)) if not isinstance(e, FamilySum) else [e]):
+    for node in reversed(list(walk(e)) if not isinstance(e, FamilySum | FamilyLogSumExp) else [e]):
         received = adjoints.pop(node, None)
         if received is None or not depends(node, wrt):
             continue
@@ -47,13 +47,18 @@ def _sweep(e: Expr, seed: Expr, wrt: Sym) -> list[tuple[str | None, Expr]]:
             found.append((None, g))
         elif isinstance(node, Member) and node.of is wrt:
             found.append((node.index, g))
-        elif isinstance(node, FamilySum):
-            found += [(i, x if i == node.index else family_sum(node.index, node.size, x)) for i, x in _sweep(node.body, g, wrt)]
+        elif isinstance(node, FamilySum | FamilyLogSumExp):
+            found += [(i, x if i == node.index else family_sum(node.index, node.size, x)) for i, x in _sweep(node.body, _shared(node, g), wrt)]
         else:
             for child, adjoint in pullback(cast(Node, node), g):
                 assert adjoint.shape == child.shape, "an adjoint has the shape of its expression; please report"
                 adjoints.setdefault(child, []).append(adjoint)
     return found
+
+
+def _shared(node: FamilySum | FamilyLogSumExp, g: Expr) -> Expr:
+    """What every member of a family receives: the adjoint, or its share of it."""
+    return g if isinstance(node, FamilySum) else times(family_softmax(node.index, node.size, node.body), g)
 
 
 def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
@@ -83,12 +88,20 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             yield x, diagonal(g)
         case Diagonal(x):
             yield x, diag(g)
-        case Softmax(x, axis):  # S * (G - sum(S * G))
+        case FamilySoftmax(i, n, x):  # as Softmax, the sum over members
+            other = fresh_index(i, free_indices(node) | free_indices(g) | bound_indices(node) | bound_indices(g) | {i})
+            shared = family_sum(other, n, rename_index(times(node, g), i, other))
+            yield x, elementwise(slot(0) * (slot(1) - slot(2)), node, g, shared)
+        case Normalise():
+            yield from _normalised(node, g)
+        case Softmax(x, axis, _):  # S * (G - sum(S * G))
             yield x, elementwise(slot(0) * (slot(1) - slot(2)), node, g, total(times(node, g), axis))
         case Op(name, x, adjoint):
             yield x, operator(name, g, not adjoint)
         case Sum(x, _):
             yield x, _repeat(g, x)
+        case LogSumExp(x, None) if 1 in x.shape:
+            yield x, times(softmax(x, 0 if x.cols == 1 else 1), g)
         case LogSumExp(x, None):
             yield x, elementwise(sp.exp(slot(0) - slot(1)) * slot(2), x, node, g)
         case LogSumExp(x, axis):
@@ -110,10 +123,33 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it is a constraint, infinite outside its set")
         case SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project():
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
-        case FamilySum():
+        case FamilySum() | FamilyLogSumExp():
             raise AssertionError("families are swept in their own scope; please report")
         case never:
             assert_never(never)
+
+
+def _normalised(node: Normalise, g: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """Adjoints through y = s (x - m) w + b, s = (spread)^-1/2: u = (x - m) s, dx = s (h - mean h - u mean(h u)), h = g w."""
+    x, axis, n = node.x, node.axis, node.x.shape[node.axis]
+    along = 1 - axis
+    h = times(g, node.weight)
+    if node.kind == "sphere":  # x / max(|x|, eps)
+        length = elementwise(sp.Max(sp.sqrt(slot(0)), node.eps), total(elementwise(slot(0) ** 2, x), axis))
+        unit = elementwise(slot(0) / slot(1), x, length)
+        inner = total(times(unit, h), axis)
+        free = elementwise(sp.Piecewise((slot(0), slot(1) > node.eps), (0, True)), inner, length)
+        yield x, elementwise((slot(0) - slot(1) * slot(2)) / slot(3), h, unit, free, length)
+    else:
+        mean = elementwise(slot(0) / n, total(x, axis)) if node.kind == "layer_norm" else zeros(*total(x, axis).shape)
+        centred = elementwise(slot(0) - slot(1), x, mean)
+        scale = elementwise(1 / sp.sqrt(slot(0) / n + node.eps), total(elementwise(slot(0) ** 2, centred), axis))
+        unit = times(centred, scale)
+        shift = elementwise(slot(0) / n, total(h, axis)) if node.kind == "layer_norm" else zeros(*total(h, axis).shape)
+        turn = elementwise(slot(0) / n, total(times(h, unit), axis))
+        yield x, elementwise(slot(4) * (slot(0) - slot(1) - slot(2) * slot(3)), h, shift, unit, turn, scale)
+    yield node.weight, total(times(g, unit), cast(Axis, along))
+    yield node.bias, total(g, cast(Axis, along))
 
 
 def no_gradient(e: Expr, why: str) -> DeriveError:

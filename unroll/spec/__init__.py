@@ -53,6 +53,13 @@ class Spec(Document):
         """The preset that was worked into `unroll`."""
         return self._preset
 
+    def at(self, *path: str | int) -> Any:
+        """The record or value at `path`."""
+        value: Any = self
+        for key in path:
+            value = getattr(value, str(key)) if isinstance(value, BaseModel) else value[key]
+        return value
+
     def origin(self, *path: str | int) -> Origin:
         """Where the value at `path` is written; of a default, the nearest key around it, with the default as text."""
         node = node_at(self._root, path)

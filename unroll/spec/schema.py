@@ -64,6 +64,14 @@ def _short_tensor(value: object) -> object:
     return {"shape": value} if isinstance(value, tuple) else value
 
 
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _short_norm(value: object) -> object:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 def _short_scalar(value: object) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"default": value, "positive": value > 0}
@@ -103,6 +111,8 @@ class Tensor(Record):
     """A variable or an input, in the shape that formulas see; `[n]` is short for `{shape: [n]}`."""
 
     shape: Shape
+    family: Size | None = None
+    """how many of them there are: a family, of which formulas take one member, M[k]"""
     about: Text = ""
 
 
@@ -116,7 +126,7 @@ class Parameter(Tensor):
     symmetric: bool = False
     positive: bool = False
     """no negative entries"""
-    init: Literal["gaussian", "unit_columns", "orthonormal", "identity", "zeros", "ones"] | None = None
+    init: Literal["gaussian", "unit_columns", "orthonormal", "tight_frame", "identity", "zeros", "ones"] | None = None
     """its value where none is given"""
 
 
@@ -142,26 +152,57 @@ class Learn(Record):
     """A free parameter in place of a derived sub-expression; it starts at the value that it replaces."""
 
     replaces: Formula
-    """the sub-expression, as `unroll show` prints it or any text equal to it"""
+    """the sub-expression, as `unroll show` prints it or any text equal to it; a family by its name"""
     share: Literal["layers", "none"] = "none"
     """layers: one for all; none: one per layer"""
     where: str | None = None
-    """which occurrences: gradient, prox, output ..; all if left out"""
+    """which occurrences: gradient (what is fed to the prox), prox, output (the outermost factor); all if left out"""
+    init: Literal["value", "data", "gaussian", "uniform", "zeros", "ones"] = "value"
+    """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
+    depends on the variable; or a draw of its own in each layer, of variance 1/columns"""
+    scale: Positive = 1.0
+    """factor of a drawn start"""
     shape: Shape | None = None
     """expand a scalar to this shape"""
     positive: bool = False
     symmetric: bool = False
     columns: Literal["unit"] | None = None
     bias: bool = False
+    """add a free vector after the replaced matrix; it starts at 0"""
     about: Text = ""
 
 
 class Surrogate(Record):
-    """A term replaced by a simpler one, under a stated assumption."""
+    """Terms replaced by a simpler one, under a stated assumption. NAME0 is the value of the variable NAME where the block begins."""
 
-    replaces: Name
+    replaces: Annotated[tuple[Name, ...], BeforeValidator(_one_or_more, json_schema_input_type=Name | tuple[Name, ...])]
     by: Formula
+    """in the sense of the objective: what is maximised, where that is"""
     assumes: Formula
+    """a rewrite that says under which assumption, such as incoherent(D)"""
+
+
+class Normalise(Record):
+    """A norm of the variable, where a block begins or ends; `layer_norm` is short for `{kind: layer_norm}`."""
+
+    kind: Literal["layer_norm", "rms_norm", "sphere"]
+    eps: Annotated[float, Field(ge=0)] = 1e-5
+    affine: bool = True
+    """with a free weight and bias (not for sphere)"""
+    axis: Literal["columns", "rows"] = "columns"
+    """what is normalised: each column (a token), or each row"""
+    when: Literal["before", "after"] = "before"
+
+
+NormaliseField = Annotated[Normalise, BeforeValidator(_short_norm, json_schema_input_type=str | Normalise)]
+
+
+class Gauge(Record):
+    """z <- residual * z + update * (the rest of the derived step), in place of the derived weights."""
+
+    residual: Formula | None = None
+    """a number, or a vector with an entry for each row; of the variable before any norm"""
+    update: Formula | None = None
 
 
 class Scheme(Record):
@@ -174,26 +215,41 @@ class Scheme(Record):
     rewrites: tuple[Formula, ...] = ()
     """named identities and approximations, in this order"""
     learn: dict[Name, Learn] = {}
-    gauge: dict[Name, Formula] = {}
-    normalise: str | None = None
+    keep: dict[Name, Formula] = {}
+    """quantities that `net.construct` works out on the data in every layer, for use in estimates: sum(Pi[k]) / N for k in K"""
+    estimate: dict[Name, Formula] = {}
+    """input -> a formula for it in the variable and in what is learned, where it is not known (memberships of new samples)"""
+    gauge: Gauge | None = None
+    """weights chosen by hand: of the variable itself, and of the rest of the step"""
+    normalise: NormaliseField | None = None
 
 
 class Block(Scheme):
-    """One half-step of an alternating layer."""
+    """One part of a layer: some terms, an algorithm, and what of it is learned. Blocks follow one another."""
 
     block: Name
     algorithm: str
+    over: Name | None = None
+    """the variable it is about; may be left out where there is one"""
+    variable: dict[Name, TensorField] = {}
+    """a variable of this block alone, in place of `over`"""
     terms: tuple[Name, ...] = ()
+    """the terms it takes; all that depend on its variable if left out"""
     steps: Count = 1
     surrogate: Surrogate | None = None
     constraint: Formula | None = None
     start: Formula | None = None
+    """of its iteration; if left out, the variable as the block before left it, 0 for a variable of its own"""
+    output: Formula | None = None
+    """what becomes of the variable of the problem; needed where the block has one of its own"""
 
 
 class Unroll(Scheme):
     """How the objective becomes layers."""
 
     algorithm: str | None = None
+    schedule: dict[Name, Formula] = {}
+    """scalar -> its value as a formula of `layer`, 0, 1, .. and `layers`"""
     layers: Annotated[int, Field(ge=1, le=10_000)] | Literal["equilibrium"]
     start: dict[Name, Formula] = {}
     """variable -> its value before the first layer; zero if left out"""

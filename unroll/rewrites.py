@@ -1,0 +1,568 @@
+"""Rewrites: named identities and named approximations of a derived step. One record each: picture, what it assumes, its error.
+
+    exact       changes no value
+    bounded     an approximation with a stated error under a stated assumption
+    heuristic   a substitution; no bound is known, and every report says so
+
+A rewrite is a rule on one node: it gives what stands there afterwards and, for an approximation, the number that its
+assumption is about. `apply` runs a rule over an expression from the outside in and keeps every place where it matched, so that
+`unroll check` can measure assumption and error there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sympy as sp
+
+from unroll.errors import DeriveError, SpecError, did_you_mean, quote
+from unroll.expr import (
+    ONE, Add, Expr, Eye, FamilySoftmax, FamilySum, Inverse, LogDet, Map, Member, Mul, Prox, Softmax, Sum, Sym, Transpose, add, common_powers, constant, diagonal, elementwise, expand,
+    eye, family_softmax, family_sum, free_indices, inverse, logdet, matmul, member, mentions, ones, operator, prox, rebuild, same, scale, slot, softmax, spectral_norm,
+    split, total, transpose,
+)  # fmt: skip
+from unroll.parse import Place, Scope, parse
+from unroll.show import text
+
+Kind = Literal["exact", "bounded", "heuristic"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a rewrite matched. assumption: the number it is about, 1 × 1; None for an exact one."""
+
+    before: Expr
+    after: Expr
+    assumption: Expr | None = None
+
+
+@dataclass(frozen=True)
+class Argument:
+    """kind: number, flag, matrix, family or text; without a default it must be given."""
+
+    name: str
+    kind: Literal["number", "flag", "symbol", "word"]
+    default: Any = None
+    optional: bool = True
+
+
+Rule = Callable[[Expr], Site | None]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """rule(arguments) -> what happens at one node. assumes, error: in words. limit(assumption, arguments) -> the stated bound on the
+    relative error, infinite where the assumption fails."""
+
+    name: str
+    picture: str
+    kind: Kind
+    assumes: str
+    error: str
+    source: str
+    rule: Callable[..., Rule]
+    arguments: tuple[Argument, ...] = ()
+    stage: Literal["objective", "step"] = "step"
+    limit: Callable[..., float] | None = None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A rewrite as a spec asked for it, and the places where it matched."""
+
+    rewrite: Rewrite
+    values: dict[str, Any]
+    block: str
+    sites: tuple[Site, ...]
+
+    @property
+    def title(self) -> str:
+        shown = ", ".join(f"{k}={v.name if isinstance(v, Sym) else v}" for k, v in self.values.items() if v is not None and v is not False)
+        return f"{self.rewrite.name}({shown})" if shown else self.rewrite.name
+
+
+# --- reading and applying ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """`neumann(order=1)`, read."""
+
+    rewrite: Rewrite
+    values: dict[str, Any]
+    text: str
+    place: Place
+
+
+def read(written: str, scope: Scope, place: Place) -> Call:
+    """A line of `rewrites:`. Raises SpecError E308 for an unknown rewrite or wrong arguments."""
+
+    def fail(message: str, hint: str = "") -> SpecError:
+        return SpecError("E308", message, place(0, len(written)), hint)
+
+    try:
+        tree = ast.parse(written.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise fail(f"'{quote(written)}' is not a rewrite", "write it as name or name(argument=value)") from None
+    match tree:
+        case ast.Name(id=name):
+            args, keywords = list[ast.expr](), list[ast.keyword]()
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            pass
+        case _:
+            raise fail(f"'{quote(written)}' is not a rewrite", "write it as name or name(argument=value)")
+    record = BY_NAME.get(name)
+    if record is None:
+        raise fail(f"unknown rewrite '{quote(name)}'", did_you_mean(name, BY_NAME) or f"rewrites: {', '.join(BY_NAME)}")
+    given = {a.name: node for a, node in zip(record.arguments, args, strict=False)}
+    given |= {k.arg: k.value for k in keywords if k.arg is not None}
+    unknown = [k for k in given if k not in {a.name for a in record.arguments}]
+    if unknown or len(args) > len(record.arguments) or any(k.arg is None for k in keywords):
+        takes = ", ".join(a.name for a in record.arguments) or "no arguments"
+        raise fail(f"{name} has no argument '{unknown[0]}'" if unknown else f"{name} has too many arguments", f"it takes {takes}")
+    values = {a.name: _value(a, given.get(a.name), written, scope, fail) for a in record.arguments}
+    return Call(record, values, written.strip(), place)
+
+
+def _value(a: Argument, node: ast.expr | None, written: str, scope: Scope, fail: Callable[..., SpecError]) -> Any:
+    if node is None:
+        if not a.optional:
+            raise fail(f"the argument '{a.name}' is missing", f"{a.name}: a {a.kind}")
+        return a.default
+    match a.kind, node:
+        case "flag", ast.Constant(value=bool() as value):
+            return value
+        case "symbol", ast.Name(id=name) if isinstance(scope.names.get(name), Sym):
+            return scope.names[name]
+        case "word", ast.Name(id=name):
+            return name
+        case "number", _:
+            value = parse(ast.unparse(node), scope)
+            if isinstance(value, Expr):
+                raise fail(f"{a.name} must be a number")
+            return value
+        case _:
+            raise fail(f"{a.name} must be {'True or False' if a.kind == 'flag' else 'the name of a declared ' + a.kind}")
+
+
+def apply(call: Call, e: Expr, block: str = "") -> tuple[Expr, Applied]:
+    """The expression rewritten everywhere, from the outside in. Sites may be none: the caller decides."""
+    sites: list[Site] = []
+    rule = call.rewrite.rule(**call.values)
+    out = _descend(e, rule, sites)
+    return out, Applied(call.rewrite, call.values, block, tuple(dict.fromkeys(sites)))
+
+
+MOST = 100_000  # steps of one rule at one place
+
+
+def _descend(e: Expr, rule: Rule, sites: list[Site]) -> Expr:
+    for _ in range(MOST):
+        found = rule(e)
+        if found is None or found.after is e:
+            break
+        sites.append(found)
+        e = found.after
+    if isinstance(e, Prox):  # what is fed to the prox; the term it belongs to is a definition
+        return prox(e.term, e.variable, e.t, _descend(e.at, rule, sites), e.swaps)
+    return rebuild(e, tuple(_descend(c, rule, sites) for c in e.children))
+
+
+def missed(call: Call, e: Expr) -> SpecError:
+    """The error of a rewrite that found nothing to do."""
+    return SpecError(
+        "E309", f"{call.text} finds nothing to rewrite", call.place(0, len(call.text)),
+        f"it rewrites {call.rewrite.picture}", (f"the step: {text(e)}",),
+    )  # fmt: skip
+
+
+# --- pieces of pictures -----------------------------------------------------------------------------------------------
+
+
+def factors_of(e: Expr) -> tuple[sp.Expr, tuple[Expr, ...]]:
+    """e = c * F1 @ F2 @ ..."""
+    c, body = split(e)
+    return c, body.factors if isinstance(body, Mul) else (body,)
+
+
+def shifted_identity(x: Expr) -> tuple[sp.Expr, Expr] | None:
+    """(a, M) with x = a I + M."""
+    if not isinstance(x, Add):
+        return None
+    found = [split(t)[0] for t in x.terms if isinstance(split(t)[1], Eye)]
+    if len(found) != 1:
+        return None
+    return found[0], add(x, scale(-found[0], eye(x.rows)))
+
+
+def turned(factors: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The factors of the transposed product."""
+    return tuple(transpose(f) for f in reversed(factors))
+
+
+def _joined(n: sp.Expr, *parts: Expr) -> Expr:
+    return matmul(eye(n), *parts)
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+
+def push_through(to: sp.Expr | None = None) -> Rule:
+    """(a I + c X Y)⁻¹ X → X (a I + c Y X)⁻¹, its transposed, and log det(a I + c X Y) → log det(a I + c Y X) + (n − p) log a."""
+
+    def inner(x: Expr) -> list[tuple[sp.Expr, sp.Expr, tuple[Expr, ...], tuple[Expr, ...]]]:
+        """(a, c, X, Y) for the ways to cut the product, the new side as asked."""
+        shifted = shifted_identity(x)
+        if shifted is None:
+            return []
+        c, factors = factors_of(shifted[1])
+        cuts = [(shifted[0], c, factors[:i], factors[i:]) for i in range(1, len(factors))]
+        return [cut for cut in cuts if _wanted(cut[3][0].rows, x.rows, to)]
+
+    def other(a: sp.Expr, c: sp.Expr, x: tuple[Expr, ...], y: tuple[Expr, ...]) -> Expr:
+        return add(scale(a, eye(y[0].rows)), matmul(*y, *x, coef=c))
+
+    def rule(e: Expr) -> Site | None:
+        match e:
+            case Mul(coef, factors):
+                for i, f in enumerate(factors):
+                    for a, c, x, y in inner(f.x) if isinstance(f, Inverse) else []:
+                        before, after = factors[:i], factors[i + 1 :]
+                        turned_around = inverse(other(a, c, x, y))
+                        if after[: len(x)] == x:
+                            return Site(e, matmul(*before, *x, turned_around, *after[len(x) :], coef=coef))
+                        if before[len(before) - len(y) :] == y:
+                            return Site(e, matmul(*before[: len(before) - len(y)], turned_around, *y, *after, coef=coef))
+                return None
+            case LogDet(arg):
+                for a, c, x, y in inner(arg):
+                    small = other(a, c, x, y)
+                    if transpose(small) is small:
+                        return Site(e, add(logdet(small), constant((arg.rows - small.rows) * sp.log(a))))
+                return None
+            case _:
+                return None
+
+    return rule
+
+
+def _wanted(new: sp.Expr, old: sp.Expr, to: sp.Expr | None) -> bool:
+    """Is the new side the one asked for, or surely the smaller one?"""
+    return same(new, to) and not same(old, to) if to is not None else (old - new).is_positive is True
+
+
+def smaller_side(e: Expr, sizes: dict[sp.Symbol, int]) -> Expr:
+    """Inverses and determinants on their smaller side, where the sizes are known: an exact rewrite that cost decides."""
+
+    def rule(x: Expr) -> Site | None:
+        sides = {n for f in _inverted(x) for n in _sides(f)}
+        for n in sorted((n for n in sides if n.subs(sizes).is_number), key=lambda n: int(n.subs(sizes))):
+            found = push_through(n)(x)
+            if found is not None and all(int(n.subs(sizes)) < int(f.rows.subs(sizes)) for f in _inverted(x) if f.rows.subs(sizes).is_number):
+                return found
+        return None
+
+    return _descend(e, rule, [])
+
+
+def _inverted(e: Expr) -> list[Expr]:
+    match e:
+        case LogDet(x):
+            return [x]
+        case Mul(_, factors):
+            return [f.x for f in factors if isinstance(f, Inverse)]
+        case _:
+            return []
+
+
+def _sides(x: Expr) -> set[sp.Expr]:
+    """Sizes at which the product inside a I + c X Y can be cut."""
+    shifted = shifted_identity(x)
+    return {f.rows for f in factors_of(shifted[1])[1][1:]} if shifted is not None else set()
+
+
+def woodbury() -> Rule:
+    """(a I + c U Uᵀ)⁻¹ → (I − c/(a + c) U Uᵀ)/a for U with orthonormal columns."""
+
+    def rule(e: Expr) -> Site | None:
+        shifted = shifted_identity(e.x) if isinstance(e, Inverse) else None
+        if shifted is None:
+            return None
+        a, (c, factors) = shifted[0], factors_of(shifted[1])
+        if len(factors) == 2 and factors[1] is transpose(factors[0]) and orthonormal_columns(factors[0]):
+            return Site(e, scale(1 / a, add(eye(e.rows), scale(-c / (a + c), matmul(*factors)))))
+        return None
+
+    return rule
+
+
+def orthonormal_columns(u: Expr) -> bool:
+    """U' U = I, as declared."""
+    own = u.of if isinstance(u, Member) else u
+    return isinstance(own, Sym) and "orthonormal" in own.props
+
+
+def expanded() -> Rule:
+    """A (B + C) D → A B D + A C D, and (B + C) * r → B * r + C * r for a row r."""
+
+    def rule(e: Expr) -> Site | None:
+        match e:
+            case Mul() if (out := expand(e)) is not e:
+                return Site(e, out)
+            case Map(profile, args):
+                wide = [i for i, a in enumerate(args) if isinstance(a, Add | Mul) and a.rows != 1 and not sp.diff(profile, slot(i)).has(slot(i))]
+                for i in wide:
+                    out = expand(args[i])
+                    if isinstance(out, Add) and profile.subs(slot(i), 0) == 0:
+                        return Site(e, add(*(elementwise(profile, *args[:i], t, *args[i + 1 :]) for t in out.terms)))
+                return None
+            case _:
+                return None
+
+    return rule
+
+
+def collected(on: Sym) -> Rule:
+    """A X + B X → (A + B) X."""
+
+    def rule(e: Expr) -> Site | None:
+        if not isinstance(e, Add):
+            return None
+        tails: dict[tuple[Expr, ...], list[Expr]] = {}
+        for t in e.terms:
+            c, factors = factors_of(t)
+            at = next((i for i, f in enumerate(factors) if f is on or (isinstance(f, Sym) and f.name == on.name)), None)
+            key = () if at is None else factors[at:]
+            tails.setdefault(key, []).append(t if at is None else scale(c, _joined(factors[at].rows, *factors[:at])))
+        if all(len(fronts) < 2 for key, fronts in tails.items() if key):
+            return None
+        return Site(e, add(*(add(*fronts) if not key else matmul(add(*fronts), *key) for key, fronts in tails.items())))
+
+    return rule
+
+
+def shares() -> Rule:
+    """softmax_k(a + b_k) → softmax_k(b_k), and Σ_k softmax_k(b_k) * A → A, A and a the same for every k."""
+
+    def rule(e: Expr) -> Site | None:
+        match e:
+            case FamilySoftmax(k, n, x) if isinstance(x, Add):
+                kept = [t for t in x.terms if mentions(t, k)]
+                return Site(e, family_softmax(k, n, add(*kept))) if 0 < len(kept) < len(x.terms) else None
+            case FamilySum(k, _, body):
+                c, inner = split(body)
+                match inner:
+                    case FamilySoftmax(i, _, _) if i == k:
+                        return Site(e, constant(c, *inner.shape))
+                    case Map(profile, args):
+                        own = [j for j, a in enumerate(args) if isinstance(a, FamilySoftmax) and a.index == k]
+                        rest = profile / slot(own[0]) if len(own) == 1 else profile
+                        if len(own) != 1 or rest.has(slot(own[0])) or any(mentions(a, k) for j, a in enumerate(args) if j != own[0]):
+                            return None
+                        shape = args[own[0]].shape
+                        return Site(e, scale(c, elementwise(profile.subs(slot(own[0]), 1), *(ones(*shape) if j == own[0] else a for j, a in enumerate(args)))))
+                    case _:
+                        return None
+            case _:
+                return None
+
+    return rule
+
+
+# --- bounded ----------------------------------------------------------------------------------------------------------
+
+
+def neumann(order: sp.Expr) -> Rule:
+    """(a I + M)⁻¹ → (I − M/a + ... ± (M/a)^order)/a."""
+
+    def rule(e: Expr) -> Site | None:
+        c, factors = factors_of(e)
+        for i, f in enumerate(factors):
+            shifted = shifted_identity(f.x) if isinstance(f, Inverse) else None
+            if shifted is not None:
+                a, m = shifted
+                ratio = scale(-1 / a, m)
+                powers = [_joined(f.rows, *[ratio] * k) for k in range(int(order) + 1)]
+                terms = [scale(c / a, _joined(e.rows, *factors[:i], p, *factors[i + 1 :])) for p in powers]
+                return Site(e, add(*terms), spectral_norm(ratio))
+        return None
+
+    return rule
+
+
+def tight_frame(of: Sym) -> Rule:
+    """Σ_k A U_k U_kᵀ B → A B."""
+
+    def rule(e: Expr) -> Site | None:
+        match e:
+            case FamilySum(k, n, body) if of.family is not None:
+                c, factors = factors_of(body)
+                u = member(of, k)
+                for i in range(len(factors) - 1):
+                    rest = (*factors[:i], *factors[i + 2 :])
+                    if factors[i] is u and factors[i + 1] is transpose(u) and not any(mentions(f, k) for f in rest):
+                        frame = family_sum(k, n, matmul(u, transpose(u)))
+                        gap = spectral_norm(add(frame, scale(-1, eye(u.rows))))
+                        return Site(e, scale(c, _joined(e.rows, *rest)), gap)
+                return None
+            case _:
+                return None
+
+    return rule
+
+
+def incoherent(of: Sym) -> Rule:
+    """Dᵀ D → I."""
+
+    def rule(e: Expr) -> Site | None:
+        if not isinstance(e, Mul):
+            return None
+        for i in range(len(e.factors) - 1):
+            if e.factors[i] is transpose(of) and e.factors[i + 1] is of:
+                rest = (*e.factors[:i], *e.factors[i + 2 :])
+                return Site(e, scale(e.coef, _joined(e.rows, *rest)), incoherence(of))
+        return None
+
+    return rule
+
+
+def incoherence(d: Expr) -> Expr:
+    """|D' D - I|."""
+    return spectral_norm(add(matmul(transpose(d), d), scale(-1, eye(d.cols))))
+
+
+def spectral_bound(by: Sym) -> Rule:
+    """log det(a I + c M) → n log a + Σ_i log(1 + c/a (Qᵀ M Q)_ii): an upper bound, tight where Q diagonalises M."""
+
+    def rule(e: Expr) -> Site | None:
+        shifted = shifted_identity(e.x) if isinstance(e, LogDet) else None
+        if shifted is None or not isinstance(e, LogDet):
+            return None
+        a, m = shifted
+        if by.family is not None and not (free := sorted(free_indices(e))):
+            return None
+        q = by if by.family is None else member(by, free[0])
+        if not same(q.rows, e.x.rows):
+            return None
+        energies = diagonal(matmul(transpose(q), scale(1 / a, m), q))
+        value = total(elementwise(sp.log(1 + slot(0)), energies))
+        gap = spectral_norm(add(matmul(transpose(q), q), scale(-1, eye(q.cols))))
+        return Site(e, add(value, constant(e.x.rows * sp.log(a))), gap)
+
+    return rule
+
+
+# --- heuristic --------------------------------------------------------------------------------------------------------
+
+
+def gram_to_softmax(scale: sp.Expr, causal: bool = False) -> Rule:
+    """V Vᵀ V → V softmax(scale Vᵀ V), down the columns."""
+
+    def rule(e: Expr) -> Site | None:
+        if not isinstance(e, Mul):
+            return None
+        fs = e.factors
+        for length in range(len(fs) // 3, 0, -1):
+            for i in range(len(fs) - 3 * length + 1):
+                v = fs[i : i + length]
+                if fs[i + length : i + 2 * length] == turned(v) and fs[i + 2 * length : i + 3 * length] == v:
+                    weights = softmax(matmul(*turned(v), *v, coef=scale), 0, causal)
+                    return Site(e, matmul(*fs[: i + length], weights, *fs[i + 3 * length :], coef=e.coef))
+        return None
+
+    return rule
+
+
+def causal_tokens(over: sp.Expr) -> Rule:
+    """Sums over tokens become running sums: token j sees the tokens up to j."""
+
+    def rule(e: Expr) -> Site | None:
+        out = _running(e, over)
+        return Site(e, out) if out is not e else None
+
+    return rule
+
+
+def _running(e: Expr, n: sp.Expr) -> Expr:
+    """e with every sum over the token axis (columns, n of them) replaced by sums up to each token; what was one value is n of them."""
+    match e:
+        case Sum(x, 1) if same(x.cols, n):
+            return operator("running_sum", _running(x, n))
+        case Sum(x, None) if same(x.cols, n):
+            return operator("running_sum", total(_running(x, n), 0))
+        case Mul(c, factors):
+            return _running_product(c, factors, n)
+        case Softmax(x, 0, False) if same(x.rows, n) and same(x.cols, n):
+            return softmax(x, 0, True)
+        case FamilySoftmax() | Map() | Add() | FamilySum():
+            return rebuild(e, tuple(_running(c, n) for c in e.children))
+        case Transpose(x):
+            return transpose(_running(x, n))
+        case _ if hasattr(e, "x") and not isinstance(e, Inverse):
+            return rebuild(e, tuple(_running(c, n) for c in e.children))
+        case _:
+            return e
+
+
+def _running_product(c: sp.Expr, factors: tuple[Expr, ...], n: sp.Expr) -> Expr:
+    """A @ b with b a column over tokens is a weighted sum over tokens: the running sum of A * b'."""
+    parts = [_running(f, n) for f in factors]
+    last = parts[-1]
+    if len(parts) == 2 and same(factors[-1].rows, n) and factors[-1].cols == 1:
+        return scale(c, operator("running_sum", elementwise(slot(0) * slot(1), parts[0], transpose(last))))
+    return matmul(*parts, coef=c)
+
+
+def _neumann_limit(rho: float, order: Any) -> float:
+    k = int(order)
+    return rho ** (k + 1) / (1 - rho) if rho < 1 else float("inf")
+
+
+REWRITES: tuple[Rewrite, ...] = (
+    Rewrite("push_through", "(a I + c X Y)⁻¹ X, X (a I + c Y X)⁻¹ and log det(a I + c X Y)", "exact", "", "", "Woodbury 1950; Henderson & Searle 1981, doi:10.1137/1023004", push_through, (Argument("to", "number"),)),
+    Rewrite("woodbury", "(a I + c U Uᵀ)⁻¹ with U declared orthonormal", "exact", "", "", "Woodbury 1950", woodbury),
+    Rewrite("expand", "products of sums", "exact", "", "", "distributive law", expanded),
+    Rewrite("shares", "softmax_k(a + b_k) and Σ_k softmax_k(b_k) * A", "exact", "", "", "shares add up to 1, and do not change with what all have in common", shares),
+    Rewrite("collect", "A X + B X", "exact", "", "", "distributive law", collected, (Argument("on", "symbol", optional=False),)),
+    Rewrite(
+        "neumann", "(a I + M)⁻¹", "bounded", "‖M/a‖ < 1", "relative error at most rho^(order+1)/(1 − rho), rho = ‖M/a‖",
+        "Neumann series; Yu et al. 2023, arXiv:2306.01129", neumann, (Argument("order", "number", sp.Integer(1)),), limit=_neumann_limit,
+    ),
+    Rewrite(
+        "tight_frame", "Σ_k A U_k U_kᵀ B", "bounded", "Σ U_k U_kᵀ = I", "‖Σ U_k U_kᵀ − I‖, absolute",
+        "Yu et al. 2023, arXiv:2306.01129", tight_frame, (Argument("of", "symbol", optional=False),), limit=lambda gap, of: gap,
+    ),
+    Rewrite(
+        "incoherent", "Dᵀ D", "bounded", "Dᵀ D = I", "‖Dᵀ D − I‖, absolute",
+        "Yu et al. 2023, arXiv:2306.01129", incoherent, (Argument("of", "symbol", optional=False),), limit=lambda gap, of: gap,
+    ),
+    Rewrite(
+        "spectral_bound", "log det(a I + c M)", "bounded", "Q orthogonal", "an upper bound, equal where Q diagonalises M",
+        "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", spectral_bound, (Argument("by", "symbol", optional=False),), "objective",
+    ),
+    Rewrite(
+        "gram_to_softmax", "V Vᵀ V", "heuristic", "", "no bound is known",
+        "Yu et al. 2023, arXiv:2306.01129", gram_to_softmax, (Argument("scale", "number", ONE), Argument("causal", "flag", False)),
+    ),
+    Rewrite(
+        "causal", "sums over tokens", "heuristic", "", "each token follows the step of the sequence up to it",
+        "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),),
+    ),
+)  # fmt: skip
+BY_NAME = {r.name: r for r in REWRITES}
+
+
+def assumption(call: Call) -> Expr | None:
+    """The number that the assumption of a rewrite is about, where it does not depend on a place in a formula."""
+    of = call.values.get("of")
+    if call.rewrite.name == "incoherent" and isinstance(of, Sym):
+        return incoherence(of)
+    return None
+
+
+def common_factor(coefs: list[sp.Expr]) -> sp.Expr:
+    """What all coefficients share; with the sign of the first."""
+    return coefs[0].as_coeff_Mul()[0] * common_powers(coefs)
