@@ -290,6 +290,16 @@ def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     return Step("fista", definitions, (State(state, start), State(y, state), *counters), assigns, (state,), (), notes)
 
 
+def _power(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
+    """z⁺ = P(minus the gradient of the smooth part): the direction of steepest descent, projected."""
+    (z,) = problem.variables
+    state = state_of(z)
+    slope = gradient(add(*(p.e for p in _smooth(parts))), z)
+    along = substitute(scale(-1, slope), {z: state})
+    value = prox(add(*(p.e for p in _rest(parts))), z, sp.Integer(1), along)
+    return Step("power_step", (), (State(state, zeros(*z.shape)),), (Assign(state, value, f"{z.name} <- {text(value)}"),), (state,))
+
+
 def _parameter_of(momentum: str, default: int) -> sp.Expr:
     """chambolle_dossal(a) -> a; must be larger than 2. Raises DeriveError E303."""
     if "(" not in momentum:
@@ -319,6 +329,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("gradient_descent", "z⁺ = z − step ∇f(z)", "Cauchy 1847; Nesterov 2004, ch. 1.2", "every term smooth", _all_smooth, _gradient_descent),
     Algorithm("projected_gradient", "z⁺ = P(z − step ∇f(z))", "Goldstein 1964, doi:10.1090/S0002-9904-1964-11178-2", "smooth terms, and constraints with a projection", _smooth_and_sets, _descent("projected_gradient")),
     Algorithm("proximal_gradient", "z⁺ = prox(z − step ∇f(z)), known as ISTA", "Daubechies, Defrise & De Mol 2004, doi:10.1002/cpa.20042", "smooth terms, and the rest proximable together", _smooth_and_proximable, _descent("proximal_gradient")),
+    Algorithm("power_step", "z⁺ = P(−∇f(z)), the step of infinite size: for what is convex and maximised over a sphere or a group", "Journée, Nesterov, Richtárik & Sepulchre 2010, JMLR 11; Zhai et al. 2020, JMLR 21", "smooth terms, and a constraint with a projection", _smooth_and_sets, _power),
     Algorithm("fista", "proximal gradient at an extrapolated point", "Beck & Teboulle 2009, doi:10.1137/080716542; Chambolle & Dossal 2015, doi:10.1007/s10957-015-0746-4", "smooth terms, and the rest proximable together", _smooth_and_proximable, _fista, ("beck_teboulle", "chambolle_dossal")),
 )  # fmt: skip
 BY_NAME = {a.name: a for a in ALGORITHMS}

@@ -315,6 +315,10 @@ def hint(graph: Graph, i: int) -> str:
             joined = "".join(map(word, node.inputs))
         case "scale":
             joined = "_".join(map(word, node.inputs))
+        case "detach":
+            joined = word(node.inputs[0])
+        case "family_softmax":
+            joined = "shares"
         case "cholesky" | "inverse":
             joined = {"cholesky": "chol", "inverse": "inv"}[node.op]
         case _:
@@ -414,6 +418,10 @@ class Module:
     def function(self, record: Any) -> str:
         """The module-level function of a scalar prox."""
         if id(record) not in self.functions:
+            same = [name for name, known in self.proxes if known.source("prox") == record.source("prox")]
+            if same:
+                self.functions[id(record)] = same[0]
+                return same[0]
             name = self.locals.fresh("prox" if not self.proxes else f"prox_{len(self.proxes) + 1}")
             self.functions[id(record)] = name
             self.proxes.append((name, record))

@@ -186,6 +186,9 @@ class Builder:
             )
             if lead is not None and lead.flip:
                 return self.flip(self._make(op, tuple(self.flip(r) for r in refs), attrs))
+        elif op == "norm" and refs[0].flip:
+            kind, axis, eps, affine = attrs
+            return self.flip(self._make(op, tuple(self.flip(r) for r in refs), (kind, 1 - axis, eps, affine)))
         elif op in UNARY and refs[0].flip:
             turned = (1 - attrs[0], *attrs[1:]) if op in ALONG and attrs[0] is not None else attrs
             out = self._make(op, (refs[0].T, *refs[1:]), turned)
@@ -304,10 +307,15 @@ ALONG = ("sum", "logsumexp", "max", "softmax")
 
 @dataclass
 class Lowering:
-    """Expressions -> nodes, under an environment that says which node a symbol is now."""
+    """Expressions -> nodes, under an environment that says which node a symbol is now.
+
+    detach: what stop_gradient holds is held in training too (in the value of an objective); in a layer it was held while the layer
+    was derived, and training sees through it.
+    """
 
     builder: Builder
     env: dict[Sym | sp.Symbol, Ref]
+    detach: bool = False
     memo: dict[Expr, Ref] = field(default_factory=dict[Expr, Ref])
 
     def bind(self, symbol: Sym | sp.Symbol, ref: Ref) -> None:
@@ -400,7 +408,7 @@ class Lowering:
                 assert name == "difference", name
                 return b.add("difference", (self.lower(x),), name, adjoint)
             case Hold(x):
-                return b.add("detach", (self.lower(x),))
+                return b.add("detach", (self.lower(x),)) if self.detach else self.lower(x)
             case Prox():
                 from unroll.calculus.prox import plan
 
@@ -436,13 +444,22 @@ class Lowering:
         for term in _unrepeated(terms):
             c, body = split(term)
             value, rest = c.as_coeff_Mul()
+            if self._vanishes(rest) and (refs or term is not terms[-1]):
+                continue
             coefs.append(cast(sp.Expr, value))
             refs.append(self._mul(rest, body.factors if isinstance(body, Mul) else (body,)))
         return self.builder.add("add", refs, tuple(coefs))
 
+    def _vanishes(self, coef: sp.Expr) -> bool:
+        """Is a coefficient 0 at the numbers that are known, as 1 - step is for the step 1?"""
+        node = self.builder.nodes[self.scalar(coef).node] if coef.free_symbols else None
+        return node is not None and node.op == "number" and node.attrs[0] == 0
+
     def _mul(self, coef: sp.Expr, factors: tuple[Expr, ...]) -> Ref:
         b = self.builder
         head = self.scalar(coef)
+        if len(factors) > 2 and isinstance(factors[-1], Diag):  # the columns of the whole product are weighed
+            return b.map(slot(0) * slot(1), (self._mul(coef, factors[:-1]), b.flip(self.lower(factors[-1].x))))
         if len(factors) > 1 and all(f.is_scalar for f in factors):
             product = sp.Mul(*(slot(i) for i in range(len(factors) + 1)))
             return b.map(product, (head, *map(self.lower, factors)))
@@ -496,11 +513,13 @@ def _unrepeated(terms: tuple[Expr, ...]) -> tuple[Expr, ...]:
 
 
 def _column(e: Expr) -> Expr | None:
-    """b for c * b @ ones(1, n), b a column."""
+    """b for c * b @ ones(1, n), b a column; and for its transpose."""
     c, body = split(e)
     match body:
         case Mul(_, (*front, Ones(one, _))) if one == 1 and front:
             return matmul(*front, coef=c)
+        case Mul(_, (Ones(_, one), *rest)) if one == 1 and rest:
+            return matmul(*rest, coef=c)
         case _:
             return None
 
@@ -579,7 +598,7 @@ def lower_terms(problem: Problem) -> Graph:
     env = _leaves(problem, b)
     for v in problem.variables:
         env[v] = b.leaf("input", v.name, v.shape, Stage.PROLOGUE, batched=True)
-    low = Lowering(b, env)
+    low = Lowering(b, env, detach=True)
     return b.graph({("term", name): low.lower(e) for name, e in problem.terms.items()})
 
 

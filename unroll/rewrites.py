@@ -20,7 +20,7 @@ import sympy as sp
 
 from unroll.errors import DeriveError, SpecError, did_you_mean, quote
 from unroll.expr import (
-    ONE, Add, Expr, Eye, FamilySoftmax, FamilySum, Inverse, LogDet, Map, Member, Mul, Prox, Softmax, Sum, Sym, Transpose, add, common_powers, constant, diagonal, elementwise, expand,
+    ONE, Add, Expr, Eye, FamilySoftmax, FamilySum, Hold, Inverse, LogDet, Map, Member, Mul, Prox, Softmax, Sum, Sym, Transpose, add, common_powers, constant, diagonal, elementwise, expand,
     eye, family_softmax, family_sum, free_indices, inverse, logdet, matmul, member, mentions, ones, operator, prox, rebuild, same, scale, slot, softmax, spectral_norm,
     split, total, transpose,
 )  # fmt: skip
@@ -487,32 +487,46 @@ def causal_tokens(over: sp.Expr) -> Rule:
 
 
 def _running(e: Expr, n: sp.Expr) -> Expr:
-    """e with every sum over the token axis (columns, n of them) replaced by sums up to each token; what was one value is n of them."""
+    """e with every sum over the n tokens replaced by the sums up to each token: what was one value is a row of n values."""
+    if same(e.rows, n) and not same(e.cols, n):  # tokens as rows
+        return transpose(_running(transpose(e), n)) if not isinstance(e, Transpose | Sym) else e
     match e:
-        case Sum(x, 1) if same(x.cols, n):
-            return operator("running_sum", _running(x, n))
-        case Sum(x, None) if same(x.cols, n):
-            return operator("running_sum", total(_running(x, n), 0))
+        case Sum(x, None | 1) if same(x.cols, n) or (same(x.rows, n) and x.cols == 1):
+            inner = _running(x if same(x.cols, n) else transpose(x), n)
+            return operator("running_sum", inner if e.axis == 1 else total(inner, 0))
+        case Sum(x, 0) if same(x.rows, n):
+            return transpose(operator("running_sum", _running(transpose(x), n)))
         case Mul(c, factors):
             return _running_product(c, factors, n)
-        case Softmax(x, 0, False) if same(x.rows, n) and same(x.cols, n):
-            return softmax(x, 0, True)
-        case FamilySoftmax() | Map() | Add() | FamilySum():
+        case Softmax(x, axis, False) if same(x.rows, n) and same(x.cols, n):
+            return softmax(x, axis, True)
+        case Map(profile, args):
+            return elementwise(profile, *(_running(a, n) for a in args))
+        case Add(terms):
+            parts = [_running(t, n) for t in terms]
+            return _sum_repeated(parts)
+        case FamilySum() | FamilySoftmax() | Hold():
             return rebuild(e, tuple(_running(c, n) for c in e.children))
-        case Transpose(x):
-            return transpose(_running(x, n))
-        case _ if hasattr(e, "x") and not isinstance(e, Inverse):
-            return rebuild(e, tuple(_running(c, n) for c in e.children))
+        case Sum():
+            return rebuild(e, (_running(e.x, n),))
         case _:
             return e
 
 
+def _sum_repeated(parts: list[Expr]) -> Expr:
+    """The sum of terms, of which some were one value and are a row now."""
+    shapes = {p.shape for p in parts}
+    return add(*parts) if len(shapes) == 1 else elementwise(sp.Add(*(slot(i) for i in range(len(parts)))), *parts)
+
+
 def _running_product(c: sp.Expr, factors: tuple[Expr, ...], n: sp.Expr) -> Expr:
-    """A @ b with b a column over tokens is a weighted sum over tokens: the running sum of A * b'."""
+    """A @ b with b a column over tokens: the running sum of A * b'.  a @ r with a worked out over tokens, r a row: a * r."""
     parts = [_running(f, n) for f in factors]
-    last = parts[-1]
-    if len(parts) == 2 and same(factors[-1].rows, n) and factors[-1].cols == 1:
-        return scale(c, operator("running_sum", elementwise(slot(0) * slot(1), parts[0], transpose(last))))
+    if len(factors) >= 2 and same(factors[-1].rows, n) and factors[-1].cols == 1 and same(factors[-2].cols, n):
+        weighed = operator("running_sum", elementwise(slot(0) * slot(1), parts[-2], transpose(parts[-1])))
+        return scale(c, _joined(factors[0].rows, *parts[:-2], weighed))
+    if len(factors) == 2 and factors[0].cols == 1 and same(parts[0].cols, n):
+        return elementwise(c * slot(0) * slot(1), *parts)
     return matmul(*parts, coef=c)
 
 

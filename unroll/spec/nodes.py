@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import cast
 
 from unroll.errors import Where
 
@@ -148,12 +149,44 @@ OPPOSITE = {"minimize": "maximize", "maximize": "minimize"}
 
 
 def merge(under: Entries, over: Entries) -> Entries:
-    """`over` laid on `under`: mappings join by name, everything else is replaced; an objective is replaced whole."""
+    """`over` laid on `under`: mappings join by name, `blocks` by the name of the block, everything else is replaced; an objective is
+    replaced whole."""
     found = dict(under.entries)
     for name, (key, value) in over.entries.items():
         found.pop(OPPOSITE.get(name, ""), None)
         found[name] = (key, _join(name, found[name][1], value) if name in found else value)
     return entries(found, over.origin)
+
+
+def without_nulls(under: Entries, over: Entries) -> Entries:
+    """The mapping laid on `under`, less the keys that it says are null: what a block takes away from the one it builds on."""
+    gone = [k for k, (_, v) in over.entries.items() if isinstance(v, Scalar) and v.value is None and k in under.entries]
+    return merge(under.without(*gone), over.without(*gone))
+
+
+def _joined_blocks(under: Items, over: Items) -> Items | None:
+    """Blocks of one name joined, new ones after them; None where the items are not blocks."""
+    named = [{_block(i): i for i in part.items} for part in (under, over)]
+    if any(None in n for n in named):
+        return None
+    old, new = ({k: cast(Entries, v) for k, v in n.items()} for n in named)
+    joined = {k: _block_on(v, new[k]) if k in new else v for k, v in old.items()}
+    return Items(tuple({**joined, **{k: v for k, v in new.items() if k not in old}}.values()), over.origin)
+
+
+def _block(item: Node) -> str | None:
+    name = item.get("block") if isinstance(item, Entries) else None
+    return str(name.value) if isinstance(name, Scalar) else None
+
+
+def _block_on(under: Entries, over: Entries) -> Entries:
+    """A block laid on one of its name; in it and in its `learn`, null takes a key away."""
+    learn = under.get("learn"), over.get("learn")
+    if all(isinstance(x, Entries) for x in learn):
+        key = over.entries["learn"][0]
+        over = entries({**over.without("learn").entries, "learn": (key, without_nulls(*cast(tuple[Entries, Entries], learn)))}, over.origin)
+        under = under.without("learn")
+    return without_nulls(under, over)
 
 
 def put(root: Entries, path: Sequence[tuple[str, Origin]], value: Node) -> Entries:
@@ -171,6 +204,8 @@ def put(root: Entries, path: Sequence[tuple[str, Origin]], value: Node) -> Entri
 
 def _join(name: str, under: Node, over: Node) -> Node:
     match under, over:
+        case Items(), Items() if name == "blocks":
+            return _joined_blocks(under, over) or over
         case Entries(), Entries() if name not in REPLACED_WHOLE and not _other_kind(under, over):
             return merge(under, over)
         case Entries(found, origin), Scalar(value, _) if "default" in found and not isinstance(value, str):

@@ -1,0 +1,252 @@
+"""Whole networks against the released forms written out by hand (released.py): values and gradients in float64, odd shapes too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import released
+import torch
+from torch import Tensor
+
+import unroll
+from unroll.network import Network
+
+EXACT = 1e-10
+SMALL = {"d": 12, "K": 3, "p": 4}
+TOKENS = [(7,), (2, 5), (1,), (2, 1)]
+
+
+def network(name: str, layers: int = 2, **dims: int) -> Network:
+    """A network of the library at small sizes, its parameters anything but their starting values."""
+    net = unroll.compile(name, dims={**(SMALL if not dims else {}), **dims}, dtype=torch.float64, overrides=[f"unroll.layers={layers}"])
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.4 + ("weight" in n))
+    return net
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def agree(net: Network, x: Tensor, by_hand: Callable[[Tensor], Tensor]) -> None:
+    """Values, and the gradients of all parameters and of x, are those of the function written by hand."""
+    given = dict(net.named_parameters())
+    weight = drawn(*net(x).shape, seed=9)
+    found: list[list[Tensor]] = []
+    for run in (net, by_hand):
+        inputs = x.clone().requires_grad_()
+        out = run(inputs)
+        grads = torch.autograd.grad((out * weight).sum(), [inputs, *given.values()], materialize_grads=True, allow_unused=True)
+        found.append([out, *grads])
+    for name, ours, theirs in zip(["the answer", "x", *given], *found, strict=True):
+        gap = float(((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)).detach())
+        assert gap <= EXACT, name
+
+
+def heads(w: Tensor) -> Tensor:
+    """(K, d, p) -> (d, K p): head k in columns kp : (k + 1) p."""
+    return w.movedim(0, 1).flatten(1)
+
+
+def crate_layer(net: Network, i: int, x: Tensor, **options: bool) -> Tensor:
+    n = net
+    return released.crate_block(
+        x, n.compress_norm_weight[i], n.compress_norm_bias[i], n.W[i], heads(n.W_out[i]), n.W_out_bias[i],
+        n.sparsify_norm_weight[i], n.sparsify_norm_bias[i], n.Q[i], **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", TOKENS)
+@pytest.mark.parametrize(("name", "causal"), [("crate", False), ("crate_causal", True)])
+def test_crate_is_the_released_block(name: str, causal: bool, shape: tuple[int, ...]) -> None:
+    net = network(name)
+
+    def by_hand(x: Tensor) -> Tensor:
+        for i in range(2):
+            x = crate_layer(net, i, x, causal=causal)
+        return x
+
+    agree(net, drawn(*shape, 12), by_hand)
+
+
+def test_a_later_token_changes_no_earlier_one_in_a_causal_network() -> None:
+    for name in ("crate_causal", "tost_causal"):
+        net, x = network(name), drawn(6, 12)
+        y = x.clone()
+        y[4:] += drawn(2, 12, seed=5)
+        assert torch.equal(net(x)[:4], net(y)[:4])
+        assert not torch.allclose(net(x)[4:], net(y)[4:])
+
+
+@pytest.mark.parametrize("shape", TOKENS)
+def test_crate_alpha_is_the_released_block(shape: tuple[int, ...]) -> None:
+    net = network("crate_alpha", **SMALL, s=20)
+
+    def by_hand(x: Tensor) -> Tensor:
+        for i in range(2):
+            n = net
+            x = released.crate_alpha_block(
+                x, n.compress_norm_weight[i], n.compress_norm_bias[i], n.W[i], heads(n.W_out[i]),
+                n.sparsify_norm_weight[i], n.sparsify_norm_bias[i], n.Q[i], n.Q_out[i], 0.1, 0.1,
+            )  # fmt: skip
+        return x
+
+    agree(net, drawn(*shape, 12), by_hand)
+
+
+@pytest.mark.parametrize("shape", TOKENS)
+def test_the_decoder_is_the_released_layer(shape: tuple[int, ...]) -> None:
+    net = network("crate_decoder")
+
+    def by_hand(x: Tensor) -> Tensor:
+        for i in range(2):
+            n = net
+            x = released.mae_decoder_layer(
+                x, n.expand_norm_weight[i], n.expand_norm_bias[i], n.Q[i],
+                n.spread_norm_weight[i], n.spread_norm_bias[i], n.W[i], heads(n.W_out[i]), n.W_out_bias[i],
+            )  # fmt: skip
+        return x
+
+    agree(net, drawn(*shape, 12), by_hand)
+
+
+@pytest.mark.parametrize("shape", TOKENS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_token_statistics_attention_is_the_released_one(shape: tuple[int, ...], causal: bool) -> None:
+    net = network("tost_causal" if causal else "tost")
+
+    def by_hand(x: Tensor) -> Tensor:
+        for i in range(2):
+            n = net
+            y = released.layer_norm(x, n.compress_norm_weight[i], n.compress_norm_bias[i], 1e-6)
+            args = (y, n.W[i], n.offset[i], n.temperature[i])
+            if causal:
+                told = torch.zeros(3, x.shape[-2], dtype=x.dtype)
+                out = released.tost_causal_attention(*args, told, heads(n.W_out[i]), -n.W_out_bias[i])
+            else:
+                out = released.tost_attention(*args, heads(n.W_out[i]), -n.W_out_bias[i])
+            x = x + n.layer_scale[i] * out
+        return x
+
+    agree(net, drawn(*shape, 12), by_hand)
+
+
+def labelled(m: int = 30, d: int = 6, K: int = 3) -> tuple[Tensor, Tensor]:
+    """(m, d) features on the sphere near K lines, and their (K, m) memberships."""
+    labels = torch.arange(m) % K
+    x = drawn(K, d)[labels] + 0.3 * drawn(m, d, seed=3)
+    return released.unit_rows(x), torch.nn.functional.one_hot(labels, K).double().mT
+
+
+def test_redunet_is_constructed_and_runs_as_the_released_network() -> None:
+    x, members = labelled()
+    net = unroll.compile("redunet", dims={"d": 6, "K": 3}, dtype=torch.float64, overrides=["unroll.layers=4"])
+    with pytest.raises(unroll.UnrollError, match="E408"):
+        net(x)
+    after = net.construct(X=x, Pi=members)
+    operators, features = released.redunet_construct(x, members.mT, 4, 0.5, 0.1, 500.0, exact=False)
+    assert torch.allclose(after, features[-1], atol=1e-10)
+    for i, (E, C, gamma) in enumerate(operators):
+        assert torch.allclose(net.E[i], E, atol=1e-10)
+        assert torch.allclose(net.C[i], gamma[:, None, None] * C, atol=1e-10)
+    fresh = released.unit_rows(drawn(8, 6, seed=7))
+    want = fresh
+    for E, C, gamma in operators:
+        want = released.redunet_layer(want, E, C, gamma, 0.5, 500.0)
+    assert torch.allclose(net(fresh), want, atol=1e-10)
+    assert torch.allclose(net(x), after, atol=1e-12), "the network on its own data does what was constructed"
+
+
+def test_the_exact_flow_is_projected_ascent_and_rises() -> None:
+    x, members = labelled()
+    net = unroll.compile("rate_reduction_flow", dims={"d": 6, "K": 3}, dtype=torch.float64, overrides=["unroll.layers=6", "unroll.step=0.1"])
+    trace = net.trace(X=x, Pi=members)
+    z = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(released.rate_reduction(z, members.mT, 0.1), z)
+    assert torch.allclose(trace.iterates["Z"][1], released.unit_rows(x + 0.1 * slope), atol=1e-12)
+    rate = trace.terms["rate"] + trace.terms["class_rate"]
+    assert torch.allclose(rate[0], released.rate_reduction(x, members.mT, 0.1))
+    assert (rate[1:] > rate[:-1]).all()
+
+
+def test_the_denoiser_of_a_mixture_is_the_closed_form() -> None:
+    net = unroll.compile("mixture_denoiser", dims={"d": 6, "K": 3, "p": 2}, dtype=torch.float64, overrides=["unroll.layers=5"])
+    x = drawn(9, 6)
+    want, u = x, net.W.detach()
+    for i in range(5):
+        now, then = torch.tensor(-i / 2).exp().item(), torch.tensor(-(i + 1) / 2).exp().item()
+        want = released.ddim_step(want, u, (1.0, now), (1.0, then))
+    assert torch.allclose(net(x), want, atol=1e-6)
+
+
+def test_energies_give_their_layers() -> None:
+    net, q = network("hopfield", 1, d=6, M=10), drawn(4, 6)
+    agree(net, q, lambda x: released.hopfield_step(x, net.patterns, 2.0))
+    net = network("energy_transformer", 1, d=8, K=2, p=4, M=10)
+    agree(net, drawn(2, 5, 8), lambda x: released.energy_transformer_step(x, torch.ones(8, dtype=x.dtype), torch.zeros(8, dtype=x.dtype), net.Wq.mT, net.Wk.mT, net.patterns.mT, 0.125, 0.1))
+
+
+def test_power_steps_are_the_published_iterations() -> None:
+    x = drawn(40, 5)
+    msp = unroll.compile("msp", dims={"d": 5}, dtype=torch.float64, overrides=["unroll.layers=3"])
+    want = torch.eye(5, dtype=torch.float64)
+    for _ in range(3):
+        want = released.msp_step(want, x)
+    trace = msp.trace(x)
+    assert torch.allclose(trace.iterates["A"][-1].mT, want, atol=1e-10)
+    assert (trace.terms["peaks"].diff() > 0).all()
+    ica = unroll.compile("fastica", dims={"d": 5}, dtype=torch.float64, overrides=["unroll.layers=3"])
+    u = torch.full((5,), 5**-0.5, dtype=torch.float64)
+    for _ in range(3):
+        u = released.fastica_step(u, x)
+    assert torch.allclose(ica(x), u, atol=1e-10)
+
+
+def test_principal_components_are_those_of_the_singular_vectors() -> None:
+    x = drawn(50, 6) * torch.tensor([5.0, 4.0, 3.0, 1.0, 0.5, 0.1])
+    net = unroll.compile("pca", dims={"d": 6, "p": 3}, dtype=torch.float64, overrides=["unroll.layers=200"])
+    u = net(x, torch.eye(6, 3, dtype=torch.float64).mT)
+    truth = torch.linalg.svd(x, full_matrices=False).Vh[:3]
+    assert torch.allclose(u.mT @ u, truth.mT @ truth, atol=1e-8)
+
+
+def test_alternating_blocks_learn_a_dictionary_and_the_objective_falls() -> None:
+    x = drawn(30, 6)
+    a = torch.nn.functional.normalize(drawn(6, 9, seed=2), dim=0)
+    net = unroll.compile("palm", dims={"m": 6, "n": 9}, dtype=torch.float64, overrides=["unroll.layers=8"])
+    trace = net.trace(x, a.mT)
+    assert (trace.all_terms["total"].diff() <= 1e-10).all()
+    assert trace.labels[:3] == ((1, "codes"), (1, "atoms"), (2, "codes"))
+    z = torch.zeros(30, 9, dtype=torch.float64)
+    for _ in range(2):
+        step = 1 / torch.linalg.matrix_norm(a, 2) ** 2
+        z = released.soft_threshold(z - step * (z @ a.mT - x) @ a, step * 0.1)
+    assert torch.allclose(trace.steps["Z"][1], z, atol=1e-10)
+    step = 1 / torch.linalg.matrix_norm(z, 2) ** 2
+    assert torch.allclose(trace.steps["A"][2].mT, released.unit_ball_columns(a - step * (z @ a.mT - x).mT @ z), atol=1e-10)
+
+
+def test_an_encoder_is_one_step_of_sparse_coding() -> None:
+    net, x = network("sparse_autoencoder", 1, m=5, n=8), drawn(3, 5)
+    agree(net, x, lambda h: released.sparse_autoencoder(h, net.W_enc[0], -net.theta[0], drawn(5, 8), net.b_pre)[0])
+
+
+def test_first_order_predictions_are_the_limit_of_small_steps() -> None:
+    x = drawn(5, 12)
+    gaps = []
+    for step in (1e-2, 1e-4):
+        net = unroll.compile("crate_neumann", dims=SMALL, dtype=torch.float64, overrides=["unroll.layers=1"], scalars={"kappa": step, "eta": 1e-9})
+        trace = net.trace(x)
+        gaps.append(float((trace.predicted["compression"][0] - trace.actual["compression"][0]).abs().detach()) / step)
+    assert gaps[1] < gaps[0] / 50
+    assert trace.labels == ((1, "compress"), (1, "sparsify"))
+
+
+def test_the_exact_halves_do_what_they_say_and_the_released_ones_need_not() -> None:
+    x = drawn(4, 16, 12)
+    exact = unroll.compile("crate_exact", dims=SMALL, dtype=torch.float64, overrides=["unroll.layers=1"]).trace(x)
+    assert (exact.actual["compression"][0] > 0).all(), "the rate of the subspaces falls: its negative is maximised"
+    assert (exact.predicted["compression"][0] > 0).all()
