@@ -744,8 +744,10 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
                 flat.extend(factors)
             case _:
                 flat.append(part)
-    if len(flat) > 1 and (weighed := _row_weights(flat[-1])) is not None:  # A (X * r) = (A X) * r for a row r
+    if len(flat) > 1 and (weighed := _weights(flat[-1], 0)) is not None:  # A (X * r) = (A X) * r for a row r
         return elementwise(slot(0) * slot(1), matmul(*flat[:-1], weighed[0], coef=c), weighed[1])
+    if len(flat) > 1 and (weighed := _weights(flat[0], 1)) is not None:  # (c * X) A = c * (X A) for a column c
+        return elementwise(slot(0) * slot(1), matmul(weighed[0], *flat[1:], coef=c), weighed[1])
     factors = list[Expr]()
     for f in flat:
         if isinstance(f, Eye):
@@ -764,11 +766,11 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
     return zeros(*shape) if c == 0 else _intern(Mul, _tidy(c), tuple(factors))
 
 
-def _row_weights(e: Expr) -> tuple[Expr, Expr] | None:
-    """(X, r) for X * r entry by entry, r a row that is repeated."""
-    if not isinstance(e, Map) or e.rows == 1:
+def _weights(e: Expr, axis: Literal[0, 1]) -> tuple[Expr, Expr] | None:
+    """(X, w) for X * w entry by entry, w of size 1 along `axis`, where it is repeated."""
+    if not isinstance(e, Map) or e.shape[axis] == 1:
         return None
-    wide = [i for i, a in enumerate(e.args) if a.rows != 1]
+    wide = [i for i, a in enumerate(e.args) if a.shape[axis] != 1]
     rest = e.profile / slot(wide[0]) if wide else e.profile
     if len(wide) != 1 or rest.has(slot(wide[0])) or e.args[wide[0]].shape != e.shape or isinstance(e.args[wide[0]], Ones):
         return None

@@ -428,7 +428,8 @@ class Lowering:
             case LogDet(x):
                 return b.add("logdet_cholesky", (b.add("cholesky", (self.lower(x),)),))
             case SpectralProx(prox, x):
-                return b.add("spectral_prox", (self.lower(x), *map(self._symbol, prox.scalars)), prox)
+                record = self._at_numbers(prox, {s: self._symbol(s) for s in prox.scalars})
+                return b.add("spectral_prox", (self.lower(x), *map(self._symbol, record.scalars)), record)
             case Project(name, params, x):
                 return b.add("project", (self.lower(x), *map(self.value, params)), name)
             case Indicator("affine", (a, c), x) if isinstance(a, Expr) and isinstance(c, Expr):
@@ -490,10 +491,15 @@ class Lowering:
         return self.builder.add(op, (self.lower(x), *map(self._symbol, free)), core)
 
     def _prox(self, e: ProxMap) -> Ref:
-        scalars = [
-            self.lower(e.args[1 + e.slots.index(s)]) if s in e.slots else self._symbol(s) for s in e.prox.scalars
-        ]
-        return self.builder.add("prox", (self.lower(e.args[0]), *scalars), e.prox)
+        found = {s: self.lower(e.args[1 + e.slots.index(s)]) if s in e.slots else self._symbol(s) for s in e.prox.scalars}
+        record = self._at_numbers(e.prox, found)
+        return self.builder.add("prox", (self.lower(e.args[0]), *(found[s] for s in record.scalars)), record)
+
+    def _at_numbers(self, record: Any, found: Mapping[sp.Symbol, Ref]) -> Any:
+        """A scalar prox with the scalars that are plain numbers here put in."""
+        nodes = {s: self.builder.nodes[r.node] for s, r in found.items()}
+        known = {s: n.attrs[0] for s, n in nodes.items() if n.op == "number"}
+        return record.substitute(known) if known else record
 
     def _trace(self, x: Expr) -> Ref:
         b = self.builder
