@@ -22,7 +22,19 @@ from unroll.spec import loader
 from unroll.spec.consistency import contradictions
 from unroll.spec.messages import known_paths, to_spec_error
 from unroll.spec.nodes import (
-    Entries, Node, Origin, Plain, Scalar, Source, child, entries, key_origin, merge, node_at, plain, put,
+    Entries,
+    Node,
+    Origin,
+    Plain,
+    Scalar,
+    Source,
+    child,
+    entries,
+    key_origin,
+    merge,
+    node_at,
+    plain,
+    put,
 )  # fmt: skip
 from unroll.spec.schema import Document
 

@@ -86,7 +86,12 @@ def _message(path: Path, errors: list[ErrorDetails], root: Entries, model: type[
             case "extra_forbidden":
                 return _unknown(path, root, model)
             case "union_tag_invalid":
-                return _mistaken((*path, context["discriminator"].strip("'")), root, [], re.findall(r"'(\w+)'", context["expected_tags"]))
+                return _mistaken(
+                    (*path, context["discriminator"].strip("'")),
+                    root,
+                    [],
+                    re.findall(r"'(\w+)'", context["expected_tags"]),
+                )
             case kind if kind in LENGTHS:
                 message = f"{name(path)} {LENGTHS[kind].format(**context)}"
                 return SpecError("E205", message, node_at(root, path).origin.where())
@@ -168,7 +173,7 @@ def _schema(model: type[BaseModel]) -> Schema:
 
 
 def known_keys(model: type[BaseModel], root: Entries, path: Path) -> list[str]:
-    """The keys that the schema has at `path`; where it has several kinds of record, those of the one that is written."""
+    """The keys that the schema has at `path`; of several kinds of record, those of the one that is written."""
     schema = _schema(model)
     found = [schema]
     for key in path:

@@ -19,6 +19,9 @@ from pydantic_core import PydanticCustomError
 MAX_DIM = 10_000_000
 MAX_FORMULA = 10_000
 SIGNATURE = re.compile(r"\s*(\w+)\s*\(\s*(\w+(?:\s*,\s*\w+)*)\s*\)\s*")
+GROUPS = r"\s*(?:(?:\w+|\(\s*\w+(?:\s+\w+)*\s*\))\s*)+"
+AXES = re.compile(f"{GROUPS}->{GROUPS}")
+PART = re.compile(r"\s*\d*\s*:\s*\d*\s*(?:,\s*\d*\s*:\s*\d*\s*)*")
 
 
 class Record(BaseModel):
@@ -80,6 +83,26 @@ def _finite_size(value: int | str) -> int | str:
     return value
 
 
+def _axes(text: str) -> str:
+    sides = [re.findall(r"\w+", side) for side in text.split("->")]
+    names = [[n for n in side if n != "1"] for side in sides]
+    if text and (
+        not AXES.fullmatch(text) or sorted(names[0]) != sorted(names[1]) or len(set(names[0])) < len(names[0])
+    ):
+        hint = 'the same names on both sides, such as "(k p) d -> k d p"'
+        raise PydanticCustomError(
+            "E221", "'{word}' does not say which axis goes where", {"word": text[:80], "hint": hint}
+        )
+    return text
+
+
+def _part(text: str) -> str:
+    if text and not PART.fullmatch(text):
+        hint = 'a range for each axis, such as "0:384, :"'
+        raise PydanticCustomError("E221", "'{word}' is not a part of a tensor", {"word": text[:80], "hint": hint})
+    return text
+
+
 def _image(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 3:
         raise PydanticCustomError("E203", "an image is [channels, height, width]", {"hint": "write [3, 224, 224]"})
@@ -103,6 +126,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Spread = Annotated[float, Field(ge=0)]
 Image = Annotated[tuple[Count, ...], AfterValidator(_image)]
 """channels, height, width"""
+Axes = Annotated[Text, AfterValidator(_axes)]
+Part = Annotated[Text, AfterValidator(_part)]
 
 
 # --- the objective -------------------------------------------------------------------------------------------------
@@ -298,7 +323,7 @@ class ClassToken(Record):
 
 
 class Mask(Record):
-    """A free token in the place of patches drawn at random: the layers see all tokens, those in place of patches too."""
+    """A free token in the place of patches drawn at random: the layers see all tokens."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     std: Spread = 0.02
@@ -371,11 +396,11 @@ class Move(Record):
 
     to: str
     """a name of `state_dict()`"""
-    axes: Text = ""
+    axes: Axes = ""
     """"(k p) d -> k d p": axes of theirs -> axes of ours; without the axis of the layers"""
-    part: Text = ""
+    part: Part = ""
     """"0:384, :": which part of theirs, before `axes`"""
-    into: Text = ""
+    into: Part = ""
     """which part of ours"""
 
 
