@@ -148,7 +148,8 @@ def _weights(net: Net) -> tuple[Spec, Weights]:
 
 
 def _sizes(net: Net) -> dict[str, int]:
-    return net.sizes if isinstance(net, Model) else net.program.dims
+    """Of axes that shapes leave open: what the map says, and the sizes of the spec."""
+    return {**(net.sizes if isinstance(net, Model) else net.program.dims), **_weights(net)[1].sizes}
 
 
 def _constraint(net: Net, name: str) -> str:

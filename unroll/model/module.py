@@ -105,8 +105,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         """As the emitted class says. Raises UnrollError E404."""
-        emitted = cast(Any, super())
-        return emitted.forward(*self._checked(x, mask)) if mask is None else emitted.forward(x, mask)
+        return cast(Any, super()).forward(*self._checked(x, mask))
 
     def trace(self, x: Tensor, mask: Tensor | None = None) -> Trace:
         """Every iterate of the layers on these samples; of an autoencoder behind a mask, a random one if left out."""
@@ -145,8 +144,8 @@ class Model(nn.Module):
         name, want = self.wrapped.argument, self.wrapped.shape
         shape = tuple(x.shape)
         last = shape[max(len(shape) - len(want), 0) :]
-        batched = len(shape) > len(want) if self.wrapped.flat else len(shape) == len(want) + 1
-        if not batched or any(n not in (None, k) for n, k in zip(want, last, strict=True)):
+        batched = len(shape) >= len(want) if self.wrapped.flat else len(shape) == len(want) + 1
+        if not batched or any(n is not None and n != k for n, k in zip(want, last, strict=True)):
             axes = ", ".join("N" if n is None else str(n) for n in want)
             lead = "..." if self.wrapped.flat else "B"
             raise UnrollError("E404", f"{name} has shape {shape}, expected ({lead}, {axes})")

@@ -65,7 +65,7 @@ FUNCTIONS = {
     rates = base ** (torch.arange(waves, dtype=torch.float64) // 2 * (-2 / waves))
 
     def axis(n):
-        angle = torch.arange(1, n + 1).unsqueeze(1) * (2 * math.pi / (n + 1e-6)) * rates
+        angle = torch.arange(1.0, n + 1, dtype=rates.dtype).unsqueeze(1) * (2 * math.pi / (n + 1e-6)) * rates
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)
 
     return torch.cat([axis(rows).repeat_interleave(columns, 0), axis(columns).repeat(rows, 1)], 1)

@@ -103,6 +103,12 @@ def _part(text: str) -> str:
     return text
 
 
+def _even(value: int) -> int:
+    if value % 2:
+        raise PydanticCustomError("E205", "sines and cosines in turn are an even number, not {value}", {"value": value})
+    return value
+
+
 def _image(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 3:
         raise PydanticCustomError("E203", "an image is [channels, height, width]", {"hint": "write [3, 224, 224]"})
@@ -306,7 +312,8 @@ class FourierPositions(Record):
     """A linear map of fixed sines and cosines of row and column."""
 
     kind: Literal["fourier"]
-    waves: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    waves: Annotated[Count, AfterValidator(_even)] = 32
+    """sines and cosines, in turn, of the row, and as many of the column"""
     base: Positive = 10_000.0
 
 
@@ -420,6 +427,8 @@ class Weights(Record):
     """prefixes that names may have, such as module."""
     ignore: tuple[str, ...] = ()
     """names that are not needed; * stands for anything"""
+    sizes: dict[Name, Count] = {}
+    """of axes that no shape says: those of one tensor of ours that are several of theirs"""
     names: dict[str, Moves]
     """their name -> ours; {layer} stands for the number of a layer, and is the first axis of ours"""
 
