@@ -133,7 +133,10 @@ def test_a_patch_with_channels_first_is_what_a_convolution_takes() -> None:
 
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_one_norm_of_patches(kind: str) -> None:
-    net, image = model(changed(VIT, embed={**VIT["embed"], "norm": kind, "eps": 0.1}, class_token=None, head=None)), images()
+    net, image = (
+        model(changed(VIT, embed={**VIT["embed"], "norm": kind, "eps": 0.1}, class_token=None, head=None)),
+        images(),
+    )
     x = cells(image, 4, "channels_last")
     x = norm(x, net.embed_norm, 0.1) if kind == "before" else x
     x = x @ net.embed.weight.T + net.embed.bias
@@ -338,7 +341,10 @@ def test_the_source_runs_alone_with_the_same_weights(name: str) -> None:
 
 
 def test_two_different_proximal_steps_keep_their_own_names() -> None:
-    layers = {**MAE["decoder"]["layers"], "minimize": {"fit": "1/2*sumsq(X - D @ Z)", "log": "lam*sum(log(1 + abs(Z)))"}}
+    layers = {
+        **MAE["decoder"]["layers"],
+        "minimize": {"fit": "1/2*sumsq(X - D @ Z)", "log": "lam*sum(log(1 + abs(Z)))"},
+    }
     net, x = model(changed(MAE, decoder={"layers": layers})), images()
     assert "def prox(" in net.source and "def prox_decoder(" in net.source
     space: dict[str, Any] = {}
@@ -419,7 +425,9 @@ def test_a_seed_says_every_parameter_and_nothing_else_does(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     two, other, single = model(ALL[name]), model(ALL[name], seed=4), model(ALL[name], dtype=torch.float32)
-    for (key, p), q, r in zip(one.state_dict().items(), two.state_dict().values(), single.state_dict().values(), strict=True):
+    for (key, p), q, r in zip(
+        one.state_dict().items(), two.state_dict().values(), single.state_dict().values(), strict=True
+    ):
         assert torch.equal(p, q), key
         assert torch.equal(p.to(r.dtype), r) or key.startswith(("body.", "decoder.")), key
     drawn = [k for k, p in one.named_parameters() if p.ndim > 1]
@@ -443,7 +451,9 @@ def test_linear_maps_start_as_stated(init: str, std: float, most: float) -> None
 
 
 def test_drawn_tokens_have_the_stated_deviation() -> None:
-    around = changed(TEXT, embed={"kind": "tokens", "vocabulary": 500, "length": 400, "std": 0.3}, class_token={"std": 2.0})
+    around = changed(
+        TEXT, embed={"kind": "tokens", "vocabulary": 500, "length": 400, "std": 0.3}, class_token={"std": 2.0}
+    )
     net = model(changed(around, positions={"kind": "learned", "std": 0.1}))
     assert abs(float(net.embed.weight.detach().std()) / 0.3 - 1) < 0.1
     assert abs(float(net.positions.detach().std()) / 0.1 - 1) < 0.1 and net.positions.shape == (401, 8)
@@ -454,13 +464,22 @@ def test_drawn_tokens_have_the_stated_deviation() -> None:
 def test_every_parameter_has_a_kind_and_a_line_that_says_what_it_is(name: str) -> None:
     net = model(ALL[name])
     assert list(net.kinds) == [k for k, _ in net.named_parameters()]
-    assert {k for k, v in net.kinds.items() if v == "table"} <= {"class_token", "mask_token", "positions", "embed.weight"}
+    assert {k for k, v in net.kinds.items() if v == "table"} <= {
+        "class_token",
+        "mask_token",
+        "positions",
+        "embed.weight",
+    }
     assert all(net.get_parameter(k).ndim >= 2 for k, v in net.kinds.items() if v == "matrix")
     assert all(v == "scalar" for k, v in net.kinds.items() if k.endswith("bias") or "norm" in k)
     lines = net.source.splitlines()
     for held in net.wrapped.held:
-        (i,) = [i for i, line in enumerate(lines) if line.lstrip().startswith(f"self.{held.name} = ") or f'("{held.name}",' in line]
-        assert held.about and held.about in lines[i] + lines[i - 1] or held.name == "stem"
+        (i,) = [
+            i
+            for i, line in enumerate(lines)
+            if line.lstrip().startswith(f"self.{held.name} = ") or f'("{held.name}",' in line
+        ]
+        assert (held.about and held.about in lines[i] + lines[i - 1]) or held.name == "stem"
 
 
 def test_what_a_model_tells_of_its_layers() -> None:
@@ -564,16 +583,20 @@ def test_show_says_what_stands_around_the_layers(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     "around, lines",
     [
-        (TEXT, ["text of 7 tokens at most: a table of 11 rows", "head: norm, products with the table of tokens, for each token"]),
-        (STEM, ["image 3 × 8 × 12: 2 convolutions of stride 2, 6 tokens", "head: the mean of the tokens, norm, linear to 5"]),
+        (TEXT, ["text of 7 tokens at most: a table of 11 rows", "head: norm, products with the table of tokens, "
+                "for each token"]),
+        (STEM, ["image 3 × 8 × 12: 2 convolutions of stride 2, 6 tokens", "head: the mean of the tokens, norm, "
+                "linear to 5"]),
         (
             changed(MAE, dropout=0.1),
             [
-                "mask: a free token in the place of 75% of the patches, before the layers", "positions: sines and cosines, base 10000",
+                "mask: a free token in the place of 75% of the patches, before the layers",
+                "positions: sines and cosines, base 10000",
                 "dropout 0.1", "decoder: 1 layers of toy_decoder", "norm, linear to the 48 numbers of each patch",
             ],
         ),
-        ({"embed": {"kind": "linear", "features": 4}}, ["vectors of 4: linear", "no head: tokens as they leave the layers"]),
+        ({"embed": {"kind": "linear", "features": 4}},
+         ["vectors of 4: linear", "no head: tokens as they leave the layers"]),
         ({"embed": {"kind": "none"}, "positions": {"kind": "none"}}, ["what the layers take comes in"]),
     ],
 )  # fmt: skip

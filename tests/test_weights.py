@@ -37,14 +37,20 @@ NAMES: Spec = {
     "mlp_head.1.rest": {"to": "head.weight", "into": "2:5"},
     "mlp_head.1.bias": "head.bias",
 }
-WEIGHTS: Spec = {"key": "state_dict", "strip": ["module."], "ignore": ["*.num_batches_tracked"], "sizes": {"p": 4, "q": 4}}
+WEIGHTS: Spec = {
+    "key": "state_dict",
+    "strip": ["module."],
+    "ignore": ["*.num_batches_tracked"],
+    "sizes": {"p": 4, "q": 4},
+}
+GIVEN = torch.eye(8, dtype=torch.float64) + 0.1
 LEARN = {"W": {"replaces": "step * D.T"}, "theta": {"replaces": "step * lam", "positive": True}}
 
 
 def model(names: Spec | None = None, **options: Any) -> Any:
     spec = {**LAYERS, "unroll": {**LAYERS["unroll"], "learn": LEARN}, "model": VIT}
     spec["weights"] = {**WEIGHTS, "names": names if names is not None else NAMES}
-    return unroll.compile(spec, **{"seed": 1, "dtype": torch.float64, **options})
+    return unroll.compile(spec, **{"seed": 1, "dtype": torch.float64, "parameters": {"D": GIVEN}, **options})
 
 
 def released(seed: int = 0) -> dict[str, Tensor]:
@@ -104,7 +110,7 @@ def test_what_is_released_is_what_was_restored() -> None:
 
 def test_layers_alone_have_weights_too_and_numbers_may_stand_in_the_name_of_ours() -> None:
     spec = {**LAYERS, "weights": {"names": {"a.{layer}": "W"}}}
-    net = unroll.compile(spec, seed=1)
+    net = unroll.compile(spec, seed=1, parameters={"D": GIVEN})
     assert isinstance(net, unroll.Network)
     theirs = {f"a.{k}": torch.randn(8, 8) for k in range(2)}
     restore_weights(net, theirs)
@@ -113,7 +119,7 @@ def test_layers_alone_have_weights_too_and_numbers_may_stand_in_the_name_of_ours
     stem = {"embed": {"kind": "stem", "image": [3, 8, 8], "patch": 4}}
     names = {f"patch.{{layer}}.{k}": f"stem.{{layer}}.{k}" for k in ("weight", "bias", "running_mean", "running_var")}
     whole = {**LAYERS, "model": stem, "weights": {"names": {**names, "w": {"to": "body.W"}}}}
-    net = unroll.compile(whole, seed=1)
+    net = unroll.compile(whole, seed=1, parameters={"D": GIVEN})
     theirs = {k.replace("stem", "patch").replace("body.W", "w"): v for k, v in net.state_dict().items()}
     theirs = {k: v + 1 for k, v in theirs.items() if k == "w" or (k.startswith("patch.") and "num" not in k)}
     assert restore_weights(net, theirs).ok
@@ -129,14 +135,24 @@ def test_leftovers_on_both_sides_are_told_and_nothing_is_loaded() -> None:
         restore_weights(net, theirs)
     assert caught.value.code == "E421"
     assert caught.value.notes[:5] == (
-        "not in the file: 2", "  body.W (1 of its first axis)", "  head.bias", "in the file, not used: 1", "  extra.weight",
-    )  # fmt: skip
+        "not in the file: 2",
+        "  body.W (1 of its first axis)",
+        "  head.bias",
+        "in the file, not used: 1",
+        "  extra.weight",
+    )
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     with pytest.warns(UserWarning, match="2 missing, 1 not used"):
         report = restore_weights(net, theirs, strict=False)
     assert not report.ok and report.unused == ("extra.weight",)
     assert torch.equal(net.positions, theirs["pos_embedding"][0])
     assert torch.equal(net.head.bias, before["head.bias"]) and torch.equal(net.body.W[1], before["body.W"][1])
+
+
+def test_a_constant_that_was_drawn_is_missing() -> None:
+    with pytest.raises(UnrollError, match="1 missing, 0 not used") as caught:
+        restore_weights(model(parameters={}), released())
+    assert caught.value.notes[1] == "  body.D (drawn from the seed: give it to compile)"
 
 
 def test_a_tensor_of_which_a_part_is_used_is_told() -> None:
@@ -149,12 +165,18 @@ def test_a_tensor_of_which_a_part_is_used_is_told() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"pos_embedding": torch.zeros(1, 8, 8)}, r"pos_embedding -> positions: '1 n d -> n d' does not fit: n is 7, not 8"),
+        (
+            {"pos_embedding": torch.zeros(1, 8, 8)},
+            r"pos_embedding -> positions: '1 n d -> n d' does not fit: n is 7, not 8",
+        ),
         ({"pos_embedding": torch.zeros(7, 8)}, r"'1 n d -> n d' does not fit \(7, 8\)"),
         ({"to_patch.2.bias": torch.zeros(9)}, r"to_patch.2.bias is \(9,\), as embed.bias \(9,\), but that is \(8,\)"),
         ({"to_patch.2.bias": torch.zeros(8, dtype=torch.complex64)}, r"to_patch.2.bias is complex \(8,\)"),
         ({"mlp_head.0.all": torch.tensor(1.0)}, r"mlp_head.0.all is \(\)"),
-        ({"layers.2.fn.weight": torch.zeros(8, 8)}, r"layers.2.fn.weight is of layer 2 \(from 0\), but body.W has 2 layers"),
+        (
+            {"layers.2.fn.weight": torch.zeros(8, 8)},
+            r"layer 2 \(from 0\), but body.W has 2 layers",
+        ),
         ({"epoch": 7}, "'epoch' is not a tensor"),
     ],
 )
@@ -179,7 +201,11 @@ def test_names_of_ours_that_are_wrong_are_shown_in_the_spec(names: Spec, code: s
     with pytest.raises(SpecError, match=message) as caught:
         restore_weights(model(names), {"a": torch.zeros(8)})
     assert caught.value.code == code and caught.value.where is not None
-    word = names["a"] if isinstance(names["a"], str) else (names["a"][0] if isinstance(names["a"], list) else names["a"])["to"]
+    word = (
+        names["a"]
+        if isinstance(names["a"], str)
+        else (names["a"][0] if isinstance(names["a"], list) else names["a"])["to"]
+    )
     assert word in caught.value.where.excerpt
     with pytest.raises(UnrollError):
         release_weights(model({"a": "nothing"}))
@@ -189,7 +215,7 @@ def test_a_spec_without_a_map_and_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(UnrollError, match="says nothing about weights"):
         restore_weights(unroll.compile(LAYERS), {})  # type: ignore[arg-type]
     net = model()
-    with pytest.raises(UnrollError, match="cannot read .*No such file"):
+    with pytest.raises(UnrollError, match=r"cannot read .*No such file"):
         restore_weights(net, tmp_path / "none.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(UnrollError, match="holds a Tensor, not weights by name"):
@@ -234,7 +260,7 @@ def test_axes_are_split_permuted_and_joined(pattern: str, shape: tuple[int, ...]
 
 
 def test_axes_of_unknown_or_wrong_size() -> None:
-    with pytest.raises(UnrollError, match="the size of axis 'k' in .* is not known"):
+    with pytest.raises(UnrollError, match=r"the size of axis 'k' in .* is not known"):
         rearrange(torch.zeros(6, 4), "(k p) d -> k d p", {})
     with pytest.raises(UnrollError, match="does not fit: k p is 6, not 8"):
         rearrange(torch.zeros(6, 4), "(k p) d -> k d p", {"k": 4, "p": 2})

@@ -74,6 +74,7 @@ class Network(nn.Module):
     spec: Written | None
     derivation: Any
     numbers: dict[str, float]
+    drawn: tuple[str, ...]
     takes: dict[str, tuple[str, tuple[int | None, ...], bool]]
     """Inputs, then variables: the word in the text, the sizes of the last axes, whether it must be given."""
 
@@ -284,6 +285,7 @@ def network(
     cast(Any, super(Network, net)).__init__(**program.init_arguments)
     net.layers, net.program, net.numbers = program.layers, program, numbers
     net.spec, net.derivation = spec, derivation
+    net.drawn = ()
     net.takes = _arguments(program)
     _hold(net, given)
     net.to(dtype=dtype or torch.get_default_dtype(), device=device)

@@ -6,6 +6,7 @@ release_weights(net)                    the inverse: a dict under their names
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from unroll.errors import SpecError, UnrollError, did_you_mean, quote
 from unroll.model.module import Model
-from unroll.network import Network
+from unroll.network import Network, draw
 from unroll.spec import Spec
 from unroll.spec.schema import Move, Weights
 
@@ -39,7 +40,7 @@ class Report:
     """What became of every name. ok: nothing was left over on either side.
 
     loaded: (theirs, ours).  ignored: theirs, not needed as the spec says.  unused: theirs, with no place.
-    missing: ours, without a value (or parts of them).  kept: our constants, which come from the spec.
+    missing: ours, without a value (or parts of them), or with one of chance.  kept: our constants, as the spec says.
     """
 
     loaded: tuple[tuple[str, str], ...]
@@ -154,8 +155,7 @@ def _sizes(net: Net) -> dict[str, int]:
 
 def _constraint(net: Net, name: str) -> str:
     """That of a learned parameter; "none" for all others."""
-    networks = {f"{k}.": n for k, n in net.networks.items()} if isinstance(net, Model) else {"": net}
-    for prefix, inner in networks.items():
+    for prefix, inner in _networks(net).items():
         for (own, _), p in zip(inner.named_parameters(), inner.learned, strict=True):
             if prefix + own == name:
                 return p.constraint
@@ -175,6 +175,27 @@ def _inside(net: Net, name: str, value: Tensor) -> Tensor:
 def _constants(net: Net) -> set[str]:
     """Buffers that the spec says, which no file may set."""
     return {n for n, _ in net.named_buffers() if n.split(".")[-1] not in STATISTICS}
+
+
+def _networks(net: Net) -> dict[str, Network]:
+    """The layers by the prefix of their names."""
+    return {f"{k}.": n for k, n in net.networks.items()} if isinstance(net, Model) else {"": net}
+
+
+def _drawn(net: Net) -> set[str]:
+    """Constants that would be others for another seed: those that change when what was drawn is drawn anew."""
+    found: set[str] = set()
+    for prefix, inner in _networks(net).items():
+        program, words = inner.program, inner.program.words
+        if not inner.drawn:
+            continue
+        before = {n: inner.state_dict()[n] for n, _ in inner.named_buffers() if n in inner.state_dict()}
+        for seed in (0, 1):  # at least one of them is not the network's
+            probe, other = copy.deepcopy(inner), draw(program.problem, program.dims, seed)
+            values: dict[str, Any] = {**inner.given, **inner.scalars, **{n: other[n] for n in inner.drawn}}
+            cast(Any, probe).initialise(**{words["symbol", n]: values[n] for n in program.initialise_arguments})
+            found |= {prefix + n for n, b in before.items() if not torch.equal(b, probe.get_buffer(n))}
+    return found
 
 
 @dataclass
@@ -245,8 +266,10 @@ class _Filling:
         constants = _constants(self.net)
         ignored = tuple(n for n in self.left if any(fnmatchcase(n, pattern) for pattern in weights.ignore))
         missing = [_lacking(n, f) for n, f in self.filled.items() if n not in constants and not f.all()]
+        drawn = _drawn(self.net)
+        missing += [f"{n} (drawn from the seed: give it to compile)" for n in self.values if n in drawn]
         unused = tuple(n for n in self.left if n not in ignored)
-        kept = tuple(n for n in self.values if n in constants)
+        kept = tuple(n for n in self.values if n in constants - drawn)
         return Report(tuple(self.loaded), ignored, unused, tuple(missing), kept)
 
     @torch.no_grad()
