@@ -62,7 +62,11 @@ MAE: Spec = {
         **{k: LAYERS[k] for k in ("dims", "variables", "inputs", "parameters", "scalars")}}},
     "init": "xavier",
 }  # fmt: skip
-ALL = {"patches": VIT, "text": TEXT, "stem": STEM, "autoencoder": MAE}
+TOST: Spec = {
+    **STEM,
+    "head": {"kind": "class_attention", "classes": 5, "heads": 2, "scale": 0.5},
+}
+ALL = {"class attention": TOST, "patches": VIT, "text": TEXT, "stem": STEM, "autoencoder": MAE}
 
 
 def model(around: Spec, **options: Any) -> Any:
@@ -191,6 +195,26 @@ def test_what_a_head_reads(kind: str, pool: Any) -> None:
     net, image = model(changed(VIT, head={"kind": kind, "classes": 5, "norm": False, "bias": False})), images()
     want = pool(net.body(net.embedding(image))) @ net.head.weight.T
     assert close(net(image), want)
+
+
+def test_a_class_token_that_reads_after_the_layers() -> None:
+    """ClassAttentionBlock with tokens_norm of the XCiT release: tokens are scaled by their norm on the way."""
+    net, image = model(TOST).eval(), images()
+    x = torch.cat([net.class_token.expand(3, 1, 8), net.body(net.embedding(image))], 1)
+    for block in net.readers:
+        y = norm(x, block.norm1, 1e-6)
+        q, k, v = (y @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
+        heads = []
+        for h in (slice(0, 4), slice(4, 8)):
+            scores = (q[:, :1, h] @ k[..., h].mT / 4**0.5).softmax(-1)
+            heads.append(scores @ v[..., h])
+        read = torch.cat(heads, -1) @ block.out.weight.T + block.out.bias
+        x = norm(x + 0.5 * torch.cat([read, y[:, 1:]], 1), block.norm2, 1e-6)
+        hidden = F.gelu(x[:, :1] @ block.up.weight.T + block.up.bias)
+        first = 0.5 * (hidden @ block.down.weight.T + block.down.bias)
+        x = x + torch.cat([first, x[:, 1:]], 1)
+    want = norm(x[:, 0], net.head_norm, 1e-6) @ net.head.weight.T + net.head.bias
+    assert close(net(image), want) and len(net.readers) == 2
 
 
 def test_without_a_head_tokens_come_out_as_they_leave_the_layers() -> None:
@@ -325,6 +349,24 @@ def test_the_published_networks_have_as_many_parameters(size: str) -> None:
     assert held + layers * layer == published
 
 
+TOST_SIZES = {"tiny": (192, 12, 4, 5_769_328), "small": (384, 12, 8, 22_589_944)}
+
+
+@pytest.mark.parametrize("size", TOST_SIZES)
+def test_a_stem_and_class_attention_have_as_many_parameters_as_published(size: str) -> None:
+    """Wu et al. 2024 (ToST): 5.8, 22.6 million; a layer has two maps, a temperature per head, an MLP, norms, scales."""
+    d, layers, heads, published = TOST_SIZES[size]
+    around = {
+        "embed": {"kind": "stem", "image": [3, 224, 224], "patch": 16},
+        "positions": {"kind": "fourier"},
+        "head": {"kind": "class_attention", "classes": 1000, "heads": heads},
+    }
+    net = model(around, dims={"d": d}, overrides=["unroll.layers=1", "dims.d=wide"], dtype=torch.float32)
+    held = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("body."))
+    layer = 2 * (d * d + d) + heads + (8 * d * d + 5 * d) + 4 * d + 2 * d
+    assert held + layers * layer == published
+
+
 # --- a module of torch ------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +472,7 @@ def test_a_seed_says_every_parameter_and_nothing_else_does(name: str) -> None:
     ):
         assert torch.equal(p, q), key
         assert torch.equal(p.to(r.dtype), r) or key.startswith(("body.", "decoder.")), key
-    drawn = [k for k, p in one.named_parameters() if p.ndim > 1]
+    drawn = [k for k, p in one.named_parameters() if p.ndim > 1 and k != "reader_scales"]
     assert all(not torch.equal(one.get_parameter(k), other.get_parameter(k)) for k in drawn)
 
 
@@ -545,6 +587,26 @@ def test_layers_that_do_not_fit_are_refused(layers: Spec, around: Spec, message:
     assert caught.value.code == "E420"
 
 
+def test_layers_without_a_fixed_width_are_refused() -> None:
+    spec = {**LAYERS, "dims": {"d": "dynamic", "N": "dynamic"}, "parameters": {}, "minimize": "1/2*sumsq(Z - X)"}
+    spec["unroll"] = {"algorithm": "gradient_descent", "layers": 1, "step": "eta"}
+    with pytest.raises(UnrollError, match="X has no fixed width"):
+        unroll.compile({**spec, "model": {"embed": {"kind": "none"}}})
+
+
+def test_heads_divide_the_width() -> None:
+    with pytest.raises(UnrollError, match="tokens of 8 numbers do not divide into 3 heads"):
+        model(changed(TOST, head={"kind": "class_attention", "classes": 5, "heads": 3}))
+
+
+def test_a_stem_may_stand_before_a_mask() -> None:
+    net, image = model(changed(MAE, embed=STEM["embed"])), images()
+    found, mask = net(image)
+    hidden = torch.where(mask.unsqueeze(-1), net.mask_token, net.stem(image).flatten(2).mT)
+    tokens = net.embedding(image, mask)[:, 1:]
+    assert close(tokens, hidden + net.positions) and found.shape == net.patches(image).shape
+
+
 def test_single_vectors_are_not_pooled() -> None:
     spec = {"use": "ista", "dims": {"m": 8, "n": 9}}
     with pytest.raises(UnrollError, match="x is one vector, not tokens"):
@@ -595,6 +657,7 @@ def test_show_says_what_stands_around_the_layers(tmp_path: Path, capsys: pytest.
                 "dropout 0.1", "decoder: 1 layers of toy_decoder", "norm, linear to the 48 numbers of each patch",
             ],
         ),
+        (TOST, ["head: a class token reads the others, 2 blocks of 2 heads; norm, linear to 5"]),
         ({"embed": {"kind": "linear", "features": 4}},
          ["vectors of 4: linear", "no head: tokens as they leave the layers"]),
         ({"embed": {"kind": "none"}, "positions": {"kind": "none"}}, ["what the layers take comes in"]),

@@ -149,6 +149,13 @@ def test_leftovers_on_both_sides_are_told_and_nothing_is_loaded() -> None:
     assert torch.equal(net.head.bias, before["head.bias"]) and torch.equal(net.body.W[1], before["body.W"][1])
 
 
+def test_a_long_report_is_cut() -> None:
+    theirs = released() | {f"extra.{i}": torch.zeros(1) for i in range(50)}
+    with pytest.raises(UnrollError, match="0 missing, 50 not used") as caught:
+        restore_weights(model(), theirs)
+    assert caught.value.notes[0] == "in the file, not used: 50" and caught.value.notes[41] == "  and 10 more"
+
+
 def test_a_constant_that_was_drawn_is_missing() -> None:
     with pytest.raises(UnrollError, match="1 missing, 0 not used") as caught:
         restore_weights(model(parameters={}), released())

@@ -403,8 +403,6 @@ def rearrange(tensor: Tensor, pattern: str, sizes: Mapping[str, int], shape: Seq
         raise UnrollError(
             "E421", f"the size of axis '{open_[0]}' in '{pattern}' is not known", hint="name it as a size of the spec"
         )
-    if math.prod(found[n] for n in names) != tensor.numel():
-        raise UnrollError("E421", f"'{pattern}' does not fit {tuple(tensor.shape)}")
     order = [names.index(n) for group in right for n in group]
     split = tensor.reshape([found[n] for n in names]).permute(order)
     return split.reshape([math.prod(found[n] for n in group) for group in right])

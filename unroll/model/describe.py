@@ -8,6 +8,7 @@ from typing import assert_never
 from unroll.model import parts
 from unroll.spec import Spec
 from unroll.spec.schema import (
+    ClassAttentionHead,
     Decoder,
     FourierPositions,
     LearnedPositions,
@@ -96,6 +97,8 @@ def _head(model: Model) -> str:
             return "no head: tokens as they leave the layers"
         case TiedHead(norm=norm):
             return f"head: {'norm, ' if norm else ''}products with the table of tokens, for each token"
+        case ClassAttentionHead(blocks=blocks, heads=heads, classes=n):
+            return f"head: a class token reads the others, {blocks} blocks of {heads} heads; norm, linear to {n}"
         case PooledHead(kind=kind, classes=classes, norm=norm):
             what = {"class_token": "the class token", "mean": "the mean of the tokens", "tokens": "each token"}[kind]
             steps = [*(["norm"] if norm else []), *([f"linear to {classes}"] if classes is not None else [])]

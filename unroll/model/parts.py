@@ -11,6 +11,7 @@ from typing import assert_never
 
 from unroll.spec import schema
 from unroll.spec.schema import (
+    ClassAttentionHead,
     Decoder,
     FourierPositions,
     LearnedPositions,
@@ -256,8 +257,31 @@ def head(model: schema.Model, d: int) -> Part:
                 return Part(_head_norm(normed, d, eps), (*lines, "return x"))
             held = linear("head", d, classes, f"-> {classes} outputs", bias)
             return Part((*_head_norm(normed, d, eps), held), (*lines, "return self.head(x)"))
+        case ClassAttentionHead() as h:
+            return _class_attention(h, d)
         case _ as never:
             assert_never(never)
+
+
+def _class_attention(h: ClassAttentionHead, d: int) -> Part:
+    """Touvron et al. 2021 (CaiT), as El-Nouby et al. 2021 (XCiT) use it: all tokens are normalised in each block."""
+    blocks = f"nn.ModuleList(ClassAttention({d}, {h.heads}, {h.eps:g}) for _ in range({h.blocks}))"
+    shape = f"({h.blocks}, 2, {d})"
+    about = f"factors of both updates of each block; start at {h.scale:g}"
+    held = (
+        vector("class_token", f"{d}", "joins the others after the layers", h.std),
+        Held("readers", blocks, "the class token reads the others", "linear"),
+        Held("reader_scales", f"nn.Parameter(torch.empty{shape})", about, f"torch.full({shape}, {h.scale:g})"),
+        *_head_norm(True, d, h.eps),
+        linear("head", d, h.classes, f"-> {h.classes} outputs"),
+    )
+    lines = (
+        "x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)",
+        "for reader, scales in zip(self.readers, self.reader_scales, strict=True):",
+        "    x = reader(x, scales)",
+        "return self.head(self.head_norm(x[:, 0]))",
+    )
+    return Part(held, lines, (), ("ClassAttention",))
 
 
 def _head_norm(normed: bool, d: int, eps: float) -> tuple[Held, ...]:

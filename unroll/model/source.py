@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from unroll.emit import Names, Program, commented, remark
 from unroll.errors import UnrollError
-from unroll.expr import Sym
 from unroll.model import parts
 from unroll.model.parts import Held, Part
 from unroll.spec import Spec
 from unroll.spec.schema import (
+    ClassAttentionHead,
     LinearEmbed,
     Model,
     PatchEmbed,
@@ -70,7 +70,30 @@ FUNCTIONS = {
 
     return torch.cat([axis(rows).repeat_interleave(columns, 0), axis(columns).repeat(rows, 1)], 1)
 ''',
+    "ClassAttention": '''class ClassAttention(nn.Module):
+    """x (B, 1 + N, d), class token first -> the same; the class token attends to all tokens, then two maps."""
+
+    def __init__(self, d, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(d, eps=eps)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d, eps=eps)
+        self.up = nn.Linear(d, 4 * d)
+        self.down = nn.Linear(4 * d, d)
+
+    def forward(self, x, scales):
+        y = self.norm1(x)
+        q, k, v = self.qkv(y).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 1 + N, d / heads)
+        read = F.scaled_dot_product_attention(q[:, :, :1], k, v).transpose(1, 2).flatten(2)
+        x = self.norm2(x + scales[0] * torch.cat([self.out(read), y[:, 1:]], 1))
+        first = self.down(F.gelu(self.up(x[:, :1])))
+        return x + torch.cat([scales[1] * first, x[:, 1:]], 1)
+''',
 }
+ALWAYS = ("import torch", "from torch import nn")
+EXTRA = {"import math": " math.", "from torch.nn import functional as F": " F."}
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ def wrap(spec: Spec, body: Program, decoder: Program | None) -> Wrapped:
     after, calls = _after(model, outs, decoder)
     held = (*before.held, *after.held)
     writer = _Writer(model, body, decoder, renamed, name, argument, before, after, calls)
-    source = _module(spec, inner, body, [*_functions(model, before), writer.text()])
+    source = _module(spec, inner, body, [*_functions(model, before + after), writer.text()])
     return Wrapped(model, body, decoder, name, argument, _shape(model, body), held, source)
 
 
@@ -140,12 +163,8 @@ def width(program: Program, side: str) -> int:
     size = program.tensor_sizes(symbols[0])[-1] if symbols[0].rank else None
     if size is None:
         hint = "the first size of [d, N] is a number"
-        raise UnrollError("E420", f"{symbols[0].name} has no width: {show_axes(symbols[0])}", hint=hint)
+        raise UnrollError("E420", f"{symbols[0].name} has no fixed width", hint=hint)
     return size
-
-
-def show_axes(s: Sym) -> str:
-    return f"[{', '.join(map(str, s.shape[: s.rank]))}]"
 
 
 def fits(model: Model, body: Program, decoder: Program | None) -> None:
@@ -169,6 +188,8 @@ def fits(model: Model, body: Program, decoder: Program | None) -> None:
             hint = "decoder: {embed: true} puts a linear map between them"
             raise UnrollError("E420", f"the layers give tokens of {outs}, the decoder takes {ins}", hint=hint)
     _divides(model, d)
+    if isinstance(model.head, ClassAttentionHead) and width(body, "out") % model.head.heads:
+        raise UnrollError("E420", f"tokens of {width(body, 'out')} numbers do not divide into {model.head.heads} heads")
 
 
 def _divides(model: Model, d: int) -> None:
@@ -264,7 +285,12 @@ def _module(spec: Spec, inner: _Text, body: Program, own: list[str]) -> str:
     definitions = [*inner.definitions.values(), *own]
     text = "\n\n".join(d.strip("\n") + "\n" for d in definitions)
     head = f"{remark(spec.title)}: a model around these layers.\n\n{inner.doc.strip()}"
-    imports = {*inner.imports, "import torch", "from torch import nn", *(["import math"] if "math." in text else [])}
+    imports = {
+        *inner.imports,
+        "import torch",
+        "from torch import nn",
+        *(m for m, word in EXTRA.items() if word in text),
+    }
     torch = sorted((i for i in imports if "torch" in i), key=lambda i: (i.startswith("from"), i))
     others = sorted(imports - set(torch))
     groups = "\n\n".join("\n".join(g) for g in (others, torch) if g)
@@ -273,10 +299,10 @@ def _module(spec: Spec, inner: _Text, body: Program, own: list[str]) -> str:
     return f'"""{quoted}\n"""\n\n{groups}\n\n\n{text}'
 
 
-def _functions(model: Model, before: Part) -> list[str]:
+def _functions(model: Model, around: Part) -> list[str]:
     about, *lines = DRAWS[model.init]
     code = textwrap.indent("\n".join(lines), " " * 12)
-    return [*(FUNCTIONS[name] for name in before.needs), DRAW.format(about=about, lines=code)]
+    return [*(FUNCTIONS[name] for name in around.needs), DRAW.format(about=about, lines=code)]
 
 
 # --- the class --------------------------------------------------------------------------------------------------------

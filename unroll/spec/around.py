@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from unroll.errors import SpecError
 from unroll.spec.nodes import Entries, key_origin
 from unroll.spec.schema import (
+    ClassAttentionHead,
     ClassToken,
     Document,
     FourierPositions,
@@ -72,6 +73,9 @@ def _answer(model: Model) -> Found:
     match model.head:
         case PooledHead(kind="class_token") if not isinstance(model.class_token, ClassToken):
             yield ("head", "kind"), "there is no class token to read", "add  class_token: {std: 0.02}"
+        case ClassAttentionHead() if model.class_token is not None:
+            hint = "leave class_token out"
+            yield ("class_token",), "the class token of this head comes after the layers, not before", hint
         case TiedHead() if not isinstance(model.embed, TokenEmbed):
             yield ("head", "kind"), "a tied head needs a table of tokens", "embed: {kind: tokens, ..}"
         case _:

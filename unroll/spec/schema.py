@@ -355,6 +355,20 @@ class TiedHead(Record):
     eps: Positive = 1e-5
 
 
+class ClassAttentionHead(Record):
+    """A class token that comes after the layers and reads them by attention; then a norm and a linear map."""
+
+    kind: Literal["class_attention"]
+    classes: Count
+    heads: Count
+    blocks: Count = 2
+    std: Spread = 0.02
+    """of the class token"""
+    scale: Positive = 1.0
+    """what the free factors of every update start at"""
+    eps: Positive = 1e-6
+
+
 class Decoder(Record):
     """Layers after the layers, and a linear map of each token to the pixels of its patch."""
 
@@ -375,7 +389,7 @@ Embed = Annotated[PatchEmbed | StemEmbed | TokenEmbed | LinearEmbed | NoEmbed, F
 Positions = Annotated[
     LearnedPositions | SinusoidalPositions | FourierPositions | NoPositions, Field(discriminator="kind")
 ]
-Head = Annotated[PooledHead | TiedHead, Field(discriminator="kind")]
+Head = Annotated[PooledHead | TiedHead | ClassAttentionHead, Field(discriminator="kind")]
 
 
 class Model(Record):
