@@ -388,7 +388,8 @@ def test_two_different_proximal_steps_keep_their_own_names() -> None:
         "minimize": {"fit": "1/2*sumsq(X - D @ Z)", "log": "lam*sum(log(1 + abs(Z)))"},
     }
     net, x = model(changed(MAE, decoder={"layers": layers})), images()
-    assert "def prox(" in net.source and "def prox_decoder(" in net.source
+    assert [net.source.count(f"{name}(") for name in ("class _prox", "def prox", "class _prox_decoder")] == [1, 1, 1]
+    assert "def prox_decoder(" in net.source and "_prox_decoder.apply(" in net.source
     space: dict[str, Any] = {}
     exec(net.source, space)
     alone = space["ToyModel"]().double()

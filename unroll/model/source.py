@@ -6,7 +6,6 @@ import ast
 import io
 import textwrap
 import tokenize
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unroll.emit import Names, Program, commented, remark
@@ -132,7 +131,7 @@ def wrap(spec: Spec, body: Program, decoder: Program | None) -> Wrapped:
     ins, outs = width(body, "in"), width(body, "out")
     argument = _argument(model, body)
     inner, renamed = _join(body, decoder)
-    name = Names(frozenset({*_defined(inner), "draw", *FUNCTIONS})).fresh(f"{body.class_name}Model")
+    name = Names(frozenset({*inner.definitions, "draw", *FUNCTIONS})).fresh(f"{body.class_name}Model")
     before = parts.embed(model, ins, argument) + parts.before_layers(model, ins)
     after, calls = _after(model, outs, decoder)
     held = (*before.held, *after.held)
@@ -257,9 +256,13 @@ def _join(body: Program, decoder: Program | None) -> tuple[_Text, str]:
     if decoder is None:
         return first, ""
     second = _taken_apart(decoder.source)
-    clash = {n for n, text in second.definitions.items() if first.definitions.get(n, text) != text}
-    names = Names(frozenset({*first.definitions, *second.definitions}))
-    new = {n: names.fresh(f"{n}_decoder") for n in clash}
+    taken, new = {*first.definitions, *second.definitions}, dict[str, str]()
+    for name, text in second.definitions.items():
+        if first.definitions.get(name, text) != text:
+            new[name] = f"{name}_decoder"
+            while new[name] in taken:
+                new[name] += "_"
+            taken.add(new[name])
     moved = {new.get(n, n): _renamed(text, new) for n, text in second.definitions.items()}
     joined = _Text(first.doc, (*first.imports, *second.imports), {**first.definitions, **moved})
     return joined, new.get(decoder.class_name, decoder.class_name)
@@ -275,10 +278,6 @@ def _renamed(text: str, new: dict[str, str]) -> str:
             line = lines[row - 1]
             lines[row - 1] = line[:column] + new[token.string] + line[column + len(token.string) :]
     return "".join(lines)
-
-
-def _defined(text: _Text) -> Iterator[str]:
-    yield from text.definitions
 
 
 def _module(spec: Spec, inner: _Text, body: Program, own: list[str]) -> str:
