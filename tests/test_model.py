@@ -327,6 +327,20 @@ def test_a_decoder_from_a_file_beside_the_spec(tmp_path: Path) -> None:
     assert api.read(whole.to_yaml()) == whole
 
 
+def test_overrides_reach_the_model_and_the_layers_of_its_decoder(tmp_path: Path) -> None:
+    spec = api.read({**LAYERS, "model": changed(MAE, decoder={"layers": {}})})
+    assert spec.decoder is not None and spec.decoder.unroll == spec.unroll
+    (tmp_path / "base.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+    over = ["model.decoder.layers.unroll.layers=3", "model.mask.ratio=0.5", "model.decoder.layers.scalars.lam=0.3"]
+    child = api.read({"use": str(tmp_path / "base.yaml"), "name": "child", "model": {"embed": {"patch": 2}}}, over)
+    assert child.model is not None and child.model.mask is not None and child.decoder is not None
+    assert (child.model.embed.patch, child.model.mask.ratio) == (2, 0.5)
+    assert child.decoder.unroll.layers == 3 and child.unroll.layers == 2
+    assert child.decoder.scalars["lam"].default == 0.3 and child.scalars["lam"].default == 0.1
+    other = api.read({"use": str(tmp_path / "base.yaml"), "model": {"positions": {"kind": "none"}}})
+    assert other.model is not None and other.model.positions.kind == "none"
+
+
 # --- published sizes --------------------------------------------------------------------------------------------------
 
 CRATE = {  # width, layers, parameters: MATH of the released code, layer by layer
