@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from unroll.api import compile, derive, prox, restore, save
     from unroll.laws import check
     from unroll.errors import DeriveError, SpecError, UnrollError
+    from unroll.model.module import Model
     from unroll.network import Network
     from unroll.page import report
     from unroll.solver import solve
     from unroll.spec import load
+    from unroll.weights import release_weights, restore_weights
 
 __version__ = "0.1.0"
 __all__ = [
-    "DeriveError", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "prox", "report", "restore",
-    "save", "solve",
+    "DeriveError", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "prox",
+    "release_weights", "report", "restore", "restore_weights", "save", "solve",
 ]  # fmt: skip
 
 _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
+    "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
     "check": "laws", "solve": "solver", "report": "page",
     "compile": "api", "derive": "api", "prox": "api", "restore": "api", "save": "api",
 }  # fmt: skip

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from unroll.calculus.prox_scalar import ScalarProx
     from unroll.emit import Program
+    from unroll.model.module import Model
     from unroll.network import Network
 
 Source = str | Path | Mapping[str, Any] | Spec
 """A path, a name of the library, YAML text, a dict, or a loaded spec."""
+PREFIX = "decoder."
 
 
 def derive(spec: Source, *, dims: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> Derivation:
@@ -48,8 +50,49 @@ def compile(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     overrides: Sequence[str] = (),
+) -> Network | Model:
+    """The network of a spec: an `nn.Module`, set to the untrained algorithm; with the model around it that the spec has.
+
+    As `compile_layers`; names of a decoder's own sizes, parameters and scalars start with `decoder.`.
+    """
+    loaded = read(spec, overrides)
+    ours, theirs = _shares(loaded, {"dims": dims or {}, "parameters": parameters or {}, "scalars": scalars or {}})
+    body = compile_layers(loaded, **ours, seed=seed, dtype=dtype, device=device)
+    if loaded.model is None:
+        return body
+    from unroll.model.module import model, seed_of
+
+    decoder = None
+    if loaded.decoder is not None:
+        decoder = compile_layers(loaded.decoder, **theirs, seed=seed_of(seed, "decoder"), dtype=dtype, device=device)
+    return model(loaded, body, decoder, seed=seed, dtype=dtype)
+
+
+def _shares(spec: Spec, values: dict[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is for the layers, and what for the decoder, which has the sizes of the layers that it declares too."""
+    if spec.decoder is None:
+        return dict(values), {}
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for kind, named in values.items():
+        ours[kind] = {n: v for n, v in named.items() if not n.startswith(PREFIX)}
+        theirs[kind] = {n.removeprefix(PREFIX): v for n, v in named.items() if n.startswith(PREFIX)}
+    same = {n: v for n, v in ours["dims"].items() if n in spec.decoder.dims}
+    return ours, {**theirs, "dims": {**same, **theirs["dims"]}}
+
+
+def compile_layers(
+    spec: Source,
+    *,
+    dims: Mapping[str, int] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    scalars: Mapping[str, float] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Network:
-    """The network of a spec: an `nn.Module`, set to the untrained algorithm.
+    """The layers of a spec, whatever it puts around them.
 
     dims: sizes that the spec leaves open; those of `parameters` are read off.  parameters: tensors or arrays, as declared;
     what is not given is drawn from `seed` (see `Network.drawn`).  scalars: values in the place of defaults.
@@ -60,6 +103,7 @@ def compile(
     from unroll.network import draw, network
 
     loaded = read(spec, overrides)
+    loaded = loaded if loaded.model is None else loaded.layers()
     derivation = derive_spec(loaded, _sizes(loaded, dims or {}, parameters or {}))
     program = build(derivation)
     given = {name: torch.as_tensor(value) for name, value in (parameters or {}).items()}
@@ -118,7 +162,9 @@ def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, ove
     derivation = derive_spec(loaded, dict(dims or {}))
     match name:
         case "derivation":
-            return str(derivation)
+            from unroll.model.describe import describe
+
+            return "\n".join([str(derivation), *describe(loaded)])
         case "step":
             return "\n".join(f"{a.target.name} <- {a.value}" for a in (*derivation.step.definitions, *derivation.step.assigns))
         case "graph":
@@ -127,9 +173,20 @@ def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, ove
             program = build(derivation)
             return "\n".join([graph_text(program.graph), "", "passes:", *(f"  {line}" for line in program.log)])
         case "source":
-            return build(derivation).source
+            return _source(loaded, dims)
         case _:
             raise UnrollError("E401", f"there is no stage '{name}'", hint="spec, problem, derivation, step, graph, source")
+
+
+def _source(spec: Spec, dims: Mapping[str, int] | None) -> str:
+    """The layers, and the model around them if there is one."""
+    ours, theirs = _shares(spec, {"dims": dims or {}})
+    if spec.model is None:
+        return build(derive_spec(spec, ours["dims"])).source
+    from unroll.model.source import wrap
+
+    decoder = build(derive_spec(spec.decoder, theirs["dims"])) if spec.decoder is not None else None
+    return wrap(spec, build(derive_spec(spec.layers(), ours["dims"])), decoder).source
 
 
 def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
@@ -189,12 +246,12 @@ def parse_entry(formula: str, scope: Any, parse: Any) -> sp.Expr:
     return profile(value)
 
 
-def save(net: Network, folder: str | os.PathLike[str]) -> Path:
+def save(net: Network | Model, folder: str | os.PathLike[str]) -> Path:
     """Write a network as spec.yaml, weights.safetensors and its source; no pickle."""
     return net.save(folder)
 
 
-def restore(folder: str | os.PathLike[str]) -> Network:
+def restore(folder: str | os.PathLike[str]) -> Network | Model:
     """The network that `save` wrote. Raises UnrollError E405."""
     from unroll.network import restore as read_folder
 

@@ -13,7 +13,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.api import Source, compile, read
+from unroll.api import Source, compile_layers, read
 from unroll.calculus import prox as proximal
 from unroll.calculus.gradient import gradient
 from unroll.derivation import Derivation, derive
@@ -107,7 +107,7 @@ class Sample:
         return value.abs() if "positive" in s.props else value
 
     def network(self, derivation: Derivation) -> Network:
-        return compile(
+        return compile_layers(
             derivation.spec, dims=self.dims, parameters=self.parameters, scalars={s.name: v for s, v in self.numbers.items()}, dtype=torch.float64
         )  # fmt: skip
 

@@ -133,6 +133,7 @@ class Network(nn.Module):
     spec: Written | None
     derivation: Any
     numbers: dict[str, float]
+    drawn: tuple[str, ...]
     takes: dict[str, tuple[str, tuple[int | None, ...], bool]]
     """Inputs, then variables: the word in the text, the sizes of the last axes, whether it must be given."""
     built: bool
@@ -229,33 +230,12 @@ class Network(nn.Module):
         """Write spec, weights and source into a folder, each file whole or not at all."""
         if self.spec is None:
             raise UnrollError("E405", "a network without a spec cannot be saved; its source and state_dict can")
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        tensors = {f"network.{k}": v for k, v in self.state_dict().items()} | {
-            f"given.{k}": v for k, v in self.given.items()
-        }
-        record = {
-            "version": VERSION,
-            "sha256": self.spec.sha256,
-            "dims": json.dumps(self.program.dims),
-            "scalars": json.dumps(self.numbers),
-        }
-        with TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-                Path(fresh) / WEIGHTS,
-                metadata=record,
-            )
-            (Path(fresh) / SPEC).write_text(self.spec.to_yaml(), encoding="utf-8")
-            (Path(fresh) / SOURCE).write_text(self.source, encoding="utf-8")
-            for name in (SOURCE, SPEC, WEIGHTS):
-                os.replace(Path(fresh) / name, target / name)
-        return target
+        return write(folder, self.spec, self.source, self.state_dict(), self.given, self.program.dims, self.numbers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.spec is None:
             raise UnrollError("E405", "a network without a spec cannot be pickled; its source and state_dict can")
-        return _rebuild, (
+        return recompile, (
             self.spec.to_yaml(),
             self.program.dims,
             self.given,
@@ -412,6 +392,7 @@ def network(
     cast(Any, super(Network, net)).__init__(**program.init_arguments)
     net.layers, net.program, net.numbers = program.layers, program, numbers
     net.spec, net.derivation = spec, derivation
+    net.drawn = ()
     net.takes = _arguments(program)
     net.built = not program.construct_inputs
     _hold(net, given)
@@ -479,6 +460,38 @@ def _hold(net: Network, given: Mapping[str, Tensor]) -> None:
     net.add_module("_given", held)
 
 
+def write(
+    folder: str | os.PathLike[str],
+    spec: Written,
+    source: str,
+    state: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    dims: Mapping[str, int],
+    scalars: Mapping[str, float],
+) -> Path:
+    """Spec, weights and source in a folder, as `restore` reads them; each file whole or not at all."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {f"network.{k}": v for k, v in state.items()} | {f"given.{k}": v for k, v in given.items()}
+    record = {
+        "version": VERSION,
+        "sha256": spec.sha256,
+        "dims": json.dumps(dims),
+        "scalars": json.dumps(scalars),
+    }
+    with TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            Path(fresh) / WEIGHTS,
+            metadata=record,
+        )
+        (Path(fresh) / SPEC).write_text(spec.to_yaml(), encoding="utf-8")
+        (Path(fresh) / SOURCE).write_text(source, encoding="utf-8")
+        for name in (SOURCE, SPEC, WEIGHTS):
+            os.replace(Path(fresh) / name, target / name)
+    return target
+
+
 def restore(folder: str | os.PathLike[str]) -> Network:
     """The network that `save` wrote. Raises UnrollError E405 for a folder that is not one."""
     import unroll
@@ -514,7 +527,7 @@ def _dtype(*tensors: Mapping[str, Tensor]) -> torch.dtype | None:
     return next((t.dtype for d in tensors for t in d.values() if t.is_floating_point()), None)
 
 
-def _rebuild(
+def recompile(
     spec: str,
     dims: dict[str, int],
     given: dict[str, Tensor],
@@ -522,6 +535,7 @@ def _rebuild(
     state: dict[str, Tensor],
     training: bool,
 ) -> Network:
+    """The network (or the model around one) of a spec, with these values: what a pickle holds."""
     import unroll
 
     compile_ = cast(Callable[..., Network], unroll.compile)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from unroll import html
-from unroll.api import Source, build, derive, read
+from unroll.api import Source, build, derive, read, stage
 from unroll.derivation import Derivation
 from unroll.interpret import svg
 from unroll.laws import check
@@ -48,7 +48,7 @@ def _of_spec(spec: Spec, derivation: Derivation) -> Iterator[Section]:
 def _of_network(derivation: Derivation) -> Iterator[Section]:
     program = build(derivation)
     yield "Graph of one layer", html.scrolled(svg(program.graph)) + html.preformatted("\n".join(program.log))
-    yield "Module", html.python(program.source)
+    yield "Module", html.python(stage(derivation.spec, "source"))
 
 
 def _laws(spec: Spec) -> str:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from unroll.algorithms import ALGORITHMS, classify
-from unroll.api import Source, compile, read
+from unroll.api import Source, compile_layers, read
 from unroll.certificate import duality_gap
 from unroll.errors import SpecError, UnrollError
 from unroll.network import Network
@@ -93,7 +93,7 @@ def solve(
         raise UnrollError("E404", f"{spec.title} has {len(spec.inputs)} inputs ({', '.join(spec.inputs)}); {len(inputs)} were given")
     like = inputs[0] if inputs else torch.empty(())
     tol = _tolerance(tol, like.dtype)
-    net = compile(one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device)
+    net = compile_layers(one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device)
     name, axes = net.variables[0], len(next(iter(spec.inputs.values())).shape)
     shape = like.shape[: like.ndim - axes]
     flat = [x.reshape(-1, *x.shape[len(shape) :]) for x in inputs]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path as FilePath
 from typing import Any, Self, cast
 
@@ -20,12 +21,28 @@ from unroll.errors import SpecError, Where, did_you_mean, quote
 from unroll.spec import loader
 from unroll.spec.consistency import contradictions
 from unroll.spec.messages import known_paths, to_spec_error
-from unroll.spec.nodes import Entries, Origin, Plain, Scalar, Source, entries, key_origin, merge, node_at, plain, put
+from unroll.spec.nodes import (
+    Entries,
+    Node,
+    Origin,
+    Plain,
+    Scalar,
+    Source,
+    child,
+    entries,
+    key_origin,
+    merge,
+    node_at,
+    plain,
+    put,
+)  # fmt: skip
 from unroll.spec.schema import Document
 
 __all__ = ["Origin", "Spec", "load"]
 
 MAX_USE = 8
+AROUND = ("model", "weights", "data", "train")  # sections that are not about the layers
+DECODER = ("model", "decoder", "layers")
 NAMED = ("dims", "variables", "inputs", "parameters", "scalars")  # sections that declare the names of formulas
 OVERRIDE = re.compile(r"\s*([^\s=]+)\s*=(.*)", re.DOTALL)
 ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029\ufeff"}  # text to JSON, line breaks to YAML
@@ -37,6 +54,7 @@ class Spec(Document):
 
     _root: Entries = PrivateAttr()
     _preset: str | None = PrivateAttr(default=None)
+    _decoder: Spec | None = PrivateAttr(default=None)
 
     @property
     def file(self) -> str:
@@ -59,6 +77,15 @@ class Spec(Document):
         for key in path:
             value = getattr(value, str(key)) if isinstance(value, BaseModel) else value[key]
         return value
+
+    @property
+    def decoder(self) -> Spec | None:
+        """The layers of the decoder in `model:`."""
+        return self._decoder
+
+    def layers(self) -> Spec:
+        """The spec of the layers alone, with nothing around them."""
+        return self.check(self._root.without(*AROUND), self._preset)
 
     def origin(self, *path: str | int) -> Origin:
         """Where the value at `path` is written; of a default, the nearest key around it, with the default as text."""
@@ -105,6 +132,8 @@ class Spec(Document):
         if errors := contradictions(spec, root):
             raise SpecError.together(errors)
         spec._root, spec._preset = root, preset
+        if isinstance(layers := node_at(root, DECODER), Entries) and spec.model and spec.model.decoder:
+            spec._decoder = cls.check(layers, None)
         return spec
 
 
@@ -117,7 +146,7 @@ def load(source: str | bytes | FilePath | Mapping[str, Any], overrides: Sequence
     root = _use(root, folder, ())
     for text in overrides:
         root = _override(root, text)
-    root, preset = _expand(_named(root))
+    root, preset = _expand(_named(_around(root)))
     return Spec.check(root, preset)
 
 
@@ -172,6 +201,8 @@ def _as_text(source: Mapping[str, Any]) -> str:
 
 def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> Entries:
     """The tree laid on the one that it uses."""
+    if isinstance(layers := _decoder(root), Entries):
+        root = _with_decoder(root, _use(layers, folder, chain))
     match root.get("use"):
         case Scalar(str(name), origin):
             path = library.find(name, ("objectives", "specs"), origin.where(), folder)
@@ -193,6 +224,35 @@ def _named(root: Entries) -> Entries:
     return entries(
         {"name": (root.origin, Scalar(str(name), root.origin.saying(str(name)))), **root.entries}, root.origin
     )
+
+
+def _decoder(root: Entries) -> Node | None:
+    """What `model.decoder.layers` says."""
+    return reduce(lambda node, key: node and child(node, key), DECODER, cast("Node | None", root))
+
+
+def _with_decoder(node: Node, layers: Entries, path: Sequence[str] = DECODER) -> Entries:
+    """The tree with `layers` in that place, and nothing of what was there."""
+    if not path:
+        return layers
+    assert isinstance(node, Entries)
+    key, value = node.entries[path[0]]
+    return entries({**node.entries, path[0]: (key, _with_decoder(value, layers, path[1:]))}, node.origin)
+
+
+def _around(root: Entries) -> Entries:
+    """The tree with the spec of its decoder made whole: without an objective, it is that of the layers before it."""
+    layers = _decoder(root)
+    if not isinstance(layers, Entries):
+        return root
+    if not {"minimize", "maximize"} & set(layers.entries):
+        own = {"unroll"} & set(layers.entries)
+        layers = merge(root.without(*AROUND, *own, "name"), layers)
+    if "name" not in layers.entries:
+        name = f"{plain(_named(root).entries['name'][1])}_decoder"
+        named = Scalar(name, layers.origin.saying(name))
+        layers = entries({"name": (layers.origin, named), **layers.entries}, layers.origin)
+    return _with_decoder(root, _expand(layers)[0])
 
 
 def _override(root: Entries, text: str) -> Entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unroll.errors import SpecError, did_you_mean
+from unroll.spec import around
 from unroll.spec.nodes import Entries, Scalar, key_origin, node_at
 from unroll.spec.schema import Document, Number, Unroll
 
@@ -14,11 +15,12 @@ SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
 def contradictions(spec: Document, root: Entries) -> list[SpecError]:
     """All of them; none if the spec is consistent."""
     unroll = _unroll(spec.unroll, root, set(spec.variables)) if spec.unroll else iter(())
-    return [*_empty(root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root), *unroll]
+    found = [*_empty(root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root), *unroll]
+    return [*found, *around.contradictions(spec, root)]
 
 
 def _empty(root: Entries) -> Iterator[SpecError]:
-    for section in ("use", "minimize", "maximize", "unroll", "data", "train"):
+    for section in ("use", "minimize", "maximize", "unroll", "data", "train", "model", "weights"):
         if isinstance(node := root.get(section), Scalar) and node.value is None:
             hint = "fill it in, or leave the key out"
             yield SpecError("E203", f"{section} is empty", key_origin(root, (section,)).where(), hint)

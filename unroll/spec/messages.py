@@ -37,6 +37,7 @@ LENGTHS = {
     "too_long": "has more than {max_length:,} entries",
 }
 BOOLS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+TAGS = ("source", "kind")  # keys that say which kind of record it is
 MOST = 20  # mistakes that are told at once
 Schema = Mapping[str, Any]
 
@@ -81,11 +82,16 @@ def _message(path: Path, errors: list[ErrorDetails], root: Entries, model: type[
             case "missing":
                 return _missing(path, str(error["loc"][-1]), root)
             case "union_tag_not_found":
-                return _missing(path, "source", root)
+                return _missing(path, context["discriminator"].strip("'"), root)
             case "extra_forbidden":
                 return _unknown(path, root, model)
             case "union_tag_invalid":
-                return _mistaken((*path, "source"), root, [], re.findall(r"'(\w+)'", context["expected_tags"]))
+                return _mistaken(
+                    (*path, context["discriminator"].strip("'")),
+                    root,
+                    [],
+                    re.findall(r"'(\w+)'", context["expected_tags"]),
+                )
             case kind if kind in LENGTHS:
                 message = f"{name(path)} {LENGTHS[kind].format(**context)}"
                 return SpecError("E205", message, node_at(root, path).origin.where())
@@ -167,15 +173,20 @@ def _schema(model: type[BaseModel]) -> Schema:
 
 
 def known_keys(model: type[BaseModel], root: Entries, path: Path) -> list[str]:
-    """The keys that the schema has at `path`; of the sources of data, those of the one that is written."""
+    """The keys that the schema has at `path`; of several kinds of record, those of the one that is written."""
     schema = _schema(model)
     found = [schema]
     for key in path:
         found = [below for part in found for option in _options(part, schema) for below in _below(option, key)]
-    tag = child(node_at(root, path), "source")
+    written = node_at(root, path)
     options = [option.get("properties", {}) for part in found for option in _options(part, schema)]
-    fitting = [keys for keys in options if isinstance(tag, Scalar) and keys.get("source", {}).get("const") == tag.value]
+    fitting = [keys for keys in options if any(_is(keys.get(tag, {}), child(written, tag)) for tag in TAGS)]
     return sorted({key for keys in fitting or options for key in keys})
+
+
+def _is(part: Schema, tag: Node | None) -> bool:
+    """Whether the tag that is written is one that this kind of record has."""
+    return isinstance(tag, Scalar) and tag.value in [part[k] for k in ("const",) if k in part] + [*part.get("enum", ())]
 
 
 def known_paths(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:

@@ -215,5 +215,5 @@ def _join(name: str, under: Node, over: Node) -> Node:
 
 
 def _other_kind(under: Entries, over: Entries) -> bool:
-    a, b = under.get("source"), over.get("source")
-    return isinstance(a, Scalar) and isinstance(b, Scalar) and a.value != b.value
+    tags = [(under.get(tag), over.get(tag)) for tag in ("source", "kind")]
+    return any(isinstance(a, Scalar) and isinstance(b, Scalar) and a.value != b.value for a, b in tags)

@@ -19,6 +19,9 @@ from pydantic_core import PydanticCustomError
 MAX_DIM = 10_000_000
 MAX_FORMULA = 10_000
 SIGNATURE = re.compile(r"\s*(\w+)\s*\(\s*(\w+(?:\s*,\s*\w+)*)\s*\)\s*")
+GROUPS = r"\s*(?:(?:\w+|\(\s*\w+(?:\s+\w+)*\s*\))\s*)+"
+AXES = re.compile(f"{GROUPS}->{GROUPS}")
+PART = re.compile(r"\s*\d*\s*:\s*\d*\s*(?:,\s*\d*\s*:\s*\d*\s*)*")
 
 
 class Record(BaseModel):
@@ -88,6 +91,38 @@ def _finite_size(value: int | str) -> int | str:
     return value
 
 
+def _axes(text: str) -> str:
+    sides = [re.findall(r"\w+", side) for side in text.split("->")]
+    names = [[n for n in side if n != "1"] for side in sides]
+    if text and (
+        not AXES.fullmatch(text) or sorted(names[0]) != sorted(names[1]) or len(set(names[0])) < len(names[0])
+    ):
+        hint = 'the same names on both sides, such as "(k p) d -> k d p"'
+        raise PydanticCustomError(
+            "E221", "'{word}' does not say which axis goes where", {"word": text[:80], "hint": hint}
+        )
+    return text
+
+
+def _part(text: str) -> str:
+    if text and not PART.fullmatch(text):
+        hint = 'a range for each axis, such as "0:384, :"'
+        raise PydanticCustomError("E221", "'{word}' is not a part of a tensor", {"word": text[:80], "hint": hint})
+    return text
+
+
+def _even(value: int) -> int:
+    if value % 2:
+        raise PydanticCustomError("E205", "sines and cosines in turn are an even number, not {value}", {"value": value})
+    return value
+
+
+def _image(value: tuple[int, ...]) -> tuple[int, ...]:
+    if len(value) != 3:
+        raise PydanticCustomError("E203", "an image is [channels, height, width]", {"hint": "write [3, 224, 224]"})
+    return value
+
+
 Name = Annotated[str, AfterValidator(_name)]
 Signature = Annotated[str, AfterValidator(_signature)]
 Formula = Annotated[
@@ -102,6 +137,11 @@ Count = Annotated[int, Field(ge=1, le=100_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Spread = Annotated[float, Field(ge=0)]
+Image = Annotated[tuple[Count, ...], AfterValidator(_image)]
+"""channels, height, width"""
+Axes = Annotated[Text, AfterValidator(_axes)]
+Part = Annotated[Text, AfterValidator(_part)]
 
 
 # --- the objective -------------------------------------------------------------------------------------------------
@@ -256,6 +296,211 @@ class Unroll(Scheme):
     parametrisation: str | None = None
     """a preset of `learn` (and more); what is written here goes before it"""
     blocks: tuple[Block, ...] = ()
+
+
+# --- the model around the layers -----------------------------------------------------------------------------------
+
+
+class PatchEmbed(Record):
+    """Square patches of an image, row by row, each mapped to a token."""
+
+    kind: Literal["patches"]
+    image: Image
+    patch: Count
+    """side of a patch, in pixels"""
+    order: Literal["channels_last", "channels_first"] = "channels_last"
+    """of the numbers of a patch: (row, column, channel), or (channel, row, column) as in a convolution"""
+    norm: Literal["both", "before", "after", "none"] = "both"
+    """layer norm before or after the linear map"""
+    eps: Positive = 1e-5
+
+
+class StemEmbed(Record):
+    """Convolutions 3 x 3 of stride 2 with batch norm, GELU between them, until each token stands for a patch."""
+
+    kind: Literal["stem"]
+    image: Image
+    patch: Count
+    """side of the square that a token stands for: a power of 2"""
+
+
+class TokenEmbed(Record):
+    """A table with one row for each word, of which numbers are given."""
+
+    kind: Literal["tokens"]
+    vocabulary: Count
+    length: Count
+    """of the longest text"""
+    std: Spread = 0.02
+
+
+class LinearEmbed(Record):
+    """A linear map of each vector."""
+
+    kind: Literal["linear"]
+    features: Count
+    bias: bool = True
+
+
+class NoEmbed(Record):
+    """The layers take what comes in."""
+
+    kind: Literal["none"]
+
+
+class LearnedPositions(Record):
+    """A free vector for each place, added to its token."""
+
+    kind: Literal["learned"]
+    std: Spread = 0.02
+    class_token: bool = True
+    """one for the class token too"""
+
+
+class SinusoidalPositions(Record):
+    """Fixed sines and cosines of the place; of an image, of column and row."""
+
+    kind: Literal["sinusoidal"]
+    base: Positive = 10_000.0
+
+
+class FourierPositions(Record):
+    """A linear map of fixed sines and cosines of row and column."""
+
+    kind: Literal["fourier"]
+    waves: Annotated[Count, AfterValidator(_even)] = 32
+    """sines and cosines, in turn, of the row, and as many of the column"""
+    base: Positive = 10_000.0
+
+
+class NoPositions(Record):
+    """Tokens are a set."""
+
+    kind: Literal["none"]
+
+
+class ClassToken(Record):
+    """A free token before all others."""
+
+    std: Spread = 0.02
+
+
+class Mask(Record):
+    """A free token in the place of patches drawn at random: the layers see all tokens."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    std: Spread = 0.02
+
+
+class PooledHead(Record):
+    """From the class token, the mean of all other tokens, or each of these: a norm and a linear map."""
+
+    kind: Literal["class_token", "mean", "tokens"]
+    classes: Count | None = None
+    """outputs; if left out, what the layers say is the answer"""
+    norm: bool = True
+    eps: Positive = 1e-5
+    bias: bool = True
+
+
+class TiedHead(Record):
+    """From each token: a norm, and the products with the rows of the table of tokens."""
+
+    kind: Literal["tied"]
+    norm: bool = True
+    eps: Positive = 1e-5
+
+
+class ClassAttentionHead(Record):
+    """A class token that comes after the layers and reads them by attention; then a norm and a linear map."""
+
+    kind: Literal["class_attention"]
+    classes: Count
+    heads: Count
+    blocks: Count = 2
+    std: Spread = 0.02
+    """of the class token"""
+    scale: Positive = 1.0
+    """what the free factors of every update start at"""
+    eps: Positive = 1e-6
+
+
+class Decoder(Record):
+    """Layers after the layers, and a linear map of each token to the pixels of its patch."""
+
+    layers: dict[str, Any]
+    """a spec; without an objective, that of the layers before it, unrolled in another way"""
+    embed: bool = False
+    """a linear map between them, where their widths differ"""
+    norm_before: bool = True
+    """layer norm between them"""
+    norm: bool = True
+    """layer norm before the linear map to pixels"""
+    eps: Positive = 1e-5
+    order: Literal["channels_last", "channels_first"] = "channels_last"
+    """of the numbers of a patch"""
+
+
+Embed = Annotated[PatchEmbed | StemEmbed | TokenEmbed | LinearEmbed | NoEmbed, Field(discriminator="kind")]
+Positions = Annotated[
+    LearnedPositions | SinusoidalPositions | FourierPositions | NoPositions, Field(discriminator="kind")
+]
+Head = Annotated[PooledHead | TiedHead | ClassAttentionHead, Field(discriminator="kind")]
+
+
+class Model(Record):
+    """What stands around the layers: from images, words or vectors to tokens, and from tokens to the answer."""
+
+    embed: Embed
+    positions: Positions | None = None
+    class_token: ClassToken | None = None
+    mask: Mask | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """of the tokens, before the layers"""
+    head: Head | None = None
+    """tokens as they leave the layers, if left out"""
+    decoder: Decoder | None = None
+    """in place of a head"""
+    init: Literal["torch", "xavier", "normal"] = "torch"
+    """linear maps start uniform within 1/sqrt(inputs), Glorot-uniform with bias 0, or normal (0.02) with bias 0"""
+
+
+# --- weights from elsewhere ----------------------------------------------------------------------------------------
+
+
+class Move(Record):
+    """A tensor of a released file, or a part of it, and where it goes; `name` is short for `{to: name}`."""
+
+    to: str
+    """a name of `state_dict()`"""
+    axes: Axes = ""
+    """"(k p) d -> k d p": axes of theirs -> axes of ours; without the axis of the layers"""
+    part: Part = ""
+    """"0:384, :": which part of theirs, before `axes`"""
+    into: Part = ""
+    """which part of ours"""
+
+
+def _moves(value: object) -> object:
+    return ({"to": value} if isinstance(value, str) else value,) if isinstance(value, str | dict) else value
+
+
+Moves = Annotated[tuple[Move, ...], BeforeValidator(_moves, json_schema_input_type=str | Move | tuple[Move, ...])]
+
+
+class Weights(Record):
+    """How a released file of weights is named, for `restore_weights`."""
+
+    key: str = ""
+    """where in the file the weights are, such as state_dict"""
+    strip: tuple[str, ...] = ()
+    """prefixes that names may have, such as module."""
+    ignore: tuple[str, ...] = ()
+    """names that are not needed; * stands for anything"""
+    sizes: dict[Name, Count] = {}
+    """of axes that no shape says: those of one tensor of ours that are several of theirs"""
+    names: dict[str, Moves]
+    """their name -> ours; {layer} stands for the number of a layer, and is the first axis of ours"""
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -421,8 +666,8 @@ class Document(Record):
     unroll: Unroll | None = None
     data: Data | None = None
     train: Train | None = None
-    model: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
+    model: Model | None = None
+    weights: Weights | None = None
 
 
 def schema_text() -> str:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unroll.api import build as emit
-from unroll.api import compile, derive
+from unroll.api import compile_layers, derive
 from unroll.errors import SpecError, UnrollError
 from unroll.network import Network, network
 from unroll.solver import solve
@@ -259,7 +259,7 @@ def plain_spec(spec: Spec, algorithm: str, layers: int) -> Spec:
 
 def build(job: Job, data: Data, spec: Spec) -> Network:
     """The network of a spec on this job's data."""
-    return compile(
+    return compile_layers(
         spec, dims=job.dims, parameters=data.parameters, scalars=job.scalars, seed=job.settings.seed, dtype=job.dtype
     )
 

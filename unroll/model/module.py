@@ -1,0 +1,210 @@
+"""Wrapped source -> nn.Module: the emitted class around networks that can be traced.
+
+net(image)                 the answer; of an autoencoder the patches found, and the mask
+net.body                   the layers, a Network: tokens -> tokens
+net.trace(image)           their trace on the embedded tokens
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from unroll.errors import UnrollError
+from unroll.model.source import Wrapped, wrap
+from unroll.network import Network, Trace, load, recompile, write
+from unroll.spec import Spec
+from unroll.spec.schema import TokenEmbed
+from unroll.step import Learned
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+Kind = Literal["matrix", "table", "scalar"]
+SHARED = ("wrapped", "spec", "derivation")
+"""Never copied: frozen, or as good as."""
+
+
+class Model(nn.Module):
+    """An emitted model and what it stands for. Made by `model`, which mixes this class with the emitted one.
+
+    body: the layers.  spec, derivation, wrapped: what it was made from.
+    """
+
+    body: Network
+    spec: Spec
+    derivation: Any
+    wrapped: Wrapped
+
+    @property
+    def source(self) -> str:
+        """The Python text of the model, the layers within it."""
+        return self.wrapped.source
+
+    @property
+    def graph(self) -> nx.DiGraph[int]:
+        """Tensor operations of one layer and of what goes before it."""
+        return self.body.graph
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What `forward` takes: image, tokens, or the word of the layers; without the mask."""
+        return (self.wrapped.argument,)
+
+    @property
+    def layers(self) -> int:
+        return self.body.layers
+
+    @property
+    def coder(self) -> Network | None:
+        """The layers of the decoder."""
+        return cast("Network | None", self._modules.get("decoder"))
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The layers by the prefix of their parameters: body, and decoder where there is one."""
+        return {"body": self.body} | ({"decoder": self.coder} if self.coder is not None else {})
+
+    @property
+    def learned(self) -> tuple[Learned, ...]:
+        """What is learned within the layers."""
+        return tuple(p for net in self.networks.values() for p in net.learned)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Of every parameter, in the order of `named_parameters`: a matrix, a table of tokens or places, or numbers
+        such as steps, biases and the weights of norms."""
+        around = {h.name: h.kind for h in self.wrapped.held}
+        own = {f"{k}.{name}": p.kind for k, net in self.networks.items() for name, p in _named(net)}
+        found: dict[str, Any] = {}
+        for name, p in self.named_parameters():
+            kind = own[name] if name in own else around[name.split(".")[0]]
+            found[name] = "scalar" if kind == "matrix" and name not in own and p.ndim < 2 else kind
+        return found
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Values of the parameters of the problem, as `compile(parameters=)` takes them."""
+        return _prefixed({k: net.given for k, net in self.networks.items()})
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return _prefixed({k: net.scalars for k, net in self.networks.items()})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `compile(dims=)` takes them."""
+        return _prefixed({k: net.program.dims for k, net in self.networks.items()})
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        """As the emitted class says. Raises UnrollError E404."""
+        return cast(Any, super()).forward(*self._checked(x, mask))
+
+    def trace(self, x: Tensor, mask: Tensor | None = None) -> Trace:
+        """Every iterate of the layers on these samples; of an autoencoder behind a mask, a random one if left out."""
+        net = cast(Any, self)
+        (x, *_) = self._checked(x, mask)
+        if self.wrapped.model.mask is None:
+            return self.body.trace(net.embedding(x))
+        return self.body.trace(net.embedding(x, net.random_mask(x) if mask is None else mask))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write spec, weights and source into a folder, each file whole or not at all."""
+        return write(folder, self.spec, self.source, self.state_dict(), self.given, self.sizes, self.scalars)
+
+    @staticmethod
+    def restore(folder: str | os.PathLike[str]) -> Model:
+        """The model that `save` wrote. Raises UnrollError E405."""
+        from unroll.network import restore
+
+        found = cast(nn.Module, restore(folder))
+        if not isinstance(found, Model):
+            raise UnrollError("E405", f"{folder} holds layers alone, not a model", hint="unroll.restore reads both")
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (self.sizes, self.given, self.scalars, self.state_dict(), self.training)
+        return recompile, (self.spec.to_yaml(), *values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = {k: v if k in SHARED else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        return new
+
+    def _checked(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The arguments of the emitted class. Raises UnrollError E404 where they do not fit."""
+        name, want = self.wrapped.argument, self.wrapped.shape
+        shape = tuple(x.shape)
+        last = shape[max(len(shape) - len(want), 0) :]
+        batched = len(shape) >= len(want) if self.wrapped.flat else len(shape) == len(want) + 1
+        if not batched or any(n is not None and n != k for n, k in zip(want, last, strict=True)):
+            axes = ", ".join("N" if n is None else str(n) for n in want)
+            lead = "..." if self.wrapped.flat else "B"
+            raise UnrollError("E404", f"{name} has shape {shape}, expected ({lead}, {axes})")
+        self._check_words(x)
+        if mask is None:
+            return (x,)
+        if self.wrapped.model.mask is None:
+            raise UnrollError("E404", "this model has no mask", hint="add  mask: {ratio: 0.75}  to model:")
+        hidden = (shape[0], self.wrapped.tokens)
+        if mask.dtype != torch.bool or tuple(mask.shape) != hidden:
+            raise UnrollError("E404", f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {hidden}")
+        return (x, mask)
+
+    def _check_words(self, x: Tensor) -> None:
+        embed = self.wrapped.model.embed
+        if not isinstance(embed, TokenEmbed):
+            return
+        if x.dtype not in (torch.int64, torch.int32):
+            raise UnrollError("E404", f"tokens are whole numbers below {embed.vocabulary}, not {x.dtype}")
+        if x.shape[-1] > embed.length:
+            raise UnrollError("E404", f"{x.shape[-1]} tokens are more than the longest text has, {embed.length}")
+
+
+def _named(net: Network) -> list[tuple[str, Learned]]:
+    return [(name, p) for (name, _), p in zip(net.named_parameters(), net.learned, strict=True)]
+
+
+def _prefixed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Names of the layers as they are, those of the decoder with its name before them."""
+    return {(f"{k}.{name}" if k == "decoder" else name): v for k, values in found.items() for name, v in values.items()}
+
+
+@cache
+def _mixed(source: str, name: str) -> type[Model]:
+    emitted = load(source, name)[name]
+    return cast(type[Model], type(name, (Model, emitted), {"__doc__": emitted.__doc__, "__module__": __name__}))
+
+
+def model(spec: Spec, body: Network, decoder: Network | None, *, seed: int, dtype: torch.dtype | None = None) -> Model:
+    """The model that a spec puts around its layers, drawn from the seed without a look at torch's own generator.
+
+    Raises UnrollError E420 where parts and layers do not fit.
+    """
+    wrapped = wrap(spec, body.program, decoder.program if decoder else None)
+    made = _mixed(wrapped.source, wrapped.class_name)
+    net = made.__new__(made)
+    with torch.device("meta"):
+        cast(Any, super(Model, net)).__init__()
+    net.wrapped, net.spec, net.derivation = wrapped, spec, body.derivation
+    net.to(torch.float64).to_empty(device="cpu")  # drawn in float64, so that every type starts at the same values
+    cast(Any, net).initialise(torch.Generator().manual_seed(seed_of(seed, "model")))
+    net.to(dtype or torch.get_default_dtype())
+    net.to(next((t.device for t in (*body.parameters(), *body.buffers())), torch.device("cpu")))
+    net.body = body
+    if decoder is not None:
+        net.decoder = decoder
+    return net
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A seed of its own for each purpose."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:7], "big")
