@@ -6,7 +6,8 @@ import torch
 
 from unroll.errors import SpecError
 from unroll.spec.schema import Digits, Files, Patches, Synthetic
-from unroll.train.data import SOURCES, Shapes, make_data, package, whitening
+from unroll.train.data import SOURCES, make_data, whitening
+from unroll.train.samples import Shapes, package
 
 SHAPES = Shapes({"x": (64,)}, {"z": (128,)}, {"A": (64, 128)})
 
@@ -20,7 +21,7 @@ def synthetic(**changes):
 
 
 def test_every_source_has_its_own_settings_record_and_a_line_about_it():
-    assert [s.name for s in SOURCES] == ["patches", "digits", "synthetic", "file"]
+    assert [s.name for s in SOURCES] == ["patches", "digits", "images", "text", "synthetic", "file"]
     assert all(s.about for s in SOURCES)
 
 
@@ -243,3 +244,4 @@ def test_a_missing_package_names_the_extra_to_install():
 def test_the_summary_names_shape_range_and_type():
     rows = make_data(Digits(source="digits"), SHAPES).summary()
     assert rows[0] == ("train", "x", "1,500 × 64", "0 .. 1", "float64")
+    assert rows[1] == ("train label", "label", "1,500", "0 .. 9", "int64")
