@@ -24,6 +24,7 @@ from unroll.train.table import AGAINST, CODES, Closing, Reference, errors_by_lay
 TOLERANCE, ITERATIONS = 1e-7, 20_000  # of the converged optimum
 
 
+@torch.no_grad()
 def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
     """Loss of the last iterate and NMSE (sum ratio; nan without targets) over all held-out samples."""
     loss = losses.find_loss(settings.loss)

@@ -45,7 +45,8 @@ class Job:
 
 def build(job: Job, data: Data, spec: Spec) -> Network:
     """The network of a spec on this job's data; sizes that the spec names and leaves open are those of the data."""
-    open_sizes = {name: n for name, n in data.sizes.items() if not isinstance(spec.dims.get(name, n), int)}
+    named = (name for name, size in spec.dims.items() if not isinstance(size, int))
+    open_sizes = {name: data.sizes[name] for name in named if name in data.sizes}
     return compile(
         spec,
         dims={**open_sizes, **job.dims},

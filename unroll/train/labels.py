@@ -18,6 +18,7 @@ from unroll.train.samples import Data, Split
 from unroll.train.table import Score
 
 
+@torch.no_grad()
 def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
     """nats and bits per label, and the share of labels that are the likeliest answer; no label smoothing."""
     nats = hits = count = 0.0

@@ -45,6 +45,7 @@ def predict(net: Net, batch: Split, mask: Tensor) -> Tensor:
     return cast(Any, net)(*losses.arguments(net, batch.inputs), mask=mask)[0]
 
 
+@torch.no_grad()
 def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
     """Mean over hidden patches and their entries of (predicted − patch)²."""
 

@@ -106,11 +106,19 @@ def read_picture(path: Path, size: int, channels: int) -> Tensor:
                 hint = "save it with 8 bits per channel"
                 raise SpecError("E513", f"data: '{path}' is a picture of mode {opened.mode}", hint=hint)
             upright = ops.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-            square = ops.fit(upright, (size, size), pillow.Resampling.BICUBIC)
+            square = _middle(upright).resize((size, size), pillow.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, Warning, pillow.DecompressionBombError) as error:
         raise SpecError("E513", f"data: '{path}' cannot be read as a picture: {error}") from error
     pixels = torch.from_numpy(np.array(square)).reshape(size, size, channels)
     return pixels.permute(2, 0, 1).float() / 255
+
+
+def _middle(picture: Any) -> Any:
+    """The largest square in the middle of a picture."""
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
 # --- changes in training -------------------------------------------------------------------------------------------
