@@ -344,7 +344,9 @@ def test_the_middle_square_of_an_upright_picture_is_scaled(tmp_path):
     assert torch.allclose(read_picture(tmp_path / "wide.png", 5, 3), expected)
     half = np.zeros((8, 8, 3), dtype=np.uint8)
     half[:4] = 255  # the upper half is white; the file says: turn by 90 degrees clockwise
-    paint(tmp_path / "turned.png", half, exif=Image.Exif() | {0x0112: 6})
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    paint(tmp_path / "turned.png", half, exif=tags)
     turned = read_picture(tmp_path / "turned.png", 8, 1)[0]
     assert (turned[:, 4:] == 1).all() and (turned[:, :4] == 0).all()
 

@@ -256,6 +256,18 @@ def test_masks_of_a_measurement_are_those_of_training_and_always_the_same():
     assert value == pytest.approx(torch.cat(parts).mean().item(), rel=1e-12)
 
 
+def test_losses_of_answers_are_float32_under_bfloat16(tmp_path):
+    net, batch = Classifier(), digits().validation.to(torch.float32)
+    loss, weights = losses.find_loss("cross_entropy"), losses.layer_weights("last", 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = losses.total(loss, net, batch, weights, settings())
+    high = losses.total(loss, net, batch, weights, settings())
+    assert low.dtype == torch.float32 and 0 < abs(low - high).item() < 0.01
+    fit(net, digits(), settings(precision="bfloat16"), tmp_path)
+    rows = read_rows(tmp_path / "metrics.csv")
+    assert rows[-1]["held_out"] < rows[0]["held_out"]
+
+
 # --- what needs no network -------------------------------------------------------------------------------------------
 
 
