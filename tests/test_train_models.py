@@ -21,7 +21,7 @@ from unroll.train.data import make_data
 from unroll.train.engine import Average, Batches, fit, rate, read_rows
 from unroll.train.engine import Stage as Span
 from unroll.train.groups import by_kind, parameter_groups, record
-from unroll.train.pictures import flipped, shifted
+from unroll.train.pictures import change_of, flipped, shifted
 from unroll.train.samples import Data, Shapes, Split, Windows
 from unroll.train.tasks import TASKS, find_task
 
@@ -109,7 +109,7 @@ class Autoencoder(Model):
 
     def __init__(self, seed=0):
         super().__init__(seed)
-        self.encode, self.decode = nn.Linear(64, 32), nn.Linear(32, 64)
+        self.encode, self.dropout, self.decode = nn.Linear(64, 32), nn.Dropout(0.1), nn.Linear(32, 64)
 
     def patches(self, image):
         return image.unfold(2, 2, 2).unfold(3, 2, 2).flatten(2, 3).flatten(3).squeeze(1)
@@ -125,7 +125,7 @@ class Autoencoder(Model):
         elif mask is None:
             mask = torch.zeros(patches.shape[:2], dtype=torch.bool)
         seen = (patches * ~mask[:, :, None]).flatten(1)
-        return self.decode(torch.tanh(self.encode(seen))).unflatten(1, (16, 4)), mask
+        return self.decode(self.dropout(torch.tanh(self.encode(seen)))).unflatten(1, (16, 4)), mask
 
 
 def digest(net):
@@ -248,11 +248,12 @@ def test_masks_of_a_measurement_are_those_of_training_and_always_the_same():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) and [len(m) for m in one] == [100, 100, 97]
     assert not torch.equal(one[0][:97], one[2]) and all((m.sum(1) == 8).all() for m in one)
     with torch.no_grad():
+        net.eval()  # a measurement has no dropout
         parts = [
             (net(b, mask=m)[0] - net.patches(b)).square().mean(-1)[m]
             for b, m in zip(held.inputs["image"].split(100), one, strict=True)
         ]
-        value = masked.held_out(net, held, settings(batch=100))["masked_mse"]
+        value = masked.held_out(net.train(), held, settings(batch=100))["masked_mse"]
     assert value == pytest.approx(torch.cat(parts).mean().item(), rel=1e-12)
 
 
@@ -429,6 +430,12 @@ def test_a_batch_is_a_function_of_seed_and_step(start):
         for a, b, c in zip(whole[start:], again, other, strict=True):
             assert torch.equal(a.inputs[name], b.inputs[name]) and torch.equal(a.labels, b.labels)
             assert not torch.equal(a.inputs[name], c.inputs[name])
+
+
+def test_every_step_changes_images_anew():
+    same = Split({"image": torch.rand(1, 1, 8, 8).expand(40, 1, 8, 8)}, labels=torch.zeros(40).long())
+    batches = [b.inputs["image"] for b in Batches(same, change_of(Augment(shift=3), "image"), 20, 0, 4, stand(0))]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
