@@ -32,7 +32,7 @@ NONE = Shapes({})
 class Model(nn.Module):
     """What every model here has: inputs, depth, kinds of its parameters, iterates."""
 
-    inputs, variables, layers = ("image",), ("Z",), 2
+    inputs, layers, given = ("image",), 2, {}
 
     def __init__(self, seed=0):
         super().__init__()
@@ -345,6 +345,28 @@ def test_matrices_alone_decay_and_run_json_says_which():
     assert record(net, options)["decay"] == names["matrix"] and record(net, settings())["decay"] == []
 
 
+def test_scalars_are_found_in_the_layers_within_a_model():
+    import unroll
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.token_norm, self.positions = (
+                nn.Embedding(5, 8),
+                nn.LayerNorm(8),
+                nn.Parameter(torch.zeros(4, 8)),
+            )
+            self.class_token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.body = unroll.compile("lista", dims={"m": 8, "n": 16}, seed=0)
+
+    names = {kind: [name for name, _ in named] for kind, named in by_kind(Around()).items()}
+    assert names == {
+        "matrix": ["embed.weight", "body.W1", "body.W2"],
+        "vector": ["positions", "class_token", "token_norm.weight", "token_norm.bias"],
+        "scalar": ["body.theta"],
+    }
+
+
 def test_a_step_without_gradient_shrinks_matrices_and_nothing_else(tmp_path):
     net = Classifier()
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -637,6 +659,11 @@ def test_an_answer_that_the_loss_cannot_compare_is_refused_before_the_first_step
     code, found = refused(tmp_path, net(), digits(), **options)
     assert code == "E512" and message in found
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(tmp_path):
+    code, message = refused(tmp_path, Language(TEXT.sizes["vocabulary"] - 1), TEXT)
+    assert code == "E512" and message == f"train: the network has no row for token {TEXT.sizes['vocabulary'] - 1}"
 
 
 def test_inputs_of_another_name_are_refused(tmp_path):

@@ -9,9 +9,9 @@ from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from unroll.errors import SpecError, UnrollError
-from unroll.network import Network
 from unroll.solver import solve
 from unroll.spec.schema import Train
 from unroll.train import losses
@@ -93,15 +93,16 @@ def _values(packed: Tensors) -> Tensors:
     return {key.removeprefix("value."): z for key, z in packed.items() if key.startswith("value.")}
 
 
-def close(job: Job, data: Data, initial: Network, net: Network) -> Closing:
+def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
     """Untrained, plain algorithms of the same depth, trained, and the converged optimum."""
     spec, held = job.spec, data.validation
     solved = optimum(job, held, data.parameters, "validation")
     truth = held.targets if job.settings.target != "optimum" else {}
     kind = "truth" if truth else "optimum"
     reference = Reference(kind, truth or _values(solved), solved["objective"])
-    baselines, notes = _baselines(job, data, net.layers)
-    depth = f"{net.layers} iterations"
+    layers = cast(Net, net).layers
+    baselines, notes = _baselines(job, data, layers)
+    depth = f"{layers} iterations"
     nets = {f"untrained (= {spec.unroll.algorithm if spec.unroll else ''}, {depth})": initial}
     nets |= {f"{name}, {depth}": baseline for name, baseline in baselines.items()}
     nets[f"{spec.title}, trained"] = net
@@ -111,14 +112,14 @@ def close(job: Job, data: Data, initial: Network, net: Network) -> Closing:
         notes = (*notes, f"the optimum is not converged: {kind_of_error} {error:.1e} after {ITERATIONS:,} iterations")
     last = f"converged optimum ({kind_of_error} {error:.0e})"
     rows.append(score(last, solved["objective"], _values(solved), reference, math.nan))
-    layers = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
+    errors = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
     footer = f"NMSE and support F1 are against {AGAINST[kind]}"
-    return Closing(rows, CODES, len(held), kind, footer, notes, layers)
+    return Closing(rows, CODES, len(held), kind, footer, notes, errors)
 
 
-def _baselines(job: Job, data: Data, layers: int) -> tuple[dict[str, Network], tuple[str, ...]]:
+def _baselines(job: Job, data: Data, layers: int) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
     """Networks of the algorithms to compare with, and why some are not there."""
-    found: dict[str, Network] = {}
+    found: dict[str, nn.Module] = {}
     notes: list[str] = []
     for name in job.settings.baselines:
         try:

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -633,16 +633,35 @@ def _check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
     """Ask the network, as it is in training, about two samples. Raises SpecError E512."""
     module = losses.module(net)
     like = next(module.parameters())
-    few = data.validation[:2].to(like)
+    few = _highest(data).to(like)
     was_training = module.training
     module.train()
-    with aside(like.device, 0):
-        answer = module(*losses.arguments(net, few.inputs))
-    module.train(was_training)
+    try:
+        with aside(like.device, 0):
+            answer = module(*losses.arguments(net, few.inputs))
+    except IndexError as error:
+        most = max(int(v.max()) for v in few.inputs.values())
+        hint = f"the data have {', '.join(f'{name}: {n}' for name, n in data.sizes.items())}"
+        raise SpecError("E512", f"train: the network has no row for token {most}", hint=hint) from error
+    finally:
+        module.train(was_training)
     labels = [part.labels for part in (data.train.whole(), data.validation)]
     most = max(-1 if part is None else int(part.max()) for part in labels)
     if reason := loss.misfit(few, answer, most):
         raise SpecError("E512", f"train: {reason}", hint="change loss:, the data, or the head of the model")
+
+
+def _highest(data: Data) -> Split:
+    """Two samples; where inputs are tokens, one of them is the highest that occurs."""
+    few = data.validation[:2]
+    inputs = dict(few.inputs)
+    for name, value in inputs.items():
+        if not value.is_floating_point():
+            inputs[name] = value.clone()
+            inputs[name].view(-1)[0] = max(
+                int(part.inputs[name].max()) for part in (data.train.whole(), data.validation)
+            )
+    return replace(few, inputs=inputs)
 
 
 def _trainer(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from unroll.network import Network
 from unroll.spec.schema import Rates, Train
 from unroll.train import losses
 from unroll.train.losses import Net
 
-VECTORS = ("bias", "norm", "position", "token", "scale")
+VECTORS = ("bias", "norm", "position", "scale")
 RULE = (
-    "a matrix decays: a parameter with two axes longer than 1, not a learned step size or threshold, "
-    f"and without {', '.join(VECTORS)} in its name; what is called embedding is a matrix"
+    f"a matrix decays: a parameter with two axes longer than 1, without {', '.join(VECTORS)} in its name, "
+    "and not a learned step size or threshold"
 )
 
 
@@ -23,20 +24,31 @@ def rates(settings: Train) -> Rates:
     return lr if isinstance(lr, Rates) else Rates(matrices=lr, scalars=10 * lr)
 
 
-def kind_of(name: str, p: nn.Parameter, learned: str) -> str:
-    """scalar: learned step sizes and thresholds; vector: biases, norms, positions, single tokens; else matrix."""
-    if learned == "scalar":
+def kind_of(name: str, p: nn.Parameter, derived: bool) -> str:
+    """vector: biases, norms, positions, single tokens; scalar: learned step sizes and thresholds; else matrix.
+
+    derived: the derivation calls it a scalar: a number, or one per entry, of all layers or of each.
+    """
+    if any(word in name.lower() for word in VECTORS):
+        return "vector"
+    if derived and p.ndim <= 2:
         return "scalar"
-    words = name.lower()
-    named = any(word in words for word in VECTORS) and "embedding" not in words
-    return "vector" if named or sum(n > 1 for n in p.shape) < 2 else "matrix"
+    return "vector" if sum(n > 1 for n in p.shape) < 2 else "matrix"
+
+
+def _scalars(net: Net) -> set[int]:
+    """The identities of the parameters that the derivation calls scalars, in the layers of a model too."""
+    layers = [cast(Net, m) for m in losses.module(net).modules() if isinstance(m, Network)] or [net]
+    pairs = (pair for n in layers for pair in zip(n.learned, losses.module(n).parameters(), strict=True))
+    return {id(p) for item, p in pairs if item.kind == "scalar"}
 
 
 def by_kind(net: Net) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Names and parameters of each kind, in the order of the network."""
     found: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "vector": [], "scalar": []}
-    for item, (name, p) in zip(net.learned, losses.module(net).named_parameters(), strict=True):
-        found[kind_of(name, p, item.kind)].append((name, p))
+    scalars = _scalars(net)
+    for name, p in losses.module(net).named_parameters():
+        found[kind_of(name, p, id(p) in scalars)].append((name, p))
     return found
 
 

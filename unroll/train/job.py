@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from unroll.api import compile
-from unroll.network import Network
 from unroll.spec import Spec, load
 from unroll.spec.schema import Train
 from unroll.train.samples import Data, Tensors
@@ -43,7 +43,7 @@ class Job:
         return DTYPES[self.settings.precision]
 
 
-def build(job: Job, data: Data, spec: Spec) -> Network:
+def build(job: Job, data: Data, spec: Spec) -> nn.Module:
     """The network of a spec on this job's data; sizes that the spec names and leaves open are those of the data."""
     named = (name for name, size in spec.dims.items() if not isinstance(size, int))
     open_sizes = {name: data.sizes[name] for name in named if name in data.sizes}

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from unroll.api import build as emit
 from unroll.api import derive
 from unroll.errors import SpecError
-from unroll.network import Network, network
+from unroll.network import network
 from unroll.spec import Spec, load
 from unroll.spec.schema import Dictionary
 from unroll.train import losses, plots
@@ -61,7 +61,7 @@ class Run:
     """A finished training; printed, it is the closing table."""
 
     folder: Path
-    net: Network
+    net: nn.Module
     status: str
     steps: int
     seconds: float
@@ -73,7 +73,7 @@ class Run:
         return tuple(self.closing.rows)
 
     def __str__(self) -> str:
-        title = f"at depth {self.net.layers} on {self.closing.samples:,} held-out samples"
+        title = f"at depth {cast(Net, self.net).layers} on {self.closing.samples:,} held-out samples"
         files = "spec, weights.safetensors, metrics.csv, curves.png"
         lines = [self.closing.text(title), "", f"run folder   {self.folder}   {files}"]
         return "\n".join([*lines, f"again        unroll train --resume {self.folder}"])
@@ -166,20 +166,20 @@ def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
     )
 
 
-def ready(job: Job) -> tuple[Data, Network]:
+def ready(job: Job) -> tuple[Data, nn.Module]:
     """Data and untrained network; what both depend on is kept in the run folder."""
     data = prepare(job)
     _keep_meaning(job, data)
     net = build(job, data, job.spec)
-    parameters = _keep_given(job, net)
+    parameters = _keep_given(job, cast(Net, net))
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
     return replace(data, parameters=parameters), net
 
 
-def _keep_given(job: Job, net: nn.Module) -> Tensors:
-    """The values of all parameters of the problem, drawn ones too; a model holds those of its layers itself."""
-    parameters = {name: value.clone() for name, value in net.given.items()} if isinstance(net, Network) else {}
+def _keep_given(job: Job, net: Net) -> Tensors:
+    """The values of all parameters of the problem, drawn ones too."""
+    parameters = {name: value.clone() for name, value in net.given.items()}
     if parameters and first_rank():
         save_file({k: v.contiguous() for k, v in parameters.items()}, job.folder / "given.safetensors")
         for name, value in parameters.items():
@@ -252,7 +252,7 @@ def _coder(job: Job, name: str, data: Data) -> Code:
 # --- after: table, pictures, weights ---------------------------------------------------------------------------------
 
 
-def _close(job: Job, data: Data, initial: Network, net: Network, outcome: Outcome) -> Run:
+def _close(job: Job, data: Data, initial: nn.Module, net: nn.Module, outcome: Outcome) -> Run:
     """weights.safetensors, table.json, curves.png."""
     from unroll.train.engine import read_rows, write_weights
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from unroll.errors import SpecError
-from unroll.network import Network
 from unroll.spec.schema import Train
 from unroll.train import codes, labels, losses, masked, table
 from unroll.train.job import Job
@@ -36,7 +36,7 @@ class Task:
     axes: int | None
     measure: Measure
     columns: tuple[Column, ...]
-    close: Callable[[Job, Data, Network, Network], Closing]
+    close: Callable[[Job, Data, nn.Module, nn.Module], Closing]
     prepare: Callable[[Job, Data], Data] = field(default=lambda job, data: data)
     without: tuple[str, ...] = ()
 
@@ -46,10 +46,10 @@ def comparison(
     trivial: Callable[[Net, Data, Train], list[Score]],
     columns: tuple[Column, ...],
     forward: Callable[[Net, Split, Train], Callable[[], Any]],
-) -> Callable[[Job, Data, Network, Network], Closing]:
+) -> Callable[[Job, Data, nn.Module, nn.Module], Closing]:
     """The table of answers that need no network, the untrained network, and the trained one."""
 
-    def close(job: Job, data: Data, initial: Network, net: Network) -> Closing:
+    def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
         settings, held = job.settings, data.validation
         rows = trivial(cast(Net, net), data, settings)
         for name, item in (("untrained", initial), (f"{job.spec.title}, trained", net)):
