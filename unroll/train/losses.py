@@ -22,8 +22,8 @@ from unroll.train.samples import Split, Tensors
 class Net(Protocol):
     """What training needs of a network; a compiled `Network` is one, and so is any module with these members.
 
-    A model needs no `objective`; its `learned` is what its layers learn. Labels ask of it an answer of (B, K) or (B, T, K);
-    hidden patches ask for an answer of (predicted (B, N, P), mask (B, N) with True where hidden), for `patches`, and for
+    A model needs no `objective`; its `learned` is what its layers learn. Labels ask of it an answer of (B, K) or
+    (B, T, K); hidden patches ask for (predicted (B, N, P), mask (B, N) with True where hidden), for `patches`, and for
     `mask` as an argument.
     """
 
