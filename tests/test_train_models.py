@@ -580,6 +580,25 @@ def test_ctrl_c_and_resume_of_a_model_end_with_the_same_weights(tmp_path, models
     assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
 
 
+def test_the_command_line_trains_goes_on_with_and_measures_a_model(tmp_path, models):
+    from click.testing import CliRunner
+
+    from unroll.cli import cli
+
+    models.case, spec = "characters", tmp_path / "tiny.yaml"
+    spec.write_text(SPEC + SECTIONS["characters"])
+    folder, call = str(tmp_path / "run"), CliRunner().invoke
+    told = [
+        call(cli, ["train", str(spec), "train.steps=10", "--out", folder, "-q"]),
+        call(cli, ["train", "--resume", folder, "-q"]),
+        call(cli, ["eval", folder]),
+        call(cli, ["report", folder, "-o", str(tmp_path / "page.html")]),
+    ]
+    assert [each.exit_code for each in told] == [0] * 4
+    assert all("bits per character" in each.output and "bigram" in each.output for each in told[:3])
+    assert "bigram" in (tmp_path / "page.html").read_text()
+
+
 def test_the_characters_are_kept_and_another_text_is_refused(tmp_path, models):
     models.case = "characters"
     (tmp_path / "mine.txt").write_text("the cat sat on the mat. " * 60)
@@ -634,6 +653,14 @@ def test_codes_are_not_asked_of_a_model(tmp_path, models):
     with pytest.raises(SpecError, match="compares codes of x, the data are image") as caught:
         train(spec, out=tmp_path / "run", quiet=True)
     assert caught.value.code == "E512"
+
+
+def test_a_dictionary_is_not_learned_from_what_a_model_takes(tmp_path, models):
+    spec = SPEC + "data: {source: digits, form: images, dictionary: {learn: A}}\ntrain: {loss: cross_entropy}"
+    models.case = "classes"
+    with pytest.raises(SpecError, match="'A' cannot be learned from the samples") as caught:
+        train(spec, out=tmp_path / "run", quiet=True)
+    assert caught.value.code == "E507"
 
 
 @pytest.mark.parametrize(

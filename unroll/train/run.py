@@ -223,7 +223,8 @@ def prepare(job: Job) -> Data:
 def _learned(job: Job, wanted: Dictionary, data: Data) -> Tensor:
     """The parameter that `data: dictionary:` asks for. Codes are those of the spec's own objective."""
     declared = shapes_of(job.spec, job.dims).parameters.get(wanted.learn)
-    if declared is None or len(declared) != 2 or declared[1] is None or len(data.train.whole().inputs) != 1:
+    fed = list(data.train.whole().inputs)
+    if declared is None or len(declared) != 2 or declared[1] is None or len(fed) != 1 or fed[0] not in job.spec.inputs:
         hint = "name a parameter A: [m, n] of a problem with one input x: [m], with both sizes given under dims:"
         raise SpecError("E507", f"data: dictionary: '{wanted.learn}' cannot be learned from the samples", hint=hint)
     (x,) = data.train.whole().inputs.values()
