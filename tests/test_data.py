@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Digits, Files, Patches, Synthetic
-from unroll.train.data import SOURCES, Shapes, make_data, package, whitening
+from unroll.spec.schema import Augment, Characters, Digits, Files, Images, Patches, Synthetic
+from unroll.train.data import SOURCES, make_data, whitening
+from unroll.train.pictures import read_picture
+from unroll.train.samples import Shapes, Split, package
 
 SHAPES = Shapes({"x": (64,)}, {"z": (128,)}, {"A": (64, 128)})
+NONE = Shapes({})
 
 
 def patches(**changes):
@@ -20,7 +24,7 @@ def synthetic(**changes):
 
 
 def test_every_source_has_its_own_settings_record_and_a_line_about_it():
-    assert [s.name for s in SOURCES] == ["patches", "digits", "synthetic", "file"]
+    assert [s.name for s in SOURCES] == ["patches", "digits", "images", "text", "synthetic", "file"]
     assert all(s.about for s in SOURCES)
 
 
@@ -243,3 +247,211 @@ def test_a_missing_package_names_the_extra_to_install():
 def test_the_summary_names_shape_range_and_type():
     rows = make_data(Digits(source="digits"), SHAPES).summary()
     assert rows[0] == ("train", "x", "1,500 × 64", "0 .. 1", "float64")
+    assert rows[1] == ("train label", "label", "1,500", "0 .. 9", "int64")
+
+
+# --- digits with labels ----------------------------------------------------------------------------------------------
+
+
+def test_digits_as_images_are_the_vectors_row_by_row_with_the_labels_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    flat, data = make_data(Digits(source="digits"), SHAPES), make_data(Digits(source="digits", form="images"), NONE)
+    raw = {tuple(row): label for row, label in zip(load_digits().data / 16, load_digits().target, strict=True)}
+    for vectors, images in ((flat.train, data.train), (flat.validation, data.validation)):
+        image = images.inputs["image"]
+        assert image.shape[1:] == (1, 8, 8) and torch.equal(image.flatten(1), vectors.inputs["x"])
+        assert torch.equal(images.labels, vectors.labels)
+        assert [raw[tuple(row)] for row in image.flatten(1).tolist()] == images.labels.tolist()
+    assert data.sizes == {"classes": 10, "channels": 1, "height": 8, "width": 8}
+
+
+def test_vectors_are_not_augmented():
+    with pytest.raises(SpecError, match="augment: changes images") as caught:
+        make_data(Digits(source="digits", augment=Augment(shift=1)), SHAPES)
+    assert caught.value.code == "E511"
+
+
+def test_numbers_keep_their_kind_where_the_rest_changes_dtype():
+    split = Split({"x": torch.zeros(2, dtype=torch.float64), "t": torch.zeros(2).long()}, labels=torch.zeros(2).long())
+    for like in (torch.float32, torch.zeros(1), torch.device("cpu")):
+        moved = split.to(like)
+        assert moved.inputs["t"].dtype == moved.labels.dtype == torch.int64
+    assert split.to(torch.float32).inputs["x"].dtype == torch.float32 == split.to(torch.zeros(1)).inputs["x"].dtype
+
+
+# --- a folder of pictures --------------------------------------------------------------------------------------------
+
+
+def paint(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def pets(folder, names=("cats", "dogs"), count=5, size=6):
+    """{name of a class: pictures in the order of their files}."""
+    draw, made = np.random.default_rng(0), {}
+    for name in names:
+        made[name] = draw.integers(256, size=(count, size, size, 3), dtype=np.uint8)
+        for k, pixels in enumerate(made[name]):
+            paint(folder / name / f"{k}.png", pixels)
+    return made
+
+
+def images(folder, **changes):
+    return make_data(Images(source="images", folder=str(folder), **{"size": 6, "validation": 3.0, **changes}), NONE)
+
+
+def test_pictures_come_back_pixel_by_pixel_with_the_class_of_their_folder(tmp_path):
+    made = pets(tmp_path)
+    data = images(tmp_path)
+    assert (len(data.train), len(data.validation)) == (7, 3) and data.kept == {"classes": ["cats", "dogs"]}
+    assert data.sizes == {"classes": 2, "channels": 3, "height": 6, "width": 6}
+    seen = set()
+    for split in (data.train, data.validation):
+        for image, label in zip(split.inputs["image"], split.labels.tolist(), strict=True):
+            pixels = (image.permute(1, 2, 0).double().numpy() * 255).round().astype(np.uint8)
+            (k,) = [k for k, own in enumerate(made[("cats", "dogs")[label]]) if (own == pixels).all()]
+            seen.add((label, k))
+    assert len(seen) == 10
+    assert torch.equal(images(tmp_path).train.inputs["image"], data.train.inputs["image"])
+    assert not torch.equal(images(tmp_path, seed=1).train.inputs["image"], data.train.inputs["image"])
+
+
+def test_train_and_val_folders_are_the_split(tmp_path):
+    made = pets(tmp_path / "train"), pets(tmp_path / "val", count=2)
+    data = images(tmp_path)
+    for split, part in zip((data.train, data.validation), made, strict=True):
+        own = np.concatenate([part["cats"], part["dogs"]]).transpose(0, 3, 1, 2)
+        assert np.array_equal((split.inputs["image"].double().numpy() * 255).round(), own)
+        assert split.labels.tolist() == [0] * len(part["cats"]) + [1] * len(part["dogs"])
+
+
+def test_grey_is_the_luma_of_the_colours(tmp_path):
+    made = pets(tmp_path)
+    data = images(tmp_path, channels=1)
+    grey = np.concatenate([made["cats"], made["dogs"]]) @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    found = torch.cat([data.train.inputs["image"], data.validation.inputs["image"]])[:, 0].double().numpy() * 255
+    for image in found:
+        assert min(abs(image - own).max() for own in grey) <= 1
+
+
+def test_the_middle_square_of_an_upright_picture_is_scaled(tmp_path):
+    wide = np.zeros((20, 60, 3), dtype=np.uint8)
+    wide[:, 20:40] = (200, 100, 50)
+    paint(tmp_path / "wide.png", wide)
+    expected = torch.tensor([200.0, 100, 50])[:, None, None].expand(3, 5, 5) / 255
+    assert torch.allclose(read_picture(tmp_path / "wide.png", 5, 3), expected)
+    half = np.zeros((8, 8, 3), dtype=np.uint8)
+    half[:4] = 255  # the upper half is white; the file says: turn by 90 degrees clockwise
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    paint(tmp_path / "turned.png", half, exif=tags)
+    turned = read_picture(tmp_path / "turned.png", 8, 1)[0]
+    assert (turned[:, 4:] == 1).all() and (turned[:, :4] == 0).all()
+
+
+def spoil(folder, kind):
+    path = folder / "dogs" / "bad.png"
+    match kind:
+        case "words":
+            path.write_text("no picture")
+        case "cut short":
+            path.write_bytes((folder / "dogs" / "0.png").read_bytes()[:60])
+        case "sixteen bits":
+            paint(path, np.zeros((6, 6), dtype=np.uint16))
+        case "empty":
+            path.write_bytes(b"")
+        case "huge":
+            paint(path, np.zeros((40, 40, 3), dtype=np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["words", "cut short", "sixteen bits", "empty", "huge"])
+def test_a_file_that_is_no_picture_is_named(tmp_path, monkeypatch, kind):
+    pets(tmp_path)
+    path = spoil(tmp_path, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(SpecError) as caught:
+        images(tmp_path)
+    assert caught.value.code == "E513" and str(path) in caught.value.message
+
+
+def test_files_that_are_no_pictures_by_name_are_counted_and_hidden_ones_are_not(tmp_path):
+    pets(tmp_path)
+    (tmp_path / "cats" / "labels.txt").write_text("cats")
+    (tmp_path / "cats" / ".hidden.txt").write_text("")
+    (note,) = images(tmp_path).notes
+    assert note.startswith("1 files are no pictures") and "labels.txt" in note
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "message"),
+    [
+        (lambda p: None, "E507", "holds 0 folders, one per class is needed"),
+        (lambda p: pets(p, ("cats",)), "E507", "holds 1 folders"),
+        (lambda p: (pets(p), (p / "birds").mkdir()), "E504", "birds' holds no picture"),
+        (lambda p: (pets(p / "train"), pets(p / "val", ("cats", "birds"))), "E507", "classes: birds, dogs"),
+        (lambda p: pets(p, count=1), "E504", "cannot hold out 3 of 2"),
+    ],
+)
+def test_a_folder_without_classes_or_pictures_says_so(tmp_path, make, code, message):
+    make(tmp_path)
+    with pytest.raises(SpecError, match=message) as caught:
+        images(tmp_path)
+    assert caught.value.code == code
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SpecError, match="there is no folder") as caught:
+        images(tmp_path / "nowhere")
+    assert caught.value.code == "E502"
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def characters(source, **changes):
+    return make_data(Characters(source="text", text=str(source), **{"length": 8, **changes}), NONE)
+
+
+def decode(codes, data):
+    return "".join(data.kept["vocabulary"][k] for k in codes.flatten().tolist())
+
+
+def test_a_text_is_split_by_position_and_comes_back_from_its_codes(tmp_path):
+    words = "Ω and ñ, 漢字 and 🎉.\n" * 30 + "zebra? Ω" * 8
+    (tmp_path / "mine.txt").write_text(words, encoding="utf-8")
+    data = characters(tmp_path / "mine.txt")
+    cut = len(words) - round(0.1 * len(words))
+    train, held = data.train.whole(), data.validation
+    assert decode(data.train.codes, data) == words[:cut] and torch.equal(train.labels, data.train.codes[None, 1:])
+    shown = "".join(c if c in words[:cut] else "\ufffd" for c in words[cut:])
+    count = (len(shown) - 1) // 8 * 8
+    assert decode(held.inputs["tokens"], data) == shown[:count] and decode(held.labels, data) == shown[1 : count + 1]
+    assert data.sizes == {"vocabulary": 1 + len(set(words[:cut])), "tokens": 8}
+    assert data.notes == (f"{shown.count(chr(0xFFFD))} characters that are held out do not occur in training",)
+
+
+@pytest.mark.parametrize(("source", "known"), [("python documentation", "Boolean"), ("python library", "def ")])
+def test_texts_of_python_are_read_without_a_file(source, known):
+    data = characters(source, characters=200_000)
+    assert known in decode(data.train.codes, data) and len(data.train.codes) == 180_000
+    assert characters(source, characters=200_000).kept == data.kept
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        (None, "E502", "there is no file"),
+        (b"\xff\xfe\xfa" * 100, "E503", "is not text in UTF-8"),
+        (b"short", "E504", "5 characters are too few for samples of 8"),
+        (b"x" * 70, "E504", "70 characters are too few"),
+    ],
+)
+def test_a_text_that_cannot_be_read_or_split_says_why(tmp_path, body, code, message):
+    if body is not None:
+        (tmp_path / "mine.txt").write_bytes(body)
+    with pytest.raises(SpecError, match=message) as caught:
+        characters(tmp_path / "mine.txt")
+    assert caught.value.code == code

@@ -13,9 +13,10 @@ from torch import nn
 from unroll.errors import SpecError
 from unroll.spec.schema import Dictionary, Rates, Synthetic, Train
 from unroll.train import losses, metrics
-from unroll.train.data import Shapes, Split, make_data
+from unroll.train.data import make_data
 from unroll.train.dictionary import alternate, column_steps, first_atoms, learn_dictionary
 from unroll.train.engine import Stage, fit, parameter_groups, plan, rate, read_rows, read_weights
+from unroll.train.samples import Shapes, Split
 
 M, N = 8, 16
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
@@ -137,9 +138,7 @@ def test_training_lowers_its_loss_on_held_out_samples(tmp_path, loss):
     before = losses.find_loss(loss).value
     held = data.validation
     with torch.no_grad():
-        start, end = (
-            float(before(n, held.inputs, losses.run(n, held.inputs), held.targets)) for n in (fresh(data), net)
-        )
+        start, end = (float(before(n, held, losses.run(n, held.inputs), settings())) for n in (fresh(data), net))
     assert end < 0.98 * start
     assert end == pytest.approx(min(row["held_out"] for row in rows), rel=1e-6)  # the best weights were kept
 
@@ -238,9 +237,7 @@ def test_deep_supervision_is_the_weighted_sum_of_the_losses_of_the_iterates(data
     loss, weights = losses.find_loss("mse"), losses.layer_weights("linear", 3)
     states = losses.iterates(net, batch.inputs)
     by_hand = sum(w * ((states[k]["z"] - batch.targets["z"]) ** 2).mean() for k, w in enumerate(weights, start=1))
-    assert losses.total(loss, net, batch.inputs, batch.targets, weights).item() == pytest.approx(
-        by_hand.item(), rel=1e-12
-    )
+    assert losses.total(loss, net, batch, weights, settings()).item() == pytest.approx(by_hand.item(), rel=1e-12)
 
 
 # --- metrics against plain loops -------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def _of_run(folder: Path) -> Iterator[Section]:
     yield "Training", _training(read_rows(folder / "metrics.csv"))
     if (folder / "table.json").is_file():
         ended: dict[str, Any] = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        yield "Layer by layer", _layers(cast(dict[str, list[float | None]], ended["layers"]), str(ended["reference"]))
+        if ended["layers"]:
+            layers = cast(dict[str, list[float | None]], ended["layers"])
+            yield "Layer by layer", _layers(layers, str(ended["reference"]))
         yield "Closing table", _closing(cast(list[dict[str, Any]], ended["rows"]))
 
 

@@ -542,13 +542,55 @@ class Patches(DataSettings):
     seed: Seed = 0
 
 
+class Augment(Record):
+    """Training pictures are changed at random, anew in every step."""
+
+    shift: Annotated[int, Field(ge=0, le=64)] = 0
+    """largest shift in pixels, up, down, left and right; zeros come in at the border"""
+    flip: bool = False
+    """left and right swapped, every second time"""
+
+
 class Digits(DataSettings):
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, with their labels."""
 
     source: Literal["digits"]
+    form: Literal["vectors", "images"] = "vectors"
+    """vectors of 64 for an input of the problem, or images of 1 x 8 x 8 for the input `image` of a model"""
     validation: Annotated[int, Field(ge=1, le=1_700)] = 297
     norm: Literal["unit", "none"] = "none"
+    augment: Augment | None = None
+    """of images only"""
     seed: Seed = 0
+
+
+class Images(DataSettings):
+    """A folder of pictures, FOLDER/CLASS/FILE; or FOLDER/train/CLASS/FILE and FOLDER/val/CLASS/FILE."""
+
+    source: Literal["images"]
+    folder: str
+    size: Annotated[int, Field(ge=2, le=1024)]
+    """pixels of a side: the middle square of a picture is scaled to it"""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 colour"""
+    validation: Positive = 0.1
+    """how many are held out where there are no train and val; below 1, a share of all"""
+    augment: Augment | None = None
+    seed: Seed = 0
+
+
+class Characters(DataSettings):
+    """Text, one token per character; the end of it is held out."""
+
+    source: Literal["text"]
+    text: str
+    """`python documentation`, `python library`, or the path of a UTF-8 file"""
+    length: Annotated[int, Field(ge=1, le=65_536)] = 128
+    """characters in a sample"""
+    characters: Count | None = None
+    """read so many from the start; all if left out"""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """the share that is held out"""
 
 
 class Synthetic(DataSettings):
@@ -578,7 +620,7 @@ class Files(DataSettings):
     seed: Seed = 0
 
 
-Data = Annotated[Patches | Digits | Synthetic | Files, Field(discriminator="source")]
+Data = Annotated[Patches | Digits | Images | Characters | Synthetic | Files, Field(discriminator="source")]
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -588,28 +630,36 @@ class Rates(Record):
     """Learning rates by kind of parameter."""
 
     matrices: Positive = 1e-3
+    """of biases, norms and positions too"""
     scalars: Positive = 1e-2
+    """of learned step sizes and thresholds"""
 
 
 class Train(Record):
     """How the free parameters are fitted."""
 
-    loss: Literal["mse", "nmse", "objective"] = "nmse"
-    """mse, nmse: against the true or converged value; objective: no target needed"""
+    loss: Literal["mse", "nmse", "objective", "cross_entropy", "masked_mse"] = "nmse"
+    """mse, nmse: against the true or converged value; objective: no target needed; of a model, cross_entropy: against
+    labels or the next character, masked_mse: of the patches that were hidden"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """cross_entropy: this share of each label is spread over all classes; not in what is measured on held-out data"""
     target: Literal["truth", "optimum"] | None = None
     """what mse and nmse compare with; if left out, the truth where the data have it, else the converged optimum"""
     layer_weights: Literal["last", "uniform", "linear"] | tuple[Annotated[float, Field(ge=0)], ...] = "last"
     """what the loss of each layer counts"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive | Rates = Rates()
-    """one number is for matrices; what is smaller then learns ten times as fast"""
+    """one number is for matrices; learned step sizes and thresholds then learn ten times as fast"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """how the learning rate falls: over the steps, or over the minutes where only they are given"""
     warmup: Annotated[int, Field(ge=0)] = 0
     """steps in which the learning rate grows from 0"""
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """the share of the learning rate at which the cosine ends"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """of sgd"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """of matrices alone; run.json lists which parameters those are"""
     stages: Literal["end_to_end", "layerwise"] = "end_to_end"
     refine: Share = 0.5
     """layerwise: the share of the steps in which, at the end, all layers are trained together"""
@@ -623,6 +673,8 @@ class Train(Record):
     """steps between two measurements on held-out data; an epoch, but at most 500, if left out"""
     keep: Literal["best", "last"] = "best"
     """which weights remain: the best on held-out data, or the last"""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """measure and keep the mean of the weights of all steps, each counting this much less than the next"""
     baselines: tuple[str, ...] = ("fista",)
     """algorithms of the same depth that the closing table compares with"""
     tensorboard: bool = False

@@ -1,7 +1,6 @@
 """Data: settings -> `Data`, tensors by the names that a problem gives to its inputs, variables and parameters.
 
 Every source is one record in `SOURCES`, and a pure function of its settings: the same seed gives the same bits.
-Shapes: batch first, B samples; a vector [n] is (B, n), a matrix [d, N] is (B, N, d).
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,65 +18,11 @@ import torch
 from torch import Tensor
 
 from unroll.errors import SpecError, did_you_mean, quote
+from unroll.spec import schema
 from unroll.spec.schema import DataSettings, Digits, Files, Patches, Synthetic
-
-Shape = tuple[int | None, ...]
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a problem asks of its data: stored shapes without the batch axis; None where a size is open."""
-
-    inputs: Mapping[str, Shape]
-    variables: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
-    parameters: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
-
-
-@dataclass(frozen=True)
-class Split:
-    """Samples: inputs by name, and the true values of variables where the source knows them. All (B, ...)."""
-
-    inputs: Tensors
-    targets: Tensors = field(default_factory=dict[str, Tensor])
-
-    def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-    def __getitem__(self, index: Tensor | slice) -> Split:
-        return Split({k: v[index] for k, v in self.inputs.items()}, {k: v[index] for k, v in self.targets.items()})
-
-    def to(self, like: Tensor | torch.device | torch.dtype) -> Split:
-        """The same samples with the device and dtype of `like`."""
-        return Split({k: v.to(like) for k, v in self.inputs.items()}, {k: v.to(like) for k, v in self.targets.items()})
-
-
-@dataclass(frozen=True)
-class Data:
-    """Samples to train on, samples held out, and the values of problem parameters that come with them."""
-
-    source: str
-    train: Split
-    validation: Split
-    parameters: Tensors = field(default_factory=dict[str, Tensor])
-    notes: tuple[str, ...] = ()
-
-    def summary(self) -> list[tuple[str, str, str, str, str]]:
-        """Rows to print before training: what, name, shape, range, dtype."""
-        parts = [
-            ("train", self.train.inputs),
-            ("train target", self.train.targets),
-            ("held out", self.validation.inputs),
-            ("held-out target", self.validation.targets),
-            ("parameter", self.parameters),
-        ]
-        return [(what, name, *_describe(value)) for what, tensors in parts for name, value in tensors.items()]
-
-
-def _describe(value: Tensor) -> tuple[str, str, str]:
-    low, high = value.aminmax()
-    shape = " × ".join(f"{size:,}" for size in value.shape)
-    return shape, f"{low.item():.3g} .. {high.item():.3g}", str(value.dtype).removeprefix("torch.")
+from unroll.train.pictures import change_of, image_sizes, read_folder
+from unroll.train.samples import Data, Shape, Shapes, Split, Tensors, divide, generator, package
+from unroll.train.text import read_text
 
 
 @dataclass(frozen=True)
@@ -140,13 +84,21 @@ def whitening(x: Tensor, kind: Literal["zca", "pca"], eps: float) -> Tensor:
 
 
 def digits(settings: Digits, shapes: Shapes, given: Tensors) -> Data:
-    """x: (B, 64), the pixels of a digit, in a shuffled order; the last `validation` of them are held out."""
+    """x: (B, 64), or image: (B, 1, 8, 8), and labels, in a shuffled order; the last `validation` are held out."""
     del given
-    name = fed_input(settings, shapes)
     raw: Any = package("sklearn.datasets", "data: source: digits").load_digits()
-    x = _scaled(torch.from_numpy(np.array(raw.data)) / 16, settings.norm)
-    train, held = divide(Split({name: x}), settings.validation, settings.seed)
-    return Data("digits", train, held)
+    x, labels = (
+        _scaled(torch.from_numpy(np.array(raw.data)) / 16, settings.norm),
+        torch.from_numpy(np.array(raw.target)),
+    )
+    if settings.form == "vectors":
+        if settings.augment is not None:
+            raise SpecError("E511", "data: augment: changes images, these are vectors", hint="set data: form: images")
+        train, held = divide(Split({fed_input(settings, shapes): x}, labels=labels), settings.validation, settings.seed)
+        return Data("digits", train, held, sizes={"classes": 10})
+    name, image = settings.input or "image", x.unflatten(-1, (1, 8, 8))
+    train, held = divide(Split({name: image}, labels=labels), settings.validation, settings.seed)
+    return Data("digits", train, held, sizes=image_sizes(image, 10), change=change_of(settings.augment, name))
 
 
 def synthetic(settings: Synthetic, shapes: Shapes, given: Tensors) -> Data:
@@ -207,15 +159,17 @@ def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
 SOURCES: tuple[Source, ...] = (
     Source("patches", patches, "whitened patches of scikit-learn's sample photographs"),
     Source("digits", digits, "scikit-learn's 8 x 8 handwritten digits"),
+    Source("images", read_folder, "a folder of pictures, one folder inside it per class"),
+    Source("text", read_text, "characters of Python's documentation, of its library, or of your own file"),
     Source("synthetic", synthetic, "x = A z + noise with a sparse z that is known"),
     Source("file", files, "your arrays: .npy, .npz, .pt"),
 )
 
 
-def make_data(settings: Patches | Digits | Synthetic | Files, shapes: Shapes, given: Tensors | None = None) -> Data:
+def make_data(settings: schema.Data, shapes: Shapes, given: Tensors | None = None) -> Data:
     """The data that a spec's `data:` asks for, checked: finite, and of the shapes that the problem declares.
 
-    given: values of problem parameters that are known already.  Raises SpecError E501 to E507.
+    given: values of problem parameters that are known already.  Raises SpecError E501 to E507, E513.
     """
     data = find_source(settings.source).make(settings, shapes, given or {})
     check(data, shapes)
@@ -302,35 +256,6 @@ def _kind(value: object) -> str:
 # --- helpers -------------------------------------------------------------------------------------------------------
 
 
-def generator(seed: int) -> torch.Generator:
-    """A private source of random numbers: neither reads nor moves the global one."""
-    return torch.Generator().manual_seed(seed)
-
-
-def package(name: str, wanted_by: str, extra: str = "train") -> ModuleType:
-    """Import an optional package. Raises SpecError E501 with the command that installs it."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
-            raise
-        hint = f"pip install 'unroll-compiler[{extra}]'"
-        raise SpecError(
-            "E501", f"{wanted_by} needs the package {error.name}, which is not installed", hint=hint
-        ) from error
-
-
-def divide(samples: Split, validation: float, seed: int) -> tuple[Split, Split]:
-    """(train, held out): shuffled, the last `validation` samples held out; below 1 it is a share."""
-    held = round(validation * len(samples)) if validation < 1 else int(validation)
-    if not 0 < held < len(samples):
-        raise SpecError("E504", f"cannot hold out {held:,} of {len(samples):,} samples", hint="set data: validation:")
-    order = torch.randperm(len(samples), generator=generator(seed))
-    return samples[order[:-held]], samples[order[-held:]]
-
-
 def fed_input(settings: DataSettings, shapes: Shapes) -> str:
     """The input that samples are fed to: the one that is named, or the only one. Raises SpecError E507."""
     if settings.input is not None and settings.input not in shapes.inputs:
@@ -380,11 +305,15 @@ def check_counts(arrays: Tensors) -> None:
 
 
 def check(data: Data, shapes: Shapes) -> None:
-    """Every tensor is finite and has its declared shape. Raises SpecError E504, E505."""
-    for split in (data.train, data.validation):
+    """Every tensor is finite and has its declared shape, if the problem declares it. Raises SpecError E504, E505.
+
+    What only a model around the problem declares (image, tokens) meets the network before the first step.
+    """
+    for split in (data.train.whole(), data.validation):
         for names, tensors in ((shapes.inputs, split.inputs), (shapes.variables, split.targets)):
             for name, value in tensors.items():
-                _check_shape(name, tuple(value.shape[1:]), names[name])
+                if name in names:
+                    _check_shape(name, tuple(value.shape[1:]), names[name])
                 _check_finite(name, value)
     for name, value in data.parameters.items():
         _check_shape(name, tuple(value.shape), shapes.parameters[name])

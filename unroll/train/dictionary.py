@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unroll.errors import SpecError
 from unroll.spec.schema import Dictionary
-from unroll.train.data import generator
+from unroll.train.samples import generator
 
 Code = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,8 +1,8 @@
 """The training loop: Lightning's Trainer, made to resume bit for bit at any step. The only file that imports lightning.
 
 Lightning sees the whole training as one epoch of `steps` batches, and batch k is a pure function of (seed, k): nothing
-of its bookkeeping of epochs, samplers or loaders takes part. Callbacks hold the rest: random numbers, clock, journal.
-Learning rates and stages are pure functions of the step.
+of its bookkeeping of epochs, samplers or loaders takes part. Callbacks hold the rest: random numbers, averaged weights,
+clock, journal. Learning rates and stages are pure functions of the step.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -31,15 +31,18 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Rates, Train
+from unroll.spec.schema import Train
 from unroll.train import losses
-from unroll.train.data import Data, Split, generator, package
+from unroll.train.groups import parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
-from unroll.train.metrics import flat, nmse
+from unroll.train.masked import aside
+from unroll.train.samples import Change, Data, Samples, Split, generator, package
+from unroll.train.table import evaluating
+from unroll.train.tasks import Task as Purpose
+from unroll.train.tasks import find_task
 
 EPOCHS = 20  # where neither epochs, steps nor minutes are given
 FOREVER = 2**31  # steps, where only the clock ends the training
-COLUMNS = ("step", "epoch", "seconds", "lr", "depth", "loss", "held_out", "nmse")
 
 
 @dataclass(frozen=True)
@@ -73,26 +76,14 @@ def plan(settings: Train, layers: int, steps: int) -> tuple[Stage, ...]:
 
 
 def rate(settings: Train, stage: Stage, step: int, share: float) -> float:
-    """Factor of the learning rate: a linear warm-up, then 1, or (1 + cos(pi share)) / 2 in a stage that anneals."""
+    """Factor of the learning rate: a linear warm-up, then 1, or f + (1 − f)(1 + cos(pi share))/2 where it anneals.
+
+    f: the share of the learning rate that is left at the end.
+    """
     warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     cosine = settings.schedule == "cosine" and stage.anneals
-    return warm * (0.5 * (1 + math.cos(math.pi * min(share, 1.0))) if cosine else 1.0)
-
-
-def rates(settings: Train) -> Rates:
-    """Learning rates by kind of parameter; where one number is given, what is no matrix learns ten times as fast."""
-    lr = settings.lr
-    return lr if isinstance(lr, Rates) else Rates(matrices=lr, scalars=10 * lr)
-
-
-def parameter_groups(net: Net, settings: Train) -> list[dict[str, Any]]:
-    """One group per kind: matrices, and everything smaller (steps, thresholds)."""
-    lr = rates(settings)
-    by_kind = {"matrix": lr.matrices, "scalar": lr.scalars}
-    found: dict[str, list[nn.Parameter]] = {"matrix": [], "scalar": []}
-    for item, p in zip(net.learned, losses.module(net).parameters(), strict=True):
-        found[item.kind].append(p)
-    return [{"params": ps, "lr": by_kind[k], "base_lr": by_kind[k], "kind": k} for k, ps in found.items() if ps]
+    left = settings.final_lr
+    return warm * (left + (1 - left) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) if cosine else 1.0)
 
 
 # --- what Lightning drives -------------------------------------------------------------------------------------------
@@ -101,8 +92,11 @@ def parameter_groups(net: Net, settings: Train) -> list[dict[str, Any]]:
 class Batches:
     """Batch k of the training, k = 0, 1, ..: a pure function of (seed, k). It starts where the trainer stands."""
 
-    def __init__(self, samples: Split, size: int, seed: int, steps: int, trainer: L.Trainer) -> None:
-        self.samples, self.size, self.seed, self.steps, self.trainer = samples, size, seed, steps, trainer
+    def __init__(
+        self, samples: Samples, change: Change | None, size: int, seed: int, steps: int, trainer: L.Trainer
+    ) -> None:
+        self.samples, self.change, self.size = samples, change, size
+        self.seed, self.steps, self.trainer = seed, steps, trainer
 
     def __len__(self) -> int:
         return self.steps
@@ -115,9 +109,13 @@ class Batches:
         for step in range(start, self.steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(len(self.samples), generator=generator(self.seed + epoch))
+                order = self.samples.order(generator(self.seed + epoch))
             first = step % per_epoch * self.size
-            yield self.samples[order[first : first + self.size][mine]]
+            places = order[first : first + self.size]
+            if self.change is None:
+                yield self.samples[places[mine]]
+            else:  # all ranks change the whole batch, so that it does not depend on their number
+                yield self.change(self.samples[places], generator((self.seed + 1) * FOREVER + step))[mine]
 
 
 class Task(L.LightningModule):
@@ -145,20 +143,19 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(cast(Net, self.net), self.settings)
-        decay = self.settings.weight_decay
         match self.settings.optimizer:
             case "adam":
-                return torch.optim.Adam(groups, weight_decay=decay)
+                return torch.optim.Adam(groups)
             case "adamw":
-                return torch.optim.AdamW(groups, weight_decay=decay)
+                return torch.optim.AdamW(groups)
             case "sgd":
-                return torch.optim.SGD(groups, momentum=self.settings.momentum, weight_decay=decay)
+                return torch.optim.SGD(groups, momentum=self.settings.momentum)
 
     def training_step(self, batch: Split, index: int) -> Tensor:
         del index
         depth = self.stage.depth
         weights = self.weights if depth == len(self.weights) else (0.0,) * (depth - 1) + (1.0,)
-        value = losses.total(self.loss, cast(Net, self.net), batch.inputs, batch.targets, weights)
+        value = losses.total(self.loss, cast(Net, self.net), batch, weights, self.settings)
         if not bool(value.isfinite()):
             raise blame(cast(Net, self.net), batch, self.global_step)
         return value
@@ -184,9 +181,9 @@ def blame(net: Net, batch: Split, step: int) -> SpecError:
     """The first thing that is not finite: a parameter, else an iterate by its layer, else the loss itself."""
     found = [describe(net, name, p) for name, p in losses.module(net).named_parameters() if not p.isfinite().all()]
     with torch.no_grad():
-        states = losses.iterates(net, batch.inputs)
-    for k, state in enumerate(states):
-        found += [f"{name} after layer {k}" for name, z in state.items() if not z.isfinite().all()]
+        iterates: dict[str, list[Tensor]] = net.trace(*losses.arguments(net, batch.inputs)).iterates
+    broken = [(k, name) for name, row in iterates.items() for k, z in enumerate(row) if not z.isfinite().all()]
+    found += [f"{name} after layer {k}" for k, name in sorted(broken)]
     what = found[0] if found else "the value of the loss"
     return _not_finite(what, step)
 
@@ -260,6 +257,52 @@ class Randomness(L.Callback):
         self.waiting = None
 
 
+class Average(L.Callback):
+    """The mean of the weights after steps 1 .. t, that after step k counting decay^(t − k).
+
+    After step t the mean moves by the share (1 − decay)/(1 − decay^t) towards the weights; for t = 1 it is 1, so the
+    start does not count.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.values = decay, list[Tensor]()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        del outputs, batch, batch_idx
+        own = list(pl_module.net.parameters())
+        self.values = [v.to(p) for v, p in zip(self.values or own, own, strict=True)]
+        share = (1 - self.decay) / (1 - self.decay**trainer.global_step)
+        self.values = [v + share * (p - v) for v, p in zip(self.values, own, strict=True)]
+
+    @contextmanager
+    def shown(self, net: nn.Module) -> Generator[None]:
+        """Inside, the network has the averaged weights."""
+        own = [p.detach().clone() for p in net.parameters()]
+        self.put(net)
+        try:
+            yield
+        finally:
+            _set(net, own)
+
+    def put(self, net: nn.Module) -> None:
+        """Give the network the averaged weights; before the first step there are none, and nothing is done."""
+        if self.values:
+            _set(net, self.values)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.values = list(state_dict["values"])
+
+
+@torch.no_grad()
+def _set(net: nn.Module, values: Sequence[Tensor]) -> None:
+    for p, value in zip(net.parameters(), values, strict=True):
+        p.copy_(value)
+
+
 class Clock(L.Callback):
     """Seconds of training over all sessions; ends the training at the time limit or after Ctrl-C, between two steps."""
 
@@ -318,9 +361,19 @@ class Clock(L.Callback):
 class Journal(L.Callback):
     """Every `every` steps and at the end: the held-out loss, a row of metrics.csv, the best weights, the checkpoint."""
 
-    def __init__(self, folder: Path, held: Split, settings: Train, every: int, per_epoch: int, clock: Clock) -> None:
-        self.folder, self.held, self.settings = folder, held, settings
-        self.every, self.per_epoch, self.clock = every, per_epoch, clock
+    def __init__(
+        self,
+        folder: Path,
+        held: Split,
+        purpose: Purpose,
+        settings: Train,
+        every: int,
+        per_epoch: int,
+        clock: Clock,
+        shown: Callable[[nn.Module], AbstractContextManager[None]],
+    ) -> None:
+        self.folder, self.held, self.purpose, self.settings = folder, held, purpose, settings
+        self.every, self.per_epoch, self.clock, self.shown = every, per_epoch, clock, shown
         self.best, self.stale = math.inf, 0
         self.sum, self.count = 0.0, 0
         self.row: dict[str, float] = {}
@@ -336,8 +389,16 @@ class Journal(L.Callback):
             self._save(trainer)
 
     def _record(self, trainer: L.Trainer, task: Task) -> None:
+        with self.shown(task.net):
+            measured = evaluate(cast(Net, task.net), self.held, self.purpose, self.settings)
+            better = self._judge(trainer, task, measured)
+            if trainer.is_global_zero:
+                self._write(task, better)
+        self._save(trainer)
+
+    def _judge(self, trainer: L.Trainer, task: Task, measured: dict[str, float]) -> bool:
+        """Make the row; is it the best one?"""
         step = trainer.global_step
-        measured = evaluate(cast(Net, task.net), self.held, self.settings, task.loss)
         self.row = {
             "step": step,
             "epoch": step / self.per_epoch,
@@ -345,23 +406,22 @@ class Journal(L.Callback):
             "lr": rates(self.settings).matrices * task.factor,
             "depth": task.stage.depth,
             "loss": self.sum / max(self.count, 1),
-            **measured,
+            "held_out": measured["held_out"],
+            **{column.key: measured[column.key] for column in self.purpose.columns},
         }
         self.sum, self.count = 0.0, 0
         better = measured["held_out"] < self.best
         self.best, self.stale = (measured["held_out"], 0) if better else (self.best, self.stale + 1)
         if self.settings.patience is not None and self.stale >= self.settings.patience:
             trainer.should_stop = True
-        if trainer.is_global_zero:
-            self._write(task, better)
-        self._save(trainer)
+        return better
 
     def _write(self, task: Task, better: bool) -> None:
         if better:
             write_weights(task.net, self.folder / "checkpoints" / "best.safetensors")
         append_row(self.folder / "metrics.csv", self.row)
         if self.board is not None:
-            for name in ("loss", "held_out", "nmse", "lr"):
+            for name in ("loss", "held_out", "lr", *(column.key for column in self.purpose.columns)):
                 self.board.add_scalar(name, self.row[name], int(self.row["step"]))
             self.board.flush()
 
@@ -439,13 +499,13 @@ def read_weights(net: nn.Module, path: Path) -> None:
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
-    """One line more in a CSV file with COLUMNS as its head."""
+    """One line more in a CSV file with the names of the row as its head."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(row))
         if new:
             writer.writeheader()
-        writer.writerow({name: f"{row[name]:.9g}" for name in COLUMNS})
+        writer.writerow({name: f"{value:.9g}" for name, value in row.items()})
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
@@ -475,18 +535,10 @@ def _board(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def evaluate(net: Net, held: Split, settings: Train, loss: losses.Loss) -> dict[str, float]:
-    """Loss of the last iterate and NMSE (sum ratio; nan without targets) over all held-out samples."""
-    module = losses.module(net)
-    like = next(module.parameters())
-    was_training = module.training
-    module.eval()
-    held = held.to(like)
-    parts = [losses.run(net, held[slice(k, k + settings.batch)].inputs) for k in range(0, len(held), settings.batch)]
-    z = {name: torch.cat([part[name] for part in parts]) for name in net.variables}
-    value = float(loss.value(net, held.inputs, z, held.targets))
-    module.train(was_training)
-    return {"held_out": value, "nmse": float(nmse(flat(z), flat(held.targets))) if held.targets else math.nan}
+def evaluate(net: Net, held: Split, purpose: Purpose, settings: Train) -> dict[str, float]:
+    """What the task measures on all held-out samples, "held_out" among it: the loss."""
+    with evaluating(net):
+        return purpose.measure(net, held.to(next(losses.module(net).parameters())), settings)
 
 
 def fit(
@@ -503,8 +555,10 @@ def fit(
     """Train `net` in place, from its present weights or from folder/checkpoints/last.ckpt; keep best or last weights.
 
     console: where the progress bar is drawn; None: nowhere.
-    Raises SpecError E508 (loss without its targets), E509 (a value that is not finite), E511 (settings).
+    Raises SpecError E507 (inputs), E508 (loss without its targets), E509 (a value that is not finite), E511 (settings),
+    E512 (the network's answer is none for this loss).
     """
+    purpose = find_task(settings, data)
     _check(net, data, settings)
     size = min(settings.batch, len(data.train))
     per_epoch = len(data.train) // size
@@ -512,8 +566,10 @@ def fit(
     every = settings.validate_every or min(per_epoch, 500)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     clock = Clock(settings.minutes)
-    journal = Journal(folder, data.validation, settings, every, per_epoch, clock)
-    callbacks: list[L.Callback] = [Randomness(), clock, journal]
+    average = None if settings.ema is None else Average(settings.ema)
+    shown = _as_it_is if average is None else average.shown
+    journal = Journal(folder, data.validation, purpose, settings, every, per_epoch, clock, shown)
+    callbacks: list[L.Callback] = [Randomness(), *([average] if average else []), clock, journal]
     if console is not None:
         callbacks.append(Bar(console, journal, steps, clock))
     last = folder / "checkpoints" / "last.ckpt"
@@ -523,12 +579,19 @@ def fit(
             torch.manual_seed(settings.seed)
         task = Task(net, settings, plan(settings, net.layers, steps), clock)
         like = next(losses.module(net).parameters())
-        batches = Batches(data.train.to(like.dtype), size, settings.seed, steps, trainer)
+        batches = Batches(data.train.to(like.dtype), data.change, size, settings.seed, steps, trainer)
         trainer.fit(task, batches, ckpt_path=last if resume else None, weights_only=True)
     best = folder / "checkpoints" / "best.safetensors"
     if settings.keep == "best" and best.exists():
         read_weights(losses.module(net), best)
+    elif average is not None:
+        average.put(losses.module(net))
     return Outcome(_status(clock, journal, settings), trainer.global_step, clock.seconds, journal.best)
+
+
+def _as_it_is(net: nn.Module) -> AbstractContextManager[None]:
+    del net
+    return nullcontext()
 
 
 def _status(clock: Clock, journal: Journal, settings: Train) -> Status:
@@ -549,13 +612,56 @@ def total_steps(settings: Train, per_epoch: int) -> int:
 
 
 def _check(net: Net, data: Data, settings: Train) -> None:
-    if losses.find_loss(settings.loss).supervised and not data.train.targets:
+    loss = losses.find_loss(settings.loss)
+    if loss.needs == "targets" and not data.train.whole().targets:
         hint = "set train: target: optimum, or train: loss: objective"
         raise SpecError("E508", f"train: loss: {settings.loss} needs the true {', '.join(net.variables)}", hint=hint)
+    fed = data.validation.inputs
+    if missing := [name for name in net.inputs if name not in fed]:
+        message = f"the network takes {', '.join(missing)}, source '{data.source}' has {', '.join(fed)}"
+        raise SpecError("E507", message, hint="data: input: names what the samples are; digits have form: images")
     if next(losses.module(net).parameters(), None) is None:
         raise SpecError(
             "E511", "train: the network has nothing to learn", hint="give it a learn: section or a parametrisation:"
         )
+    if not loss.by_layer:
+        _check_answer(net, loss, data)
+
+
+@torch.no_grad()
+def _check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
+    """Ask the network, as it is in training, about two samples. Raises SpecError E512."""
+    module = losses.module(net)
+    like = next(module.parameters())
+    few = _highest(data).to(like)
+    was_training = module.training
+    module.train()
+    try:
+        with aside(like.device, 0):
+            answer = module(*losses.arguments(net, few.inputs))
+    except IndexError as error:
+        most = max(int(v.max()) for v in few.inputs.values())
+        hint = f"the data have {', '.join(f'{name}: {n}' for name, n in data.sizes.items())}"
+        raise SpecError("E512", f"train: the network has no row for token {most}", hint=hint) from error
+    finally:
+        module.train(was_training)
+    labels = [part.labels for part in (data.train.whole(), data.validation)]
+    most = max(-1 if part is None else int(part.max()) for part in labels)
+    if reason := loss.misfit(few, answer, most):
+        raise SpecError("E512", f"train: {reason}", hint="change loss:, the data, or the head of the model")
+
+
+def _highest(data: Data) -> Split:
+    """Two samples; where inputs are tokens, one of them is the highest that occurs."""
+    few = data.validation[:2]
+    inputs = dict(few.inputs)
+    for name, value in inputs.items():
+        if not value.is_floating_point():
+            inputs[name] = value.clone()
+            inputs[name].view(-1)[0] = max(
+                int(part.inputs[name].max()) for part in (data.train.whole(), data.validation)
+            )
+    return replace(few, inputs=inputs)
 
 
 def _trainer(

@@ -1,6 +1,7 @@
 """What training minimises: one record per loss, and weights over layers.
 
 A network is seen here only through `Net`: call it, ask for its iterates, ask for the value of its objective.
+Legend: B batch, T tokens, K classes, N patches, P entries of a patch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from unroll.errors import SpecError, did_you_mean, quote
-from unroll.train.data import Tensors
+from unroll.spec.schema import Train
 from unroll.train.metrics import flat, nmse
+from unroll.train.samples import Split, Tensors
 
 
 class Net(Protocol):
-    """What training needs of a network; a compiled `Network` is one, and so is any module with these members."""
+    """What training needs of a network; a compiled `Network` is one, and so is any module with these members.
+
+    A model needs no `objective`; its `learned` is what its layers learn. Labels ask of it an answer of (B, K) or
+    (B, T, K); hidden patches ask for (predicted (B, N, P), mask (B, N) with True where hidden), for `patches`, and for
+    `mask` as an argument.
+    """
 
     layers: int
 
@@ -26,6 +33,8 @@ class Net(Protocol):
     def inputs(self) -> tuple[str, ...]: ...
     @property
     def variables(self) -> tuple[str, ...]: ...
+    @property
+    def given(self) -> Mapping[str, Tensor]: ...  # values of the problem's parameters
     @property
     def learned(
         self,
@@ -50,11 +59,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Loss:
-    """value(net, inputs, z, target) -> scalar. supervised: it needs a target for every variable."""
+    """value(net, batch, answer, settings) -> scalar.
+
+    by_layer: the answer is variables by name, and there is one after each layer; else it is what the network returns.
+    needs: what the batch must hold beside inputs, "" if nothing.
+    misfit(samples, answer, most): why the answer to a few samples cannot be compared with them, "" if it can; most: the
+    highest label of all samples, -1 without labels.
+    """
 
     name: str
-    supervised: bool
-    value: Callable[[Net, Tensors, Tensors, Tensors], Tensor]
+    by_layer: bool
+    needs: Literal["", "targets", "labels"]
+    value: Callable[[Net, Split, Any, Train], Tensor]
+    misfit: Callable[[Split, Any, int], str]
 
 
 def arguments(net: Net, inputs: Tensors) -> list[Tensor]:
@@ -86,28 +103,89 @@ def _named(net: Net, answer: Any) -> Tensors:
     return dict(zip(net.variables, answer, strict=True))
 
 
-def _objective(net: Net, inputs: Tensors, z: Tensors, target: Tensors) -> Tensor:
+def _objective(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
     """mean over samples of F(z): needs no target."""
-    del target
-    return objective(net, inputs, z).mean()
+    del settings
+    return objective(net, batch.inputs, z).mean()
 
 
-def _mse(net: Net, inputs: Tensors, z: Tensors, target: Tensors) -> Tensor:
+def _mse(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
     """mean over samples and entries of (z − target)²."""
-    del net, inputs
-    return (flat(z) - flat(target)).square().mean()
+    del net, settings
+    return (flat(z) - flat(batch.targets)).square().mean()
 
 
-def _nmse(net: Net, inputs: Tensors, z: Tensors, target: Tensors) -> Tensor:
+def _nmse(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
     """Σ‖z − target‖² / Σ‖target‖² over the batch: its gradient does not depend on the scale of the data."""
-    del net, inputs
-    return nmse(flat(z), flat(target))
+    del net, settings
+    return nmse(flat(z), flat(batch.targets))
+
+
+def _cross_entropy(net: Net, batch: Split, logits: Tensor, settings: Train) -> Tensor:
+    """mean over labels y of −Σₖ qₖ log softmax(logits)ₖ, q = (1 − s)·[k = y] + s/K with s = label_smoothing."""
+    del net
+    assert batch.labels is not None
+    return nn.functional.cross_entropy(
+        logits.flatten(0, -2), batch.labels.flatten(), label_smoothing=settings.label_smoothing
+    )
+
+
+def _masked_mse(net: Net, batch: Split, answer: tuple[Tensor, Tensor], settings: Train) -> Tensor:
+    """mean over hidden patches and their entries of (predicted − patch)². nan if nothing is hidden.
+
+    Source: He, Chen, Xie, Li, Dollár & Girshick 2022, arXiv:2111.06377, section 3.
+    """
+    del settings
+    predicted, mask = answer
+    return patch_errors(net, batch, predicted)[mask].mean()
+
+
+def patch_errors(net: Net, batch: Split, predicted: Tensor) -> Tensor:
+    """mean over entries of (predicted − patch)²: (B, N). predicted: (B, N, P), or what broadcasts to it."""
+    return (predicted - cast(Any, net).patches(*arguments(net, batch.inputs))).square().mean(-1)
+
+
+def _fits(samples: Split, answer: Any, most: int) -> str:
+    """Codes have the shape of their variable: the network saw to it."""
+    del samples, answer, most
+    return ""
+
+
+def _no_logits(samples: Split, answer: Any, most: int) -> str:
+    assert samples.labels is not None
+    if not isinstance(answer, Tensor):
+        return f"cross_entropy needs one tensor of logits, the network answers with {_kind(answer)}"
+    labels = samples.labels
+    if answer.ndim != labels.ndim + 1 or answer.shape[1:-1] != labels.shape[1:]:
+        shapes = [tuple(v.shape[1:]) for v in (labels, answer)]
+        return f"per sample the labels are {shapes[0]} and the answer is {shapes[1]}, not {(*shapes[0], 'classes')}"
+    known = answer.shape[-1]
+    return "" if most < known else f"labels go up to {most}, the network tells {known} classes apart: 0 to {known - 1}"
+
+
+def _no_patches(samples: Split, answer: Any, most: int) -> str:
+    del samples, most
+    pair = isinstance(answer, tuple) and len(cast("tuple[Any, ...]", answer)) == 2
+    if not pair or not all(isinstance(v, Tensor) for v in answer) or answer[1].dtype != torch.bool:
+        return f"masked_mse needs (predicted patches, mask), the network answers with {_kind(answer)}"
+    predicted, mask = answer
+    if predicted.ndim != 3 or mask.shape != predicted.shape[:2]:
+        return f"the mask is {tuple(mask.shape)}, predicted patches are {tuple(predicted.shape)}"
+    return "" if mask.any() else "no patch is hidden in training, so there is nothing to learn from"
+
+
+def _kind(answer: Any) -> str:
+    if isinstance(answer, Tensor):
+        return f"a tensor of shape {tuple(answer.shape)}"
+    return f"{len(answer)} values" if isinstance(answer, tuple | list | Mapping) else type(answer).__name__
 
 
 LOSSES: tuple[Loss, ...] = (
-    Loss("objective", False, _objective),
-    Loss("mse", True, _mse),
-    Loss("nmse", True, _nmse),
+    Loss("objective", True, "", _objective, _fits),
+    Loss("mse", True, "targets", _mse, _fits),
+    Loss("nmse", True, "targets", _nmse, _fits),
+    Loss("cross_entropy", False, "labels", _cross_entropy, _no_logits),
+    Loss("masked_mse", False, "", _masked_mse, _no_patches),
 )
 
 
@@ -145,23 +223,33 @@ def layer_weights(given: str | Sequence[float], layers: int) -> tuple[float, ...
     return tuple(w / sum(raw) for w in raw)
 
 
-def total(loss: Loss, net: Net, inputs: Tensors, target: Tensors, weights: Sequence[float]) -> Tensor:
-    """Σ_k w_k loss(iterate k), k = 1 .. len(weights): a shorter list of weights trains a shallower network."""
-    if len(weights) == net.layers and not any(weights[:-1]):
-        states = {net.layers: run(net, inputs)}
+def total(loss: Loss, net: Net, batch: Split, weights: Sequence[float], settings: Train) -> Tensor:
+    """Σ_k w_k loss(iterate k), k = 1 .. len(weights): a shorter list of weights trains a shallower network.
+
+    A loss that is not by layer sees the network's answer, which weights that are 0 but for the last stand for.
+    """
+    last = len(weights) == net.layers and not any(weights[:-1])
+    if not loss.by_layer:
+        assert last, "internal error, please report: weights by layer for a loss of the answer alone"
+        states = {net.layers: net(*arguments(net, batch.inputs))}
+    elif last:
+        states = {net.layers: run(net, batch.inputs)}
     else:
-        states = dict(enumerate(iterates(net, inputs)))
-    with torch.autocast(next(iter(inputs.values())).device.type, enabled=False):  # sums of squares need float32
-        parts = [
-            w * loss.value(net, inputs, {name: _full(z) for name, z in states[k].items()}, target)
-            for k, w in enumerate(weights, start=1)
-            if w
-        ]
+        states = dict(enumerate(iterates(net, batch.inputs)))
+    with torch.autocast(next(iter(batch.inputs.values())).device.type, enabled=False):  # sums need float32
+        parts = [w * loss.value(net, batch, _full(states[k]), settings) for k, w in enumerate(weights, start=1) if w]
         return torch.stack(parts).sum()
 
 
-def _full(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
+def _full(answer: Any) -> Any:
+    """The same tensors, those with a fraction in float32 or better."""
+    match answer:
+        case Tensor():
+            return answer.float() if answer.is_floating_point() and answer.dtype != torch.float64 else answer
+        case Mapping():
+            return {name: _full(z) for name, z in cast("Mapping[str, Tensor]", answer).items()}
+        case _:
+            return tuple(_full(z) for z in answer)
 
 
 def module(net: Net) -> nn.Module:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from unroll.train.data import package
+from unroll.train.samples import package
+from unroll.train.table import Closing, Column
 
 
-def curves(
-    rows: Sequence[Mapping[str, float]], errors: Mapping[str, Sequence[float]], reference: str, path: Path
-) -> None:
-    """Left: loss by epoch, in training and held out. Right: NMSE (sum ratio, dB) after each layer."""
+def curves(rows: Sequence[Mapping[str, float]], closing: Closing, column: Column, path: Path) -> None:
+    """Left: loss by epoch, in training and held out. Right: the errors of the layers, else `column` by epoch."""
     figure, (left, right) = _figure(2)
     epochs = [row["epoch"] for row in rows]
     for key, label in (("loss", "training"), ("held_out", "held out")):
@@ -25,14 +24,32 @@ def curves(
     if values and 0 < 10 * min(values) < max(values):
         left.set_yscale("log")
     left.set(xlabel="epoch", ylabel="loss")
-    for label, values in errors.items():
-        decibel = [10 * math.log10(v) if v > 0 else math.nan for v in values]
-        right.plot(range(len(decibel)), decibel, marker="o", markersize=3, label=label)
-    right.set(xlabel="layer", ylabel=f"NMSE in dB, against the {reference}")
+    if closing.layers:
+        _by_layer(right, closing)
+    else:
+        _by_epoch(right, rows, closing, column)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="upper right")
+        axis.legend(frameon=False, loc="best")
     _save(figure, path)
+
+
+def _by_layer(axis: Any, closing: Closing) -> None:
+    """NMSE (sum ratio, dB) after each layer, a line for each row of the table."""
+    for label, errors in closing.layers.items():
+        decibel = [10 * math.log10(v) if v > 0 else math.nan for v in errors]
+        axis.plot(range(len(decibel)), decibel, marker="o", markersize=3, label=label)
+    axis.set(xlabel="layer", ylabel=f"NMSE in dB, against the {closing.reference}")
+
+
+def _by_epoch(axis: Any, rows: Sequence[Mapping[str, float]], closing: Closing, column: Column) -> None:
+    """A column of metrics.csv; level lines for the rows of the table that were not trained."""
+    axis.plot([row["epoch"] for row in rows], [row[column.key] for row in rows], label="held out")
+    for line, row in enumerate(closing.rows[:-1], start=1):
+        value = row.to_dict().get(column.key)
+        if value is not None:
+            axis.axhline(float(value), color=f"C{line}", linestyle="--", linewidth=1, label=row.name)
+    axis.set(xlabel="epoch", ylabel=column.head)
 
 
 def atoms(dictionary: Tensor, path: Path) -> bool:

@@ -1,10 +1,11 @@
 """A training from spec to run folder, and again from there.
 
-    spec -> data (-> dictionary) -> network -> converged optimum -> fit -> closing table, pictures
+    spec -> data (-> dictionary) -> network (-> converged optimum) -> fit -> closing table, pictures
 
-A run folder holds all that another session needs: spec.yaml, run.json (command, versions, seed, sizes),
-given.safetensors (values of parameters, a learned dictionary among them), optimum_*.safetensors, checkpoints/,
-metrics.csv, and in the end weights.safetensors, table.json, curves.png.
+A run folder holds all that another session needs: spec.yaml, run.json (command, versions, seed, sizes, which parameters
+decay), given.safetensors (values of parameters, a learned dictionary among them), data.json (names of classes, the
+characters of a text), optimum_*.safetensors, checkpoints/, metrics.csv, and in the end weights.safetensors, table.json,
+curves.png. What is done with codes, labels or hidden patches is in the record of the task.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,29 +29,26 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unroll.api import build as emit
-from unroll.api import compile_layers, derive
-from unroll.errors import SpecError, UnrollError
-from unroll.network import Network, network
-from unroll.solver import solve
+from unroll.api import derive
+from unroll.errors import SpecError
+from unroll.network import network
 from unroll.spec import Spec, load
-from unroll.spec.schema import Dictionary, Train
+from unroll.spec.schema import Dictionary
 from unroll.train import losses, plots
-from unroll.train.data import Data, Shape, Shapes, Split, Tensors, make_data
+from unroll.train.data import make_data
 from unroll.train.dictionary import Code, alternate
+from unroll.train.groups import record
+from unroll.train.job import Job, build, first_rank, plain_spec
 from unroll.train.losses import Net, Outcome
-from unroll.train.table import Reference, Row, errors_by_layer, measure, render, score
+from unroll.train.samples import Data, Shape, Shapes, Tensors
+from unroll.train.table import Closing, Line
+from unroll.train.tasks import find_task
 
 PACKAGES = ("unroll-compiler", "torch", "lightning", "numpy", "sympy", "scikit-learn", "safetensors")
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.float32,
-}  # bfloat16: weights stay float32
 SHARED = "UNROLL_RUN_FOLDER"
-TOLERANCE, ITERATIONS = 1e-7, 20_000  # of the converged optimum
 CODING = 30  # iterations per code while a dictionary is learned
 
 
@@ -60,47 +58,25 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training; printed, it is the closing table.
-
-    table: its rows.  reference: what they are compared with, "truth" or "optimum", on `samples` held-out samples.
-    notes: baselines that do not fit, and why.
-    """
+    """A finished training; printed, it is the closing table."""
 
     folder: Path
-    net: Network
+    net: nn.Module
     status: str
     steps: int
     seconds: float
-    table: tuple[Row, ...]
-    reference: str
-    samples: int
-    notes: tuple[str, ...]
+    closing: Closing
+
+    @property
+    def table(self) -> tuple[Line, ...]:
+        """The rows of the closing table; none where another process measures."""
+        return tuple(self.closing.rows)
 
     def __str__(self) -> str:
-        title = f"at depth {self.net.layers} on {self.samples:,} held-out samples"
+        title = f"at depth {cast(Net, self.net).layers} on {self.closing.samples:,} held-out samples"
         files = "spec, weights.safetensors, metrics.csv, curves.png"
-        lines = [render(self.table, self.reference, title), *self.notes, "", f"run folder   {self.folder}   {files}"]
+        lines = [self.closing.text(title), "", f"run folder   {self.folder}   {files}"]
         return "\n".join([*lines, f"again        unroll train --resume {self.folder}"])
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a training starts from: the spec and what the caller set in addition."""
-
-    folder: Path
-    spec: Spec
-    dims: dict[str, int]
-    scalars: dict[str, float]
-    given: Tensors
-    console: Console | None
-
-    @property
-    def settings(self) -> Train:
-        return self.spec.train or Train()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.settings.precision]
 
 
 def train(
@@ -162,14 +138,14 @@ def _train(job: Job, device: str, devices: int) -> Run:
 
     data, net = ready(job)
     initial = copy.deepcopy(net)
-    samples = with_targets(job, data)
+    samples = find_task(job.settings, data).prepare(job, data)
     again = (job.folder / "checkpoints" / "last.ckpt").exists()
     options: Any = {"resume": again, "console": job.console, "device": device, "devices": devices}
     outcome = fit(cast(Net, net), samples, job.settings, job.folder, **options)
     if outcome.status == "interrupted":
         raise Interrupted(f"saved after {outcome.steps:,} steps; go on with\n  unroll train --resume {job.folder}")
     if not first_rank():
-        return Run(job.folder, net, outcome.status, outcome.steps, outcome.seconds, (), "", 0, ())
+        return Run(job.folder, net, outcome.status, outcome.steps, outcome.seconds, Closing((), (), 0))
     return _close(job, data, initial, net.to("cpu"), outcome)
 
 
@@ -190,28 +166,52 @@ def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
     )
 
 
-def ready(job: Job) -> tuple[Data, Network]:
-    """Data and untrained network; the values of all parameters, drawn ones too, are kept in the run folder."""
+def ready(job: Job) -> tuple[Data, nn.Module]:
+    """Data and untrained network; what both depend on is kept in the run folder."""
     data = prepare(job)
+    _keep_meaning(job, data)
     net = build(job, data, job.spec)
+    parameters = _keep_given(job, cast(Net, net))
+    if first_rank():
+        _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
+    return replace(data, parameters=parameters), net
+
+
+def _keep_given(job: Job, net: Net) -> Tensors:
+    """The values of all parameters of the problem, drawn ones too."""
     parameters = {name: value.clone() for name, value in net.given.items()}
     if parameters and first_rank():
         save_file({k: v.contiguous() for k, v in parameters.items()}, job.folder / "given.safetensors")
         for name, value in parameters.items():
             if value.ndim == 2:
                 plots.atoms(value, job.folder / f"{name}.png")
-    return Data(data.source, data.train, data.validation, parameters), net
+    return parameters
+
+
+def _keep_meaning(job: Job, data: Data) -> None:
+    """What the samples mean, in data.json. Raises SpecError E514 if it is not what it was when the run began."""
+    path = job.folder / "data.json"
+    if path.exists() and (odd := _differences(json.loads(path.read_text(encoding="utf-8")), data.kept)):
+        message = f"the data are not those that the run in '{job.folder}' began with: {', '.join(odd)} differ"
+        raise SpecError("E514", message, hint="bring the data back, or train anew")
+    if data.kept and first_rank():
+        _write_json(path, dict(data.kept))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
 
 
 def prepare(job: Job) -> Data:
     """The data of a spec, with a dictionary learned from them if it asks for one, in the dtype of its training."""
     spec, given = job.spec, job.given
     if spec.data is None:
-        names = "patches, digits, synthetic or file"
+        names = "patches, digits, images, text, synthetic or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
-    data = make_data(spec.data, shapes_of(spec, job.dims), given)
-    parameters = {k: v.to(job.dtype) for k, v in {**data.parameters, **given}.items()}
-    data = Data(data.source, data.train.to(job.dtype), data.validation.to(job.dtype), parameters)
+    made = make_data(spec.data, shapes_of(spec, job.dims), given)
+    parameters = {k: v.to(job.dtype) for k, v in {**made.parameters, **given}.items()}
+    train, held = made.train.to(job.dtype), made.validation.to(job.dtype)
+    data = replace(made, train=train, validation=held, parameters=parameters)
     if job.console is not None:
         _show_data(data, job.console)
     wanted = spec.data.dictionary
@@ -223,10 +223,11 @@ def prepare(job: Job) -> Data:
 def _learned(job: Job, wanted: Dictionary, data: Data) -> Tensor:
     """The parameter that `data: dictionary:` asks for. Codes are those of the spec's own objective."""
     declared = shapes_of(job.spec, job.dims).parameters.get(wanted.learn)
-    if declared is None or len(declared) != 2 or declared[1] is None or len(data.train.inputs) != 1:
+    fed = list(data.train.whole().inputs)
+    if declared is None or len(declared) != 2 or declared[1] is None or len(fed) != 1 or fed[0] not in job.spec.inputs:
         hint = "name a parameter A: [m, n] of a problem with one input x: [m], with both sizes given under dims:"
         raise SpecError("E507", f"data: dictionary: '{wanted.learn}' cannot be learned from the samples", hint=hint)
-    (x,) = data.train.inputs.values()
+    (x,) = data.train.whole().inputs.values()
     rounds = alternate(x, declared[1], _coder(job, wanted.learn, data), wanted)
     if job.console is not None:
         rounds = track(rounds, "dictionary", total=wanted.rounds, console=job.console)
@@ -249,126 +250,33 @@ def _coder(job: Job, name: str, data: Data) -> Code:
     return code
 
 
-def plain_spec(spec: Spec, algorithm: str, layers: int) -> Spec:
-    """The same objective with an algorithm of which nothing is learned."""
-    document: dict[str, Any] = spec.to_dict()
-    start = document.get("unroll", {}).get("start")
-    document["unroll"] = {"algorithm": algorithm, "layers": layers} | ({"start": start} if start else {})
-    return load({k: v for k, v in document.items() if k not in ("data", "train", "model", "weights")})
-
-
-def build(job: Job, data: Data, spec: Spec) -> Network:
-    """The network of a spec on this job's data."""
-    return compile_layers(
-        spec, dims=job.dims, parameters=data.parameters, scalars=job.scalars, seed=job.settings.seed, dtype=job.dtype
-    )
-
-
-def optimum(job: Job, samples: Split, parameters: Tensors, part: str) -> Tensors:
-    """{"value.NAME": codes, "objective", "error": (B,), "certified": ()}: solved once in float64 and kept."""
-    path = job.folder / f"optimum_{part}.safetensors"
-    if path.exists():
-        return load_file(path)
-    found = solve(
-        job.spec,
-        *(samples.inputs[name].double() for name in job.spec.inputs),
-        dims=job.dims,
-        parameters={k: v.double() for k, v in parameters.items()},
-        scalars=job.scalars,
-        tol=TOLERANCE,
-        max_iterations=ITERATIONS,
-        console=job.console,
-        label=f"optimum, {part}",
-    )
-    packed = {f"value.{name}": z.contiguous() for name, z in found.values.items()}
-    packed |= {"objective": found.objective, "error": found.error, "certified": torch.tensor(found.certified)}
-    if first_rank():
-        save_file(packed, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return packed
-
-
-def _values(packed: Tensors) -> Tensors:
-    return {key.removeprefix("value."): z for key, z in packed.items() if key.startswith("value.")}
-
-
-def with_targets(job: Job, data: Data) -> Data:
-    """The data with the targets that the loss compares with: the truth, or the converged optimum."""
-    target = job.settings.target or ("truth" if data.train.targets else "optimum")
-    if target == "truth" and not data.train.targets:
-        hint = "use source: synthetic, a file with the true values, or train: target: optimum"
-        raise SpecError("E508", f"train: target: truth, but source '{data.source}' does not know it", hint=hint)
-    if target == "truth":
-        return data
-    held = _solved(job, data.validation, data.parameters, "validation")
-    supervised = losses.find_loss(job.settings.loss).supervised
-    train = _solved(job, data.train, data.parameters, "train") if supervised else Split(data.train.inputs)
-    return Data(data.source, train, held, data.parameters)
-
-
-def _solved(job: Job, samples: Split, parameters: Tensors, part: str) -> Split:
-    values = _values(optimum(job, samples, parameters, part))
-    return Split(samples.inputs, {name: z.to(job.dtype) for name, z in values.items()})
-
-
 # --- after: table, pictures, weights ---------------------------------------------------------------------------------
 
 
-def _close(job: Job, data: Data, initial: Network, net: Network, outcome: Outcome) -> Run:
+def _close(job: Job, data: Data, initial: nn.Module, net: nn.Module, outcome: Outcome) -> Run:
     """weights.safetensors, table.json, curves.png."""
     from unroll.train.engine import read_rows, write_weights
 
-    spec, held = job.spec, data.validation
-    solved = optimum(job, held, data.parameters, "validation")
-    truth = held.targets if job.settings.target != "optimum" else {}
-    kind = "truth" if truth else "optimum"
-    reference = Reference(kind, truth or _values(solved), solved["objective"])
-    baselines, notes = _baselines(job, data, net.layers)
-    depth = f"{net.layers} iterations"
-    nets = {f"untrained (= {spec.unroll.algorithm if spec.unroll else ''}, {depth})": initial}
-    nets |= {f"{name}, {depth}": baseline for name, baseline in baselines.items()}
-    nets[f"{spec.title}, trained"] = net
-    rows = [measure(name, cast(Net, item), held, reference) for name, item in nets.items()]
-    error, kind_of_error = float(solved["error"].max()), "gap" if solved["certified"] else "residual"
-    last = f"converged optimum ({kind_of_error} {error:.0e})"
-    if error > TOLERANCE:
-        notes = (*notes, f"the optimum is not converged: {kind_of_error} {error:.1e} after {ITERATIONS:,} iterations")
-    rows.append(score(last, solved["objective"], _values(solved), reference, math.nan))
+    task = find_task(job.settings, data)
+    closing = task.close(job, data, initial, net)
     write_weights(net, job.folder / "weights.safetensors")
     ended = {"status": outcome.status, "steps": outcome.steps, "seconds": outcome.seconds}
-    errors = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
-    layers = {name: [v if math.isfinite(v) else None for v in row] for name, row in errors.items()}
-    table = {"reference": kind, "samples": len(held), "notes": notes, "rows": [row.to_dict() for row in rows]}
-    _write_json(job.folder / "table.json", {**ended, **table, "layers": layers})
-    plots.curves(read_rows(job.folder / "metrics.csv"), errors, kind, job.folder / "curves.png")
-    return Run(job.folder, net, outcome.status, outcome.steps, outcome.seconds, tuple(rows), kind, len(held), notes)
-
-
-def _baselines(job: Job, data: Data, layers: int) -> tuple[dict[str, Network], tuple[str, ...]]:
-    """Networks of the algorithms to compare with, and why some are not there."""
-    found: dict[str, Network] = {}
-    notes: list[str] = []
-    for name in job.settings.baselines:
-        try:
-            found[name] = build(job, data, plain_spec(job.spec, name, layers))
-        except UnrollError as error:
-            if error.code != "E303":
-                raise
-            notes.append(f"no baseline {name}: {error.message}")
-    return found, tuple(notes)
+    layers = {name: [v if math.isfinite(v) else None for v in row] for name, row in closing.layers.items()}
+    table = {"reference": closing.reference, "samples": closing.samples, "notes": closing.notes}
+    rows = [row.to_dict() for row in closing.rows]
+    _write_json(job.folder / "table.json", {**ended, **table, "rows": rows, "layers": layers})
+    plots.curves(read_rows(job.folder / "metrics.csv"), closing, task.columns[-1], job.folder / "curves.png")
+    return Run(job.folder, net, outcome.status, outcome.steps, outcome.seconds, closing)
 
 
 def _show_data(data: Data, console: Console) -> None:
     for what, name, shape, span, dtype in data.summary():
-        console.print(f"{what:16}{name:6}{shape:20}{span:24}{dtype}")
+        console.print(f"{what:16}{name:8}{shape:20}{span:24}{dtype}")
+    for note in data.notes:
+        console.print(note, markup=False)
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
-
-
-def first_rank() -> bool:
-    """Is this the process that writes? (Of several, started by torchrun or by Lightning.)"""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def new_folder(out: Path | None, name: str) -> Path:
@@ -437,6 +345,11 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _amend(path: Path, more: Mapping[str, Any]) -> None:
+    """Add to a JSON file."""
+    _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **more})
 
 
 def _write_json(path: Path, value: Any) -> None:

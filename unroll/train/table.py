@@ -1,18 +1,72 @@
-"""The closing table: how near a network comes to the reference, beside the algorithms that it could have been."""
+"""The closing table: how good a network is, beside what it could have been and what is trivial."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from unroll.train import losses
-from unroll.train.data import Split, Tensors
 from unroll.train.losses import Net
 from unroll.train.metrics import flat, nmse, nmse_mean_db, objective_gap, support_f1
+from unroll.train.samples import Split, Tensors
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: the key of its values, its head, and how a number is shown."""
+
+    key: str
+    head: str
+    show: Callable[[float], str]
+
+
+class Line(Protocol):
+    """What a row of the table is: numbers by the keys of the columns, None where there is none."""
+
+    @property
+    def name(self) -> str: ...
+    def to_dict(self) -> dict[str, str | float | None]: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of any columns."""
+
+    name: str
+    values: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, str | float | None]:
+        return {"name": self.name, **{k: v if math.isfinite(v) else None for k, v in self.values.items()}}
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What is said at the end of a training, on `samples` held-out samples.
+
+    reference: what rows are compared with, "truth" or "optimum"; "" where they need no comparison.
+    footer: what the table must say below itself.  layers: errors of iterates 0 .. layers by row, where there are any.
+    """
+
+    rows: Sequence[Line]
+    columns: Sequence[Column]
+    samples: int
+    reference: str = ""
+    footer: str = ""
+    notes: tuple[str, ...] = ()
+    layers: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+
+    def text(self, title: str) -> str:
+        lines = [render(self.rows, self.columns, title), self.footer, *self.notes]
+        return "\n".join(line for line in lines if line)
 
 
 @dataclass(frozen=True)
@@ -48,7 +102,7 @@ class Row:
 def measure(name: str, net: Net, held: Split, reference: Reference) -> Row:
     """A network's row on held-out samples, all in one batch."""
     held = held.to(next(iter(losses.module(net).state_dict().values())))
-    z, seconds = _timed(net, held.inputs)
+    z, seconds = timed(net, held.inputs, lambda: losses.run(net, held.inputs))
     return score(name, losses.objective(net, held.inputs, z), z, reference, 1e6 * seconds / len(held))
 
 
@@ -67,20 +121,29 @@ def score(name: str, value: Tensor, z: Tensors, reference: Reference, micros: fl
     )
 
 
-def _timed(net: Net, inputs: Tensors, repeats: int = 3) -> tuple[Tensors, float]:
-    """The answer, and the shortest of a few times that it took."""
+def timed(net: Net, inputs: Tensors, call: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
+    """What `call` gives with the network in evaluation, and the shortest of a few times that it took."""
+    with evaluating(net):
+        answer, times = call(), list[float]()
+        for _ in range(repeats):
+            _wait(inputs)
+            start = time.perf_counter()
+            answer = call()
+            _wait(inputs)
+            times.append(time.perf_counter() - start)
+    return answer, min(times)
+
+
+@contextmanager
+def evaluating(net: Net) -> Generator[None]:
+    """Inside, the network does not train: no dropout; afterwards it is as it was."""
     module = losses.module(net)
     was_training = module.training
     module.eval()
-    z, times = losses.run(net, inputs), list[float]()
-    for _ in range(repeats):
-        _wait(inputs)
-        start = time.perf_counter()
-        z = losses.run(net, inputs)
-        _wait(inputs)
-        times.append(time.perf_counter() - start)
-    module.train(was_training)
-    return z, min(times)
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _wait(inputs: Tensors) -> None:
@@ -97,32 +160,38 @@ def errors_by_layer(net: Net, held: Split, reference: Reference) -> list[float]:
     return [float(nmse(flat(state).to(ref), ref)) for state in losses.iterates(net, held.inputs)]
 
 
-HEAD = ("NMSE (sum ratio)", "NMSE (mean dB)", "objective gap", "support F1", "µs per sample")
-
-
-def render(rows: tuple[Row, ...], reference: str, title: str) -> str:
-    """The table as text."""
-    against = {"truth": "the true codes", "optimum": "the converged optimum"}[reference]
-    cells = [
-        (r.name, _number(r.nmse), _decibel(r.nmse_mean_db), _number(r.gap), _fixed(r.f1), _fixed(r.micros))
-        for r in rows
-    ]
-    grid = [(title, *HEAD), *cells]
-    wide = [max(len(row[i]) for row in grid) for i in range(len(HEAD) + 1)]
+def render(rows: Sequence[Line], columns: Sequence[Column], title: str) -> str:
+    """The table as text; "-" where there is no number."""
+    grid = [(title, *(c.head for c in columns))]
+    for row in rows:
+        values = row.to_dict()
+        grid.append((row.name, *("-" if (v := values.get(c.key)) is None else c.show(float(v)) for c in columns)))
+    wide = [max(len(row[i]) for row in grid) for i in range(len(columns) + 1)]
     lines = [
         "   ".join([row[0].ljust(wide[0]), *(c.rjust(w) for c, w in zip(row[1:], wide[1:], strict=True))])
         for row in grid
     ]
-    return "\n".join([*lines, f"NMSE and support F1 are against {against}"])
+    return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"
+def number(value: float) -> str:
+    return f"{value:.3g}"
 
 
-def _fixed(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+def fixed(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _decibel(value: float) -> str:
-    return "-" if math.isnan(value) or value < -250 else f"{value:.2f}"  # below: exact up to rounding
+def decibel(value: float) -> str:
+    return "-" if value < -250 else f"{value:.2f}"  # below: exact up to rounding
+
+
+MICROS = Column("micros", "µs per sample", fixed)
+CODES = (
+    Column("nmse", "NMSE (sum ratio)", number),
+    Column("nmse_mean_db", "NMSE (mean dB)", decibel),
+    Column("gap", "objective gap", number),
+    Column("f1", "support F1", fixed),
+    MICROS,
+)
+AGAINST = {"truth": "the true codes", "optimum": "the converged optimum"}

@@ -1,0 +1,131 @@
+"""The task of codes: variables of the problem, compared with their true values or with the converged optimum."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unroll.errors import SpecError, UnrollError
+from unroll.solver import solve
+from unroll.spec.schema import Train
+from unroll.train import losses
+from unroll.train.job import Job, build, first_rank, plain_spec
+from unroll.train.losses import Net
+from unroll.train.metrics import flat, nmse
+from unroll.train.samples import Data, Split, Tensors
+from unroll.train.table import AGAINST, CODES, Closing, Reference, errors_by_layer, measure, score
+
+TOLERANCE, ITERATIONS = 1e-7, 20_000  # of the converged optimum
+
+
+@torch.no_grad()
+def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
+    """Loss of the last iterate and NMSE (sum ratio; nan without targets) over all held-out samples."""
+    loss = losses.find_loss(settings.loss)
+    parts = [losses.run(net, batch.inputs) for batch in held.batches(settings.batch)]
+    z = {name: torch.cat([part[name] for part in parts]) for name in net.variables}
+    value = float(loss.value(net, held, z, settings))
+    return {"held_out": value, "nmse": float(nmse(flat(z), flat(held.targets))) if held.targets else math.nan}
+
+
+def with_targets(job: Job, data: Data) -> Data:
+    """The data with the targets that the loss compares with: the truth, or the converged optimum."""
+    _check_inputs(job, data)
+    samples = data.train.whole()
+    target = job.settings.target or ("truth" if samples.targets else "optimum")
+    if target == "truth" and not samples.targets:
+        hint = "use source: synthetic, a file with the true values, or train: target: optimum"
+        raise SpecError("E508", f"train: target: truth, but source '{data.source}' does not know it", hint=hint)
+    if target == "truth":
+        return data
+    held = _solved(job, data.validation, data.parameters, "validation")
+    supervised = losses.find_loss(job.settings.loss).needs == "targets"
+    train = _solved(job, samples, data.parameters, "train") if supervised else replace(samples, targets={})
+    return replace(data, train=train, validation=held)
+
+
+def _check_inputs(job: Job, data: Data) -> None:
+    """Raises SpecError E512 for samples of a model, whose layers compute no codes of them."""
+    fed = data.validation.inputs
+    if missing := [name for name in job.spec.inputs if name not in fed]:
+        message = (
+            f"train: loss: {job.settings.loss} compares codes of {', '.join(missing)}, the data are {', '.join(fed)}"
+        )
+        raise SpecError("E512", message, hint="a model learns by loss: cross_entropy or masked_mse")
+
+
+def _solved(job: Job, samples: Split, parameters: Tensors, part: str) -> Split:
+    values = _values(optimum(job, samples, parameters, part))
+    return replace(samples, targets={name: z.to(job.dtype) for name, z in values.items()})
+
+
+def optimum(job: Job, samples: Split, parameters: Tensors, part: str) -> Tensors:
+    """{"value.NAME": codes, "objective", "error": (B,), "certified": ()}: solved once in float64 and kept."""
+    path = job.folder / f"optimum_{part}.safetensors"
+    if path.exists():
+        return load_file(path)
+    found = solve(
+        job.spec,
+        *(samples.inputs[name].double() for name in job.spec.inputs),
+        dims=job.dims,
+        parameters={k: v.double() for k, v in parameters.items()},
+        scalars=job.scalars,
+        tol=TOLERANCE,
+        max_iterations=ITERATIONS,
+        console=job.console,
+        label=f"optimum, {part}",
+    )
+    packed = {f"value.{name}": z.contiguous() for name, z in found.values.items()}
+    packed |= {"objective": found.objective, "error": found.error, "certified": torch.tensor(found.certified)}
+    if first_rank():
+        save_file(packed, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return packed
+
+
+def _values(packed: Tensors) -> Tensors:
+    return {key.removeprefix("value."): z for key, z in packed.items() if key.startswith("value.")}
+
+
+def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
+    """Untrained, plain algorithms of the same depth, trained, and the converged optimum."""
+    spec, held = job.spec, data.validation
+    solved = optimum(job, held, data.parameters, "validation")
+    truth = held.targets if job.settings.target != "optimum" else {}
+    kind = "truth" if truth else "optimum"
+    reference = Reference(kind, truth or _values(solved), solved["objective"])
+    layers = cast(Net, net).layers
+    baselines, notes = _baselines(job, data, layers)
+    depth = f"{layers} iterations"
+    nets = {f"untrained (= {spec.unroll.algorithm if spec.unroll else ''}, {depth})": initial}
+    nets |= {f"{name}, {depth}": baseline for name, baseline in baselines.items()}
+    nets[f"{spec.title}, trained"] = net
+    rows = [measure(name, cast(Net, item), held, reference) for name, item in nets.items()]
+    error, kind_of_error = float(solved["error"].max()), "gap" if solved["certified"] else "residual"
+    if error > TOLERANCE:
+        notes = (*notes, f"the optimum is not converged: {kind_of_error} {error:.1e} after {ITERATIONS:,} iterations")
+    last = f"converged optimum ({kind_of_error} {error:.0e})"
+    rows.append(score(last, solved["objective"], _values(solved), reference, math.nan))
+    errors = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
+    footer = f"NMSE and support F1 are against {AGAINST[kind]}"
+    return Closing(rows, CODES, len(held), kind, footer, notes, errors)
+
+
+def _baselines(job: Job, data: Data, layers: int) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """Networks of the algorithms to compare with, and why some are not there."""
+    found: dict[str, nn.Module] = {}
+    notes: list[str] = []
+    for name in job.settings.baselines:
+        try:
+            found[name] = build(job, data, plain_spec(job.spec, name, layers))
+        except UnrollError as error:
+            if error.code != "E303":
+                raise
+            notes.append(f"no baseline {name}: {error.message}")
+    return found, tuple(notes)

@@ -1,0 +1,70 @@
+"""What a training starts from, and the network of a spec on its data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from unroll.api import compile
+from unroll.spec import Spec, load
+from unroll.spec.schema import Train
+from unroll.train.samples import Data, Tensors
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.float32,
+}  # bfloat16: weights stay float32
+
+
+@dataclass(frozen=True)
+class Job:
+    """The spec, and what the caller set in addition."""
+
+    folder: Path
+    spec: Spec
+    dims: dict[str, int]
+    scalars: dict[str, float]
+    given: Tensors
+    console: Console | None
+
+    @property
+    def settings(self) -> Train:
+        return self.spec.train or Train()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.settings.precision]
+
+
+def build(job: Job, data: Data, spec: Spec) -> nn.Module:
+    """The network of a spec on this job's data; sizes that the spec names and leaves open are those of the data."""
+    named = (name for name, size in spec.dims.items() if not isinstance(size, int))
+    open_sizes = {name: data.sizes[name] for name in named if name in data.sizes}
+    return compile(
+        spec,
+        dims={**open_sizes, **job.dims},
+        parameters=data.parameters,
+        scalars=job.scalars,
+        seed=job.settings.seed,
+        dtype=job.dtype,
+    )
+
+
+def plain_spec(spec: Spec, algorithm: str, layers: int) -> Spec:
+    """The same objective with an algorithm of which nothing is learned."""
+    document: dict[str, Any] = spec.to_dict()
+    start = document.get("unroll", {}).get("start")
+    document["unroll"] = {"algorithm": algorithm, "layers": layers} | ({"start": start} if start else {})
+    return load({k: v for k, v in document.items() if k not in ("data", "train", "model", "weights")})
+
+
+def first_rank() -> bool:
+    """Is this the process that writes? (Of several, started by torchrun or by Lightning.)"""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"

@@ -1,0 +1,148 @@
+"""What a training is for: one record per task says what is measured meanwhile, and what the result is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from unroll.errors import SpecError
+from unroll.spec.schema import Train
+from unroll.train import codes, labels, losses, masked, table
+from unroll.train.job import Job
+from unroll.train.losses import Net
+from unroll.train.samples import Data, Split
+from unroll.train.table import MICROS, Closing, Column, Score
+
+Measure = Callable[[Net, Split, Train], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task belongs to the losses that it names, on labels of so many axes (None: on samples without or with any).
+
+    measure: "held_out", the loss, and the columns, of a network in evaluation on held-out samples.
+    columns: what is written to metrics.csv beside the loss.  prepare: what the data get before training.
+    close: the closing table from (job, data, untrained, trained).
+    without: settings of `train:` that mean nothing here; set to other values they are refused.
+    """
+
+    name: str
+    losses: tuple[str, ...]
+    axes: int | None
+    measure: Measure
+    columns: tuple[Column, ...]
+    close: Callable[[Job, Data, nn.Module, nn.Module], Closing]
+    prepare: Callable[[Job, Data], Data] = field(default=lambda job, data: data)
+    without: tuple[str, ...] = ()
+
+
+def comparison(
+    measure: Measure,
+    trivial: Callable[[Net, Data, Train], list[Score]],
+    columns: tuple[Column, ...],
+    forward: Callable[[Net, Split, Train], Callable[[], Any]],
+) -> Callable[[Job, Data, nn.Module, nn.Module], Closing]:
+    """The table of answers that need no network, the untrained network, and the trained one."""
+
+    def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
+        settings, held = job.settings, data.validation
+        rows = trivial(cast(Net, net), data, settings)
+        for name, item in (("untrained", initial), (f"{job.spec.title}, trained", net)):
+            rows.append(_row(name, cast(Net, item), held, settings))
+        shown = (*columns, MICROS)
+        rows = [Score(row.name, {c.key: row.values.get(c.key, math.nan) for c in shown}) for row in rows]
+        chosen = "the weights were chosen by their loss on these samples: train: keep: last does not"
+        return Closing(rows, shown, len(held), notes=(chosen,) if settings.keep == "best" else ())
+
+    @torch.no_grad()
+    def _row(name: str, net: Net, held: Split, settings: Train) -> Score:
+        batch = next(held.batches(settings.batch))
+        _, seconds = table.timed(net, batch.inputs, forward(net, batch, settings))
+        with table.evaluating(net):
+            return Score(name, {**measure(net, held, settings), "micros": 1e6 * seconds / len(batch)})
+
+    return close
+
+
+def _answer(net: Net, batch: Split, settings: Train) -> Callable[[], Any]:
+    del settings
+    return lambda: net(*losses.arguments(net, batch.inputs))
+
+
+def _prediction(net: Net, batch: Split, settings: Train) -> Callable[[], Any]:
+    _, mask = next(masked.masks(net, batch, settings))
+    return lambda: masked.predict(net, batch, mask)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _four(value: float) -> str:
+    return f"{value:.4g}"
+
+
+BY_LAYER = ("target", "layer_weights", "stages", "refine", "baselines")
+CLASSES = (Column("nats", "nats per label", _four), Column("accuracy", "accuracy", _percent))
+CHARACTERS = (Column("nats", "nats per character", _four), Column("bits", "bits per character", _four))
+MASKED = (Column("masked_mse", "MSE of hidden patches", _four),)
+
+TASKS: tuple[Task, ...] = (
+    Task(
+        "codes",
+        ("objective", "mse", "nmse"),
+        None,
+        codes.held_out,
+        (table.CODES[0],),
+        codes.close,
+        codes.with_targets,
+        ("label_smoothing",),
+    ),
+    Task(
+        "classes",
+        ("cross_entropy",),
+        1,
+        labels.held_out,
+        CLASSES,
+        comparison(labels.held_out, labels.classes, CLASSES, _answer),
+        without=BY_LAYER,
+    ),
+    Task(
+        "characters",
+        ("cross_entropy",),
+        2,
+        labels.held_out,
+        CHARACTERS,
+        comparison(labels.held_out, labels.characters, CHARACTERS, _answer),
+        without=BY_LAYER,
+    ),
+    Task(
+        "hidden patches",
+        ("masked_mse",),
+        None,
+        masked.held_out,
+        MASKED,
+        comparison(masked.held_out, masked.mean_patches, MASKED, _prediction),
+        without=(*BY_LAYER, "label_smoothing"),
+    ),
+)
+
+
+def find_task(settings: Train, data: Data) -> Task:
+    """The task of a loss on these data. Raises SpecError E508 (no labels), E511 (settings that mean nothing)."""
+    loss, given = losses.find_loss(settings.loss), data.validation.labels
+    if loss.needs == "labels" and given is None:
+        hint = "source: digits, images and text have labels"
+        raise SpecError("E508", f"train: loss: {loss.name} needs labels, source '{data.source}' has none", hint=hint)
+    axes = 0 if given is None else given.ndim
+    task = next(t for t in TASKS if loss.name in t.losses and t.axes in (None, axes))
+    for name in task.without:
+        if getattr(settings, name) != Train.model_fields[name].default:
+            hint = "leave it out"
+            raise SpecError("E511", f"train: {name}: means nothing for loss: {loss.name}", hint=hint)
+    return task
