@@ -15,13 +15,14 @@ from unroll.spec import load
 
 FOLDER = Path(__file__).parents[1] / "objectives"
 NAMES = tuple(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-SIZES = (5, 4, 3, 2)
+SIZES = (5, 4, 3, 2, 6)
 """Sizes of dims, in the order in which an objective declares them."""
+SIZES_OF = {"subspace_mixture": (2, 3, 5, 4)}
 
 
 def objective(name: str) -> Problem:
     spec = load(FOLDER / f"{name}.yaml")
-    return from_spec(spec, dict(zip(spec.dims, SIZES, strict=False)))
+    return from_spec(spec, dict(zip(spec.dims, SIZES_OF.get(name, SIZES), strict=False)))
 
 
 def drawn(name: str, seed: int = 0) -> tuple[Problem, dict[Sym, Tensor], dict[sp.Symbol, Any]]:

@@ -92,6 +92,11 @@ CVXPY: dict[str, Case] = {
     "group_lasso": lambda z, a: (cp.sum_squares(a["X"].T - a["A"] @ z) / 2 + 0.1 * cp.sum(cp.norm(z, 2, axis=1)), []),
     "dictionary_coding": lambda z, a: (cp.sum_squares(a["X"].T - a["A"] @ z) / 2 + 0.1 * cp.sum(cp.abs(z)), []),
 }  # fmt: skip
+ELSEWHERE = {
+    "sparse_rate_reduction", "rate_reduction", "token_statistics", "token_energy", "hopfield_energy", "subspace_mixture", "fourth_power",
+    "kurtosis", "principal_subspace", "dictionary_learning",
+}  # fmt: skip
+"""Not convex either: what they give is held against forms written by hand (test_networks.py)."""
 NOT_CONVEX = {"l0_sparse_coding", "mcp_sparse_coding", "scad_sparse_coding"}
 STEPS: dict[str, dict[str, Any]] = {"poisson_regression": {"step": 0.2}}
 
@@ -136,7 +141,7 @@ def test_enough_layers_reach_the_optimum_of_convex_library_objectives(name: str)
 
 
 def test_every_library_objective_is_solved_or_not_convex() -> None:
-    assert set(CVXPY) | NOT_CONVEX >= {n for n in NAMES}
+    assert set(CVXPY) | NOT_CONVEX | ELSEWHERE >= {n for n in NAMES}
 
 
 @pytest.mark.parametrize("lam", [0.05, 0.5])
@@ -171,7 +176,7 @@ def test_scipy_agrees_on_nonnegative_least_squares() -> None:
 # --- values fall ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in STEPS])
+@pytest.mark.parametrize("name", [n for n in [n for n in NAMES if n not in ELSEWHERE] if n not in STEPS])
 def test_values_never_rise_where_that_is_claimed(name: str) -> None:
     spec = library(name)
     for seed in range(2):

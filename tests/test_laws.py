@@ -13,18 +13,24 @@ from unroll.derivation import derive
 from unroll.expr import scale
 from unroll.spec import load
 
-CONSTRAINED = ("ball_denoising", "box_least_squares", "nonnegative_least_squares", "simplex_least_squares")
-STEPS = {"poisson_regression": 0.01}
+ALTERNATING = ("dictionary_learning",)
+"""Objectives in several variables: their laws are those of the specs that use them."""
+CONSTRAINED = ("ball_denoising", "box_least_squares", "rate_reduction", "fourth_power", "kurtosis", "principal_subspace", "nonnegative_least_squares", "simplex_least_squares")
+STEPS: dict[str, Any] = {name: 0.01 for name in ("poisson_regression", "rate_reduction", "token_statistics", "token_energy", "subspace_mixture", "fourth_power", "kurtosis")}
 """Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
+
+
+STARTS = {"kurtosis": {"u": 1}, "rate_reduction": {"Z": 1}}
+"""Where 0 has no nearest point of the constraint."""
 
 
 def one_network(objective: str, algorithm: str, **unrolled: Any) -> dict[str, Any]:
     open_dims = {d: 4 + i for i, (d, n) in enumerate(load(library.find(objective, ("objectives",))).dims.items()) if not isinstance(n, int)}
-    return {"use": objective, "dims": open_dims, "unroll": {"algorithm": algorithm, "layers": 4, "step": STEPS.get(objective, "1/L"), **unrolled}}
+    return {"use": objective, "dims": open_dims, "unroll": {"algorithm": algorithm, "layers": 4, "step": STEPS.get(objective, "1/L"), "start": STARTS.get(objective, {}), **unrolled}}
 
 
 def assert_holds(found: laws.Check) -> None:
-    assert len(found.rows) >= 4
+    assert len(found.rows) >= 3
     assert found.ok, str(found)
 
 
@@ -33,11 +39,14 @@ def test_laws_hold_for_every_spec(name):
     assert_holds(unroll.check(name, overrides=["unroll.layers=4"]))
 
 
-@pytest.mark.parametrize("name", library.names("objectives"))
+SMOOTH = ("ridge", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy")
+
+
+@pytest.mark.parametrize("name", [n for n in library.names("objectives") if n not in ALTERNATING])
 def test_laws_hold_for_every_objective(name):
-    algorithm = "projected_gradient" if name in CONSTRAINED else "gradient_descent" if name == "ridge" else "proximal_gradient"
+    algorithm = "projected_gradient" if name in CONSTRAINED else "gradient_descent" if name in SMOOTH else "proximal_gradient"
     assert_holds(unroll.check(one_network(name, algorithm)))
-    if name not in STEPS and name != "ridge":
+    if name not in STEPS and name not in SMOOTH:
         assert_holds(unroll.check(one_network(name, "fista", momentum="chambolle_dossal(4)")))
 
 
@@ -47,10 +56,11 @@ def test_laws_hold_for_every_preset(preset, algorithm):
     assert_holds(unroll.check(one_network("lasso", algorithm, parametrisation=preset)))
 
 
-def broken(law: Any, **change: Any) -> str:
+def broken(law: Any, parts: Any) -> str:
     d = derive(load(one_network("lasso", "proximal_gradient")), {"m": 5, "n": 7})
-    wrong = replace(d, **{k: f(getattr(d, k)) for k, f in change.items()})
-    return next(law(wrong, laws.Sample(wrong, seed=0))).verdict
+    (half,) = d.halves
+    d.__dict__["halves"] = (replace(half, parts=parts(half.parts)),)
+    return next(law(d, laws.Sample(d, seed=0))).verdict
 
 
 def test_a_constant_that_is_too_small_is_found():

@@ -17,6 +17,8 @@ FOLDER = Path(__file__).parents[1] / "specs"
 SPECS = tuple(sorted(p.stem for p in FOLDER.glob("*.yaml")))
 PRESETS = tuple(sorted(p.stem for p in (FOLDER / "presets").glob("*.yaml")))
 SMALL = {"m": 6, "n": 8, "N": 3}
+DRAWN = {n for n in SPECS if "init" in (FOLDER / f"{n}.yaml").read_text(encoding="utf-8")} | {"crate_small", "crate_base", "crate_large", "tost_causal", "crate_causal"}
+"""Networks with a parameter that starts at a draw, or at what data say."""
 LAYERS = 5
 Spec = dict[str, Any]
 BASE: Spec = {
@@ -27,8 +29,11 @@ BASE: Spec = {
 
 def plain(spec: Spec) -> Spec:
     """The same without learning."""
-    unrolled = {k: v for k, v in spec["unroll"].items() if k not in ("learn", "parametrisation")}
-    return {**spec, "unroll": unrolled}
+    def bare(scheme: Spec) -> Spec:
+        return {k: v for k, v in scheme.items() if k not in ("learn", "parametrisation")}
+
+    unrolled = bare(spec["unroll"])
+    return {**spec, "unroll": {**unrolled, **({"blocks": [bare(b) for b in unrolled["blocks"]]} if "blocks" in unrolled else {})}}
 
 
 def pair(spec: Spec) -> tuple[Any, Any]:
@@ -42,7 +47,8 @@ def inputs(net: Any, seed: int = 0) -> list[Tensor]:
     found = []
     for s in net.program.problem.inputs:
         sizes = [n if n is not None else 3 for n in net.program.tensor_sizes(s)]
-        found.append(torch.randn(2, *sizes, generator=g, dtype=torch.float64))
+        value = torch.randn(2, *sizes, generator=g, dtype=torch.float64)
+        found.append(value.abs() if "positive" in s.props else value)
     return found
 
 
@@ -59,7 +65,7 @@ def same_iterates(spec: Spec, tolerance: float = 1e-10) -> Any:
 
 def small(name: str) -> Spec:
     spec = load(FOLDER / f"{name}.yaml").to_dict()
-    dims = {d: min(n, SMALL[d]) if isinstance(n, int) else n for d, n in spec["dims"].items()}
+    dims = {d: min(n, SMALL.get(d, 6)) if isinstance(n, int) else n for d, n in spec["dims"].items()}
     return {k: v for k, v in spec.items() if k not in ("data", "train")} | {"dims": dims, "unroll": {**spec["unroll"], "layers": LAYERS}}
 
 
@@ -70,7 +76,7 @@ def on(learn: Spec, algorithm: str = "proximal_gradient", objective: Spec = BASE
 # --- the law ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [n for n in SPECS if n not in DRAWN])
 def test_every_shipped_network_starts_as_the_algorithm(name: str) -> None:
     same_iterates(small(name))
 

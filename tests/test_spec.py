@@ -68,7 +68,7 @@ unroll:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with a library of their own."""
-    texts = {"objectives/lines": OBJECTIVE, "specs/net": SPEC, "specs/presets/both": PRESET, "specs/crate": CRATE}
+    texts = {"objectives/lines": OBJECTIVE, "specs/net": SPEC, "specs/presets/both": PRESET, "specs/two_blocks": CRATE}
     for name, text in texts.items():
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def test_a_path_a_name_a_text_and_a_dict_say_the_same(folder):
     assert all(spec == by_name and spec.sha256 == by_name.sha256 for spec in texts)
 
 
-@pytest.mark.parametrize("name", ["net", "lines", "crate"])
+@pytest.mark.parametrize("name", ["net", "lines", "two_blocks"])
 def test_a_spec_survives_being_written_and_read(name):
     spec = load(name)
     for again in (load(spec.to_dict()), load(spec.to_yaml())):
@@ -141,11 +141,12 @@ def test_a_preset_is_worked_in_and_what_is_written_goes_before_it():
 
 
 def test_blocks_of_the_design_validate():
-    spec = load("crate")
+    spec = load("two_blocks")
     assert spec.unroll is not None
     compress, sparsify = spec.unroll.blocks
     assert compress.rewrites == ("neumann(order=1)", "gram_to_softmax(scale=p**-0.5)", "tight_frame(U)")
-    assert compress.gauge == {"residual": "1"}
+    assert compress.gauge is not None and (compress.gauge.residual, compress.gauge.update) == ("1", None)
+    assert compress.normalise is not None and (compress.normalise.kind, compress.normalise.eps, compress.normalise.when) == ("layer_norm", 1e-5, "before")
     assert sparsify.surrogate is not None
     assert (sparsify.surrogate.assumes, spec.dims["n"]) == ("incoherent(D)", "dynamic")
 
@@ -164,9 +165,9 @@ def test_every_value_knows_its_place(path, start, place):
 
 
 def test_a_default_is_cited_as_text_at_the_key_around_it():
-    origin = load("crate").origin("unroll", "step")
+    origin = load("two_blocks").origin("unroll", "step")
     assert origin.text == "1/L"
-    assert str(origin.where()).endswith("crate.yaml:3:1")
+    assert str(origin.where()).endswith("two_blocks.yaml:3:1")
 
 
 def test_keys_know_their_places():
@@ -312,7 +313,7 @@ def test_local_names_come_before_those_that_are_shipped(folder):
 
 def test_names_are_listed_by_kind():
     assert {"lines", "lasso"} <= set(library.names("objectives"))
-    assert {"net", "crate"} <= set(library.names("specs"))
+    assert {"net", "two_blocks"} <= set(library.names("specs"))
     assert "both" in library.names("presets") and "both" not in library.names("specs")
 
 

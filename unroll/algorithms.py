@@ -196,6 +196,12 @@ def _smooth_and_sets(parts: tuple[Part, ...]) -> str | None:
     return _smooth_and_proximable(parts)
 
 
+def _curved_up(parts: tuple[Part, ...]) -> str | None:
+    if all(p.smooth is not None and p.smooth.convex for p in _smooth(parts)):
+        return "what is minimised is convex; this step is for what is convex and maximised"
+    return _smooth_and_sets(parts)
+
+
 # --- pieces of iterations ---------------------------------------------------------------------------------------------
 
 
@@ -329,7 +335,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("gradient_descent", "z⁺ = z − step ∇f(z)", "Cauchy 1847; Nesterov 2004, ch. 1.2", "every term smooth", _all_smooth, _gradient_descent),
     Algorithm("projected_gradient", "z⁺ = P(z − step ∇f(z))", "Goldstein 1964, doi:10.1090/S0002-9904-1964-11178-2", "smooth terms, and constraints with a projection", _smooth_and_sets, _descent("projected_gradient")),
     Algorithm("proximal_gradient", "z⁺ = prox(z − step ∇f(z)), known as ISTA", "Daubechies, Defrise & De Mol 2004, doi:10.1002/cpa.20042", "smooth terms, and the rest proximable together", _smooth_and_proximable, _descent("proximal_gradient")),
-    Algorithm("power_step", "z⁺ = P(−∇f(z)), the step of infinite size: for what is convex and maximised over a sphere or a group", "Journée, Nesterov, Richtárik & Sepulchre 2010, JMLR 11; Zhai et al. 2020, JMLR 21", "smooth terms, and a constraint with a projection", _smooth_and_sets, _power),
+    Algorithm("power_step", "z⁺ = P(−∇f(z)), the step of infinite size: for what is convex and maximised over a sphere or a group", "Journée, Nesterov, Richtárik & Sepulchre 2010, JMLR 11; Zhai et al. 2020, JMLR 21", "smooth terms that are not all convex, and a constraint with a projection", _curved_up, _power),
     Algorithm("fista", "proximal gradient at an extrapolated point", "Beck & Teboulle 2009, doi:10.1137/080716542; Chambolle & Dossal 2015, doi:10.1007/s10957-015-0746-4", "smooth terms, and the rest proximable together", _smooth_and_proximable, _fista, ("beck_teboulle", "chambolle_dossal")),
 )  # fmt: skip
 BY_NAME = {a.name: a for a in ALGORITHMS}

@@ -135,7 +135,8 @@ def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -
     for name, value in parameters.items():
         if name not in spec.parameters:
             raise UnrollError("E402", f"'{name}' is not a parameter of {spec.title}", hint=did_you_mean(name, spec.parameters))
-        declared = spec.parameters[name].shape
+        record = spec.parameters[name]
+        declared = record.shape if record.family is None else (record.family, *record.shape)
         if len(value.shape) != len(declared):
             raise UnrollError("E404", f"{name} has {len(value.shape)} axes, declared are {len(declared)}: [{', '.join(map(str, declared))}]")
         for entry, n in zip(declared, value.shape, strict=True):

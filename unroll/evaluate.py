@@ -144,7 +144,7 @@ class Evaluator:
             case Softmax(x, axis, causal):
                 return (self.seen(self(x), axis) if causal else self(x)).softmax(axis - 2)
             case FamilySoftmax(index, n, x):
-                return self(x).exp() / torch.stack(self.family(index, n, x)).exp().sum(0)
+                return torch.stack(torch.broadcast_tensors(*self.family(index, n, x))).softmax(0)[self.members[index]]
             case FamilyLogSumExp(index, n, body):
                 return torch.stack(self.family(index, n, body)).logsumexp(0)
             case Normalise(kind, axis, eps, x, weight, bias):

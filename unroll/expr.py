@@ -735,15 +735,15 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
             raise ShapeError(f"{show_shape(a.shape)} times {show_shape(b.shape)}: {a.cols} is not {b.rows}")
     shape = parts[0].rows, parts[-1].cols
     c, flat = number(coef), list[Expr]()
-    for part in parts:
+    for i, part in enumerate(parts):
         if isinstance(part, Zero):
             return zeros(*shape)
-        match part:
+        match _regrouped(part, i > 0, i + 1 < len(parts)):
             case Mul(d, factors):
                 c *= d
                 flat.extend(factors)
-            case _:
-                flat.append(part)
+            case other:
+                flat.append(other)
     if len(flat) > 1 and (weighed := _weights(flat[-1], 0)) is not None:  # A (X * r) = (A X) * r for a row r
         return elementwise(slot(0) * slot(1), matmul(*flat[:-1], weighed[0], coef=c), weighed[1])
     if len(flat) > 1 and (weighed := _weights(flat[0], 1)) is not None:  # (c * X) A = c * (X A) for a column c
@@ -779,6 +779,20 @@ def _weights(e: Expr, axis: Literal[0, 1]) -> tuple[Expr, Expr] | None:
         return None
     names = {slot(i): slot(j) for j, i in enumerate(i for i in range(len(e.args)) if i != wide[0])}
     return e.args[wide[0]], elementwise(rest.xreplace(names), *others)
+
+
+def _regrouped(e: Expr, left: bool, right: bool) -> Expr:
+    """(A X) * r before another factor is A (X * r), c * (X A) after one is (c * X) A: products have one form however they are grouped."""
+    coef, body = split(e)
+    for axis, beside in ((0, right), (1, left)):
+        weighed = _weights(body, axis) if beside else None  # type: ignore[arg-type]
+        if weighed is not None and isinstance(weighed[0], Mul) and len(weighed[0].factors) > 1:
+            k, factors = weighed[0].coef, weighed[0].factors
+            at = -1 if axis == 0 else 0
+            inner = elementwise(slot(0) * slot(1), factors[at], weighed[1])
+            rest = (*factors[:-1], inner) if axis == 0 else (inner, *factors[1:])
+            return _intern(Mul, _tidy(coef * k), rest)
+    return e
 
 
 def _unit(e: Add) -> tuple[sp.Expr, Expr]:

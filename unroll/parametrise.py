@@ -234,7 +234,7 @@ def _size(w: _Wanted) -> tuple[int, int]:
 
 
 def _replace(step: Step, w: _Wanted) -> Step:
-    learned = _learned(w, step)
+    learned = _learned(w)
     swap = _swap_matrix if isinstance(w.value, Expr) else _swap_scalar
     mine = [not w.block or a.block == w.block for a in step.assigns]
     assigns = tuple(replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True))
@@ -244,6 +244,7 @@ def _replace(step: Step, w: _Wanted) -> Step:
             "E305", f"{w.record.replaces.strip()} does not occur in the step" + (f" ({w.record.where})" if w.record.where else ""), w.where,
             "it must be a sub-expression of the step, up to expanding products", (f"the step: {body}",),
         )  # fmt: skip
+    _has_start(w, step)
     assigns = tuple(replace(a, note=_note(a)) for a in assigns)
     return replace(step, assigns=assigns, learned=(*step.learned, *learned))
 
@@ -256,7 +257,21 @@ def _note(a: Assign) -> str:
     return f"{_name(a.target)} <- {text(a.value)}" if a.note and isinstance(a.value, Expr) else a.note
 
 
-def _learned(w: _Wanted, step: Step) -> tuple[Learned, ...]:
+def _has_start(w: _Wanted, step: Step) -> None:
+    """What a parameter takes the place of has a value before the network runs, or the spec says where its start comes from."""
+    record, value = w.record, w.value
+    if not isinstance(value, Expr):
+        return
+    moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
+    depends_on = sorted(s.name for s in value.symbols if (s.role == "state" and s.name in moving) or s.role == "input")
+    if depends_on and record.init == "value":
+        hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
+        raise SpecError("E306", f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at", w.where, hint)
+    if record.init == "data" and record.share != "none":
+        raise SpecError("E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'")
+
+
+def _learned(w: _Wanted) -> tuple[Learned, ...]:
     """The parameter, and its bias if it has one."""
     record, value = w.record, w.value
     per_layer = record.share == "none"
@@ -266,13 +281,6 @@ def _learned(w: _Wanted, step: Step) -> tuple[Learned, ...]:
         return (Learned(w.name, s, value, shape, per_layer, _constraint(w), record.replaces, record.init, record.scale),)
     if record.shape is not None:
         raise SpecError("E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'")
-    moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
-    depends_on = sorted(s.name for s in value.symbols if (s.role == "state" and s.name in moving) or s.role == "input")
-    if depends_on and record.init == "value":
-        hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
-        raise SpecError("E306", f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at", w.where, hint)
-    if record.init == "data" and not per_layer:
-        raise SpecError("E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'")
     rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
     s = symbol(w.name, *value.shape, "learned", rank, w.size)
     found = Learned(w.name, s, value, value.shape[:rank], per_layer, _constraint(w), record.replaces, record.init, record.scale, record.init == "data")

@@ -153,6 +153,8 @@ class Tensor(Record):
     shape: Shape
     family: Size | None = None
     """how many of them there are: a family, of which formulas take one member, M[k]"""
+    positive: bool = False
+    """no negative entries"""
     about: Text = ""
 
 
@@ -164,8 +166,6 @@ class Parameter(Tensor):
     orthonormal: bool = False
     """orthonormal columns"""
     symmetric: bool = False
-    positive: bool = False
-    """no negative entries"""
     init: Literal["gaussian", "unit_columns", "orthonormal", "tight_frame", "identity", "zeros", "ones"] | None = None
     """its value where none is given"""
 
