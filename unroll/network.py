@@ -317,6 +317,10 @@ def network(
                 "E403",
                 f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
             )
+    for record, p in zip(net.learned, net.parameters(), strict=True):
+        if not _holds(record.constraint, p.detach().double()):
+            kept = record.constraint.replace("_", " ")
+            raise UnrollError("E403", f"'{record.name}' cannot start at the value that it replaces, which is not {kept}: {record.replaces}")
     for name, b in net.named_buffers():
         if b.is_floating_point() and not b.isfinite().all():
             raise UnrollError(
@@ -325,6 +329,17 @@ def network(
                 hint="a matrix of zeros has the Lipschitz constant 0, and 1/0 is no step size",
             )
     return net
+
+
+def _holds(constraint: str, value: Tensor) -> bool:
+    """Is a start value what its parameter is kept to? What is positive by softplus was tried before."""
+    match constraint:
+        case "symmetric":
+            return not bool((value - value.mT).abs().max() > 1e-3 * value.abs().max())
+        case "unit_columns":
+            return not bool((value.norm(dim=-2) - 1).abs().max() > 1e-3)
+        case _:
+            return True
 
 
 def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...], bool]]:

@@ -14,7 +14,14 @@ SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
 def contradictions(spec: Document, root: Entries) -> list[SpecError]:
     """All of them; none if the spec is consistent."""
     unroll = _unroll(spec.unroll, root, set(spec.variables)) if spec.unroll else iter(())
-    return [*_empty(root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root), *unroll]
+    return [
+        *_empty(root),
+        *_not_built(spec, root),
+        *_objective(spec, root),
+        *_twice(spec, root),
+        *_scalars(spec.scalars, root),
+        *unroll,
+    ]
 
 
 def _empty(root: Entries) -> Iterator[SpecError]:
@@ -22,6 +29,26 @@ def _empty(root: Entries) -> Iterator[SpecError]:
         if isinstance(node := root.get(section), Scalar) and node.value is None:
             hint = "fill it in, or leave the key out"
             yield SpecError("E203", f"{section} is empty", key_origin(root, (section,)).where(), hint)
+
+
+def _not_built(spec: Document, root: Entries) -> Iterator[SpecError]:
+    """Words that the language has and nothing reads: to pass over them would be silent."""
+    unroll = spec.unroll
+    used: dict[tuple[str, ...], str] = {
+        **({("model",): "only the layers themselves are built"} if spec.model else {}),
+        **({("weights",): "terms are weighted by scalars: lam * norm1(z)"} if spec.weights else {}),
+        **({("unroll", "layers"): "give a number of layers"} if unroll and unroll.layers == "equilibrium" else {}),
+        **(
+            {("unroll", "restart"): "unroll.solve restarts its momentum by itself"}
+            if unroll and unroll.restart is not None
+            else {}
+        ),
+    }
+    for path, hint in used.items():
+        word = "equilibrium" if path[-1] == "layers" else path[-1]
+        yield SpecError(
+            "E307", f"'{word}' is accepted by the language, but not built yet", key_origin(root, path).where(), hint
+        )
 
 
 def _objective(spec: Document, root: Entries) -> Iterator[SpecError]:

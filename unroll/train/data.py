@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.spec.schema import DataSettings, Digits, Files, Patches, Synthetic
+from unroll.train.sources import ABOUT
 
 Shape = tuple[int | None, ...]
 Tensors = dict[str, Tensor]
@@ -205,10 +206,10 @@ def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
 
 
 SOURCES: tuple[Source, ...] = (
-    Source("patches", patches, "whitened patches of scikit-learn's sample photographs"),
-    Source("digits", digits, "scikit-learn's 8 x 8 handwritten digits"),
-    Source("synthetic", synthetic, "x = A z + noise with a sparse z that is known"),
-    Source("file", files, "your arrays: .npy, .npz, .pt"),
+    Source("patches", patches, ABOUT["patches"]),
+    Source("digits", digits, ABOUT["digits"]),
+    Source("synthetic", synthetic, ABOUT["synthetic"]),
+    Source("file", files, ABOUT["file"]),
 )
 
 
@@ -316,7 +317,7 @@ def package(name: str, wanted_by: str, extra: str = "train") -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
             raise
-        hint = f"pip install 'unroll-compiler[{extra}]'"
+        hint = f"pip install 'unroll-compiler[{extra}]'" if extra else f"pip install {name}"
         raise SpecError(
             "E501", f"{wanted_by} needs the package {error.name}, which is not installed", hint=hint
         ) from error

@@ -1,0 +1,8 @@
+"""What the sources of data are, without what it takes to read them: `unroll list` is fast."""
+
+ABOUT = {
+    "patches": "whitened patches of scikit-learn's sample photographs",
+    "digits": "scikit-learn's 8 x 8 handwritten digits",
+    "synthetic": "x = A z + noise with a sparse z that is known",
+    "file": "your arrays: .npy, .npz, .pt",
+}
