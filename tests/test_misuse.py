@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import unroll
 from unroll import UnrollError, laws
@@ -160,3 +161,15 @@ def test_a_prox_with_three_stationary_points_is_written(formula: str):
 def test_a_symbolic_power_is_refused():
     with pytest.raises(UnrollError, match="no limit of .* was found"):
         unroll.prox("abs(u)**lam", lam=1.5)
+
+
+def test_weights_that_are_damaged_or_of_something_else_are_refused(tmp_path: Any):
+    folder = unroll.save(unroll.compile(LASSO), tmp_path / "net")
+    weights = folder / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnrollError, match="E405.*is damaged"):
+        unroll.restore(folder)
+    save_file({"network.A": torch.ones(1)}, weights)
+    with pytest.raises(UnrollError, match="E405.*was not written by unroll.save"):
+        unroll.restore(folder)

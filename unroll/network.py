@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -392,9 +392,14 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     for name in (SPEC, WEIGHTS):
         if not (place / name).is_file():
             raise UnrollError("E405", f"{place} holds no {name}: it is not a saved network")
-    with safe_open(place / WEIGHTS, framework="pt") as file:
-        record = cast(dict[str, str], file.metadata() or {})
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(place / WEIGHTS, framework="pt") as file:
+            record = cast(dict[str, str], file.metadata() or {})
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise UnrollError("E405", f"{place / WEIGHTS} is damaged: {e}") from None
+    if "version" not in record:
+        raise UnrollError("E405", f"{place} was not written by unroll.save", hint="of a run folder, unroll eval measures the network again")
     if record.get("version") != VERSION:
         raise UnrollError("E405", f"{place / WEIGHTS} was written by another version of unroll")
     state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}

@@ -192,32 +192,38 @@ def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
 
 def ready(job: Job) -> tuple[Data, Network]:
     """Data and untrained network; the values of all parameters, drawn ones too, are kept in the run folder."""
-    data = prepare(job)
+    data, exact = prepare(job)
     net = build(job, data, job.spec)
     parameters = {name: value.clone() for name, value in net.given.items()}
     if parameters and first_rank():
-        save_file({k: v.contiguous() for k, v in parameters.items()}, job.folder / "given.safetensors")
+        kept = {**parameters, **exact}  # rounded values would give a resumed run other samples
+        save_file({k: v.contiguous() for k, v in kept.items()}, job.folder / "given.safetensors")
         for name, value in parameters.items():
             if value.ndim == 2:
                 plots.atoms(value, job.folder / f"{name}.png")
     return Data(data.source, data.train, data.validation, parameters), net
 
 
-def prepare(job: Job) -> Data:
-    """The data of a spec, with a dictionary learned from them if it asks for one, in the dtype of its training."""
+def prepare(job: Job) -> tuple[Data, Tensors]:
+    """The data of a spec, with a dictionary learned from them if it asks for one, in the dtype of its training.
+
+    And the parameters that the data were made with, as they were before they got that dtype.
+    """
     spec, given = job.spec, job.given
     if spec.data is None:
         names = "patches, digits, synthetic or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
     data = make_data(spec.data, shapes_of(spec, job.dims), given)
-    parameters = {k: v.to(job.dtype) for k, v in {**data.parameters, **given}.items()}
+    exact = {**data.parameters, **given}
+    parameters = {k: v.to(job.dtype) for k, v in exact.items()}
     data = Data(data.source, data.train.to(job.dtype), data.validation.to(job.dtype), parameters)
     if job.console is not None:
         _show_data(data, job.console)
     wanted = spec.data.dictionary
     if wanted is not None and wanted.learn not in given:
         parameters[wanted.learn] = _learned(job, wanted, data)
-    return data
+        exact.pop(wanted.learn, None)
+    return data, exact
 
 
 def _learned(job: Job, wanted: Dictionary, data: Data) -> Tensor:
@@ -428,7 +434,8 @@ def _read_start(folder: Path, console: Console | None) -> Job:
         hint = "name the folder of a run: runs/<name>/<time>"
         raise SpecError("E510", f"'{folder}' holds no run: there is no run.json in it", hint=hint)
     started = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    given = load_file(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
+    stored = load_file(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
+    given = {name: value.clone() for name, value in stored.items()}  # in memory of torch's own: products round by alignment
     return Job(folder, load(folder / "spec.yaml"), started["dims"], started["scalars"], given, console)
 
 
