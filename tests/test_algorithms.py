@@ -42,7 +42,10 @@ def tensors(spec: Spec, seed: int = 0) -> tuple[dict[str, int], dict[str, Tensor
         """A matrix whose singular values are of one size, so that plain iterations converge to the digits compared."""
         return value / 2 + torch.eye(*value.shape, dtype=value.dtype) if value.ndim == 2 else value
 
-    parameters = {name: conditioned(draw(r, False)) for name, r in spec.get("parameters", {}).items()}
+    def declared(value: Tensor, record: Any) -> Tensor:
+        return torch.nn.functional.normalize(value, dim=-2) if isinstance(record, dict) and record.get("columns") == "unit" else value
+
+    parameters = {name: declared(conditioned(draw(r, False)), r) for name, r in spec.get("parameters", {}).items()}
     return dims, parameters, [draw(r, True) for r in spec.get("inputs", {}).values()]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,3 +288,21 @@ def test_our_own_mistakes_ask_to_be_reported(
     with pytest.raises(AssertionError):
         unroll("show", "ista")
     assert "internal error, please report it" in capsys.readouterr().err
+
+
+def test_editors_find_the_schema_of_a_new_spec(unroll: Unroll, tmp_path: Path) -> None:
+    unroll("new", "mine", "--folder", tmp_path)
+    head = (tmp_path / "mine.yaml").read_text().splitlines()[0]
+    assert head.startswith("# yaml-language-server: $schema=") and Path(head.split("=", 1)[1]).is_file()
+
+
+def test_list_needs_no_torch() -> None:
+    code = "import sys; from unroll.cli import cli; cli.main(['list'], standalone_mode=False); assert 'torch' not in sys.modules"
+    folder = Path(api.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=folder, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("words", [("new", "mine", "--folder", "no/such/folder"), ("compile", "lista", "-o", "no/such/folder/net.py")])
+def test_a_place_that_cannot_be_written_is_an_error_of_the_user(unroll: Unroll, words: tuple[str, ...]) -> None:
+    shown = unroll(*words)
+    assert shown.code == 2 and "No such file or directory: 'no/such/folder" in shown.err and "Traceback" not in shown.err

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from unroll.network import Network
 from unroll.spec import load
 from unroll.train import Interrupted, evaluate, resume, train
 from unroll.train.data import make_data
-from unroll.train.run import shapes_of
+from unroll.train.run import _read_start, prepare, shapes_of
 
 torch.set_num_threads(1)
 
@@ -118,3 +119,12 @@ def test_a_spec_without_data_is_refused(tmp_path):
     text = "\n".join(line for line in SPEC.splitlines() if not line.startswith("data:"))
     with pytest.raises(SpecError, match="has no section 'data:'"):
         train(text, out=tmp_path / "run", quiet=True)
+
+
+def test_a_resumed_run_in_float32_sees_the_same_samples(tmp_path):
+    """The matrix that made them is kept as it was, not as the network rounds it."""
+    train(SPEC, overrides=["train.precision=float32", "train.epochs=1"], out=tmp_path / "run", quiet=True)
+    job = _read_start(tmp_path / "run", None)
+    again, first = prepare(job)[0], prepare(replace(job, given={}))[0]
+    assert again.train.inputs["x"].dtype == torch.float32
+    assert torch.equal(again.train.inputs["x"], first.train.inputs["x"])

@@ -29,6 +29,9 @@ STEP, LIPSCHITZ = scalar("step", positive=True), scalar("L", positive=True)
 MOMENTUM, COUNTER, COUNTER_NEXT = scalar("momentum"), scalar("t", positive=True), scalar("t_next", positive=True)
 
 
+NONE_FITS = "no algorithm here fits; each term must be smooth, or the rest proximable together"
+
+
 @dataclass(frozen=True)
 class Part:
     """One summand of the objective and what is known of it.
@@ -103,10 +106,16 @@ def build(record: Algorithm, problem: Problem, options: Options) -> Step:
         raise DeriveError(
             "E303",
             f"{record.name} does not fit: {missing}",
-            hint=f"{' or '.join(fitting)} fits" if fitting else "no algorithm here fits; each term must be smooth, or the rest proximable together",
+            hint=f"{' or '.join(fitting)} fits" if fitting else _unsigned(parts) or NONE_FITS,
             notes=(f"needed: {record.needs}", *(f"found: {p.show()}" for p in parts)),
         )
     return record.build(problem, parts, options)
+
+
+def _unsigned(parts: tuple[Part, ...]) -> str:
+    """A hint where terms have no prox because the sign of a scalar is open."""
+    open_signs = sorted({s.name for p in parts if p.smooth is None and p.proximal is None for s in p.e.scalars if s.is_positive is None and not s.is_integer})
+    return f"declare its sign: {open_signs[0]}: {{default: .., positive: true}}, under scalars" if open_signs else ""
 
 
 def classify(problem: Problem) -> tuple[Part, ...]:
@@ -276,6 +285,8 @@ def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     state, y, ahead = (state_of(z, n) for n in (z.name, _fresh(problem, "y"), _fresh(problem, f"{z.name}_next")))
     definitions, notes = _step_size(problem, parts, options)
     rule = (options.momentum or "beck_teboulle").split("(")[0]
+    if rule == "beck_teboulle" and options.momentum not in (None, rule):
+        raise DeriveError("E303", f"{options.momentum}: this momentum has no parameter", hint="chambolle_dossal(a) has one")
     if rule == "beck_teboulle":
         counters = (State(COUNTER, sp.Integer(1)),)
         before = (
@@ -310,6 +321,8 @@ def _parameter_of(momentum: str, default: int) -> sp.Expr:
     """chambolle_dossal(a) -> a; must be larger than 2. Raises DeriveError E303."""
     if "(" not in momentum:
         return sp.Integer(default)
+    if not momentum.endswith(")"):
+        raise DeriveError("E303", f"{momentum}: the bracket is not closed")
     value = parse(momentum.split("(", 1)[1].removesuffix(")"), Scope(), nowhere)
     if isinstance(value, Expr) or not value.is_number or value <= 2:
         raise DeriveError("E303", f"{momentum}: the parameter must be a number larger than 2")

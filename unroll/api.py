@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import sympy as sp
 
 from unroll.derivation import Derivation
 from unroll.derivation import derive as derive_spec
 from unroll.errors import UnrollError, did_you_mean
+from unroll.expr import dim
 from unroll.spec import Spec, load
 
 if TYPE_CHECKING:
-    import sympy as sp
     import torch
 
     from unroll.calculus.prox_scalar import ScalarProx
     from unroll.emit import Program
     from unroll.model.module import Model
     from unroll.network import Network
+    from unroll.problem import Problem
 
 Source = str | Path | Mapping[str, Any] | Spec
 """A path, a name of the library, YAML text, a dict, or a loaded spec."""
@@ -104,16 +108,98 @@ def compile_layers(
 
     loaded = read(spec, overrides)
     loaded = loaded if loaded.model is None else loaded.layers()
-    derivation = derive_spec(loaded, _sizes(loaded, dims or {}, parameters or {}))
+    given = {name: _tensor(name, value) for name, value in (parameters or {}).items()}
+    derivation = derive_spec(loaded, _sizes(loaded, dims or {}, given))
     program = build(derivation)
-    given = {name: torch.as_tensor(value) for name, value in (parameters or {}).items()}
+    _refuse_undeclared(derivation.problem, given)
+    _refuse_out_of_bounds(loaded, scalars or {})
     missing = [s.name for s in derivation.problem.parameters if s.name not in given]
+    _refuse_too_large(program, missing)
     drawn = draw(_with_inits(derivation), program.dims, seed) if missing else {}
     dtype = dtype or torch.get_default_dtype()
     values = given | {name: drawn[name].to(dtype) for name in missing}
     net = network(program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed)
     net.drawn = tuple(missing)
     return net
+
+
+MOST_ENTRIES = 2**31
+"""Of all tensors that a network is made with: 8 GiB in float32."""
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    """A value of a parameter: real, finite, floating. Raises UnrollError E404."""
+    import torch
+
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UnrollError("E404", f"{name} cannot be read as a tensor: {e}") from None
+    if found.is_complex():
+        raise UnrollError("E404", f"{name} is complex; parameters are real")
+    found = found if found.is_floating_point() else found.to(torch.float64)
+    if not found.isfinite().all():
+        raise UnrollError("E404", f"{name} has entries that are not finite")
+    return found
+
+
+def _refuse_undeclared(problem: Problem, given: Mapping[str, torch.Tensor]) -> None:
+    """What was derived relies on what parameters were declared to be. Raises UnrollError E403."""
+    for s in problem.parameters:
+        for prop in sorted(s.props) if s.name in given else ():
+            off = _distance(prop, given[s.name].detach())
+            if off > (1e-4 if given[s.name].dtype.itemsize > 2 else 1e-2):
+                raise UnrollError("E403", f"'{s.name}' is declared {prop.replace('_', ' ')}, and the value given is not: off by {off:.1e}", hint="what was derived relies on it")
+
+
+def _distance(prop: str, value: torch.Tensor) -> float:
+    """How far a value is from what `prop` says; 0 for a property that can only be drawn."""
+    import torch
+
+    m = value.double()
+    match prop:
+        case "orthonormal" if m.ndim > 1:
+            gram = m.mT @ m
+            return float((gram - torch.eye(gram.shape[-1], dtype=m.dtype, device=m.device)).abs().max())
+        case "unit_columns" if m.ndim > 1:
+            return float((m.norm(dim=-2) - 1).abs().max())
+        case "symmetric" if m.ndim > 1:
+            return float((m - m.mT).abs().max() / m.abs().max().clamp_min(1e-30))
+        case "positive":
+            return float(-m.clamp_max(0).min())
+        case _:
+            return 0.0
+
+
+def _refuse_out_of_bounds(spec: Spec, scalars: Mapping[str, Any]) -> None:
+    """min and max hold for values given later too. Raises UnrollError E403."""
+    for name, value in scalars.items():
+        record = spec.scalars.get(name)
+        if record is None:
+            continue  # `network` says that there is no such scalar
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise UnrollError("E403", f"'{name}' is a number; {value!r} is not") from None
+        if not (record.min is None or number >= record.min) or not (record.max is None or number <= record.max):
+            bounds = f"{'' if record.min is None else f'{record.min:g} <= '}{name}{'' if record.max is None else f' <= {record.max:g}'}"
+            raise UnrollError("E403", f"'{name}' = {number:g} breaks what the spec declares: {bounds}")
+
+
+def _refuse_too_large(program: Program, missing: Sequence[str]) -> None:
+    """Before any memory is asked for. Raises UnrollError E402 for an open size, E404 for more than MOST_ENTRIES."""
+    for s in program.problem.parameters:
+        sizes = program.tensor_sizes(s)
+        if s.name in missing and None in sizes:
+            raise UnrollError("E402", f"{s.name} has a dynamic size and no value", hint=f"give parameters={{'{s.name}': ...}}, or the size as a number")
+    counts = {s.name: prod(n or 1 for n in program.tensor_sizes(s)) for s in program.problem.parameters}
+    dims = {dim(name): sp.Integer(n) for name, n in program.dims.items()}
+    for p in program.step.learned:
+        entries = prod(int(sp.sympify(n).xreplace(dims)) for n in p.shape)
+        counts[p.name] = entries * (program.layers if p.per_layer else 1)
+    name = max(counts, key=lambda n: counts[n], default="")
+    if sum(counts.values()) > MOST_ENTRIES:
+        raise UnrollError("E404", f"{name} would have {counts[name]:,} entries; all together may have {MOST_ENTRIES:,}", hint="smaller dims, fewer layers, or share: layers")
 
 
 def build(derivation: Derivation) -> Program:
@@ -208,7 +294,6 @@ def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: 
     scalars: values, or none to leave them symbols; .formula, .curvature, .proof tell what was derived.
     Raises SpecError E1xx (the formula), DeriveError E302 (no prox).
     """
-    import sympy as sp
 
     from unroll.calculus.prox_scalar import derive_prox
     from unroll.expr import Expr, number, scalar

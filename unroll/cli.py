@@ -85,9 +85,9 @@ def _entries(kind: str) -> dict[str, str]:
 
             return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in ALGORITHMS}
         case _:
-            from unroll.train.data import SOURCES
+            from unroll.train.sources import ABOUT
 
-            return {s.name: s.about for s in SOURCES}
+            return dict(ABOUT)
 
 
 @cli.command()
@@ -202,7 +202,7 @@ def new(name: str, folder: Path) -> None:
     path = folder / f"{name}.yaml"
     if path.exists():
         raise click.UsageError(f"{path} exists already")
-    path.write_text(TEMPLATE.format(name=name), encoding="utf-8")
+    path.write_text(TEMPLATE.format(name=name, schema=Path(__file__).parent / "spec" / "spec.schema.json"), encoding="utf-8")
     click.echo(f"wrote {path}\nnext: unroll show {path}    unroll check {path}")
 
 
@@ -214,6 +214,7 @@ def explain_(code: str) -> None:
 
 
 TEMPLATE = """\
+# yaml-language-server: $schema={schema}
 name: {name}
 about: what it is for
 dims: {{m: 64, n: 128}}            # sizes
@@ -255,6 +256,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as e:
+        if e.filename is None:
+            raise
+        click.echo(f"error: {e.strerror}: '{e.filename}'", err=True)
+        sys.exit(2)
     except Exception as e:
         click.echo(f"internal error, please report it with the spec and the command line: {type(e).__name__}: {e}", err=True)
         raise

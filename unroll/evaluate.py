@@ -182,7 +182,9 @@ class Evaluator:
             case LogDet(x):
                 return torch.linalg.slogdet(self(x)).logabsdet[..., None, None]
             case Spectral(h, x):
-                return self.profile(h, {slot(0): torch.linalg.svdvals(self(x))}).sum(-1)[..., None, None]
+                s = torch.linalg.svdvals(self(x))
+                s = torch.where(s > s.amax(-1, keepdim=True) * 1e-13 * s.shape[-1], s, 0.0)
+                return self.profile(h, {slot(0): s}).sum(-1)[..., None, None]
             case SpectralNorm(x):
                 return torch.linalg.svdvals(self(x)).amax(-1)[..., None, None]
             case Indicator(name, params, x):
@@ -217,7 +219,10 @@ class Evaluator:
         """A scalar prox record, called by the names of its scalars."""
         values = {str(s): given[s] if s in given else self.scalars[s] for s in record.scalars}
         step = values.pop(str(record.t), None)
-        return record(v, step, **values)
+        out = record(v, step, **values)
+        return (
+            out.reshape(v.shape) if out.numel() == v.numel() else out
+        )  # numbers are (1, 1): they add axes to singular values
 
     def difference(self, x: Tensor, adjoint: bool) -> Tensor:
         n = x.shape[-2] + adjoint

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -408,6 +408,10 @@ def network(
                 "E403",
                 f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
             )
+    for record, p in zip(net.learned, net.parameters(), strict=True):
+        if not _holds(record.constraint, p.detach().double()):
+            kept = record.constraint.replace("_", " ")
+            raise UnrollError("E403", f"'{record.name}' cannot start at the value that it replaces, which is not {kept}: {record.replaces}")
     for name, b in net.named_buffers():
         if b.is_floating_point() and not b.isfinite().all():
             raise UnrollError(
@@ -416,6 +420,17 @@ def network(
                 hint="a matrix of zeros has the Lipschitz constant 0, and 1/0 is no step size",
             )
     return net
+
+
+def _holds(constraint: str, value: Tensor) -> bool:
+    """Is a start value what its parameter is kept to? What is positive by softplus was tried before."""
+    match constraint:
+        case "symmetric":
+            return not bool((value - value.mT).abs().max() > 1e-3 * value.abs().max())
+        case "unit_columns":
+            return not bool((value.norm(dim=-2) - 1).abs().max() > 1e-3)
+        case _:
+            return True
 
 
 def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...], bool]]:
@@ -500,9 +515,14 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     for name in (SPEC, WEIGHTS):
         if not (place / name).is_file():
             raise UnrollError("E405", f"{place} holds no {name}: it is not a saved network")
-    with safe_open(place / WEIGHTS, framework="pt") as file:
-        record = cast(dict[str, str], file.metadata() or {})
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(place / WEIGHTS, framework="pt") as file:
+            record = cast(dict[str, str], file.metadata() or {})
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise UnrollError("E405", f"{place / WEIGHTS} is damaged: {e}") from None
+    if "version" not in record:
+        raise UnrollError("E405", f"{place} was not written by unroll.save", hint="of a run folder, unroll eval measures the network again")
     if record.get("version") != VERSION:
         raise UnrollError("E405", f"{place / WEIGHTS} was written by another version of unroll")
     state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}

@@ -610,7 +610,10 @@ HELPERS: dict[str, Helper] = {
         "return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()",
     ),
     "spectral_sum": _exact(
-        "spectral_sum", "x, h", "Sum of h over the singular values.", "return h(torch.linalg.svdvals(x)).sum(-1)"
+        "spectral_sum",
+        "x, h",
+        "Sum of h over the singular values; those that only rounding tells from 0 are 0.",
+        "s = torch.linalg.svdvals(x)\nleast = s.amax(-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(s.dtype).eps\nreturn h(torch.where(s > least, s, 0)).sum(-1)",
     ),
     "spectral_map": _exact(
         "spectral_map",

@@ -400,6 +400,12 @@ class _Reader:
             hint = f"{self.source(b)}.T has the shape of {self.source(a)}"
         self.fail(node, "E131", f"{self.source(node)} does not fit: {self._is(a, x)}, {self._is(b, y)}", hint, self.declared(a, b))
 
+    def transposed(self, node: ast.expr) -> str:
+        """The text of the transpose: A for A.T, (A @ B).T for a product."""
+        if isinstance(node, ast.Attribute):
+            return self.source(node.value)
+        return f"({self.source(node)}).T" if isinstance(node, ast.BinOp | ast.UnaryOp) else f"{self.source(node)}.T"
+
     def _is(self, node: ast.expr, value: Expr) -> str:
         return f"{self.source(node)} is {self.shape(value)}"
 
@@ -413,9 +419,9 @@ class _Reader:
         if x.cols == 1 and y.cols == 1 and same(x.rows, y.rows):
             hint = f"the inner product is dot({self.source(a)}, {self.source(b)})"
         elif same(x.rows, y.rows):
-            hint = f"{self.source(a)}.T @ {self.source(b)} fits"
+            hint = f"{self.transposed(a)} @ {self.source(b)} fits"
         elif same(x.cols, y.cols):
-            hint = f"{self.source(a)} @ {self.source(b)}.T fits"
+            hint = f"{self.source(a)} @ {self.transposed(b)} fits"
         elif y.cols == 1:
             hint = f"{self.source(b)} must have {x.cols} entries here"
         self.fail(node, "E131", f"{self.source(node)} does not fit: {self._is(a, x)}, {self._is(b, y)}", hint, self.declared(a, b))

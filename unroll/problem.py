@@ -53,7 +53,7 @@ def from_spec(spec: Spec, dims: Mapping[str, int] | None = None) -> Problem:
     names: dict[str, Value] = {d.name: d for d in sizes}
     defaults: dict[sp.Symbol, sp.Expr | None] = {}
     for name, record in spec.scalars.items():
-        s = scalar(name, positive=record.positive)
+        s = scalar(name, positive=record.positive or (record.min is not None and record.min > 0))
         names[name] = s
         defaults[s] = None if record.default is None else number(record.default)
     sections: dict[str, Role] = {"variables": "variable", "inputs": "input", "parameters": "parameter"}

@@ -142,7 +142,10 @@ def one_step(spec: Spec) -> Spec:
     document: dict[str, Any] = {
         k: v for k, v in spec.to_dict().items() if k not in ("data", "train", "model", "weights")
     }
-    parts = classify(from_spec(spec))
+    problem = from_spec(spec)
+    if len(problem.variables) != 1:
+        raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
+    parts = classify(problem)
     fitting = [a.name for a in ALGORITHMS if a.name in PLAIN and a.fits(parts) is None]
     if not fitting:
         raise SpecError(

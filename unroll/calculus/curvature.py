@@ -36,7 +36,7 @@ class Bounds:
     @property
     def smooth(self) -> bool:
         """Are both bounds finite?"""
-        return not any(split(t)[0].is_infinite for b in (self.low, self.high) for t in (b.terms if isinstance(b, Add) else (b,)))
+        return not any(split(t)[0].has(sp.oo, -sp.oo, sp.nan) for b in (self.low, self.high) for t in (b.terms if isinstance(b, Add) else (b,)))
 
     @property
     def convex(self) -> bool:

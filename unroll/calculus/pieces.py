@@ -176,7 +176,14 @@ def limit(e: sp.Expr, u: sp.Symbol, to: sp.Expr, side: str) -> sp.Expr:
         value = e.subs(u, to)
         if not value.has(sp.nan, sp.zoo, sp.oo):
             return value
-    value = sp.limit(e, u, to, side)
+    try:
+        value = sp.limit(e, u, to, side)
+    except NotImplementedError as e_:
+        raise DeriveError(
+            "E302",
+            f"no limit of {e} was found at {u} = {to}: {e_}",
+            hint="a number in the place of a symbolic power may help",
+        ) from None
     if value.has(sp.Limit, sp.nan, sp.zoo, sp.AccumBounds) or value.has(u):
         raise DeriveError("E302", f"no limit of {e} was found at {u} = {to}")
     return value

@@ -161,7 +161,7 @@ class ScalarProx:
         """Torch text of `def name(v, *scalars)`; it calls the operations named in `runtime`."""
         return prox_source.emit(self, name)
 
-    def __call__(self, v: Tensor, /, t: Any = None, **values: Any) -> Tensor:
+    def __call__(self, v: Tensor, t: Any = None, /, **values: Any) -> Tensor:
         """Evaluate the emitted source. Scalars by name, numbers or tensors that broadcast against v."""
         import torch
 

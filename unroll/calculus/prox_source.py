@@ -265,7 +265,7 @@ def _rivals(prox: ScalarProx) -> list[Rival]:
             if prox.even and part.lo == 0 and part.hi == sp.oo and root.z == x:
                 out.append(Rival("x", sp.expand(energy.xreplace({u: x}))))
                 continue
-            name = sp.Symbol(f"z{i}" if len(part.roots) == 1 else f"z{i}{'ab'[k]}")
+            name = sp.Symbol(f"z{i}" if len(part.roots) == 1 else f"z{i}{chr(ord('a') + k)}")
             text = _root_text(part, k, x)
             text = _clamped(text, part) if root.kind in ("linear", "bracket") else text
             out.append(Rival(str(name), energy.xreplace({u: name}), f"{name} = {text}"))

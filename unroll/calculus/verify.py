@@ -50,7 +50,7 @@ def excess(prox: ScalarProx, draw: dict[sp.Basic, sp.Expr], t: float) -> float:
     v = np.linspace(-spread - 0.013, spread, POINTS)
     scalars = {str(s): float(draw[s]) for s in prox.scalars if s != prox.t}
     z = (
-        prox(torch.from_numpy(v), t=t, **scalars).numpy()
+        prox(torch.from_numpy(v), t, **scalars).numpy()
         if prox.t in prox.scalars
         else prox(torch.from_numpy(v), **scalars).numpy()
     )

@@ -167,6 +167,12 @@ def _read(source: str | bytes | FilePath | Mapping[str, Any]) -> tuple[Entries, 
         case str():
             path = library.find(source, ("specs", "objectives"))
             return _file(path), path.parent
+        case _:
+            raise SpecError(
+                "E008",
+                f"{type(source).__name__} is not a spec",
+                hint="give a path, a name of the library, YAML text or a dict",
+            )
 
 
 def _file(path: FilePath) -> Entries:

@@ -15,8 +15,8 @@ SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
 def contradictions(spec: Document, root: Entries) -> list[SpecError]:
     """All of them; none if the spec is consistent."""
     unroll = _unroll(spec.unroll, root, set(spec.variables)) if spec.unroll else iter(())
-    found = [*_empty(root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root), *unroll]
-    return [*found, *around.contradictions(spec, root)]
+    found = [*_empty(root), *_not_built(spec, root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root)]
+    return [*found, *unroll, *around.contradictions(spec, root)]
 
 
 def _empty(root: Entries) -> Iterator[SpecError]:
@@ -24,6 +24,24 @@ def _empty(root: Entries) -> Iterator[SpecError]:
         if isinstance(node := root.get(section), Scalar) and node.value is None:
             hint = "fill it in, or leave the key out"
             yield SpecError("E203", f"{section} is empty", key_origin(root, (section,)).where(), hint)
+
+
+def _not_built(spec: Document, root: Entries) -> Iterator[SpecError]:
+    """Words that the language has and nothing reads: to pass over them would be silent."""
+    unroll = spec.unroll
+    used: dict[tuple[str, ...], str] = {
+        **({("unroll", "layers"): "give a number of layers"} if unroll and unroll.layers == "equilibrium" else {}),
+        **(
+            {("unroll", "restart"): "unroll.solve restarts its momentum by itself"}
+            if unroll and unroll.restart is not None
+            else {}
+        ),
+    }
+    for path, hint in used.items():
+        word = "equilibrium" if path[-1] == "layers" else path[-1]
+        yield SpecError(
+            "E307", f"'{word}' is accepted by the language, but not built yet", key_origin(root, path).where(), hint
+        )
 
 
 def _objective(spec: Document, root: Entries) -> Iterator[SpecError]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from unroll.errors import SpecError, did_you_mean, quote
-from unroll.spec.nodes import Entries, Items, Node, Path, Scalar, child, key_origin, node_at, place
+from unroll.spec.nodes import Entries, Items, Node, Path, Scalar, child, key_origin, node_at, place, plain
 
 EXPECTED = {
     "string_type": "text",
@@ -93,7 +93,8 @@ def _message(path: Path, errors: list[ErrorDetails], root: Entries, model: type[
                     re.findall(r"'(\w+)'", context["expected_tags"]),
                 )
             case kind if kind in LENGTHS:
-                message = f"{name(path)} {LENGTHS[kind].format(**context)}"
+                unit = "string_too_long" if kind == "too_long" and isinstance(plain(node_at(root, path)), str) else kind
+                message = f"{name(path)} {LENGTHS[unit].format(**context)}"
                 return SpecError("E205", message, node_at(root, path).origin.where())
             case kind if kind in BOUNDS:
                 return _out_of_bounds(path, root, *BOUNDS[kind], context)

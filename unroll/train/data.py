@@ -22,6 +22,7 @@ from unroll.spec import schema
 from unroll.spec.schema import DataSettings, Digits, Files, Patches, Synthetic
 from unroll.train.pictures import change_of, image_sizes, read_folder
 from unroll.train.samples import Data, Shape, Shapes, Split, Tensors, divide, generator, package
+from unroll.train.sources import ABOUT
 from unroll.train.text import read_text
 
 
@@ -157,12 +158,12 @@ def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
 
 
 SOURCES: tuple[Source, ...] = (
-    Source("patches", patches, "whitened patches of scikit-learn's sample photographs"),
-    Source("digits", digits, "scikit-learn's 8 x 8 handwritten digits"),
-    Source("images", read_folder, "a folder of pictures, one folder inside it per class"),
-    Source("text", read_text, "characters of Python's documentation, of its library, or of your own file"),
-    Source("synthetic", synthetic, "x = A z + noise with a sparse z that is known"),
-    Source("file", files, "your arrays: .npy, .npz, .pt"),
+    Source("patches", patches, ABOUT["patches"]),
+    Source("digits", digits, ABOUT["digits"]),
+    Source("images", read_folder, ABOUT["images"]),
+    Source("text", read_text, ABOUT["text"]),
+    Source("synthetic", synthetic, ABOUT["synthetic"]),
+    Source("file", files, ABOUT["file"]),
 )
 
 

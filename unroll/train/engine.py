@@ -525,7 +525,7 @@ def keep_rows(path: Path, step: int) -> None:
 
 
 def _board(folder: Path) -> Any:
-    package("tensorboard", "train: tensorboard: true", extra="train")
+    package("tensorboard", "train: tensorboard: true", extra="")
     from torch.utils.tensorboard.writer import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"))

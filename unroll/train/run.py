@@ -168,20 +168,21 @@ def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
 
 def ready(job: Job) -> tuple[Data, nn.Module]:
     """Data and untrained network; what both depend on is kept in the run folder."""
-    data = prepare(job)
+    data, exact = prepare(job)
     _keep_meaning(job, data)
     net = build(job, data, job.spec)
-    parameters = _keep_given(job, cast(Net, net))
+    parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
     return replace(data, parameters=parameters), net
 
 
-def _keep_given(job: Job, net: Net) -> Tensors:
+def _keep_given(job: Job, net: Net, exact: Tensors) -> Tensors:
     """The values of all parameters of the problem, drawn ones too."""
     parameters = {name: value.clone() for name, value in net.given.items()}
     if parameters and first_rank():
-        save_file({k: v.contiguous() for k, v in parameters.items()}, job.folder / "given.safetensors")
+        kept = {**parameters, **exact}  # rounded values would give a resumed run other samples
+        save_file({k: v.contiguous() for k, v in kept.items()}, job.folder / "given.safetensors")
         for name, value in parameters.items():
             if value.ndim == 2:
                 plots.atoms(value, job.folder / f"{name}.png")
@@ -202,14 +203,18 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
 
 
-def prepare(job: Job) -> Data:
-    """The data of a spec, with a dictionary learned from them if it asks for one, in the dtype of its training."""
+def prepare(job: Job) -> tuple[Data, Tensors]:
+    """The data of a spec, with a dictionary learned from them if it asks for one, in the dtype of its training.
+
+    And the parameters that the data were made with, as they were before they got that dtype.
+    """
     spec, given = job.spec, job.given
     if spec.data is None:
         names = "patches, digits, images, text, synthetic or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
     made = make_data(spec.data, shapes_of(spec, job.dims), given)
-    parameters = {k: v.to(job.dtype) for k, v in {**made.parameters, **given}.items()}
+    exact = {**made.parameters, **given}
+    parameters = {k: v.to(job.dtype) for k, v in exact.items()}
     train, held = made.train.to(job.dtype), made.validation.to(job.dtype)
     data = replace(made, train=train, validation=held, parameters=parameters)
     if job.console is not None:
@@ -217,7 +222,8 @@ def prepare(job: Job) -> Data:
     wanted = spec.data.dictionary
     if wanted is not None and wanted.learn not in given:
         parameters[wanted.learn] = _learned(job, wanted, data)
-    return data
+        exact.pop(wanted.learn, None)
+    return data, exact
 
 
 def _learned(job: Job, wanted: Dictionary, data: Data) -> Tensor:
@@ -336,7 +342,8 @@ def _read_start(folder: Path, console: Console | None) -> Job:
         hint = "name the folder of a run: runs/<name>/<time>"
         raise SpecError("E510", f"'{folder}' holds no run: there is no run.json in it", hint=hint)
     started = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    given = load_file(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
+    stored = load_file(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
+    given = {name: value.clone() for name, value in stored.items()}  # in memory of torch's own: products round by alignment
     return Job(folder, load(folder / "spec.yaml"), started["dims"], started["scalars"], given, console)
 
 

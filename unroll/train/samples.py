@@ -190,7 +190,7 @@ def package(name: str, wanted_by: str, extra: str = "train") -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
             raise
-        hint = f"pip install 'unroll-compiler[{extra}]'"
+        hint = f"pip install 'unroll-compiler[{extra}]'" if extra else f"pip install {name}"
         raise SpecError(
             "E501", f"{wanted_by} needs the package {error.name}, which is not installed", hint=hint
         ) from error

@@ -1,0 +1,175 @@
+"""What is wrong ends in a message, never in a crash, and nothing that a spec says is passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import unroll
+from unroll import UnrollError, laws
+
+LASSO: dict[str, Any] = {
+    "dims": {"m": 4, "n": 6},
+    "variables": {"z": ["n"]},
+    "inputs": {"x": ["m"]},
+    "parameters": {"A": ["m", "n"]},
+    "scalars": {"lam": 0.1},
+    "minimize": {"fit": "1/2 * sumsq(x - A @ z)", "sparsity": "lam * norm1(z)"},
+    "unroll": {"algorithm": "proximal_gradient", "layers": 3},
+}
+
+
+def lasso(unrolled: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    return {**LASSO, **sections, "unroll": {**LASSO["unroll"], **(unrolled or {})}}
+
+
+def square(**declared: Any) -> dict[str, Any]:
+    shapes = {"variables": {"z": ["m"]}, "parameters": {"A": {"shape": ["m", "m"], **declared}}}
+    return lasso(dims={"m": 5}, **shapes)
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        (lasso({"layers": "equilibrium"}), "'equilibrium' is accepted by the language, but not built yet"),
+        (lasso({"algorithm": "fista", "restart": "gradient"}), "'restart' is accepted"),
+        (lasso(model={"tokens": 3}), "'model' is accepted"),
+        (lasso(weights={"fit": 2}), "'weights' is accepted"),
+        (lasso({"algorithm": "fista", "momentum": "chambolle_dossal(4"}), "the bracket is not closed"),
+        (lasso({"algorithm": "fista", "momentum": "beck_teboulle(7)"}), "this momentum has no parameter"),
+        (
+            lasso({"learn": {"D": {"replaces": "A", "columns": "unit"}}}),
+            "'D' cannot start at the value that it replaces",
+        ),
+        (lasso(minimize="(" * 10_001), "minimize has more than 10,000 characters"),
+        (lasso(minimize="1/2 * sumsq(x - A.T @ z)"), "hint: A @ z fits"),
+        (lasso(scalars={"lam": {"default": 0.1}}), r"declare its sign: lam: \{default: .., positive: true\}"),
+        (lasso(dims={"m": 4, "n": "dynamic"}), "A has a dynamic size and no value"),
+        (lasso(dims={"m": 10_000_000, "n": 10_000_000}), "A would have 100,000,000,000,000 entries"),
+        (None, "NoneType is not a spec"),
+        (3, "int is not a spec"),
+    ],
+)
+def test_a_spec_that_cannot_be_built_is_refused_in_words(spec: Any, words: str):
+    with pytest.raises(UnrollError, match=words):
+        unroll.compile(spec)
+
+
+@pytest.mark.parametrize(
+    "spec, given, words",
+    [
+        (LASSO, {"A": [[1.0, 2.0], [3.0]]}, "A cannot be read as a tensor"),
+        (LASSO, {"A": torch.full((4, 6), torch.nan)}, "A has entries that are not finite"),
+        (LASSO, {"A": torch.ones(4, 6, dtype=torch.complex64)}, "A is complex"),
+        (
+            square(orthonormal=True),
+            {"A": torch.ones(5, 5)},
+            "'A' is declared orthonormal, and the value given is not: off by 5",
+        ),
+        (square(columns="unit"), {"A": torch.ones(5, 5)}, "'A' is declared unit columns"),
+        (square(symmetric=True), {"A": torch.ones(5, 5).tril()}, "'A' is declared symmetric"),
+        (square(positive=True), {"A": -torch.ones(5, 5)}, "'A' is declared positive"),
+    ],
+)
+def test_a_value_that_is_not_what_was_declared_is_refused(spec: Any, given: Any, words: str):
+    with pytest.raises(UnrollError, match=words):
+        unroll.compile(spec, parameters=given)
+
+
+@pytest.mark.parametrize(
+    "a", [np.eye(5), torch.eye(5), torch.eye(5, dtype=torch.int64), torch.eye(5).tolist(), torch.eye(5).half()]
+)
+def test_a_value_that_is_what_was_declared_is_taken(a: Any):
+    net = unroll.compile(square(orthonormal=True, symmetric=True, positive=True, columns="unit"), parameters={"A": a})
+    assert torch.equal(net.given["A"], torch.eye(5))
+
+
+@pytest.mark.parametrize("value", [5.0, 0.01, float("nan"), "much"])
+def test_bounds_of_a_scalar_hold_for_values_given_later(value: Any):
+    spec = lasso(scalars={"lam": {"default": 0.1, "positive": True, "min": 0.05, "max": 1}})
+    assert unroll.compile(spec, scalars={"lam": 0.05}).scalars == {"lam": 0.05}
+    with pytest.raises(UnrollError, match="E403.*lam"):
+        unroll.compile(spec, scalars={"lam": value})
+
+
+def test_a_lower_bound_above_zero_is_a_sign():
+    net = unroll.compile(lasso(scalars={"lam": {"default": 0.1, "min": 0.05}}))
+    assert "proximable, convex" in str(net.derivation)
+
+
+def test_a_penalty_of_unknown_sign_is_not_smooth():
+    """inf * |lam| is no Lipschitz constant: 1/L would be 0, and the network would stand still."""
+    with pytest.raises(UnrollError, match="E303: proximal_gradient does not fit.*the sign of 2.lam"):
+        unroll.compile(lasso(scalars={"lam": {"default": -0.1}}))
+
+
+def test_problems_in_two_variables_are_not_solved():
+    with pytest.raises(UnrollError, match="2 variables; solve minimises over one"):
+        unroll.solve(lasso(variables={"z": ["n"], "w": ["m"]}), torch.ones(4), parameters={"A": torch.ones(4, 6)})
+
+
+@pytest.mark.parametrize("penalty", ["nuclear(Z)", "rank(Z)"])
+def test_laws_hold_for_functions_of_singular_values(penalty: str):
+    spec = lasso(
+        variables={"Z": ["n", "m"]}, inputs={"X": ["m", "m"]}, minimize=f"1/2 * sumsq(X - A @ Z) + lam * {penalty}"
+    )
+    found = laws.check(spec)
+    assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rank_is_that_of_the_matrix_and_not_of_its_rounding(dtype: torch.dtype):
+    spec = lasso(
+        variables={"Z": ["n", "m"]},
+        inputs={"X": ["n", "m"]},
+        parameters={},
+        minimize={"fit": "1/2 * sumsq(X - Z)", "rank": "lam * rank(Z)"},
+    )
+    net = unroll.compile(spec, scalars={"lam": 1.0}, dtype=dtype)
+    left, right = (
+        torch.randn(3, n, k, generator=torch.Generator().manual_seed(n), dtype=dtype) for n, k in ((4, 2), (2, 6))
+    )
+    z = left @ right
+    assert net.objective(z, Z=z)["rank"].tolist() == [2.0, 2.0, 2.0] == torch.linalg.matrix_rank(z).tolist()
+
+
+def test_a_scalar_may_be_called_t():
+    """The step of a prox has that name too."""
+    declared = lasso(scalars={"t": 0.1}, minimize="1/2 * sumsq(x - A @ z) + t * norm1(z)")
+    learned = lasso({"learn": {"t": {"replaces": "lam", "positive": True, "shape": ["n"]}}})
+    for spec in (declared, learned):
+        found = laws.check(spec)
+        assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("formula", ["tanh(u)", "sigmoid(u)"])
+def test_a_prox_with_three_stationary_points_is_written(formula: str):
+    """Of each of them the energy is compared: a grid knows no better."""
+    prox, v = unroll.prox(formula), torch.linspace(-4, 4, 41, dtype=torch.float64)
+    grid = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    f = getattr(torch, formula[:-3])
+    for t in (0.5, 3.0):
+        z = prox(v, t)
+        best = (t * f(grid) + (grid - v[:, None]) ** 2 / 2).amin(1)
+        assert (t * f(z) + (z - v) ** 2 / 2 <= best + 1e-9).all()
+
+
+def test_a_symbolic_power_is_refused():
+    with pytest.raises(UnrollError, match="no limit of .* was found"):
+        unroll.prox("abs(u)**lam", lam=1.5)
+
+
+def test_weights_that_are_damaged_or_of_something_else_are_refused(tmp_path: Any):
+    folder = unroll.save(unroll.compile(LASSO), tmp_path / "net")
+    weights = folder / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnrollError, match="E405.*is damaged"):
+        unroll.restore(folder)
+    save_file({"network.A": torch.ones(1)}, weights)
+    with pytest.raises(UnrollError, match="E405.*was not written by unroll.save"):
+        unroll.restore(folder)

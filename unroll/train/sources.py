@@ -1,0 +1,10 @@
+"""What the sources of data are, without what it takes to read them: `unroll list` is fast."""
+
+ABOUT = {
+    "patches": "whitened patches of scikit-learn's sample photographs",
+    "digits": "scikit-learn's 8 x 8 handwritten digits",
+    "images": "a folder of pictures, one folder inside it per class",
+    "text": "characters of Python's documentation, of its library, or of your own file",
+    "synthetic": "x = A z + noise with a sparse z that is known",
+    "file": "your arrays: .npy, .npz, .pt",
+}
