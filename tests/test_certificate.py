@@ -41,17 +41,18 @@ def test_gap_bounds_the_distance_to_the_optimum_and_closes_there(spec):
     sample = Sample(d, seed=1)
     gap = duality_gap(d.parts, d.variable)
     assert gap is not None
-    values = sample.values()
+    (half,) = d.halves
+    values = sample.values(half)
     x = d.problem.inputs[0]
     stored = values[x].mT if x.rank == 2 else values[x].squeeze(-1)
     with torch.no_grad():
-        best = sample.network(d)(stored)
+        best = sample.network(d.spec)(stored)
     optimum = {**values, d.variable: best.mT if x.rank == 2 else best.unsqueeze(-1)}
     low = total(sample, d, optimum)
     assert abs(float(sample.at(gap, optimum))) < 1e-9
     for scale in (1.0, 0.1, 1e-3):
         drawn = {**values, d.variable: optimum[d.variable] + scale * torch.randn_like(values[d.variable])}
-        point = {**values, d.variable: sample.feasible(d.variable, drawn)}
+        point = {**values, d.variable: sample.feasible(half, drawn)}
         above = total(sample, d, point) - low
         assert above - 1e-9 <= float(sample.at(gap, point))
         assert above > 0  # or the bound was not tried

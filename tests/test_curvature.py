@@ -172,12 +172,13 @@ def test_strong_convexity_is_kept_by_a_ridge() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_hessians_of_the_library_lie_within_the_stated_bounds(name: str) -> None:
     problem, at, scalars = drawn(name)
-    (z,) = problem.variables
-    for e in problem.costs.values():
-        found = bounds(e, z) if not e.symbols.isdisjoint(problem.inputs) else None
-        if found is not None and found.smooth:
-            for reach in REACH:
-                inside(found, e, z, {**at, z: reach * at[z]}, scalars)
+    at = {s: v.abs() if "positive" in s.props else v for s, v in at.items()}
+    for z in problem.variables:
+        for e in problem.costs.values():
+            found = bounds(e, z) if not e.symbols.isdisjoint(problem.inputs) else None
+            if found is not None and found.smooth:
+                for reach in REACH:
+                    inside(found, e, z, {**at, z: reach * at[z]}, scalars)
 
 
 # --- norms of affine maps ---------------------------------------------------------------------------------------------

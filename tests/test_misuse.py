@@ -37,8 +37,6 @@ def square(**declared: Any) -> dict[str, Any]:
     [
         (lasso({"layers": "equilibrium"}), "'equilibrium' is accepted by the language, but not built yet"),
         (lasso({"algorithm": "fista", "restart": "gradient"}), "'restart' is accepted"),
-        (lasso(model={"tokens": 3}), "'model' is accepted"),
-        (lasso(weights={"fit": 2}), "'weights' is accepted"),
         (lasso({"algorithm": "fista", "momentum": "chambolle_dossal(4"}), "the bracket is not closed"),
         (lasso({"algorithm": "fista", "momentum": "beck_teboulle(7)"}), "this momentum has no parameter"),
         (
