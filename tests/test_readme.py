@@ -25,6 +25,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from unroll import cli, library, load
 from unroll.algorithms import ALGORITHMS
 from unroll.functions import ELEMENTWISE, FUNCTIONS, SETS
+from unroll.rewrites import REWRITES
 from unroll.spec.schema import Parameter, Train
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,11 @@ def algorithms() -> str:
     )
 
 
+def rewrites() -> str:
+    rows = ((f"`{r.signature}`", r.picture, r.result, f"{r.kind}{f': assumes {r.assumes}' if r.assumes else ''}", r.error or "none") for r in REWRITES)
+    return table("rewrite | before | after | kind | error", rows)
+
+
 def training() -> str:
     fields = Train.model_fields
     return table(
@@ -183,9 +189,11 @@ def specs() -> str:
     def row(name: str) -> tuple[str, ...]:
         spec = load(name)
         assert spec.unroll is not None
-        learned = ", ".join(f"`{n}`" for n in spec.unroll.learn) or "nothing"
+        schemes = (spec.unroll, *spec.unroll.blocks)
+        learned = ", ".join(f"`{n}`" for s in schemes for n in s.learn) or "nothing"
+        algorithm = spec.unroll.algorithm or ", ".join(dict.fromkeys(b.algorithm for b in spec.unroll.blocks))
         link = f"[{name}](specs/{name}.yaml)"
-        return link, str(spec.objective), spec.unroll.algorithm or "", str(spec.unroll.layers), learned, spec.source
+        return link, str(spec.objective), algorithm, str(spec.unroll.layers), learned, spec.source
 
     return table("spec | objective | algorithm | layers | learned | source", map(row, library.names("specs")))
 
@@ -223,7 +231,7 @@ def measured() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (functions, elementwise, sets, algorithms, training, parameters, specs, measured)
+    f.__name__: f for f in (functions, elementwise, sets, algorithms, rewrites, training, parameters, specs, measured)
 }
 
 

@@ -16,7 +16,7 @@ from unroll import __version__
 from unroll.errors import UnrollError, explain
 
 STAGES = ("spec", "problem", "derivation", "step", "graph", "source")
-KINDS = ("objectives", "specs", "presets", "functions", "sets", "algorithms", "data")
+KINDS = ("objectives", "specs", "presets", "functions", "sets", "algorithms", "rewrites", "data")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -46,7 +46,7 @@ def _settings(f: Any) -> Any:
 @click.argument("kind", required=False, type=click.Choice(KINDS))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def list_(kind: str | None, as_json: bool) -> None:
-    """What is in the library: objectives, specs, presets, and the functions, sets and algorithms of the language."""
+    """What is in the library: objectives, specs, presets, and the functions, sets, algorithms and rewrites of the language."""
     found = {k: _entries(k) for k in ([kind] if kind else KINDS)}
     if as_json:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
@@ -84,6 +84,10 @@ def _entries(kind: str) -> dict[str, str]:
             from unroll.algorithms import ALGORITHMS
 
             return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in ALGORITHMS}
+        case "rewrites":
+            from unroll.rewrites import REWRITES
+
+            return {r.signature: f"{r.kind}: {r.picture} -> {r.result}  [{r.source}]" for r in REWRITES}
         case _:
             from unroll.train.sources import ABOUT
 

@@ -467,9 +467,8 @@ def _measured(x: Any, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) 
         yield Row(name, x.says, "a choice", "noted")
         return
     sites = [found for site in applied.sites for found in _members(site, values, numbers)]
-    change = max(abs_ for _, _, abs_ in sites)
-    worst = max((a for a, _, _ in sites if a is not None), default=None)
-    relative = max(r for _, r, _ in sites)
+    worst = max((a for a, _ in sites if a is not None), default=None)
+    relative = max(r for _, r in sites)
     record = applied.rewrite
     if x.name == "surrogate":
         yield Row(name, f"{record.assumes}: off by {worst:.2f}" if worst is not None else "-", record.error or "-", "noted")
@@ -479,24 +478,25 @@ def _measured(x: Any, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) 
         yield Row(name, f"changes the step by {relative:.2f} of it", "heuristic: no bound", "noted")
     elif record.limit is not None and worst is not None:
         limit = record.limit(worst, **applied.values)
-        bound = f"<= {limit:.2g}" if math.isfinite(limit) else "assumption fails: no bound"
-        measured = f"{record.assumes}: {worst:.3g}; relative error {relative:.2g}" if record.name != "tight_frame" else f"{record.assumes}: off by {worst:.2g}; relative error {relative:.2g}"
-        holds = relative <= limit * (1 + 1e-9) and math.isfinite(limit)
-        yield Row(name, measured, bound, "holds" if holds and limit < 1 else "does NOT hold" if not math.isfinite(limit) else "noted")
+        holds = math.isfinite(limit) and relative <= limit * (1 + 1e-9)
+        bound = f"<= {limit:.2g}" if math.isfinite(limit) else "the assumption fails: no bound"
+        broken = math.isfinite(limit) and not holds
+        yield Row(name, f"{record.assumes}: {worst:.3g}; error {relative:.2g}", bound, "BROKEN" if broken else "holds" if holds else "does NOT hold")
     else:
-        yield Row(name, f"changes the value by {change:.2g}", record.error, "noted")
+        off = f"{record.assumes}: off by {worst:.2g}; " if worst is not None else ""
+        yield Row(name, f"{off}changes {relative:.2f} of it", record.error, "noted")
 
 
-def _members(site: Site, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) -> Iterator[tuple[float | None, float, float]]:
-    """(assumption, relative error, absolute error) for every member of the families that are free at a place."""
+def _members(site: Site, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) -> Iterator[tuple[float | None, float]]:
+    """(assumption, relative error) for every member of the families that are free at a place."""
     free = sorted(free_indices(site.before))
     sizes = [next(int(s.family.subs(numbers)) for s in site.before.symbols if s.family is not None)] if free else []
     for k in range(sizes[0] if sizes else 1):
         at = Evaluator(values, numbers, {i: k for i in free})
-        before, after = at(site.before), at(site.after)
-        gap = torch.linalg.norm((before - after).flatten())
+        before, after = map(at, site.core or (site.before, site.after))
+        size: Callable[[Tensor], Tensor] = lambda x: torch.linalg.matrix_norm(x, 2 if site.core else "fro")  # noqa: E731
         assumed = None if site.assumption is None else float(at(site.assumption))
-        yield assumed, float(gap / torch.linalg.norm(before.flatten()).clamp_min(1e-300)), float(gap)
+        yield assumed, float(size(before - after) / size(before).clamp_min(1e-300))
 
 
 def _directions(d: Derivation, sample: Sample) -> Iterator[Row]:

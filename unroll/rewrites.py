@@ -32,11 +32,15 @@ Kind = Literal["exact", "bounded", "heuristic"]
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a rewrite matched. assumption: the number it is about, 1 × 1; None for an exact one."""
+    """One place where a rewrite matched. assumption: the number it is about, 1 × 1; None for an exact one.
+
+    core: what the stated error is about, before and after, where that is a part of the whole.
+    """
 
     before: Expr
     after: Expr
     assumption: Expr | None = None
+    core: tuple[Expr, Expr] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ Rule = Callable[[Expr], Site | None]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """rule(arguments) -> what happens at one node. assumes, error: in words. limit(assumption, arguments) -> the stated bound on the
+    """rule(arguments) -> what happens at one node. picture, result: before and after. assumes, error: in words. limit(assumption, arguments) -> the stated bound on the
     relative error, infinite where the assumption fails."""
 
     name: str
     picture: str
+    result: str
     kind: Kind
     assumes: str
     error: str
@@ -67,6 +72,11 @@ class Rewrite:
     arguments: tuple[Argument, ...] = ()
     stage: Literal["objective", "step"] = "step"
     limit: Callable[..., float] | None = None
+
+    @property
+    def signature(self) -> str:
+        shown = [a.name if not a.optional else f"{a.name}={a.default}" for a in self.arguments]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
 
 
 @dataclass(frozen=True)
@@ -387,7 +397,7 @@ def neumann(order: sp.Expr) -> Rule:
                 ratio = scale(-1 / a, m)
                 powers = [_joined(f.rows, *[ratio] * k) for k in range(int(order) + 1)]
                 terms = [scale(c / a, _joined(e.rows, *factors[:i], p, *factors[i + 1 :])) for p in powers]
-                return Site(e, add(*terms), spectral_norm(ratio))
+                return Site(e, add(*terms), spectral_norm(ratio), (f, scale(1 / a, add(*powers))))
         return None
 
     return rule
@@ -531,38 +541,38 @@ def _running_product(c: sp.Expr, factors: tuple[Expr, ...], n: sp.Expr) -> Expr:
 
 
 def _neumann_limit(rho: float, order: Any) -> float:
-    k = int(order)
-    return rho ** (k + 1) / (1 - rho) if rho < 1 else float("inf")
+    """What is left out is (I + R)⁻¹ (−R)^(order+1), R = M/a."""
+    return rho ** (int(order) + 1) if rho < 1 else float("inf")
 
 
 REWRITES: tuple[Rewrite, ...] = (
-    Rewrite("push_through", "(a I + c X Y)⁻¹ X, X (a I + c Y X)⁻¹ and log det(a I + c X Y)", "exact", "", "", "Woodbury 1950; Henderson & Searle 1981, doi:10.1137/1023004", push_through, (Argument("to", "number"),)),
-    Rewrite("woodbury", "(a I + c U Uᵀ)⁻¹ with U declared orthonormal", "exact", "", "", "Woodbury 1950", woodbury),
-    Rewrite("expand", "products of sums", "exact", "", "", "distributive law", expanded),
-    Rewrite("shares", "softmax_k(a + b_k) and Σ_k softmax_k(b_k) * A", "exact", "", "", "shares add up to 1, and do not change with what all have in common", shares),
-    Rewrite("collect", "A X + B X", "exact", "", "", "distributive law", collected, (Argument("on", "symbol", optional=False),)),
+    Rewrite("push_through", "(a I + c X Y)⁻¹ X; log det(a I + c X Y)", "X (a I + c Y X)⁻¹; log det(a I + c Y X) + (n − p) log a", "exact", "", "", "Woodbury 1950; Henderson & Searle 1981, doi:10.1137/1023004", push_through, (Argument("to", "number"),)),
+    Rewrite("woodbury", "(a I + c U Uᵀ)⁻¹ with U declared orthonormal", "(I − c/(a + c) U Uᵀ)/a", "exact", "", "", "Woodbury 1950", woodbury),
+    Rewrite("expand", "A (B + C)", "A B + A C", "exact", "", "", "distributive law", expanded),
+    Rewrite("shares", "softmax_k(a + b_k); Σ_k softmax_k(b_k) * A", "softmax_k(b_k); A", "exact", "", "", "shares add up to 1, and do not change with what all have in common", shares),
+    Rewrite("collect", "A X + B X", "(A + B) X", "exact", "", "", "distributive law", collected, (Argument("on", "symbol", optional=False),)),
     Rewrite(
-        "neumann", "(a I + M)⁻¹", "bounded", "‖M/a‖ < 1", "relative error at most rho^(order+1)/(1 − rho), rho = ‖M/a‖",
+        "neumann", "(a I + M)⁻¹", "(I − M/a + … ± (M/a)^order)/a", "bounded", "‖M/a‖ < 1", "of the inverse, relative: at most rho^(order+1), rho = ‖M/a‖",
         "Neumann series; Yu et al. 2023, arXiv:2306.01129", neumann, (Argument("order", "number", sp.Integer(1)),), limit=_neumann_limit,
     ),
     Rewrite(
-        "tight_frame", "Σ_k A U_k U_kᵀ B", "bounded", "Σ U_k U_kᵀ = I", "‖Σ U_k U_kᵀ − I‖, absolute",
-        "Yu et al. 2023, arXiv:2306.01129", tight_frame, (Argument("of", "symbol", optional=False),), limit=lambda gap, of: gap,
+        "tight_frame", "Σ_k A U_k U_kᵀ B", "A B", "bounded", "Σ U_k U_kᵀ = I", "at most ‖A‖ ‖Σ U_k U_kᵀ − I‖ ‖B‖",
+        "Yu et al. 2023, arXiv:2306.01129", tight_frame, (Argument("of", "symbol", optional=False),),
     ),
     Rewrite(
-        "incoherent", "Dᵀ D", "bounded", "Dᵀ D = I", "‖Dᵀ D − I‖, absolute",
-        "Yu et al. 2023, arXiv:2306.01129", incoherent, (Argument("of", "symbol", optional=False),), limit=lambda gap, of: gap,
+        "incoherent", "Dᵀ D", "I", "bounded", "Dᵀ D = I", "‖Dᵀ D − I‖",
+        "Yu et al. 2023, arXiv:2306.01129", incoherent, (Argument("of", "symbol", optional=False),),
     ),
     Rewrite(
-        "spectral_bound", "log det(a I + c M)", "bounded", "Q orthogonal", "an upper bound, equal where Q diagonalises M",
+        "spectral_bound", "log det(a I + c M)", "n log a + Σ_i log(1 + c/a (Qᵀ M Q)_ii)", "bounded", "Q orthogonal", "an upper bound, equal where Q diagonalises M",
         "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", spectral_bound, (Argument("by", "symbol", optional=False),), "objective",
     ),
     Rewrite(
-        "gram_to_softmax", "V Vᵀ V", "heuristic", "", "no bound is known",
+        "gram_to_softmax", "V Vᵀ V", "V softmax(scale Vᵀ V), down the columns", "heuristic", "", "no bound is known",
         "Yu et al. 2023, arXiv:2306.01129", gram_to_softmax, (Argument("scale", "number", ONE), Argument("causal", "flag", False)),
     ),
     Rewrite(
-        "causal", "sums over tokens", "heuristic", "", "each token follows the step of the sequence up to it",
+        "causal", "sums over tokens", "running sums: a token sees those up to it", "heuristic", "", "each token follows the step of the sequence up to it",
         "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),),
     ),
 )  # fmt: skip
