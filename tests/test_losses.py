@@ -296,6 +296,13 @@ def test_a_loss_compiles_to_one_graph() -> None:
     assert all((a - b).abs().max() <= 1e-10 * b.abs().max().clamp_min(1) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_loss_can_be_exported_with_samples_on_one_side_of_features() -> None:
+    case, N = mcr2(11, 5, 3), torch.export.Dim("N", min=5)
+    loss = unroll.loss(case.name, scalars=case.scalars)
+    exported = torch.export.export(loss, case.tensors, dynamic_shapes=(({0: N}, {1: N}),)).module()
+    assert torch.allclose(exported(*mcr2(8, 5, 3).tensors), mcr2(8, 5, 3).by_hand(*mcr2(8, 5, 3).tensors), rtol=1e-12)
+
+
 def test_the_source_of_an_objective_without_unroll_is_its_loss() -> None:
     assert stage("mcr2", "source") == unroll.loss("mcr2").source
 
