@@ -13,14 +13,14 @@ from unroll.derivation import derive
 from unroll.expr import scale
 from unroll.spec import load
 
-ALTERNATING = ("dictionary_learning",)
-"""Objectives in several variables: their laws are those of the specs that use them."""
-CONSTRAINED = ("ball_denoising", "box_least_squares", "rate_reduction", "fourth_power", "kurtosis", "principal_subspace", "nonnegative_least_squares", "simplex_least_squares")
-STEPS: dict[str, Any] = {name: 0.01 for name in ("poisson_regression", "rate_reduction", "token_statistics", "token_energy", "subspace_mixture", "fourth_power", "kurtosis")}
+ALTERNATING = ("dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino")
+"""Objectives in several variables: their laws are those of the specs that use them, or of losses (test_losses.py)."""
+CONSTRAINED = ("ball_denoising", "box_least_squares", "rate_reduction", "mcr2", "fourth_power", "kurtosis", "principal_subspace", "nonnegative_least_squares", "simplex_least_squares")
+STEPS: dict[str, Any] = {name: 0.01 for name in ("poisson_regression", "rate_reduction", "mcr2", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "fourth_power", "kurtosis")}
 """Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
 
 
-STARTS = {"kurtosis": {"u": 1}, "rate_reduction": {"Z": 1}}
+STARTS = {"kurtosis": {"u": 1}, "rate_reduction": {"Z": 1}, "mcr2": {"Z": 1}}
 """Where 0 has no nearest point of the constraint."""
 
 
@@ -39,7 +39,7 @@ def test_laws_hold_for_every_spec(name):
     assert_holds(unroll.check(name, overrides=["unroll.layers=4"]))
 
 
-SMOOTH = ("ridge", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy")
+SMOOTH = ("ridge", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy")
 
 
 @pytest.mark.parametrize("name", [n for n in library.names("objectives") if n not in ALTERNATING])

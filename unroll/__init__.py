@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unroll.api import compile, derive, prox, restore, save
+    from unroll.api import compile, derive, loss, prox, restore, save
     from unroll.laws import check
     from unroll.errors import DeriveError, SpecError, UnrollError
+    from unroll.losses import Loss
     from unroll.model.module import Model
     from unroll.network import Network
     from unroll.page import report
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "DeriveError", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "prox",
+    "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "loss", "prox",
     "release_weights", "report", "restore", "restore_weights", "save", "solve",
 ]  # fmt: skip
 
 _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
-    "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
+    "Loss": "losses", "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
     "check": "laws", "solve": "solver", "report": "page",
-    "compile": "api", "derive": "api", "prox": "api", "restore": "api", "save": "api",
+    "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "api", "save": "api",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.expr import (
-    Add, Expr, Indicator, Map, Sym, add, as_constant, constant, depends, prox, scalar, scale, show_shape, split, substitute, symbol, walk, zeros,
+    Add, Expr, Indicator, Map, Sym, add, as_constant, constant, depends, prox, scalar, scale, show_shape, slot, split, substitute, symbol, walk, zeros,
 )  # fmt: skip
 from unroll.parse import Place, Scope, nowhere, parse
 from unroll.problem import Problem, place_of
@@ -152,7 +152,8 @@ def _part(name: str, e: Expr, z: Sym) -> Part:
 
 def _differentiable(e: Expr, z: Sym) -> bool:
     """Has e a gradient everywhere (in its domain), though no Lipschitz constant is known for it?"""
-    if any(kinked(x.profile) for x in walk(e) if isinstance(x, Map) and depends(x, z)):
+    maps = [x for x in walk(e) if isinstance(x, Map) and depends(x, z)]
+    if any(kinked(x.profile, frozenset(slot(i) for i, a in enumerate(x.args) if depends(a, z))) for x in maps):
         return False
     try:
         gradient(e, z)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ from unroll.derivation import Derivation
 from unroll.derivation import derive as derive_spec
 from unroll.errors import UnrollError, did_you_mean
 from unroll.expr import dim
+from unroll.problem import Problem, from_spec
 from unroll.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
     from unroll.calculus.prox_scalar import ScalarProx
     from unroll.emit import Program
+    from unroll.losses import Loss
     from unroll.model.module import Model
     from unroll.network import Network
-    from unroll.problem import Problem
 
 Source = str | Path | Mapping[str, Any] | Spec
 """A path, a name of the library, YAML text, a dict, or a loaded spec."""
@@ -115,12 +116,46 @@ def compile_layers(
     _refuse_out_of_bounds(loaded, scalars or {})
     missing = [s.name for s in derivation.problem.parameters if s.name not in given]
     _refuse_too_large(program, missing)
-    drawn = draw(_with_inits(derivation), program.dims, seed) if missing else {}
+    drawn = draw(_with_inits(loaded, derivation.problem, program.problem.symbols), program.dims, seed) if missing else {}
     dtype = dtype or torch.get_default_dtype()
     values = given | {name: drawn[name].to(dtype) for name in missing}
     net = network(program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed)
     net.drawn = tuple(missing)
     return net
+
+
+def loss(
+    spec: Source,
+    *,
+    dims: Mapping[str, int] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    scalars: Mapping[str, float] | None = None,
+    learn: Collection[str] = (),
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> Loss:
+    """The objective of a spec as a module to be minimised: (variables, inputs) -> a number. It needs no `unroll:`.
+
+    dims: sizes that are to be checked, and to decide on which side determinants are taken; others are read off each call.
+    parameters: those that the module is to hold; others are arguments of each call.  scalars: values in the place of
+    defaults.  learn: scalars and parameters that get a gradient; a parameter without a value starts at a draw from `seed`.
+    Raises SpecError (the spec), UnrollError E4xx (values).
+    """
+    import torch
+
+    from unroll import losses
+    from unroll.network import draw
+
+    loaded = read(spec, overrides)
+    given = {name: _tensor(name, value) for name, value in (parameters or {}).items()}
+    problem = from_spec(loaded, _sizes(loaded, dims or {}, given))
+    _refuse_undeclared(problem, given)
+    _refuse_out_of_bounds(loaded, scalars or {})
+    missing = [name for name in loaded.parameters if name in learn and name not in given]
+    recipe = losses.recipe(problem, loaded.title, held=(*given, *missing), learn=learn, origin=_origin(loaded))
+    losses.sized(recipe, missing)
+    drawn = draw(_with_inits(loaded, problem, missing), recipe.dims, seed)
+    return losses.loss(loaded, recipe, given | {n: v.to(torch.get_default_dtype()) for n, v in drawn.items()}, scalars or {})
 
 
 MOST_ENTRIES = 2**31
@@ -232,11 +267,11 @@ def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -
     return found
 
 
-def _with_inits(derivation: Derivation) -> Any:
-    """The problem with `init:` of each parameter as a property that `draw` keeps."""
-    spec, problem = derivation.spec, derivation.problem
+def _with_inits(spec: Spec, problem: Problem, names: Collection[str]) -> Problem:
+    """The problem with these parameters alone, `init:` of each as a property that `draw` keeps."""
     props = {n: p.init for n, p in spec.parameters.items() if p.init not in (None, "gaussian")}
-    return replace(problem, parameters=tuple(replace(s, props=s.props | {props[s.name]}) if s.name in props else s for s in problem.parameters))  # type: ignore[operator]
+    wanted = [s for s in problem.parameters if s.name in names]
+    return replace(problem, parameters=tuple(replace(s, props=s.props | {props[s.name]}) if s.name in props else s for s in wanted))  # type: ignore[operator]
 
 
 def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
@@ -246,6 +281,8 @@ def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, ove
         return loaded.to_yaml()
     if name == "problem":
         return _problem_text(loaded, dims)
+    if name == "source" and loaded.unroll is None and loaded.model is None:
+        return _loss_source(loaded, dims)
     derivation = derive_spec(loaded, dict(dims or {}))
     match name:
         case "derivation":
@@ -276,9 +313,15 @@ def _source(spec: Spec, dims: Mapping[str, int] | None) -> str:
     return wrap(spec, build(derive_spec(spec.layers(), ours["dims"])), decoder).source
 
 
+def _loss_source(spec: Spec, dims: Mapping[str, int] | None) -> str:
+    """What is emitted for an objective that is not unrolled: the objective itself."""
+    from unroll import losses
+
+    return losses.recipe(from_spec(spec, dims), spec.title, origin=_origin(spec)).written.source
+
+
 def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
     from unroll.expr import show_shape
-    from unroll.problem import from_spec
     from unroll.show import text
 
     problem = from_spec(spec, dims)

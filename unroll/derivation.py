@@ -13,6 +13,7 @@ from unroll.algorithms import Part
 from unroll.calculus import prox as proximal
 from unroll.calculus.curvature import bounds
 from unroll.calculus.gradient import gradient
+from unroll.errors import SpecError
 from unroll.expr import Expr, Prox, Sym, add, walk
 from unroll.parametrise import parametrise, used_scalars
 from unroll.problem import Problem, from_spec
@@ -121,6 +122,10 @@ class Half:
 def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
     """Every stage above the graph. Raises SpecError E1xx (formulas), E3xx (what cannot be derived)."""
     problem = from_spec(spec, dims)
+    for v in problem.variables:
+        if v.family is not None:
+            where = spec.key_where("variables", v.name)
+            raise SpecError("E132", f"{v.name} is a family; what is unrolled is one matrix", where, "unroll.loss takes families; or give it its sizes: Z: [n, N]")
     exact = blocks.derive(problem, spec)
     return Derivation(spec, problem, exact, parametrise(exact, problem, spec))
 

@@ -459,7 +459,7 @@ class Module:
         functions = [*(_helper(h) for h in _needed(self.helpers))]
         functions += [record.source(name) for name, record in self.proxes]
         whole = "\n\n".join([*(f.strip("\n") + "\n" for f in functions), text])
-        return f"{self._header()}{_imports(whole)}\n\n{whole}"
+        return f"{self._header()}{imports(whole)}\n\n{whole}"
 
     def _header(self) -> str:
         terms = " + ".join(show(e) for e in self.problem.terms.values())
@@ -932,7 +932,7 @@ def _tuple(axes: Sequence[int]) -> str:
     return str(axes[0]) if len(axes) == 1 else str(tuple(axes))
 
 
-def _imports(text: str) -> str:
+def imports(text: str) -> str:
     wanted = [("math", r"\bmath\."), ("functools", r"\bfunctools\.")]
     first = [f"import {m}" for m, pattern in wanted if re.search(pattern, text)]
     torch = ["import torch", "from torch import nn"] + (
@@ -1012,4 +1012,4 @@ def objective(problem: Problem, graph: Graph) -> str:
         + "\n"
     )
     whole = "\n\n".join([*(_helper(h) for h in _needed(sec.used_ops)), code])
-    return f"{_imports(whole)}\n\n{whole}"
+    return f"{imports(whole)}\n\n{whole}"

@@ -603,7 +603,7 @@ def lower_terms(problem: Problem) -> Graph:
     b = Builder()
     env = _leaves(problem, b)
     for v in problem.variables:
-        env[v] = b.leaf("input", v.name, v.shape, Stage.PROLOGUE, batched=True)
+        env[v] = b.leaf("input", v.name, v.shape, Stage.PROLOGUE, batched=True, families=_family(v))
     low = Lowering(b, env, detach=True)
     return b.graph({("term", name): low.lower(e) for name, e in problem.terms.items()})
 

@@ -386,7 +386,7 @@ def network(
     Raises UnrollError E402 (no value), E403 (a start value that its constraint excludes), E404 (shape).
     """
     problem = program.problem
-    numbers = _numbers(program, scalars or {})
+    numbers = values_of(problem, scalars or {})
     made = _mixed(program.source, program.class_name)
     net = made.__new__(made)
     cast(Any, super(Network, net)).__init__(**program.init_arguments)
@@ -439,9 +439,10 @@ def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...],
     return ins | {s.name: (words["symbol", s.name], sizes(s), False) for s in problem.variables}
 
 
-def _numbers(program: Program, scalars: Mapping[str, float]) -> dict[str, float]:
-    known = {s.name: default for s, default in program.problem.scalars.items()}
-    positive = {s.name for s in program.problem.scalars if s.is_positive}
+def values_of(problem: Problem, scalars: Mapping[str, float]) -> dict[str, float]:
+    """A number for every scalar of a problem: given, or its default. Raises UnrollError E402, E403."""
+    known = {s.name: default for s, default in problem.scalars.items()}
+    positive = {s.name for s in problem.scalars if s.is_positive}
     for name, value in scalars.items():
         if name not in known:
             raise UnrollError("E402", f"'{name}' is not a scalar of this problem", hint=did_you_mean(name, known))

@@ -101,8 +101,6 @@ def tensor(name: str, record: Tensor, role: Role, names: Mapping[str, Value], wh
     props = {p for p in ("orthonormal", "symmetric", "positive") if getattr(record, p, False)}
     props |= {"unit_columns"} if getattr(record, "columns", None) == "unit" else set()
     family = shape.pop(0) if len(shape) == 3 else None if record.family is None else _size(record.family, names, where)
-    if family is not None and role == "variable":
-        raise SpecError("E132", f"{name} is a family; a variable is one matrix", where, "give it its sizes: Z: [n, N]")
     rows, cols = [*shape, ONE, ONE][:2]
     if "symmetric" in props and rows != cols:
         raise SpecError("E131", f"{name} is declared symmetric, but {show_shape((rows, cols))} is not square", where)

@@ -168,10 +168,11 @@ def jumps(profile: sp.Expr, by: sp.Symbol) -> bool:
 
 
 @cache
-def kinked(profile: sp.Expr) -> bool:
-    """May the slope of the profile jump or be infinite: a branch, or a root of something that can be 0?"""
-    branches = profile.has(sp.Abs, sp.Max, sp.Min, sp.sign, sp.Piecewise)
-    return branches or any(not p.exp.is_integer and not p.base.is_positive for p in profile.atoms(sp.Pow))
+def kinked(profile: sp.Expr, by: frozenset[sp.Symbol]) -> bool:
+    """May the slope of the profile in one of these symbols jump or be infinite: a branch, or a root of what can be 0?"""
+    branches = profile.atoms(sp.Abs, sp.Max, sp.Min, sp.sign, sp.Piecewise)
+    roots = (p.base for p in profile.atoms(sp.Pow) if not p.exp.is_integer and not p.base.is_positive)
+    return any(x.has(*by) for x in (*branches, *roots))
 
 
 @cache
