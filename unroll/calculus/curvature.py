@@ -6,6 +6,7 @@ singular values and families. What no rule covers is None, never a guess.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +16,8 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.scalar import curvature as scalar_curvature
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add, Diag, Diagonal, Expr, Eye, FamilySum, Hold, LogDet, LogSumExp, Map, Mul, Op, Spectral, Sum, Sym, Trace, Transpose,
+    Add, Diag, Diagonal, Expr, Eye, FamilySoftmax, FamilySum, Hold, LogDet, LogSumExp, Map, Max, Member, Mul, Op, Softmax, Spectral, Sum, Sym,
+    Trace, Transpose,
     add, as_constant, constant, depends, elementwise, expand, eye, family_sum, largest, matmul, scale, slot, spectral_norm, split,
     times, transpose, walk, zeros,
 )  # fmt: skip
@@ -75,13 +77,16 @@ def bounds(e: Expr, z: Sym) -> Bounds | None:
             together = [_elementwise(sp.Add(*(c * m.profile for c, m in g)), g[0][1], z) for g in groups.values() if len(g) > 1]
             alone = [t for t in terms if t not in entries or len(groups[entries[t][1].args]) == 1]
             return _together([*together, *(bounds(t, z) for t in alone)])
+        case FamilySum(i, n, body) if (weighed := _weighed(body, z)) is not None:  # members that share the columns of z
+            low, high = (family_sum(i, n, times(w, weighed.columns)) for w in (weighed.low, weighed.high))
+            return Bounds(scale(-1, largest(scale(-1, low))), largest(high), weighed.proof, weighed.reason)
         case FamilySum(i, n, body):
             inner = bounds(body, z)
             return None if inner is None else Bounds(family_sum(i, n, inner.low), family_sum(i, n, inner.high), inner.proof, inner.reason)
         case Sum(Map() as inner, None):
             return _elementwise(inner.profile, inner, z) or _quadratic(e, z)
         case Map() if e.is_scalar:
-            return _elementwise(e.profile, e, z) or _radial(e, z)
+            return _elementwise(e.profile, e, z) or _radial(e, z) or _over_columns(e, z)
         case LogSumExp(x, None) | Sum(LogSumExp(x, _), None):
             norm = operator_norm(x, z)  # diag(p) - p p' <= 1/2 by Gershgorin
             return None if norm is None else Bounds(NOTHING, scale(sp.Rational(1, 2), _square(norm)), "proved", "log-sum-exp")
@@ -89,6 +94,8 @@ def bounds(e: Expr, z: Sym) -> Bounds | None:
             return _spectral(h, x, z)
         case LogDet(Add((Eye(), m))) if (root := square_root(m)) is not None:  # log det(I + c B B') = sum log(1 + c s^2)
             return _spectral(sp.log(1 + root[0] * slot(0) ** 2), root[1], z)
+        case LogDet():
+            return _over_columns(e, z)
         case _:
             return _quadratic(e, z)
 
@@ -206,6 +213,90 @@ def _spectral(h: sp.Expr, x: Expr, z: Sym) -> Bounds | None:
         return None
     low, high = _lift(constant(found.mu), constant(found.L), norm, x is z)
     return Bounds(low, high, found.proof, found.reason)
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """low, high: curvature of w log det(I + s B diag(v) B') in z for every unit of v; columns: v >= 0."""
+
+    low: Expr
+    high: Expr
+    columns: Expr
+    proof: str
+    reason: str
+
+
+def _over_columns(e: Expr, z: Sym) -> Bounds | None:
+    found = _weighed(e, z)
+    if found is None:
+        return None
+    most = largest(found.columns)
+    return Bounds(times(found.low, most), times(found.high, most), found.proof, found.reason)
+
+
+def _weighed(e: Expr, z: Sym) -> _Weighed | None:
+    """w log det(I + s B diag(v) B'), B affine in z: sum of log(1 + s t^2) over the singular values t of B diag(v)^(1/2)."""
+    c, body = split(e)
+    w, inner = _scalar_factor(body, lambda a: isinstance(a, LogDet))
+    match inner:
+        case LogDet(Add((Eye(), m))):
+            pass
+        case _:
+            return None
+    k, core = split(m)
+    s, product = _scalar_factor(core, lambda a: not a.is_scalar)
+    w, s = scale(c, w), scale(k, s)
+    factors = product.factors if isinstance(product, Mul) else ()
+    half = len(factors) // 2
+    if len(factors) % 2 == 0 or not isinstance(factors[half], Diag) or transpose(matmul(*factors[:half])) is not matmul(*factors[half + 1 :]):
+        return None
+    v, norm = factors[half].x, operator_norm(matmul(*factors[:half]), z)
+    if norm is None or not all(map(nonnegative, (w, s, v))) or any(depends(x, z) for x in (w, s, v)):
+        return None
+    free = sp.Symbol("s", positive=True)
+    found = scalar_curvature(sp.log(1 + free * slot(0) ** 2), slot(0))
+    low, high = (times(times(elementwise(x.subs(free, slot(0)), s), w), _square(norm)) for x in (found.mu, found.L))
+    return _Weighed(low, high, v, found.proof, found.reason)
+
+
+def _scalar_factor(e: Expr, wanted: Callable[[Expr], bool]) -> tuple[Expr, Expr]:
+    """(w, x) with e = w x, w a 1 × 1 expression and x the one argument that is wanted."""
+    match e:
+        case Map(profile, args):
+            own = [i for i, a in enumerate(args) if wanted(a)]
+            rest = profile / slot(own[0]) if len(own) == 1 else profile
+            if len(own) != 1 or rest.has(slot(own[0])) or not all(a.is_scalar for i, a in enumerate(args) if i != own[0]):
+                return eye(1), e
+            others = [i for i in range(len(args)) if i != own[0]]
+            names = {slot(i): slot(j) for j, i in enumerate(others)}
+            return elementwise(rest.xreplace(names), *(args[i] for i in others)), args[own[0]]
+        case _:
+            return eye(1), e
+
+
+def nonnegative(e: Expr) -> bool:
+    """Has e no negative entry, as its form and what is declared show?"""
+    value = as_constant(e)
+    if value is not None:
+        return value.is_nonnegative is True
+    match e:
+        case Sym(props=props):
+            return "positive" in props
+        case Member(of, _) | Transpose(of) | Hold(of) | Diag(of) | Diagonal(of) | Sum(of, _) | Max(of, _):
+            return nonnegative(of)
+        case FamilySum(_, _, body):
+            return nonnegative(body)
+        case Softmax() | FamilySoftmax():
+            return True
+        case Add(terms):
+            return all(map(nonnegative, terms))
+        case Mul(c, factors):
+            return c.is_nonnegative is True and all(map(nonnegative, factors))
+        case Map(profile, args):
+            signs = {slot(i): sp.Symbol(f"_{i}", positive=True) if nonnegative(a) else slot(i) for i, a in enumerate(args)}
+            return profile.subs(signs, simultaneous=True).is_nonnegative is True  # at 0: its limit
+        case _:
+            return False
 
 
 def square_root(m: Expr) -> tuple[sp.Expr, Expr] | None:
