@@ -20,13 +20,13 @@ from unroll.expr import (
     dim,
     elementwise,
     eye,
-    family_sum,
+    family_logsumexp, family_softmax, family_sum,
     hold,
     inverse,
     largest,
     logdet,
     logsumexp,
-    matmul,
+    matmul, normalise,
     member,
     ones,
     operator,
@@ -97,6 +97,9 @@ class Random:
                 lambda: self.solve(rows, cols, depth - 1),
                 lambda: hold(self.expr(rows, cols, depth - 1)),
                 lambda: self.family(rows, cols, depth - 1),
+                lambda: self.shares(rows, cols, depth - 1),
+                lambda: self.norm(self.expr(rows, cols, depth - 1)),
+                lambda: operator("running_sum", self.expr(rows, cols, depth - 1), self.pick.random() < 0.5),
                 lambda: matmul(diag(self.expr(rows, sp.Integer(1), depth - 1)), self.expr(rows, cols, depth - 1)),
             ]
             if cols == 1:
@@ -110,6 +113,7 @@ class Random:
                     )
                 )
             if rows == cols:
+                options.append(lambda: softmax(self.expr(rows, rows, depth - 1), self.pick.randrange(2), causal=True))
                 options.append(lambda: eye(rows))
                 options.append(lambda: diag(self.expr(rows, sp.Integer(1), depth - 1)))
             if rows == cols == 1:
@@ -149,6 +153,19 @@ class Random:
         left, right = self.expr(rows, M, depth), self.expr(N, cols, depth)
         body = matmul(left, u, right)
         return family_sum("k", K, body if self.pick.random() < 0.7 else elementwise(sp.tanh(slot(0)), body))
+
+    def shares(self, rows: sp.Expr, cols: sp.Expr, depth: int) -> Expr:
+        """Log-sum-exp over a family, or its members weighed by their shares."""
+        body = matmul(self.expr(rows, M, depth), member(U, "k"), self.expr(N, cols, depth))
+        if self.pick.random() < 0.5:
+            return family_logsumexp("k", K, body)
+        return family_sum("k", K, elementwise(slot(0) * slot(1), family_softmax("k", K, body), body))
+
+    def norm(self, x: Expr) -> Expr:
+        axis = self.pick.randrange(2)
+        weight = self.expr(*((x.rows, sp.Integer(1)) if axis == 0 else (sp.Integer(1), x.cols)), 0)
+        kind = self.pick.choice(("layer_norm", "rms_norm", "sphere"))
+        return normalise(kind, axis, sp.Rational(1, 3), x, weight if self.pick.random() < 0.5 else None)
 
     def scalar(self, depth: int) -> Expr:
         if depth <= 0:
@@ -241,6 +258,19 @@ class Smooth(Random):
                 lambda: inverse(self.gram(rows, depth - 1)) if rows == cols else inner(),
             )
         )()
+
+    def shares(self, rows: sp.Expr, cols: sp.Expr, depth: int) -> Expr:
+        """Log-sum-exp over a family, or its members weighed by their shares."""
+        body = matmul(self.expr(rows, M, depth), member(U, "k"), self.expr(N, cols, depth))
+        if self.pick.random() < 0.5:
+            return family_logsumexp("k", K, body)
+        return family_sum("k", K, elementwise(slot(0) * slot(1), family_softmax("k", K, body), body))
+
+    def norm(self, x: Expr) -> Expr:
+        axis = self.pick.randrange(2)
+        weight = self.expr(*((x.rows, sp.Integer(1)) if axis == 0 else (sp.Integer(1), x.cols)), 0)
+        kind = self.pick.choice(("layer_norm", "rms_norm", "sphere"))
+        return normalise(kind, axis, sp.Rational(1, 3), x, weight if self.pick.random() < 0.5 else None)
 
     def scalar(self, depth: int) -> Expr:
         if depth <= 0:

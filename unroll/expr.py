@@ -1089,6 +1089,10 @@ def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = Non
     for part in (weight, bias):
         if not all(map(same, part.shape, length)):
             raise ShapeError(f"a weight of a norm is {show_shape(length)}, not {show_shape(part.shape)}")
+    if e.shape[axis] == 1:  # of single entries
+        u, w, b, eps = slot(0), slot(1), slot(2), number(eps)
+        alone = {"layer_norm": sp.Integer(0) * u, "rms_norm": u / sp.sqrt(u**2 + eps), "sphere": u / sp.Max(sp.Abs(u), eps)}[kind]
+        return elementwise(alone * w + b, e, weight, bias)
     return _intern(Normalise, kind, axis, number(eps), e, weight, bias)
 
 
@@ -1179,6 +1183,8 @@ def operator(name: str, e: Expr, adjoint: bool = False) -> Expr:
     """A named linear operator applied to a matrix."""
     if isinstance(e, Zero):
         return zeros(*operator_shape(name, e.shape, adjoint))
+    if name == "running_sum" and e.cols == 1:
+        return e
     return _distribute(lambda x: operator(name, x, adjoint), e) or _intern(Op, name, e, adjoint)
 
 

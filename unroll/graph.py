@@ -294,12 +294,12 @@ def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
     "detach", "sum", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
-    "spectral_map", "spectral_prox", "trace", "diagonal",
+    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
 """Symmetric, or a factor that only stands for its symmetric product."""
 PRODUCTS = ("product", "matmul", "contract")
-ALONG = ("sum", "logsumexp", "max", "softmax")
+ALONG = ("sum", "logsumexp", "max", "softmax", "running_sum")
 
 
 # --- lowering ---------------------------------------------------------------------------------------------------------
@@ -393,11 +393,9 @@ class Lowering:
             case FamilyLogSumExp(index, _, body):
                 return b.add("family_logsumexp", (self.lower(body),), index)
             case Normalise(kind, axis, eps, x, weight, bias):
-                affine = as_constant(weight) != 1 or as_constant(bias) != 0
-                parts = [self.lower(x), *([self.lower(weight), self.lower(bias)] if affine else [])]
-                return b.add("norm", parts, kind, axis, eps, affine)
+                return self._norm(kind, axis, eps, self.lower(x), weight, bias)
             case Op("running_sum", x, adjoint):
-                return b.add("running_sum", (self.lower(x),), "running_sum", adjoint)
+                return b.add("running_sum", (self.lower(x),), 1, adjoint)
             case SpectralMap(h, x):
                 return self._spectral("spectral_map", h, x)
             case Spectral(h, x):
@@ -484,6 +482,17 @@ class Lowering:
     def _inverse(self, x: Expr) -> Ref:
         ref = self.lower(x)
         return self.builder.add("inverse", (ref,), "definite" if is_symmetric(x) and definite(x) == 2 else "general")
+
+    def _norm(self, kind: str, axis: int, eps: sp.Expr, x: Ref, weight: Expr, bias: Expr) -> Ref:
+        """Weight and bias within the operation where they are vectors of the network, else around it."""
+        b = self.builder
+        if as_constant(weight) == 1 and as_constant(bias) == 0:
+            return b.add("norm", (x,), kind, axis, eps, False)
+        affine = (self.lower(weight), self.lower(bias))
+        nodes = [b.nodes[r.node] for r in affine]
+        if all(not (n.batched or n.families or n.inputs) for n in nodes):
+            return b.add("norm", (x, *affine), kind, axis, eps, True)
+        return b.map(slot(0) * slot(1) + slot(2), (b.add("norm", (x,), kind, axis, eps, False), *affine))
 
     def _spectral(self, op: str, profile: sp.Expr, x: Expr) -> Ref:
         free = sorted((cast(sp.Symbol, s) for s in profile.free_symbols if s != slot(0)), key=str)

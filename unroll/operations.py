@@ -351,8 +351,9 @@ def _attention_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 
 def _running_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: axis, adjoint."""
     (x,) = args
-    axis, adjoint = _axis(x, "c"), out.attrs[1]
+    axis, adjoint = _axis(x, "rc"[out.attrs[0]]), out.attrs[1]
     return x.text.then(f".flip({axis}).cumsum({axis}).flip({axis})" if adjoint else f".cumsum({axis})")
 
 
