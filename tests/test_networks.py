@@ -250,3 +250,21 @@ def test_the_exact_halves_do_what_they_say_and_the_released_ones_need_not() -> N
     exact = unroll.compile("crate_exact", dims=SMALL, dtype=torch.float64, overrides=["unroll.layers=1"]).trace(x)
     assert (exact.actual["compression"][0] > 0).all(), "the rate of the subspaces falls: its negative is maximised"
     assert (exact.predicted["compression"][0] > 0).all()
+
+
+def test_dropout_and_drop_path_act_on_the_update_while_training_only() -> None:
+    spec = ["unroll.layers=3"]
+    both = unroll.load("crate").to_dict()
+    both["unroll"]["blocks"][0] |= {"dropout": "0.25", "drop_path": "0.5 * layer / layers"}  # type: ignore[index, operator]
+    net = unroll.compile(both, dims=SMALL, dtype=torch.float64, overrides=spec, seed=3)
+    plain = unroll.compile("crate", dims=SMALL, dtype=torch.float64, overrides=spec, seed=3)
+    x = drawn(4000, 5, 12)
+    assert torch.equal(net.eval()(x), plain(x))
+    torch.manual_seed(0)
+    steps = net.train().trace(x).steps["Z"]
+    moved = (steps[1] - steps[0]) / (plain.trace(x).steps["Z"][1] - x)
+    kept = moved.abs() > 1e-12
+    assert abs(float(kept.double().mean()) - 0.75) < 0.01
+    assert torch.allclose(moved[kept], torch.tensor(1 / 0.75, dtype=torch.float64))
+    gone = (steps[5] == steps[4]).flatten(1).all(1)  # layer 3: chance 1/3
+    assert abs(float(gone.double().mean()) - 1 / 3) < 0.03

@@ -19,7 +19,7 @@ from unroll import algorithms, rewrites
 from unroll.algorithms import LIPSCHITZ, STEP, Options, state_of
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.expr import (
-    Add, Expr, Prox, Sym, add, as_constant, constant, depends, elementwise, normalise, prox, scalar, scale, show_shape, slot, split, substitute,
+    Add, Expr, Prox, Sym, add, as_constant, constant, depends, elementwise, noise, normalise, prox, scalar, scale, show_shape, slot, split, substitute,
     substitute_scalars, symbol, walk, zeros,
 )  # fmt: skip
 from unroll.functions import Value, as_expr
@@ -378,11 +378,45 @@ def _framed(half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | N
             raise SpecError("E131", f"the output is {show_shape(value.shape)}, {v.name} is {show_shape(v.shape)}", place(0, len(block.output)))
         value = substitute(value, {z: inner, v: raw})
         assigns.append(Assign(raw, value, f"{v.name} <- {text(value)}"))
+    assigns, noted = _with_noise(half, assigns, raw)
+    departures += noted
     if record is not None and record.when == "after":
         value = normalised(record, raw)
         departures.append(_norm_departure(half, record, v))
         assigns.append(Assign(raw, value, f"{v.name} <- {text(value)}"))
     return tuple(assigns), departures
+
+
+def _with_noise(half: Half, assigns: list[Assign], raw: Sym) -> tuple[list[Assign], list[Departure]]:
+    """Dropout and drop path on what the block adds to the variable."""
+    written = [(kind, getattr(half.scheme, kind)) for kind in ("dropout", "drop_path")]
+    asked = [(kind, text, _rate(half, kind)) for kind, text in written if text.strip() != "0"]
+    if not asked:
+        return assigns, []
+    at = max(i for i, a in enumerate(assigns) if a.target is raw)
+    value = assigns[at].value
+    terms = value.terms if isinstance(value, Add) else (value,)
+    carried, moved = [t for t in terms if split(t)[1] is raw], [t for t in terms if split(t)[1] is not raw]
+    if not carried or not moved:
+        kind = asked[0][0]
+        raise SpecError("E310", f"{kind} leaves out what a block adds to its variable; this block carries nothing over", half.spec.key_where(*half.path, kind), "gauge: {residual: 1}, or an output such as Z + D @ A")
+    update = add(*moved)
+    for kind, _, rate in asked:
+        update = noise(kind, rate, update)
+    fresh = _renoted(replace(assigns[at], value=add(*carried, update)))
+    said = [Departure(kind, half.name, "choice", f"{text.strip()} of the update, while training") for kind, text, _ in asked]
+    return [*assigns[:at], fresh, *assigns[at + 1 :]], said
+
+
+def _rate(half: Half, kind: str) -> sp.Expr:
+    place, scope = half.place(kind), half.problem.scope
+    layers = cast(Unroll, half.spec.unroll).layers
+    value = parse(getattr(half.scheme, kind), replace(scope, names={**scope.names, "layer": LAYER, "layers": LAYERS}), place)
+    value = value.subs(LAYERS, layers) if not isinstance(value, Expr) else value
+    most = None if isinstance(value, Expr) or value.free_symbols - {LAYER} else value.subs(LAYER, int(layers) - 1)
+    if most is None or not 0 <= most < 1:
+        raise SpecError("E205", f"{kind} is a share from 0 up to but not including 1, a function of the layer at most", place(0, 1), "drop_path: 0.1 * layer / layers")
+    return cast(sp.Expr, value)
 
 
 def normalised(record: Normalise, e: Expr) -> Expr:

@@ -34,6 +34,7 @@ from unroll.expr import (
     Member,
     Mul,
     Node,
+    Noise,
     Normalise,
     Ones,
     Op,
@@ -147,6 +148,8 @@ class Evaluator:
                 return torch.stack(torch.broadcast_tensors(*self.family(index, n, x))).softmax(0)[self.members[index]]
             case FamilyLogSumExp(index, n, body):
                 return torch.stack(self.family(index, n, body)).logsumexp(0)
+            case Noise(_, _, x):  # of a network that is not being trained
+                return self(x)
             case Normalise(kind, axis, eps, x, weight, bias):
                 return self.normalised(kind, axis - 2, self.number(eps), self(x)) * self(weight) + self(bias)
             case SpectralMap(h, x):

@@ -12,7 +12,7 @@ Only the smart constructors (lower case: `add`, `matmul`, `elementwise`, ...) bu
     reductions   linear ones distribute over sums and let coefficients out
 
     leaves       Sym, Member, Eye, Ones, Zero
-    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Hold, Normalise, Prox, ProxMap, SpectralProx, Project
+    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Hold, Noise, Normalise, Prox, ProxMap, SpectralProx, Project
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -402,6 +402,19 @@ class Normalise(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Noise(Expr):
+    """x, of which training leaves out a share `rate` by chance: single entries (dropout), or all of a sample (drop_path)."""
+
+    kind: Literal["dropout", "drop_path"]
+    rate: sp.Expr
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Prox(Expr):
     """argmin over `variable` of t * term + |variable - at|^2 / 2. `swaps`: scalar sub-expressions of the derived formula that
     parameters have taken the place of."""
@@ -574,7 +587,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Hold | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}
@@ -846,6 +859,8 @@ def transpose(e: Expr) -> Expr:
             return family_softmax(i, n, transpose(x))
         case FamilyLogSumExp(i, n, body):
             return family_logsumexp(i, n, transpose(body))
+        case Noise(kind, rate, x):
+            return noise(kind, rate, transpose(x))
         case Normalise(kind, axis, eps, x, weight, bias):
             return normalise(kind, 1 - axis, eps, transpose(x), transpose(weight), transpose(bias))
         case Sum(x, axis) if axis is not None:
@@ -1174,6 +1189,11 @@ def spectral_norm(e: Expr) -> Expr:
             return _intern(SpectralNorm, e)
 
 
+def noise(kind: str, rate: Any, e: Expr) -> Expr:
+    """e with a part left out by chance while training."""
+    return e if number(rate) == 0 else _intern(Noise, kind, number(rate), e)
+
+
 def operator_shape(name: str, shape: Shape, adjoint: bool = False) -> Shape:
     """Shape of the value of a linear operator."""
     return (shape[0] + (1 if adjoint else -1), shape[1]) if name == "difference" else shape
@@ -1313,6 +1333,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return diagonal(parts[0])
         case Softmax(_, axis, causal):
             return softmax(parts[0], axis, causal)
+        case Noise(kind, rate, _):
+            return noise(kind, rate, parts[0])
         case Normalise(kind, axis, eps, _, _, _):
             return normalise(kind, axis, eps, *parts)
         case FamilyLogSumExp(i, n, _):
@@ -1412,6 +1434,8 @@ def substitute_scalars(e: Expr, mapping: Mapping[sp.Basic, Any]) -> Expr:
                 return family_logsumexp(i, swap(n), body)
             case FamilySoftmax(i, n, x):
                 return family_softmax(i, swap(n), x)
+            case Noise(kind, rate, x):
+                return noise(kind, swap(rate), x)
             case Normalise(kind, axis, eps, x, weight, bias):
                 return normalise(kind, axis, swap(eps), x, weight, bias)
             case Indicator(name, params, x):

@@ -35,6 +35,7 @@ from unroll.expr import (
     Max,
     Member,
     Mul,
+    Noise,
     Normalise,
     Ones,
     Op,
@@ -294,7 +295,7 @@ def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
     "detach", "sum", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
-    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum",
+    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
 """Symmetric, or a factor that only stands for its symmetric product."""
@@ -392,6 +393,8 @@ class Lowering:
                 return b.add("family_softmax", (self.lower(x),), index)
             case FamilyLogSumExp(index, _, body):
                 return b.add("family_logsumexp", (self.lower(body),), index)
+            case Noise(kind, rate, x):
+                return b.add(kind, (self.lower(x), self.scalar(rate)))
             case Normalise(kind, axis, eps, x, weight, bias):
                 return self._norm(kind, axis, eps, self.lower(x), weight, bias)
             case Op("running_sum", x, adjoint):

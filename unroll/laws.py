@@ -27,7 +27,7 @@ from unroll.parse import Scope, parse_matrix
 from unroll.rewrites import Applied, Site
 from unroll.show import pretty, text
 from unroll.spec import Spec, load
-from unroll.step import LAYER, Assign, Learned, Step
+from unroll.step import LAYER, Assign, Learned
 
 DRAWS = 8
 EXACT = 1e-10
@@ -128,7 +128,7 @@ class Sample:
 
     def network(self, spec: Spec) -> Network:
         numbers = {s.name: v for s, v in self.numbers.items()}
-        return compile_layers(spec, dims=self.dims, parameters=self.parameters, scalars=numbers, dtype=torch.float64)
+        return compile_layers(spec, dims=self.dims, parameters=self.parameters, scalars=numbers, dtype=torch.float64).eval()
 
     def taken(self, net: Network) -> dict[str, Tensor]:
         """The inputs that a network takes; one that is worked out on data has seen the first sample."""

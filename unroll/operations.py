@@ -350,6 +350,13 @@ def _attention_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"F.scaled_dot_product_attention({code}, {code}, {code}{mask}, scale={scale.text.code})")
 
 
+def _drop_path_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """The axes after the batch axes stay or go together."""
+    x, rate = args
+    own = sum(t != "*" for t in x.tags)
+    return Text(f"drop_path({x.text.code}, {rate.text.code}, {own}, self.training)")
+
+
 def _running_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """attrs: axis, adjoint."""
     (x,) = args
@@ -524,6 +531,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("family_logsumexp", _same, _over_family("logsumexp"), _pointwise),
     Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
     Operation("norm", _same, _norm_text, _pointwise),
+    Operation("dropout", _same, lambda out, args, c: Text(f"F.dropout({args[0].text.code}, {args[1].text.code}, self.training)"), _pointwise),
+    Operation("drop_path", _same, _drop_path_text, _pointwise, ("drop_path",)),
     Operation("running_sum", _same, _running_text, _pointwise),
     Operation("attention", _same, _attention_text, _attention_cost),
     Operation("diag", lambda args, attrs: (args[0].shape[0], args[0].shape[0]), _diag_text, _pointwise),
@@ -586,6 +595,15 @@ def _exact(name: str, args: str, doc: str, body: str) -> Helper:
 
 
 HELPERS: dict[str, Helper] = {
+    "drop_path": Helper(
+        '''def drop_path(x, rate, axes, training):
+    """x, or 0, for each sample by chance, scaled so that its mean stays (Huang et al. 2016, arXiv:1603.09382). axes: those of a sample."""
+    if not training or rate == 0:
+        return x
+    kept = torch.empty(x.shape[: x.ndim - axes] + (1,) * axes, dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
+    return x * kept / (1 - rate)
+'''
+    ),
     "causal_softmax": Helper(
         '''def causal_softmax(x, dim):
     """Softmax along dim (-1 or -2) of square matrices: what is looked at comes no later than what looks."""

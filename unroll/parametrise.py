@@ -25,6 +25,7 @@ from unroll.expr import (
     FamilySum,
     Map,
     Mul,
+    Noise,
     Normalise,
     Prox,
     Sym,
@@ -344,8 +345,8 @@ def outermost(e: Expr, pairs: list[tuple[Expr, Expr]], bias: Sym | None) -> Expr
         case FamilySum(i, n, body):
             inner = outermost(body, pairs, None)
             return e if inner is body else _biased(family_sum(i, n, inner), bias)
-        case Map(_, args):
-            return rebuild(e, tuple(outermost(a, pairs, bias) for a in args))
+        case Map() | Noise():
+            return rebuild(e, tuple(outermost(a, pairs, bias) for a in e.children))
         case Mul(c, (first, *rest)):
             for pattern, into in pairs:
                 k, body = split(pattern)

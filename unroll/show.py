@@ -11,7 +11,7 @@ from sympy.printing.str import StrPrinter
 
 from unroll.expr import (
     Add, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
-    Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, as_constant,
+    Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, as_constant,
     scale, slot, split,
 )  # fmt: skip
 
@@ -173,7 +173,7 @@ _TEXT = Dialect(_scalar_text, " @ ", "{} * {}", " + ", " - ", "{}.T", "({})", {
     "spectral_norm": "spectral({})", "hold": "stop_gradient({})", "in": "{} in {}", "family": "sum({} for {} in {})", "op": "{}({})", "op_T": "{}_T({})",
     "prox": "prox[{}]({})", "prox_map": "prox[{}]({})", "tv": "tv({})", "norm0": "norm0({})", "rank": "rank({})",
     "causal": "causal_softmax({}, axis={})", "shares": "softmax({}, over={})", "family_lse": "logsumexp({} for {} in {})",
-    "norm": "{0}({1}, axis={2}, eps={3})", "norm_affine": "{0}({1}, axis={2}, eps={3}, weight={4}, bias={5})",
+    "noise": "{0}({1}, {2})", "norm": "{0}({1}, axis={2}, eps={3})", "norm_affine": "{0}({1}, axis={2}, eps={3}, weight={4}, bias={5})",
 })  # fmt: skip
 _PRETTY = Dialect(_scalar_pretty, " ", "{} {}", " + ", " − ", "{}ᵀ", "({})", _TEXT.templates | {
     "sumsq": "‖{}‖²", "norm1": "‖{}‖₁", "dot": "⟨{}, {}⟩", "norm2": "‖{}‖", "eye": "I", "inverse": "({})⁻¹",
@@ -194,7 +194,7 @@ _LATEX = Dialect(_scalar_latex, r"\, ", r"{} \, {}", " + ", " - ", r"{}^{{\top}}
     "prox_map": r"\operatorname{{prox}}_{{{}}}\left({}\right)", "tv": r"\left\|\nabla {}\right\|_1",
     "norm0": r"\left\|{}\right\|_0", "rank": r"\operatorname{{rank}}({})", "causal": r"\operatorname{{causal\,softmax}}_{1}({0})",
     "shares": r"\operatorname{{softmax}}_{{{1}}}\left({0}\right)", "family_lse": r"\operatorname{{lse}}_{{{1}=1}}^{{{2}}} {0}",
-    "norm": r"\operatorname{{{0}}}\left({1}\right)", "norm_affine": r"\operatorname{{{0}}}\left({1};\, {4}, {5}\right)",
+    "noise": r"\operatorname{{{0}}}_{{{2}}}\left({1}\right)", "norm": r"\operatorname{{{0}}}\left({1}\right)", "norm_affine": r"\operatorname{{{0}}}\left({1};\, {4}, {5}\right)",
 })  # fmt: skip
 
 
@@ -271,6 +271,8 @@ def _node(e: Expr, d: Dialect) -> Shown:
             plain = as_constant(weight) == 1 and as_constant(bias) == 0
             shown = NORMS[kind].replace("_", r"\_") if d is _LATEX else NORMS[kind]
             return call("norm", shown, x, str(axis), eps) if plain else call("norm_affine", shown, x, str(axis), eps, weight, bias)
+        case Noise(kind, rate, x):
+            return call("noise", kind.replace("_", r"\_") if d is _LATEX else kind, x, rate)
         case FamilySoftmax(i, _, x):
             return call("shares", x, i)
         case FamilyLogSumExp(i, n, body):

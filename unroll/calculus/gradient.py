@@ -15,7 +15,7 @@ import sympy as sp
 from unroll.errors import DeriveError
 from unroll.expr import (
     Add, Axis, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp,
-    Map, Max, Member, Mul, Node, Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
+    Map, Max, Member, Mul, Node, Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
     bound_indices, diagonal, elementwise, eye, family_softmax, family_sum, free_indices, fresh_index, inverse, matmul, ones, operator, rename_index, require_scalar, slot, softmax, spectral_map,
     times, total, transpose, walk, zeros,
 )  # fmt: skip
@@ -121,7 +121,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it has a kink wherever two entries tie for the largest")
         case Indicator():
             raise no_gradient(node, "it is a constraint, infinite outside its set")
-        case SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project():
+        case Noise() | SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project():
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():
             raise AssertionError("families are swept in their own scope; please report")

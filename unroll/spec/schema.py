@@ -262,6 +262,10 @@ class Scheme(Record):
     gauge: Gauge | None = None
     """weights chosen by hand: of the variable itself, and of the rest of the step"""
     normalise: NormaliseField | None = None
+    dropout: Formula = "0"
+    """share of the entries of the update that training leaves out; may depend on `layer` and `layers`"""
+    drop_path: Formula = "0"
+    """chance that training leaves out the whole update of a sample: 0.1 * layer / layers"""
 
 
 class Block(Scheme):
