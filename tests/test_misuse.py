@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import unroll
-from unroll import UnrollError, laws
+from unroll import SpecError, UnrollError, laws, load
 
 LASSO: dict[str, Any] = {
     "dims": {"m": 4, "n": 6},
@@ -171,3 +171,33 @@ def test_weights_that_are_damaged_or_of_something_else_are_refused(tmp_path: Any
     save_file({"network.A": torch.ones(1)}, weights)
     with pytest.raises(UnrollError, match="E405.*was not written by unroll.save"):
         unroll.restore(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"momentum": 0.5}, "adam has no momentum"), ({"refine": 0.3}, "layerwise"), ({"epochs": 2, "steps": 5}, "number of steps"),
+        ({"steps": 5, "warmup": 9}, "all 5 steps"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_training_that_nothing_reads_is_refused(settings, words):
+    with pytest.raises(SpecError, match=words) as refused:
+        load({"use": "lasso", "unroll": {"algorithm": "fista", "layers": 2}, "train": settings})
+    assert refused.value.code == "E511" and refused.value.where is not None
+
+
+def test_what_is_no_tensor_of_real_numbers_is_refused_in_words():
+    net = unroll.compile("lista", dims={"m": 4, "n": 6}, overrides=["unroll.layers=2"])
+    for x in ([1.0] * 4, torch.ones(4, dtype=torch.long), torch.ones(4).numpy()):
+        with pytest.raises(unroll.UnrollError, match="E404"):
+            net(x)
+    with pytest.raises(unroll.UnrollError, match="E406"):
+        unroll.compile("ista", dims={"m": 4, "n": 6})(torch.ones(4), layers=-1)
+
+
+def test_solve_without_restart_gets_there_too_and_takes_longer():
+    g = torch.Generator().manual_seed(0)
+    a, x = (torch.randn(*n, generator=g, dtype=torch.float64) for n in ((20, 40), (5, 20)))
+    quick, slow = (unroll.solve("lasso", x, parameters={"A": a}, tol=1e-9, restart=r) for r in (True, False))
+    assert torch.allclose(quick.z, slow.z, atol=1e-6)
+    assert quick.iterations < slow.iterations

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import unroll
 from unroll.errors import SpecError
 from unroll.network import Network
 from unroll.spec import load
@@ -128,3 +129,14 @@ def test_a_resumed_run_in_float32_sees_the_same_samples(tmp_path):
     again, first = prepare(job)[0], prepare(replace(job, given={}))[0]
     assert again.train.inputs["x"].dtype == torch.float32
     assert torch.equal(again.train.inputs["x"], first.train.inputs["x"])
+
+
+def test_the_network_of_a_run_comes_back_from_its_folder(tmp_path):
+    spec = {
+        "use": "lasso", "dims": {"m": 6, "n": 8}, "unroll": {"algorithm": "proximal_gradient", "layers": 2, "parametrisation": "lista"},
+        "data": {"source": "synthetic", "train": 64, "validation": 16}, "train": {"steps": 3, "batch": 16},
+    }  # fmt: skip
+    run = train(spec, out=tmp_path / "run", quiet=True)
+    net = unroll.restore(tmp_path / "run")
+    x = torch.randn(3, 6)
+    assert torch.equal(net(x), run.net(x))

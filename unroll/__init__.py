@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unroll.api import compile, derive, loss, prox, restore, save
+    from unroll.api import compile, derive, loss, prox, save
+    from unroll.files import restore
     from unroll.laws import check
     from unroll.errors import DeriveError, SpecError, UnrollError
     from unroll.losses import Loss
@@ -33,7 +34,7 @@ _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
     "Loss": "losses", "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
     "check": "laws", "solve": "solver", "report": "page",
-    "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "api", "save": "api",
+    "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "files", "save": "api",
 }  # fmt: skip
 
 

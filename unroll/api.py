@@ -378,10 +378,3 @@ def parse_entry(formula: str, scope: Any, parse: Any) -> sp.Expr:
 def save(net: Network | Model, folder: str | os.PathLike[str]) -> Path:
     """Write a network as spec.yaml, weights.safetensors and its source; no pickle."""
     return net.save(folder)
-
-
-def restore(folder: str | os.PathLike[str]) -> Network | Model:
-    """The network that `save` wrote. Raises UnrollError E405."""
-    from unroll.network import restore as read_folder
-
-    return read_folder(folder)

@@ -1,10 +1,11 @@
-"""Solve from files to a file: what the command line does with `unroll solve`."""
+"""From files: a problem solved to a file, a network from its folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +14,21 @@ from unroll.api import Source, read
 from unroll.errors import UnrollError
 from unroll.solver import Solution, solve
 from unroll.train.data import read_array
+
+if TYPE_CHECKING:
+    from unroll.model.module import Model
+    from unroll.network import Network
+
+
+def restore(folder: str | os.PathLike[str]) -> Network | Model:
+    """The network that `save` wrote, or the one that a run folder of `unroll train` holds. Raises UnrollError E405, E5xx."""
+    if (Path(folder) / "run.json").is_file():
+        from unroll.train import trained
+
+        return trained(folder)
+    from unroll.network import restore as read_folder
+
+    return read_folder(folder)
 
 
 def solve_files(

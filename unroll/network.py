@@ -273,6 +273,8 @@ class Network(nn.Module):
         for name, (word, sizes, needed) in self.takes.items():
             value = named.pop(name, None)
             if value is not None:
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    raise UnrollError("E404", f"{name} is {_kind(value)}, not a tensor of real numbers", hint=f"torch.as_tensor({name}, dtype=torch.float32)")
                 if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
                     self._check(name, value)
                 out[word] = value
@@ -286,6 +288,8 @@ class Network(nn.Module):
         if layers is not None and not self.program.any_depth:
             own = f"this network has parameters of its own in each of its {self.layers} layers: its depth is fixed"
             raise UnrollError("E406", own)
+        if layers is not None and layers < 0:
+            raise UnrollError("E406", f"a network has 0 or more layers, not {layers}")
         return layers
 
     def _refuse_unknown(self, named: Mapping[str, Any]) -> None:
@@ -341,6 +345,10 @@ class Network(nn.Module):
             return evaluate(*(values.get(s.name) for s in order), *(values[s.name] for s in problem.scalars))
 
         return run
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def _axis(name: str, size: int | None) -> str:

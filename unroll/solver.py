@@ -75,12 +75,13 @@ def solve(
     overrides: Sequence[str] = (),
     tol: float | None = None,
     max_iterations: int = 100_000,
+    restart: bool = True,
     console: Console | None = None,
     label: str = "solve",
 ) -> Solution:
     """The optimum for every sample of `inputs`, each (..., n): certified gap (else residual) at most `tol`.
 
-    The gap is relative to max(1, objective). tol: 1e-8 in float64 and 1e-5 in float32, if left out. Works in the dtype and
+    restart: forget the momentum of a problem where it points uphill.  The gap is relative to max(1, objective). tol: 1e-8 in float64 and 1e-5 in float32, if left out. Works in the dtype and
     on the device of the inputs.  console: where a progress bar is drawn; None: nowhere.
     Raises SpecError E303 if no algorithm fits, UnrollError E402 for a parameter without a value, E407 for a tol below the
     precision of the inputs.
@@ -103,7 +104,7 @@ def solve(
 
     gap = gap_of(net)
     certify = None if gap is None else lambda z, rows: gap(dict(zip(net.inputs, (x[rows] for x in flat), strict=True)) | {name: z})
-    z, error, count = iterate(step, net(*flat), tol, max_iterations, console, label, certify)
+    z, error, count = iterate(step, net(*flat), tol, max_iterations, console, label, certify, restart)
     value = net.objective(*flat, **{name: z})["total"]
     answer = z.reshape(*shape, *z.shape[1:])
     error = error.reshape(shape)
@@ -158,7 +159,7 @@ def one_step(spec: Spec) -> Spec:
 
 
 def iterate(
-    step: Map, z: Tensor, tol: float, iterations: int, console: Console | None = None, label: str = "", certify: Map | None = None
+    step: Map, z: Tensor, tol: float, iterations: int, console: Console | None = None, label: str = "", certify: Map | None = None, restart: bool = True
 ) -> tuple[Tensor, Tensor, int]:
     """(fixed points, errors, iterations done) of z = step(z, rows), row by row of z, accelerated with restarts.
 
@@ -174,7 +175,8 @@ def iterate(
         for k in range(1, iterations + 1):
             new = step(y, active)
             moved, change = y - new, new - before
-            t = torch.where(dot(moved, change) > 0, torch.ones_like(t), t)  # momentum points uphill: forget it
+            if restart:
+                t = torch.where(dot(moved, change) > 0, torch.ones_like(t), t)  # momentum points uphill: forget it
             t_new = (1 + (1 + 4 * t * t).sqrt()) / 2
             residual_now = (moved.flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1).clamp_min(1)).to(residual)
             y, before, t = new + (t - 1) / t_new * change, new, t_new

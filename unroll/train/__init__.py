@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unroll.train.run import Interrupted, Run, evaluate, resume, train
+    from unroll.train.run import Interrupted, Run, evaluate, resume, train, trained
 
-__all__ = ["Interrupted", "Run", "evaluate", "resume", "train"]
+__all__ = ["Interrupted", "Run", "evaluate", "resume", "train", "trained"]
 
 
 def __getattr__(name: str) -> Any:

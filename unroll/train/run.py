@@ -133,6 +133,18 @@ def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
     return _close(job, data, initial, net, Outcome(ended["status"], ended["steps"], ended["seconds"], math.nan))
 
 
+def trained(folder: str | Path) -> Any:
+    """The network of a finished run, with its trained weights. Raises SpecError E510 if the folder holds none."""
+    from unroll.train.engine import read_weights
+
+    job = _read_start(Path(folder), None)
+    if not (job.folder / "weights.safetensors").is_file():
+        raise SpecError("E510", f"the run in '{job.folder}' is not finished", hint=f"unroll train --resume {job.folder}")
+    _, net = ready(job)
+    read_weights(net, job.folder / "weights.safetensors")
+    return net.eval()
+
+
 def _train(job: Job, device: str, devices: int) -> Run:
     from unroll.train.engine import fit  # lightning takes seconds to import
 
