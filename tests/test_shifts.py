@@ -60,7 +60,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
+    assert a.shape == b.shape and a.is_complex() == b.is_complex()
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1))
 
 

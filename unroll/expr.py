@@ -1108,7 +1108,7 @@ def logdet(e: Expr) -> Expr:
     square(e, "logdet")
     if isinstance(e, Eye):
         return zeros(1, 1)
-    if e.is_scalar:
+    if e.is_scalar and not complex_valued(e):
         return elementwise(sp.log(slot(0)), e)
     if not is_symmetric(e) and transpose(conjugated(e)) is not e:
         raise ShapeError("logdet needs a symmetric positive definite matrix, and the form of this one is not symmetric")

@@ -440,6 +440,12 @@ def _signal_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"signal({code.code}, {frequencies}, {places}, {', '.join(map(c.size, sizes))})")
 
 
+def _logdet_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    code = x.text if "r" in x.tags else x.text.then("[..., None, None]")
+    return Text(f"logdet_hermitian({code.code})")
+
+
 def _energy_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     (x,) = args
     code = x.text if "r" in x.tags else x.text.then("[..., None]")
@@ -630,7 +636,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("energy", lambda args, attrs: (ONE, args[0].shape[1]), _energy_text, _pointwise, ("energy",)),
     Operation("frequency_sum", _same, _frequency_sum_text, _pointwise, ("frequency_sum",)),
     Operation("conjugate", _same, lambda out, args, c: args[0].text.then(".conj()"), _free),
-    Operation("logdet_hermitian", _to_scalar, _call("logdet_hermitian"), _cubic, ("logdet_hermitian",)),
+    Operation("logdet_hermitian", _to_scalar, _logdet_text, _cubic, ("logdet_hermitian",)),
     Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
     Operation("project", _same, _project_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
