@@ -168,7 +168,7 @@ def parsed(formula: str) -> Expr:
 
 
 def values(numbers: dict[sp.Symbol, int]) -> dict[Sym, Tensor]:
-    size: Callable[[sp.Expr], int] = lambda n: int(n.subs(numbers))  # noqa: E731
+    size: Callable[[sp.Expr], int] = lambda n: int(n.subs(numbers))
     return {
         s: 0.5 * drawn(*([size(s.family)] if s.family is not None else []), size(s.rows), size(s.cols), seed=i)
         for i, s in enumerate(SYMBOLS)
@@ -361,12 +361,13 @@ def test_redunet_is_constructed_and_runs_as_the_spectral_layer(
     with pytest.raises(unroll.UnrollError, match="E408"):
         net(x)
     after = net.construct(X=x, Pi=members.mT)
-    to: Callable[[Tensor], Tensor] = lambda z: torch.fft.fftn(
-        z.unflatten(1, (c, *grid)), dim=axes, norm="ortho"
-    ).flatten(2)  # noqa: E731
-    back: Callable[[Tensor], Tensor] = lambda v: torch.fft.ifftn(
-        v.unflatten(2, grid), dim=axes, norm="ortho"
-    ).real.flatten(1)  # noqa: E731
+
+    def to(z: Tensor) -> Tensor:
+        return torch.fft.fftn(z.unflatten(1, (c, *grid)), dim=axes, norm="ortho").flatten(2)
+
+    def back(v: Tensor) -> Tensor:
+        return torch.fft.ifftn(v.unflatten(2, grid), dim=axes, norm="ortho").real.flatten(1)
+
     v, u = to(x), to(fresh)
     for i in range(3):
         E, Cs, gamma = released.redunet_spectral_operators(v, members, 0.1, 1 if as_released else T)

@@ -19,7 +19,6 @@ from unroll.blocks import affine_norms
 from unroll.calculus.prox import derive as derive_prox
 from unroll.errors import SpecError, Where, did_you_mean
 from unroll.expr import (
-    ONE,
     Add,
     Expr,
     Eye,
