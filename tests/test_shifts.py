@@ -168,7 +168,9 @@ def parsed(formula: str) -> Expr:
 
 
 def values(numbers: dict[sp.Symbol, int]) -> dict[Sym, Tensor]:
-    size: Callable[[sp.Expr], int] = lambda n: int(n.subs(numbers))
+    def size(n: sp.Expr) -> int:
+        return int(n.subs(numbers))
+
     return {
         s: 0.5 * drawn(*([size(s.family)] if s.family is not None else []), size(s.rows), size(s.cols), seed=i)
         for i, s in enumerate(SYMBOLS)
