@@ -165,6 +165,10 @@ BY_NUMPY: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any]]] = {
     "entropy": ("entropy(abs(A))", lambda a: scipy.special.entr(np.abs(a["A"])).sum()),
     "kl": ("kl(abs(A), exp(A))", lambda a: scipy.special.kl_div(np.abs(a["A"]), np.exp(a["A"])).sum()),
     "max_entry": ("max_entry(A) * max_entry(A, axis=1)", lambda a: a["A"].max() * a["A"].max(1, keepdims=True)),
+    "shifts": ("shifts(A, m)", lambda a: np.stack([np.roll(a["A"][:, j], s) for j in range(3) for s in range(4)], 1)),
+    "shifts_T": ("shifts_T(shifts(A, m), m)", lambda a: 4 * a["A"]),
+    "repeat": ("repeat(y, 2)", lambda a: np.repeat(a["y"], 2, 0)),
+    "repeat_T": ("repeat_T(repeat(y, 2) * repeat(y, 2), 2)", lambda a: 2 * a["y"] ** 2),
     "stop_gradient": ("stop_gradient(A)", lambda a: a["A"]),
     "abs": ("abs(A)", lambda a: np.abs(a["A"])),
     "exp": ("exp(A)", lambda a: np.exp(a["A"])),
@@ -220,7 +224,7 @@ def test_every_function_of_the_language_is_tested() -> None:
     assert {f.name for f in FUNCTIONS} | {f.name for f in ELEMENTWISE} <= set(BY_NUMPY)
 
 
-@pytest.mark.parametrize("record", [f for f in FUNCTIONS if f.kinds[0] == "matrix" and f.name not in ("inv", "diagonal", "trace", "logdet", "det", "stop_gradient", "causal_softmax")], ids=lambda f: f.name)
+@pytest.mark.parametrize("record", [f for f in FUNCTIONS if f.kinds[0] == "matrix" and f.name not in ("inv", "diagonal", "trace", "logdet", "det", "stop_gradient", "causal_softmax", "shifts", "shifts_T")], ids=lambda f: f.name)
 @pytest.mark.parametrize(("rows", "cols"), [("1", "1"), ("1", "n"), ("n", "1"), ("m", "n")])
 def test_shapes_follow_the_values_for_odd_shapes_too(record: Any, rows: str, cols: str) -> None:
     x = f"(2 * ones({rows}, {cols}) * sum(abs(A)))"

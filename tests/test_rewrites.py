@@ -64,6 +64,8 @@ EXACT = {
     "collect": ("Q @ Z - c * D @ Z + Y", "collect(Z)"),
     "shares of a shift": ("sum(softmax(sum(Y, axis=0) + sum(U[k].T @ Z, axis=0), over=k) * sum(U[k].T @ Y, axis=0) for k in K)", "shares"),
     "shares of what is common": ("sum(Z * softmax(sum(U[k].T @ Z, axis=0), over=k) for k in K)", "shares"),
+    "all shifts": ("inv(a * I(d) + c * shifts(Z, d) @ shifts(Z, d).T) @ Y", "circulant_to_fft"),
+    "a determinant of all shifts": ("logdet(I(d) + c * shifts(Z, d) @ shifts(Z, d).T)", "circulant_to_fft"),
     "shares alone": ("sum(softmax(sum(U[k].T @ Z, axis=0), over=k) for k in K)", "shares"),
 }
 SCOPE.names["U_"] = O  # type: ignore[index]

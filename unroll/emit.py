@@ -100,7 +100,7 @@ def build(
     source = module.source()
     return Program(
         problem, step, layers, dict(dims), module.class_name, optimised.graph, optimised.log, source,
-        objective(problem, terms),
+        objective(problem, terms, dims),
         module.words, tuple(module.initialise_arguments),
         tuple(s.name for s in module.inputs),
         tuple(s.name for s in problem.inputs) if module.constructed else (),
@@ -143,6 +143,14 @@ _TAKEN = frozenset(
         "spectral_map",
         "softplus_inverse",
         "indicator",
+        "energy",
+        "frequency_sum",
+        "logdet_hermitian",
+        "places",
+        "shifts",
+        "shifts_adjoint",
+        "signal",
+        "spectrum",
         "s",
     ]
 ) | {op.name for op in runtime.RUNTIME}
@@ -317,6 +325,10 @@ def hint(graph: Graph, i: int) -> str:
             joined = "_".join(map(word, node.inputs))
         case "detach":
             joined = word(node.inputs[0])
+        case "spectrum":
+            joined = f"{word(node.inputs[0])}_hat"
+        case "conjugate":
+            joined = f"{word(node.inputs[0])}_conj"
         case "family_softmax":
             joined = "shares"
         case "cholesky" | "inverse":
@@ -606,7 +618,8 @@ class Module:
     def _start_of(self, p: Learned, ref: Ref, sec: Section) -> str:
         """Copy the start value of a parameter into it, through the inverse of its constraint."""
         name = self.attributes("learned", p.name)
-        if self.graph.nodes[ref.node].stage > Stage.SETUP:
+        leaves = (n for i in self._reached([ref.node]) if not (n := self.graph.nodes[i]).inputs)
+        if any(n.stage > Stage.SETUP for n in leaves):
             raise UnrollError(
                 "E403", f"'{p.name}' cannot be learned: what it replaces depends on the input or the layer"
             )
@@ -645,7 +658,7 @@ class Module:
         body: list[str] = []
         goals = {p.name: self.graph.roots["learned", p.name] for p in self.constructed}
         body += [sec.assign(i) for i in sec.lines_for(goals.values())]
-        body += [f"self.{self.attributes('learned', n)}[layer] = {sec.stored(ref).code}" for n, ref in goals.items()]
+        body += [f"self.{self.attributes('learned', n)}[layer] = {sec.operand(ref).ordered('rc').code}" for n, ref in goals.items()]
         body += [f"{name} = {Text(stack, stack_level(stack)).at(POSTFIX)}[layer]" for name, stack in self._per_layer()]
         body += self._body(sec, states)
         first = f"self.{self.attributes('learned', self.constructed[0].name)}"
@@ -683,6 +696,9 @@ class Module:
                 if found:
                     s, axis = found[0]
                     first.append(f"{word} = {self.locals('symbol', s.name)}.shape[{axis}]")
+                else:
+                    hint = f"give it a number: dims: {{{d.name}: ...}}"
+                    raise UnrollError("E402", f"the size '{d.name}' is open, and no input has an axis of that size", hint=hint)
         return [*first, *lines]
 
     def _state_name(self, symbol: Sym | sp.Symbol) -> str:
@@ -958,7 +974,7 @@ def _helper(name: str) -> str:
 def term_source(problem: Problem, dims: Mapping[str, int]) -> str:
     """Source of the terms of a problem (see `objective`), its graph optimised for the sizes that are known."""
     sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, 1)
-    return objective(problem, optimise(lower_terms(problem), sizes).graph)
+    return objective(problem, optimise(lower_terms(problem), sizes).graph, dims)
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -970,8 +986,11 @@ def term_symbols(problem: Problem) -> list[Sym]:
     return [*problem.variables, *(s for s in (*problem.inputs, *problem.parameters) if s in read)]
 
 
-def objective(problem: Problem, graph: Graph) -> str:
-    """Source of a function of variables, inputs, parameters and scalars: the value of every term, per sample."""
+def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = None) -> str:
+    """Source of a function of variables, inputs, parameters and scalars: the value of every term, per sample.
+
+    dims: numbers for sizes that are no axis of a tensor.
+    """
     names, lines = Names(), list[str]()
     symbols = [*problem.variables, *problem.inputs, *problem.parameters]
     read = [*(known := term_symbols(problem)), *(s for s in symbols if s not in known)]
@@ -984,6 +1003,8 @@ def objective(problem: Problem, graph: Graph) -> str:
             line = f"{word} = {names('symbol', s.name)}.shape[{(family or axes)[0]}]" if family or axes else ""
             if line and not any(x.startswith(f"{word} = ") for x in lines):
                 lines.append(line)
+    known_sizes = dims or {}
+    lines += [f"{word} = {known_sizes[d.name]}" for d, word in sizes.items() if d.name in known_sizes and not any(x.startswith(f"{word} = ") for x in lines)]
     for s in known:
         if dropped := unit_axes(s):
             lines.append(f"{names('symbol', s.name)} = {names('symbol', s.name)}.squeeze({_tuple(dropped)})")
@@ -1006,7 +1027,7 @@ def objective(problem: Problem, graph: Graph) -> str:
     computed = [sec.assign(i) for i in sec.lines_for(goals.values())]
     body = [f"    {name!r}: {sec.text(ref.node).code}," for name, ref in goals.items()]
     used = "\n".join([*computed, *body])
-    lines = [x for x in lines if not (m := re.match(r"(\w+) = \w+\.shape", x)) or re.search(rf"(?<![\w.]){m[1]}\b", used)] + computed
+    lines = [x for x in lines if not (m := re.match(r"(\w+) = (?:\w+\.shape|\d+$)", x)) or re.search(rf"(?<![\w.]){m[1]}\b", used)] + computed
     code = (
         "\n".join(["def objective(" + ", ".join(args) + "):", *(f"    {x}" for x in [*lines, "return {", *body, "}"])])
         + "\n"

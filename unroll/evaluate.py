@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, reduce
+from itertools import product
+from math import prod
 from typing import Any, assert_never, cast
 
 import sympy as sp
@@ -41,11 +43,13 @@ from unroll.expr import (
     Project,
     Prox,
     ProxMap,
+    Signal,
     Softmax,
     Spectral,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
+    Spectrum,
     Sum,
     Sym,
     Trace,
@@ -106,7 +110,9 @@ class Evaluator:
         values = [known[s] for s in symbols]
         tensors = [v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=self.dtype) for v in values]
         found = _function(tuple(symbols), c)(*tensors) if symbols else float(c)
-        return found.to(self.dtype) if isinstance(found, Tensor) else torch.tensor(float(found), dtype=self.dtype)
+        if isinstance(found, Tensor):
+            return found if found.is_complex() else found.to(self.dtype)
+        return torch.tensor(float(found), dtype=self.dtype)
 
     def __call__(self, e: Expr) -> Tensor:
         match cast(Node, e):
@@ -128,7 +134,7 @@ class Evaluator:
             case Mul(c, factors):
                 out = self(factors[0])
                 for f in factors[1:]:
-                    out = out @ self(f)
+                    out = _times(out, self(f))
                 return self.number(c) * out
             case Transpose(x):
                 return self(x).mT
@@ -159,8 +165,22 @@ class Evaluator:
             case Op("running_sum", x, adjoint):
                 ones = torch.ones(self.size(x.cols), self.size(x.cols), dtype=self.dtype)
                 return self(x) @ (ones.tril() if adjoint else ones.triu())
+            case Op("repeat", x, adjoint, sizes):
+                n = prod(map(self.size, sizes))
+                copies = torch.kron(torch.eye(self.size(e.rows if adjoint else x.rows), dtype=self.dtype), torch.ones(n, 1, dtype=self.dtype))
+                return (copies.T if adjoint else copies) @ self(x)
+            case Op("shifts", x, adjoint, sizes):
+                return self.shifts(self(x), adjoint, [self.size(n) for n in sizes])
             case Op(_, x, adjoint):
                 return self.difference(self(x), adjoint)
+            case Spectrum(index, sizes, x, conjugate):
+                row = self.frequencies(sizes)[self.members[index]]
+                blocks = self(x).unflatten(-2, (-1, len(row)))
+                return torch.einsum("t,...ctn->...cn", row.conj() if conjugate else row, blocks.to(row.dtype))
+            case Signal(index, sizes, body):
+                back = self.frequencies(sizes).conj()
+                blocks = torch.stack(self.family(index, sp.Mul(*sizes), body)).to(back.dtype)
+                return torch.einsum("wt,w...cn->...ctn", back, blocks).real.flatten(-3, -2)
             case Hold(x):
                 return self(x).detach()
             case Prox() as node:
@@ -199,6 +219,25 @@ class Evaluator:
     def family(self, index: str, n: sp.Expr, body: Expr) -> list[Tensor]:
         """The body for every member."""
         return [replace(self, members={**self.members, index: k})(body) for k in range(self.size(n))]
+
+    def frequencies(self, sizes: tuple[sp.Expr, ...]) -> Tensor:
+        """The orthonormal Fourier matrix of the places, a Kronecker product over their axes: (T, T)."""
+        one = torch.ones(1, 1, dtype=torch.complex128)
+        for n in map(self.size, sizes):
+            k = torch.arange(n, dtype=torch.float64)
+            one = torch.kron(one, torch.exp(-2j * torch.pi / n * k.outer(k)) / n**0.5)
+        return one
+
+    def shifts(self, x: Tensor, adjoint: bool, sizes: list[int]) -> Tensor:
+        """Column (n, s) is column n with its places moved on by s; the adjoint moves back and sums over s."""
+        axes = tuple(range(-1 - len(sizes), -1))
+        moves = list(product(*map(range, sizes)))
+        if adjoint:
+            parts = x.unflatten(-1, (-1, len(moves))).unbind(-1)
+            rolled = [p.unflatten(-2, (-1, *sizes)).roll([-n for n in s], axes) for p, s in zip(parts, moves, strict=True)]
+            return torch.stack(rolled).sum(0).flatten(-2 - len(sizes), -2)
+        rolled = [x.unflatten(-2, (-1, *sizes)).roll(s, axes).flatten(-2 - len(sizes), -2) for s in moves]
+        return torch.stack(rolled, -1).flatten(-2)
 
     def seen(self, x: Tensor, axis: int) -> Tensor:
         """Scores of a causal softmax: -inf where what is looked at comes after what looks."""
@@ -275,6 +314,12 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             return u[:, : int(r)] @ torch.diag(s[: int(r)]) @ v[: int(r)]
         case _:
             raise AssertionError(f"internal error, please report: no set {name}")
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """A product, one of them complex perhaps."""
+    kind = torch.promote_types(a.dtype, b.dtype)
+    return a.to(kind) @ b.to(kind)
 
 
 def _bisect(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Only the smart constructors (lower case: `add`, `matmul`, `elementwise`, ...) bu
     reductions   linear ones distribute over sums and let coefficients out
 
     leaves       Sym, Member, Eye, Ones, Zero
-    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Hold, Noise, Normalise, Prox, ProxMap, SpectralProx, Project
+    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise, Normalise, Prox, ProxMap, SpectralProx, Project
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -360,15 +360,45 @@ class SpectralMap(Expr):
 @dataclass(frozen=True, eq=False, repr=False)
 class Op(Expr):
     """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours,
-    `running_sum` sums each row from its start (its adjoint: to its end)."""
+    `running_sum` sums each row from its start (its adjoint: to its end), `repeat` writes each entry of a column T times,
+    `shifts` gives all T cyclic shifts of each column. sizes: of the axes of the T places, which cycle; a column is channels by places.
+    """
 
     name: str
     x: Expr
     adjoint: bool = False
+    sizes: tuple[sp.Expr, ...] = ()
 
     @cached_property
     def shape(self) -> Shape:
-        return operator_shape(self.name, self.x.shape, self.adjoint)
+        return operator_shape(self.name, self.x.shape, self.adjoint, self.sizes)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(Expr):
+    """The frequency `index` of the orthonormal Fourier transform over places: real c T rows become c complex ones."""
+
+    index: str
+    sizes: tuple[sp.Expr, ...]
+    x: Expr
+    conjugate: bool = False
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.rows / sp.Mul(*self.sizes), self.x.cols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Signal(Expr):
+    """The inverse of Spectrum: c complex rows at each frequency `index` become c T rows, of which the real part is taken."""
+
+    index: str
+    sizes: tuple[sp.Expr, ...]
+    body: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.body.rows * sp.Mul(*self.sizes), self.body.cols
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -587,7 +617,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}
@@ -1078,9 +1108,9 @@ def logdet(e: Expr) -> Expr:
     square(e, "logdet")
     if isinstance(e, Eye):
         return zeros(1, 1)
-    if e.is_scalar:
+    if e.is_scalar and not complex_valued(e):
         return elementwise(sp.log(slot(0)), e)
-    if not is_symmetric(e):
+    if not is_symmetric(e) and transpose(conjugated(e)) is not e:
         raise ShapeError("logdet needs a symmetric positive definite matrix, and the form of this one is not symmetric")
     c, body = split(e)
     return add(constant(e.rows * sp.log(c)), logdet(body)) if c != 1 else _intern(LogDet, e)
@@ -1194,18 +1224,85 @@ def noise(kind: str, rate: Any, e: Expr) -> Expr:
     return e if number(rate) == 0 else _intern(Noise, kind, number(rate), e)
 
 
-def operator_shape(name: str, shape: Shape, adjoint: bool = False) -> Shape:
-    """Shape of the value of a linear operator."""
-    return (shape[0] + (1 if adjoint else -1), shape[1]) if name == "difference" else shape
+def operator_shape(name: str, shape: Shape, adjoint: bool = False, sizes: tuple[sp.Expr, ...] = ()) -> Shape:
+    """Shape of the value of a linear operator. Raises ShapeError."""
+    rows, cols = shape
+    match name:
+        case "difference":
+            return rows + (1 if adjoint else -1), cols
+        case "shifts":
+            multiple(rows, sizes)
+            return rows, multiple(cols, sizes) if adjoint else cols * sp.Mul(*sizes)
+        case "repeat":
+            return multiple(rows, sizes) if adjoint else rows * sp.Mul(*sizes), cols
+        case _:
+            return shape
 
 
-def operator(name: str, e: Expr, adjoint: bool = False) -> Expr:
-    """A named linear operator applied to a matrix."""
+def multiple(n: sp.Expr, sizes: tuple[sp.Expr, ...]) -> sp.Expr:
+    """n / (the number of places). Raises ShapeError where that is not known to be a whole number."""
+    found = sp.cancel(n / sp.Mul(*sizes))
+    if found.is_integer is not True:
+        raise ShapeError(f"{n} is not a multiple of {sp.Mul(*sizes)}: channels by places are declared as a product, as in [c*T, N]")
+    return found
+
+
+def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ...] = ()) -> Expr:
+    """A named linear operator applied to a matrix. Raises ShapeError."""
+    shape = operator_shape(name, e.shape, adjoint, sizes)
     if isinstance(e, Zero):
-        return zeros(*operator_shape(name, e.shape, adjoint))
-    if name == "running_sum" and e.cols == 1:
+        return zeros(*shape)
+    if (sizes and sp.Mul(*sizes) == 1) or (name == "running_sum" and e.cols == 1):
         return e
-    return _distribute(lambda x: operator(name, x, adjoint), e) or _intern(Op, name, e, adjoint)
+    return _distribute(lambda x: operator(name, x, adjoint, sizes), e) or _intern(Op, name, e, adjoint, sizes)
+
+
+def spectrum(index: str, sizes: tuple[sp.Expr, ...], e: Expr, conjugate: bool = False) -> Expr:
+    """The frequency `index` of a real matrix, channels by places down its columns. Raises ShapeError."""
+    rows = multiple(e.rows, sizes)
+    if isinstance(e, Zero):
+        return zeros(rows, e.cols)
+    if sp.Mul(*sizes) == 1:
+        return e
+    match e:
+        case Signal(i, s, body) if s == sizes:
+            fresh = rename_index(body, i, index)
+            return conjugated(fresh) if conjugate else fresh
+        case Mul(c, (*front, Diag() as last)) if front:
+            return matmul(spectrum(index, sizes, matmul(*front, coef=c), conjugate), last)
+        case _:
+            return _distribute(lambda x: spectrum(index, sizes, x, conjugate), e) or _intern(Spectrum, index, sizes, e, conjugate)
+
+
+def signal(index: str, sizes: tuple[sp.Expr, ...], body: Expr) -> Expr:
+    """The real matrix with this body at every frequency; real factors to the right of all that depends on it stand outside."""
+    if isinstance(body, Zero):
+        return zeros(body.rows * sp.Mul(*sizes), body.cols)
+    if sp.Mul(*sizes) == 1:
+        return body
+    match body:
+        case Spectrum(i, s, x, False) if i == index and s == sizes:
+            return x
+        case Mul(c, (*front, last)) if front and not mentions(last, index):
+            return matmul(signal(index, sizes, matmul(*front, coef=c)), last)
+        case _:
+            return _distribute(lambda x: signal(index, sizes, x), body) or _intern(Signal, index, sizes, body)
+
+
+def conjugated(e: Expr) -> Expr:
+    """The complex conjugate."""
+    match e:
+        case Spectrum(i, sizes, x, conjugate):
+            return spectrum(i, sizes, x, not conjugate)
+        case Signal():
+            return e
+        case _:
+            return rebuild(e, tuple(map(conjugated, e.children)))
+
+
+def complex_valued(e: Expr) -> bool:
+    """Does e depend on a frequency?"""
+    return isinstance(e, Spectrum) or (not isinstance(e, Signal | LogDet) and any(map(complex_valued, e.children)))
 
 
 def family_sum(index: str, size: Any, body: Expr) -> Expr:
@@ -1239,7 +1336,9 @@ def mentions(e: Expr, index: str) -> bool:
     match e:
         case Member(_, i):
             return i == index
-        case FamilySum(i, _, _) | FamilyLogSumExp(i, _, _) if i == index:
+        case Spectrum(i, _, _, _) if i == index:
+            return True
+        case FamilySum(i, _, _) | FamilyLogSumExp(i, _, _) | Signal(i, _, _) if i == index:
             return False
         case _:
             return any(mentions(c, index) for c in e.children)
@@ -1247,11 +1346,11 @@ def mentions(e: Expr, index: str) -> bool:
 
 def bound_indices(e: Expr) -> frozenset[str]:
     """The indices of all sums over families in e."""
-    return frozenset(x.index for x in walk(e) if isinstance(x, FamilySum | FamilyLogSumExp))
+    return frozenset(x.index for x in walk(e) if isinstance(x, FamilySum | FamilyLogSumExp | Signal))
 
 
 def free_indices(e: Expr) -> frozenset[str]:
-    return frozenset(x.index for x in walk(e) if isinstance(x, Member) and mentions(e, x.index))
+    return frozenset(x.index for x in walk(e) if isinstance(x, Member | Spectrum) and mentions(e, x.index))
 
 
 def fresh_index(index: str, taken: frozenset[str]) -> str:
@@ -1269,6 +1368,11 @@ def rename_index(e: Expr, old: str, new: str) -> Expr:
             fresh = fresh_index(i, free_indices(body) | bound_indices(body) | {old, new})
             make = family_sum if isinstance(e, FamilySum) else family_logsumexp
             return make(fresh, n, rename_index(rename_index(body, i, fresh), old, new))
+        case Signal(i, sizes, body) if i == new:
+            fresh = fresh_index(i, free_indices(body) | bound_indices(body) | {old, new})
+            return signal(fresh, sizes, rename_index(rename_index(body, i, fresh), old, new))
+        case Spectrum(i, sizes, x, conjugate):
+            return spectrum(new if i == old else i, sizes, rename_index(x, old, new), conjugate)
         case FamilySoftmax(i, n, x):
             return family_softmax(new if i == old else i, n, rename_index(x, old, new))
         case _:
@@ -1343,8 +1447,12 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return family_softmax(i, n, parts[0])
         case SpectralMap(h, _):
             return spectral_map(h, parts[0])
-        case Op(name, _, adjoint):
-            return operator(name, parts[0], adjoint)
+        case Op(name, _, adjoint, sizes):
+            return operator(name, parts[0], adjoint, sizes)
+        case Spectrum(i, sizes, _, conjugate):
+            return spectrum(i, sizes, parts[0], conjugate)
+        case Signal(i, sizes, _):
+            return signal(i, sizes, parts[0])
         case Hold():
             return hold(parts[0])
         case Prox(_, _, t, _, swaps):
@@ -1436,6 +1544,12 @@ def substitute_scalars(e: Expr, mapping: Mapping[sp.Basic, Any]) -> Expr:
                 return family_softmax(i, swap(n), x)
             case Noise(kind, rate, x):
                 return noise(kind, swap(rate), x)
+            case Op(name, x, adjoint, sizes) if sizes:
+                return operator(name, x, adjoint, tuple(map(swap, sizes)))
+            case Spectrum(i, sizes, x, conjugate):
+                return spectrum(i, tuple(map(swap, sizes)), x, conjugate)
+            case Signal(i, sizes, body):
+                return signal(i, tuple(map(swap, sizes)), body)
             case Normalise(kind, axis, eps, x, weight, bias):
                 return normalise(kind, axis, swap(eps), x, weight, bias)
             case Indicator(name, params, x):

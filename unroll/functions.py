@@ -129,6 +129,10 @@ def _norm(kind: str) -> Callable[..., Expr]:
     return build
 
 
+def _shifts(adjoint: bool = False) -> Callable[..., Expr]:
+    return lambda x, *sizes: operator("shifts", x, adjoint, sizes)
+
+
 EPS = sp.Rational(1, 100_000)
 NORMS = (
     ("layer_norm", "layer_norm", "columns (axis=0) with mean 0 and variance 1, then weight and bias"),
@@ -176,6 +180,10 @@ FUNCTIONS: tuple[Function, ...] = (
     *(Function(name, ("matrix", "axis", "eps", "weight", "bias"), _norm(kind), about, optional=4) for name, kind, about in NORMS),
     Function("running_sum", ("matrix",), lambda x: operator("running_sum", x), "sums of each row from its start"),
     Function("running_sum_T", ("matrix",), lambda x: operator("running_sum", x, adjoint=True), "sums of each row to its end"),
+    Function("shifts", ("matrix", "size", "size"), _shifts(), "all cyclic shifts of each column, channels by n places (or n by m)", optional=1),
+    Function("shifts_T", ("matrix", "size", "size"), _shifts(adjoint=True), "adjoint of shifts", optional=1),
+    Function("repeat", ("vector", "size"), lambda x, n: operator("repeat", x, sizes=(n,)), "each entry n times"),
+    Function("repeat_T", ("vector", "size"), lambda x, n: operator("repeat", x, adjoint=True, sizes=(n,)), "adjoint of repeat: sums of n entries"),
     Function("stop_gradient", ("matrix",), hold, "held constant in every derivative"),
 )  # fmt: skip
 

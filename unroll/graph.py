@@ -43,22 +43,26 @@ from unroll.expr import (
     Prox,
     ProxMap,
     Shape,
+    Signal,
     Softmax,
     Spectral,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
+    Spectrum,
     Sum,
     Sym,
     Trace,
     Transpose,
     Zero,
     as_constant,
+    complex_valued,
     is_symmetric,
     matmul,
     same,
     slot,
     split,
+    walk,
 )  # fmt: skip
 from unroll.expr import (
     Node as Formula,
@@ -66,6 +70,7 @@ from unroll.expr import (
 from unroll.formula import swap
 from unroll.operations import BY_NAME, Node, Ref, Stage, View
 from unroll.problem import Problem
+from unroll.rewrites import per_frequency
 from unroll.step import LAYER, Learned, Step
 
 Root = tuple[str, str]
@@ -218,9 +223,12 @@ class Builder:
     def _make(self, op: str, refs: tuple[Ref, ...], attrs: tuple[Any, ...], symmetric: bool = False) -> Ref:
         views = [self.view(r) for r in refs]
         families = dict(f for v in views for f in v.node.families)
-        if op in ("family_sum", "family_logsumexp", "contract"):
+        if op in ("family_sum", "family_logsumexp", "contract", "signal", "frequency_sum"):
             families.pop(attrs[0])
+        if op == "spectrum":
+            families[attrs[0]] = half_spectrum(attrs[1])
         shape = BY_NAME[op].axes(views, attrs)
+        least = Stage.PROLOGUE if op == "spectrum" else Stage.CONSTANT  # a buffer would have to be complex: not kept from set-up on
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
         even = all(v.node.symmetric or v.shape == (ONE, ONE) for v in views)
         symmetric = symmetric or op in OPAQUE or (keeps and even)
@@ -232,7 +240,7 @@ class Builder:
                 shape,
                 any(v.node.batched for v in views),
                 tuple(sorted(families.items())),
-                max((v.node.stage for v in views), default=Stage.CONSTANT),
+                max((least, *(v.node.stage for v in views))),
                 bool(views) and all(v.node.plain for v in views),
                 symmetric,
             )
@@ -399,6 +407,13 @@ class Lowering:
                 return self._norm(kind, axis, eps, self.lower(x), weight, bias)
             case Op("running_sum", x, adjoint):
                 return b.add("running_sum", (self.lower(x),), 1, adjoint)
+            case Op("shifts" | "repeat", x, adjoint, sizes):
+                return b.add(e.name, (self.lower(x),), adjoint, sizes)
+            case Spectrum(index, sizes, x, conjugate):
+                ref = b.add("spectrum", (self.lower(x),), index, sizes)
+                return b.add("conjugate", (ref,)) if conjugate else ref
+            case Signal(index, sizes, body):
+                return b.add("signal", (self.lower(body),), index, sizes)
             case SpectralMap(h, x):
                 return self._spectral("spectral_map", h, x)
             case Spectral(h, x):
@@ -416,6 +431,8 @@ class Lowering:
                 return self.lower(plan(e))
             case ProxMap():
                 return self._prox(e)
+            case FamilySum(index, _, body) if (sizes := _frequencies(body, index)) is not None:
+                return b.add("frequency_sum", (self.lower(body),), index, sizes)
             case FamilySum(index, _, body):
                 return b.add("family_sum", (self.lower(body),), index)
             case Sum(x, axis):
@@ -426,6 +443,8 @@ class Lowering:
                 return b.add("max", (self.lower(x),), axis)
             case Trace(x):
                 return self._trace(x)
+            case LogDet(x) if complex_valued(x):
+                return b.add("logdet_hermitian", (self.lower(x),))
             case LogDet(x):
                 return b.add("logdet_cholesky", (b.add("cholesky", (self.lower(x),)),))
             case SpectralProx(prox, x):
@@ -523,6 +542,16 @@ class Lowering:
                 return b.add("trace", (self.lower(x),))
 
 
+def half_spectrum(sizes: tuple[sp.Expr, ...]) -> sp.Expr:
+    """How many frequencies are kept: those of real signals come in conjugate pairs."""
+    return sp.Mul(*sizes[:-1]) * (sp.floor(sizes[-1] / 2) + 1)
+
+
+def _frequencies(e: Expr, index: str) -> tuple[sp.Expr, ...] | None:
+    """The sizes of the axes of places, where the index is one of frequencies."""
+    return next((x.sizes for x in walk(e) if isinstance(x, Spectrum) and x.index == index), None)
+
+
 def _unrepeated(terms: tuple[Expr, ...]) -> tuple[Expr, ...]:
     """b @ ones(1, n) beside a term of the full shape is b: addition repeats it."""
     columns = {t: _column(t) for t in terms}
@@ -611,13 +640,13 @@ def lower_step(problem: Problem, step: Step) -> Graph:
 
 
 def lower_terms(problem: Problem) -> Graph:
-    """The objective: one value per term, as a function of variables, inputs, parameters and scalars."""
+    """The objective: one value per term, as a function of variables, inputs, parameters and scalars; per frequency where it can be."""
     b = Builder()
     env = _leaves(problem, b)
     for v in problem.variables:
         env[v] = b.leaf("input", v.name, v.shape, Stage.PROLOGUE, batched=True, families=_family(v))
     low = Lowering(b, env, detach=True)
-    return b.graph({("term", name): low.lower(e) for name, e in problem.terms.items()})
+    return b.graph({("term", name): low.lower(per_frequency(e)) for name, e in problem.terms.items()})
 
 
 def _leaves(problem: Problem, b: Builder) -> dict[Sym | sp.Symbol, Ref]:

@@ -301,11 +301,11 @@ class Network(nn.Module):
     def _check(self, name: str, value: Tensor) -> None:
         """The last axes are those declared; axes before them are batch axes. Raises UnrollError E404."""
         symbol = self.program.problem.symbols[name]
-        sizes, axes = self.program.tensor_sizes(symbol), self.program.axes(symbol)
+        sizes = self.program.tensor_sizes(symbol)
         shape = tuple(value.shape)
         last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
         if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
-            want = ", ".join(["...", *map(_axis, axes, sizes)])
+            want = ", ".join(["...", *map(_axis, self.program.axes(symbol), sizes)])
             hint = "batch axes come first, then the axes of the spec"
             raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=hint)
 

@@ -12,14 +12,14 @@ transpose differ by `.mT` only. A `Ref` is a node or its transpose. Operations a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import prod
 from typing import Any, Protocol
 
 import sympy as sp
 
-from unroll.expr import ONE, Shape, broadcast, slot
+from unroll.expr import ONE, Shape, broadcast, operator_shape, slot
 from unroll.formula import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
 Tags = tuple[str, ...]
@@ -399,6 +399,78 @@ def _spectral_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Te
     return text
 
 
+def _shifts_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: adjoint, sizes. Columns last but one, their channels by places last."""
+    (x,) = args
+    adjoint, sizes = out.attrs
+    code = x.ordered("cr") if "c" in x.tags else x.text.then(".unsqueeze(-2)")
+    call = Text(f"{'shifts_adjoint' if adjoint else 'shifts'}({', '.join([code.code, *map(c.size, sizes)])})")
+    call = call if "c" in out.tags else call.then(".squeeze(-2)")
+    return call if out.batched or "c" not in out.tags else call.then(".mT")
+
+
+def _repeat_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    adjoint, (n,) = out.attrs
+    return args[0].text.then(f".unflatten(-1, (-1, {c.size(n)})).sum(-1)" if adjoint else f".repeat_interleave({c.size(n)}, -1)")
+
+
+def _transform_axes(node: Node, frequency: str) -> tuple[int, int, int]:
+    """Of a value at all frequencies, its channels stored even if there is one: the axis of channels, of frequencies, and
+    that of channels by places in the signal, all from the end."""
+    matrix = tuple(t for t in ("c", "r") if t == "r" or node.shape[1] != 1)
+    families = [k for k, _ in node.families]
+    tags = (*families, *(matrix if node.batched else reversed(matrix)))
+    rest = [t for t in tags if t != frequency]
+    return tags.index("r") - len(tags), tags.index(frequency) - len(tags), rest.index("r") - len(rest)
+
+
+def _spectrum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: index, sizes."""
+    (x,), (index, sizes) = args, out.attrs
+    channels, frequencies, places = _transform_axes(out, index)
+    call = Text(f"spectrum({x.ordered('cr' if out.batched else 'rc').code}, {places}, {frequencies}, {', '.join(map(c.size, sizes))})")
+    return call if "r" in out.tags else call.then(f".squeeze({channels})")
+
+
+def _signal_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (v,), (index, sizes) = args, out.attrs
+    channels, frequencies, places = _transform_axes(replace(v.node, shape=v.shape), index)
+    code = v.ordered("cr" if out.batched else "rc")
+    code = code if "r" in v.tags else code.then(f".unsqueeze({channels})")
+    return Text(f"signal({code.code}, {frequencies}, {places}, {', '.join(map(c.size, sizes))})")
+
+
+def _logdet_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    code = x.text if "r" in x.tags else x.text.then("[..., None, None]")
+    return Text(f"logdet_hermitian({code.code})")
+
+
+def _energy_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    code = x.text if "r" in x.tags else x.text.then("[..., None]")
+    return Text(f"energy({code.code}, {_axis(x, 'r') if 'r' in x.tags else -1})")
+
+
+def _frequency_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,), (index, sizes) = args, out.attrs
+    return Text(f"frequency_sum({x.text.code}, {_family_axis(x, index)}, {', '.join(map(c.size, sizes))})")
+
+
+def _spectrum_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0].shape
+    return sp.cancel(rows / sp.Mul(*attrs[1])), cols
+
+
+def _signal_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0].shape
+    return rows * sp.Mul(*attrs[1]), cols
+
+
+def _operator_axes(name: str) -> Callable[[Sequence[View], tuple[Any, ...]], Shape]:
+    return lambda args, attrs: operator_shape(name, args[0].shape, *attrs)
+
+
 def _difference_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     (x,) = args
     axis, adjoint = _axis(x, "r"), out.attrs[1]
@@ -557,6 +629,14 @@ OPERATIONS: tuple[Operation, ...] = (
         _difference_text,
         _pointwise,
     ),
+    Operation("shifts", _operator_axes("shifts"), _shifts_text, _pointwise, ("shifts", "shifts_adjoint")),
+    Operation("repeat", _operator_axes("repeat"), _repeat_text, _pointwise),
+    Operation("spectrum", _spectrum_axes, _spectrum_text, _pointwise, ("spectrum",)),
+    Operation("signal", _signal_axes, _signal_text, _pointwise, ("signal",)),
+    Operation("energy", lambda args, attrs: (ONE, args[0].shape[1]), _energy_text, _pointwise, ("energy",)),
+    Operation("frequency_sum", _same, _frequency_sum_text, _pointwise, ("frequency_sum",)),
+    Operation("conjugate", _same, lambda out, args, c: args[0].text.then(".conj()"), _free),
+    Operation("logdet_hermitian", _to_scalar, _logdet_text, _cubic, ("logdet_hermitian",)),
     Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
     Operation("project", _same, _project_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
@@ -620,6 +700,69 @@ HELPERS: dict[str, Helper] = {
     "cholesky_solve": _exact("cholesky_solve", "l, b", "inv(l l') b.", "return torch.cholesky_solve(b, l)"),
     "logdet_cholesky": _exact(
         "logdet_cholesky", "l", "log det(l l').", "return 2 * l.diagonal(dim1=-2, dim2=-1).log().sum(-1)"
+    ),
+    "logdet_hermitian": Helper(
+        '''def logdet_hermitian(m):
+    """log det of Hermitian positive definite matrices."""
+    return 2 * torch.linalg.cholesky(m).diagonal(dim1=-2, dim2=-1).real.log().sum(-1)
+'''
+    ),
+    "places": Helper(
+        '''def places(sizes):
+    """Every place of a grid, the last axis first."""
+    return [p for n in sizes[:1] for k in range(n) for p in ([(k, *q) for q in places(sizes[1:])])] if sizes else [()]
+'''
+    ),
+    "shifts": Helper(
+        '''def shifts(x, *sizes):
+    """All cyclic shifts of every row, channels by places: one row for each."""
+    x, axes = x.unflatten(-1, (-1, *sizes)), tuple(range(-len(sizes), 0))
+    return torch.stack([x.roll(s, axes).flatten(-len(sizes) - 1) for s in places(sizes)], -2).flatten(-3, -2)
+''',
+        ("places",),
+    ),
+    "shifts_adjoint": Helper(
+        '''def shifts_adjoint(y, *sizes):
+    """Rows that are cyclic shifts of one another, moved back and summed: the adjoint of shifts."""
+    moves, axes = places(sizes), tuple(range(-len(sizes), 0))
+    y = y.unflatten(-1, (-1, *sizes)).unflatten(-2 - len(sizes), (-1, len(moves)))
+    return sum(part.roll([-n for n in s], axes) for part, s in zip(y.unbind(-2 - len(sizes)), moves)).flatten(-len(sizes) - 1)
+''',
+        ("places",),
+    ),
+    "spectrum": Helper(
+        '''def spectrum(x, dim, to, *sizes):
+    """Orthonormal Fourier transform over places: axis dim, channels by places, keeps the channels; the frequencies become axis to.
+
+    Of frequencies that are conjugate to one another, one is kept.
+    """
+    x = (x if x.dtype == torch.float64 else x.float()).unflatten(dim, (-1, *sizes))
+    axes = tuple(range(dim - len(sizes) + 1, dim + 1))
+    return torch.fft.rfftn(x, dim=axes, norm="ortho").flatten(axes[0], dim).movedim(dim, to)
+'''
+    ),
+    "energy": Helper(
+        '''def energy(x, dim):
+    """Sum of |x|^2 along an axis."""
+    return (x.real.square() + x.imag.square()).sum(dim)
+'''
+    ),
+    "frequency_sum": Helper(
+        '''def frequency_sum(x, dim, *sizes):
+    """Sum of a real function over all frequencies, from its values at those that spectrum keeps."""
+    n = sizes[-1]
+    x = x.movedim(dim, -1).unflatten(-1, (-1, n // 2 + 1))
+    alone = x[..., 0] if n % 2 else x[..., 0] + x[..., n // 2]  # the others stand for two
+    return (2 * x.sum(-1) - alone).sum(-1)
+'''
+    ),
+    "signal": Helper(
+        '''def signal(v, of, dim, *sizes):
+    """The inverse of spectrum: the frequencies, axis of, go back into axis dim."""
+    v = v.movedim(of, dim).unflatten(dim, (*sizes[:-1], sizes[-1] // 2 + 1))
+    axes = tuple(range(dim - len(sizes) + 1, dim + 1))
+    return torch.fft.irfftn(v, s=sizes, dim=axes, norm="ortho").flatten(axes[0] - 1, dim)
+'''
     ),
     "spectral_norm": _exact(
         "spectral_norm",

@@ -27,7 +27,9 @@ from unroll.expr import (
     Mul,
     Noise,
     Normalise,
+    Op,
     Prox,
+    Signal,
     Sym,
     add,
     as_constant,
@@ -42,6 +44,7 @@ from unroll.expr import (
     member,
     normalise,
     ones,
+    operator,
     prox,
     rebuild,
     rename_index,
@@ -60,6 +63,7 @@ from unroll.expr import (
 from unroll.functions import Value, as_expr
 from unroll.parse import parse_member
 from unroll.problem import Problem, place_of
+from unroll.rewrites import Applied, circulant_block, rewritten
 from unroll.show import text
 from unroll.spec import Spec
 from unroll.spec.schema import Learn
@@ -69,11 +73,17 @@ PLACES = ("gradient", "prox", "output")
 """Where an occurrence may be: in the gradient step (all that is fed to the prox), in the prox itself, or first of all factors."""
 
 Word = tuple[Expr, ...]
+ANY = "*"
+"""Index of frequencies in a pattern: no name that a spec can write."""
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One entry of `learn:`, read. index, size: of a family, of which `value` is the member `index`."""
+    """One entry of `learn:`, read. index, size: of a family, of which `value` is the member `index`.
+
+    rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
+    commutes with cyclic shifts: its axes of places. The parameter is then `kernel`, the first columns of that matrix, real.
+    """
 
     name: str
     record: Learn
@@ -82,11 +92,34 @@ class _Wanted:
     block: str
     index: str = ""
     size: sp.Expr | None = None
+    rewrites: tuple[Applied, ...] = ()
+    sizes: tuple[sp.Expr, ...] = ()
+    kernel: Expr | None = None
 
-    def at(self, index: str) -> Expr:
-        """The pattern for another name of the index."""
+    def rewritten(self) -> _Wanted:
+        """The entry as the exact rewrites of its block make it, if they do."""
+        if not isinstance(self.value, Expr):
+            return self
+        value = rewritten(self.value, self.rewrites)
+        c, body = split(value)
+        match body:
+            case Op("shifts", kernel, False, sizes) if (block := circulant_block(body, sizes, ANY)) is not None:
+                return replace(self, value=scale(c, block), sizes=sizes, kernel=scale(c, kernel))
+            case _:
+                return self if value is self.value else replace(self, value=value)
+
+    def at(self, index: str, frequency: str) -> Expr:
+        """The pattern for other names of its indices."""
         assert isinstance(self.value, Expr)
-        return rename_index(self.value, self.index, index) if self.index else self.value
+        e = rename_index(self.value, self.index, index) if self.index else self.value
+        return rename_index(e, ANY, frequency)
+
+    def parameter(self, s: Sym, index: str, frequency: str) -> Expr:
+        """What takes its place, s the parameter."""
+        own = member(s, index) if self.index else s
+        block = circulant_block(operator("shifts", own, sizes=self.sizes), self.sizes, frequency) if self.sizes else own
+        assert block is not None
+        return block
 
 
 def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
@@ -146,7 +179,7 @@ def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple
     scope = replace(problem.scope, names={**_names(step, problem, block), **{p.name: p.symbol for p in step.learned}})
     written = cast(str, spec.at(*path))
     value, index, size = parse_member(written, scope, place_of(spec, *path))
-    e = as_expr(value)
+    e = rewritten(as_expr(value), _exact(step, block))
     if e.shape != given.shape or size != given.family:
         hint = "a family is estimated member by member: f(C[k]) for k in K" if given.family is not None else ""
         raise SpecError("E131", f"the estimate of {name} is {show_shape(e.shape)}, {name} is {show_shape(given.shape)}", where, hint)
@@ -224,7 +257,13 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
         raise SpecError("E306", f"'{record.where}' is not a place in a step", spec.key_where(*path, "where"), f"places: {', '.join(PLACES)}")
     if record.bias and record.where != "output":
         raise SpecError("E306", f"{name} can have a bias only where it is the first factor", spec.key_where(*path, "bias"), "add where: output, or put a vector into the objective")
-    return _Wanted(name, record, value, spec.origin(*path, "replaces").where(), block, index, size)
+    return _Wanted(name, record, value, spec.origin(*path, "replaces").where(), block, index, size, _exact(step, block))
+
+
+def _exact(step: Step, block: str) -> tuple[Applied, ...]:
+    """The exact rewrites of a block, through which entries and estimates are read too."""
+    found = (d.applied for d in step.departures if d.block == block and d.kind == "exact")
+    return tuple(a for a in found if a is not None and a.rewrite.stage == "step")
 
 
 def _size(w: _Wanted) -> tuple[int, int]:
@@ -235,16 +274,27 @@ def _size(w: _Wanted) -> tuple[int, int]:
 
 
 def _replace(step: Step, w: _Wanted) -> Step:
+    """Raises SpecError E305 where neither the entry as written nor as rewritten occurs."""
+    other = w.rewritten()
+    found = _replaced(step, w) or (_replaced(step, other) if other is not w else None)
+    if found is None:
+        body = "; ".join(
+            f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}" for a in step.assigns if not w.block or a.block == w.block
+        )
+        raise SpecError(
+            "E305", f"{w.record.replaces.strip()} does not occur in the step" + (f" ({w.record.where})" if w.record.where else ""), w.where,
+            "it must be a sub-expression of the step, up to expanding products", (f"the step: {body}",),
+        )  # fmt: skip
+    return found
+
+
+def _replaced(step: Step, w: _Wanted) -> Step | None:
     learned = _learned(w)
     swap = _swap_matrix if isinstance(w.value, Expr) else _swap_scalar
     mine = [not w.block or a.block == w.block for a in step.assigns]
     assigns = tuple(replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True))
     if all(a.value is b.value or a.value == b.value for a, b in zip(assigns, step.assigns, strict=True)):
-        body = "; ".join(f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}" for a, own in zip(step.assigns, mine, strict=True) if own)
-        raise SpecError(
-            "E305", f"{w.record.replaces.strip()} does not occur in the step" + (f" ({w.record.where})" if w.record.where else ""), w.where,
-            "it must be a sub-expression of the step, up to expanding products", (f"the step: {body}",),
-        )  # fmt: skip
+        return None
     _has_start(w, step)
     assigns = tuple(replace(a, note=_note(a)) for a in assigns)
     return replace(step, assigns=assigns, learned=(*step.learned, *learned))
@@ -274,7 +324,7 @@ def _has_start(w: _Wanted, step: Step) -> None:
 
 def _learned(w: _Wanted) -> tuple[Learned, ...]:
     """The parameter, and its bias if it has one."""
-    record, value = w.record, w.value
+    record, value = w.record, w.value if w.kernel is None else w.kernel
     per_layer = record.share == "none"
     if not isinstance(value, Expr):
         shape = tuple(sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True) for n in record.shape or ())
@@ -320,8 +370,10 @@ def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
     into = learned.symbol
 
     def pairs(e: Expr) -> list[tuple[Expr, Expr]]:
-        """(pattern, parameter), for every name that the index of a family has in e."""
-        return [(w.at(i), member(into, i)) for i in _indices(e)] if w.index else [(w.value, into)]  # type: ignore[list-item]
+        """(pattern, parameter), for every name that the index of a family, or that of frequencies, has in e."""
+        names = _indices(e) if w.index else [""]
+        frequencies = sorted({x.index for x in walk(e) if isinstance(x, Signal)}) if w.sizes else [""]
+        return [(w.at(i, f), w.parameter(into, i, f)) for i in names for f in frequencies if i != f or not i]
 
     def inside(e: Expr) -> Expr:
         """The pattern lives in what is fed to the prox, not in the term that the prox belongs to."""
@@ -384,9 +436,10 @@ def _in_product(node: Mul, pattern: Expr, into: Expr) -> Expr | None:
     """c * ... F1 F2 ... with the factors of the pattern in a row, and its coefficient in c."""
     c, body = split(pattern)
     factors = body.factors if isinstance(body, Mul) else (body,)
-    if len(node.factors) == 1 and isinstance(node.factors[0], FamilySum) and c != 1 and _divides(c, node.coef):  # its coefficient stands before the sum
-        inner = structural(node.factors[0], body, into)
-        return None if inner is node.factors[0] else scale(node.coef / c, inner)
+    if c != 1 and _divides(c, node.coef):  # its coefficient stands before a linear map
+        for i, f in enumerate(node.factors):
+            if isinstance(f, FamilySum | Signal | Op) and (inner := structural(f, body, into)) is not f:
+                return matmul(*node.factors[:i], inner, *node.factors[i + 1 :], coef=node.coef / c)
     if isinstance(body, Eye):
         if c == 1 or not _divides(c, node.coef) or node.rows != body.n:
             return None

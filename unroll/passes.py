@@ -5,6 +5,7 @@ gram        products distribute over sums where that is cheaper: A'(A z - x) -> 
 order       the order of multiplication with the least work, given sizes, depth and what can be done once
 attention   V softmax(scale V' V) is one fused operation
 contract    a sum over a family of products is one contraction
+parseval    lengths of signals, and their weighed sums over a family, are taken per frequency: no signal is needed then
 hoist       what does not depend on the layer leaves the loop (read off the stages)
 """
 
@@ -349,5 +350,56 @@ def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:
     return None
 
 
+def parseval(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """Signals of which only lengths and weighed sums over a family are read stay spectra: |F x| = |x|, and F is linear."""
+    lengths, sums, count = set[int](), set[int](), 0
+    rooted = {r.node for r in graph.roots.values()}
+    for i, node in graph.nodes.items():
+        readers = graph.users[i]
+        if node.op != "signal" or i in rooted or not readers:
+            continue
+        ends = [_length_of(graph, i, j) or _sum_of(graph, i, j) for j in readers]
+        if all(ends) and any(graph.nodes[j].op == "family_sum" for j in ends if j):
+            count += 1
+            lengths |= {id(graph.nodes[j]) for j in ends if j and graph.nodes[j].op == "sum"}
+            sums |= {id(graph.nodes[j]) for j in ends if j and graph.nodes[j].op == "family_sum"}
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        if id(node) in lengths:
+            squares = b.nodes[inputs[0].node]
+            found = b.nodes[squares.inputs[0].node]
+            return b.add("frequency_sum", (b.add("energy", found.inputs),), *found.attrs)
+        if id(node) in sums:
+            weighed = b.nodes[inputs[0].node]
+            k = next(k for k, r in enumerate(weighed.inputs) if b.nodes[r.node].op == "signal")
+            found = b.nodes[weighed.inputs[k].node]
+            parts = (*weighed.inputs[:k], found.inputs[0], *weighed.inputs[k + 1 :])
+            total = b.add("family_sum", (b.add("map", parts, *weighed.attrs),), *node.attrs)
+            return b.add("signal", (total,), *found.attrs)
+        return None
+
+    return rewrite(graph, rule), f"{count} signals stay spectra, their lengths and sums taken there"
+
+
+def _length_of(graph: Graph, signal: int, reader: int) -> int | None:
+    """The sum over rows of the squares of a signal, the reader."""
+    node, after = graph.nodes[reader], graph.users[reader]
+    if node.op != "map" or node.attrs[0] != slot(0) ** 2 or node.inputs != (Ref(signal),) or len(after) != 1:
+        return None
+    end = graph.nodes[after[0]]
+    return after[0] if end.op == "sum" and end.attrs[0] == 0 and end.inputs == (Ref(reader),) else None
+
+
+def _sum_of(graph: Graph, signal: int, reader: int) -> int | None:
+    """The sum over a family of a signal whose columns are weighed, the reader."""
+    node, after = graph.nodes[reader], graph.users[reader]
+    if node.op != "map" or node.attrs[0] != slot(0) * slot(1) or node.inputs.count(Ref(signal)) != 1 or len(after) != 1:
+        return None
+    weights = graph.view(next(r for r in node.inputs if r != Ref(signal)))
+    end = graph.nodes[after[0]]
+    plain = end.op == "family_sum" and end.inputs == (Ref(reader),) and not (weights.node.op == "signal" or weights.shape[0] != 1)
+    return after[0] if plain else None
+
+
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
-PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("attention", attention), ("contract", contract))
+PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("attention", attention), ("contract", contract), ("parseval", parseval))

@@ -11,7 +11,7 @@ from sympy.printing.str import StrPrinter
 
 from unroll.expr import (
     Add, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
-    Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, as_constant,
+    Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Signal, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Spectrum, Sum, Sym, Trace, Transpose, Zero, as_constant,
     scale, slot, split,
 )  # fmt: skip
 
@@ -173,6 +173,7 @@ _TEXT = Dialect(_scalar_text, " @ ", "{} * {}", " + ", " - ", "{}.T", "({})", {
     "spectral_norm": "spectral({})", "hold": "stop_gradient({})", "in": "{} in {}", "family": "sum({} for {} in {})", "op": "{}({})", "op_T": "{}_T({})",
     "prox": "prox[{}]({})", "prox_map": "prox[{}]({})", "tv": "tv({})", "norm0": "norm0({})", "rank": "rank({})",
     "causal": "causal_softmax({}, axis={})", "shares": "softmax({}, over={})", "family_lse": "logsumexp({} for {} in {})",
+    "frequency": "fft({}, {})[{}]", "conjugate": "conj({})", "signal": "ifft({} for {} in {})",
     "noise": "{0}({1}, {2})", "norm": "{0}({1}, axis={2}, eps={3})", "norm_affine": "{0}({1}, axis={2}, eps={3}, weight={4}, bias={5})",
 })  # fmt: skip
 _PRETTY = Dialect(_scalar_pretty, " ", "{} {}", " + ", " − ", "{}ᵀ", "({})", _TEXT.templates | {
@@ -194,6 +195,7 @@ _LATEX = Dialect(_scalar_latex, r"\, ", r"{} \, {}", " + ", " - ", r"{}^{{\top}}
     "prox_map": r"\operatorname{{prox}}_{{{}}}\left({}\right)", "tv": r"\left\|\nabla {}\right\|_1",
     "norm0": r"\left\|{}\right\|_0", "rank": r"\operatorname{{rank}}({})", "causal": r"\operatorname{{causal\,softmax}}_{1}({0})",
     "shares": r"\operatorname{{softmax}}_{{{1}}}\left({0}\right)", "family_lse": r"\operatorname{{lse}}_{{{1}=1}}^{{{2}}} {0}",
+    "frequency": r"\widehat{{{0}}}_{{{2}}}", "conjugate": r"\overline{{{}}}", "signal": r"\mathcal{{F}}^{{-1}}_{{{1}}}\left({0}\right)",
     "noise": r"\operatorname{{{0}}}_{{{2}}}\left({1}\right)", "norm": r"\operatorname{{{0}}}\left({1}\right)", "norm_affine": r"\operatorname{{{0}}}\left({1};\, {4}, {5}\right)",
 })  # fmt: skip
 
@@ -289,8 +291,14 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("trace", x)
         case LogDet(x):
             return call("logdet", x)
-        case Op(name, x, adjoint):
-            return call("op_T" if adjoint else "op", name, x)
+        case Op(name, x, adjoint, sizes):
+            arguments = ", ".join(_show(a, d) for a in (x, *sizes))
+            return call("op_T" if adjoint else "op", name.replace("_", r"\_") if d is _LATEX else name, arguments)
+        case Spectrum(i, sizes, x, conjugate):
+            shown = d.templates["frequency"].format(_show(x, d), ", ".join(map(d.scalar, sizes)), i)
+            return call("conjugate", shown) if conjugate else (shown, ATOM)
+        case Signal(i, sizes, body):
+            return call("signal", body, i, " * ".join(map(d.scalar, sizes)))
         case Hold(x):
             return call("hold", x)
         case FamilySum(i, n, body):

@@ -379,6 +379,9 @@ def operator_norm(e: Expr, z: Sym) -> Expr | None:
         case Op("difference", x, _):
             inner = operator_norm(x, z)
             return None if inner is None else scale(2, inner)
+        case Op("shifts" | "repeat", x, _, sizes):
+            inner = operator_norm(x, z)
+            return None if inner is None else scale(sp.sqrt(sp.Mul(*sizes)), inner)
         case Sum(x, axis):
             inner = operator_norm(x, z)
             count = x.rows * x.cols if axis is None else x.shape[axis]

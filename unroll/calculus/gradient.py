@@ -15,7 +15,7 @@ import sympy as sp
 from unroll.errors import DeriveError
 from unroll.expr import (
     Add, Axis, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp,
-    Map, Max, Member, Mul, Node, Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
+    Map, Max, Member, Mul, Node, Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Signal, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Spectrum, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
     bound_indices, diagonal, elementwise, eye, family_softmax, family_sum, free_indices, fresh_index, inverse, matmul, ones, operator, rename_index, require_scalar, slot, softmax, spectral_map,
     times, total, transpose, walk, zeros,
 )  # fmt: skip
@@ -96,8 +96,8 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             yield from _normalised(node, g)
         case Softmax(x, axis, _):  # S * (G - sum(S * G))
             yield x, elementwise(slot(0) * (slot(1) - slot(2)), node, g, total(times(node, g), axis))
-        case Op(name, x, adjoint):
-            yield x, operator(name, g, not adjoint)
+        case Op(name, x, adjoint, sizes):
+            yield x, operator(name, g, not adjoint, sizes)
         case Sum(x, _):
             yield x, _repeat(g, x)
         case LogSumExp(x, None) if 1 in x.shape:
@@ -121,6 +121,8 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it has a kink wherever two entries tie for the largest")
         case Indicator():
             raise no_gradient(node, "it is a constraint, infinite outside its set")
+        case Spectrum() | Signal():
+            raise no_gradient(node, "it is worked out per frequency, which is done after derivatives are taken")
         case Noise() | SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project():
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():
