@@ -288,6 +288,8 @@ def nonnegative(e: Expr) -> bool:
             return nonnegative(body)
         case Softmax() | FamilySoftmax():
             return True
+        case Op(name, x) if name != "difference":  # sums and repetitions
+            return nonnegative(x)
         case Add(terms):
             return all(map(nonnegative, terms))
         case Mul(c, factors):
