@@ -20,7 +20,7 @@ STEPS: dict[str, Any] = {name: 0.01 for name in ("poisson_regression", "rate_red
 """Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
 
 
-STARTS = {"kurtosis": {"u": 1}, "rate_reduction": {"Z": 1}, "mcr2": {"Z": 1}}
+STARTS = {"kurtosis": {"u": 1}, "rate_reduction": {"Z": 1}, "mcr2": {"Z": 1}, "shift_rate_reduction": {"Z": 1}, "shift_rate_reduction_2d": {"Z": 1}}
 """Where 0 has no nearest point of the constraint."""
 
 
