@@ -97,7 +97,7 @@ CVXPY: dict[str, Case] = {
 }  # fmt: skip
 ELSEWHERE = {
     "sparse_rate_reduction", "rate_reduction", "token_statistics", "token_energy", "hopfield_energy", "subspace_mixture", "fourth_power",
-    "kurtosis", "principal_subspace", "dictionary_learning", "mcr2", "mcr2_regularised", "ctrl_binary", "ctrl_multi",
+    "kurtosis", "principal_subspace", "shift_rate_reduction", "shift_rate_reduction_2d", "dictionary_learning", "mcr2", "mcr2_regularised", "ctrl_binary", "ctrl_multi",
 }  # fmt: skip
 """Not convex either: what they give is held against forms written by hand (test_networks.py, test_losses.py)."""
 NOT_CONVEX = {"l0_sparse_coding", "mcp_sparse_coding", "scad_sparse_coding"}

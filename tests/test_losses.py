@@ -150,7 +150,8 @@ def test_every_objective_of_the_library_is_a_loss(name: str) -> None:
         unroll.load(name), {d: n for d, n in zip(unroll.load(name).dims, (3, 4, 5, 2, 6), strict=False)}
     )
     sizes: dict[sp.Symbol, Any] = {d: n for d, n in problem.dims.items() if isinstance(n, int)}
-    loss = unroll.loss(name)
+    products = any(n.is_Mul for z in problem.variables for n in z.shape)  # c * T: its factors cannot be read off
+    loss = unroll.loss(name, dims={d.name: n for d, n in sizes.items()} if products else None)
     values: dict[Sym, Tensor] = {}
     for (
         s

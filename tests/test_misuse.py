@@ -46,7 +46,7 @@ def square(**declared: Any) -> dict[str, Any]:
         (lasso(minimize="(" * 10_001), "minimize has more than 10,000 characters"),
         (lasso(minimize="1/2 * sumsq(x - A.T @ z)"), "hint: A @ z fits"),
         (lasso(scalars={"lam": {"default": 0.1}}), r"declare its sign: lam: \{default: .., positive: true\}"),
-        (lasso(dims={"m": 4, "n": "dynamic"}), "A has a dynamic size and no value"),
+        (lasso(dims={"m": 4, "n": "dynamic"}), "the size 'n' is open, and no input has an axis of that size"),
         (lasso(dims={"m": 10_000_000, "n": 10_000_000}), "A would have 100,000,000,000,000 entries"),
         (None, "NoneType is not a spec"),
         (3, "int is not a spec"),
