@@ -166,8 +166,8 @@ def test_a_layer_of_token_statistics_ends_in_a_perceptron() -> None:
         out = net.W_out[i].movedim(0, 1).flatten(1)
         want = want + net.layer_scale[i] * released.tost_attention(y, net.W[i], net.offset[i], net.temperature[i], out, -net.W_out_bias[i])
         y = F.layer_norm(want, (12,), net.perceptron_norm_weight[i], net.perceptron_norm_bias[i], 1e-6)
-        y = F.gelu(F.linear(y, net.W_up[i], net.b_up[i]))
-        want = want + net.perceptron_scale[i] * F.linear(y, net.W_down[i], net.b_down[i])
+        y = F.gelu(F.linear(y, net.W_up[i], net.W_up_bias[i]))
+        want = want + net.perceptron_scale[i] * F.linear(y, net.W_down[i], net.W_down_bias[i])
     assert (net(x) - want).abs().max() <= EXACT
     assert "not derived: as the spec says" in str(net.derivation)
     assert net.trace(x).labels == ((1, "compress"), (1, "perceptron"), (2, "compress"), (2, "perceptron"))
