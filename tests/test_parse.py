@@ -177,6 +177,7 @@ BY_NUMPY: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any]]] = {
     "tanh": ("tanh(A)", lambda a: np.tanh(a["A"])),
     "sinh": ("sinh(A)", lambda a: np.sinh(a["A"])),
     "cosh": ("cosh(A)", lambda a: np.cosh(a["A"])),
+    "erf": ("erf(A)", lambda a: scipy.special.erf(a["A"])),
     "atan": ("atan(A)", lambda a: np.arctan(a["A"])),
     "sin": ("sin(A)", lambda a: np.sin(a["A"])),
     "cos": ("cos(A)", lambda a: np.cos(a["A"])),

@@ -176,7 +176,7 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         subproblems += part.subproblems
     first = tuple(State(s, zeros(*z.shape)) for z, s in states.items())
     return Step(
-        " and ".join(dict.fromkeys(h.algorithm for h in halves)), tuple(definitions), first, tuple(assigns), tuple(states.values()),
+        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)), tuple(definitions), first, tuple(assigns), tuple(states.values()),
         notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems),
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def _whole(halves: list[Half], problem: Problem, spec: Spec) -> None:
                 hint = did_you_mean(name, problem.terms) or f"terms: {', '.join(problem.terms)}"
                 raise SpecError("E310", f"the objective has no term '{name}'", h.where("block"), hint)
     named = {t for h in halves if h.block for t in (*h.block.terms, *(h.block.surrogate.replaces if h.block.surrogate else ()))}
-    if all(h.block and h.block.terms for h in halves):
+    if all(h.block and h.block.terms for h in halves if h.algorithm):
         for name in problem.terms:
             if name not in named:
                 hint = f"add terms: [{name}] to one of them"
@@ -205,6 +205,8 @@ def _part(half: Half) -> Step:
     problem, block = half.problem, half.block
     assert block is not None
     v = _about(half, block)
+    if block.algorithm is None:
+        return _declared(half, block, v)
     own = _own_variable(half, block)
     z = own or v
     entry = symbol(_free_name(problem, f"{v.name}0"), v.nrows, v.ncols, "state", v.rank)
@@ -219,6 +221,27 @@ def _part(half: Half) -> Step:
     return replace(
         step, definitions=tuple(definitions), assigns=tuple(parts), departures=(*departures, *found, *more), subproblems=((half.name, sub),)
     )
+
+
+def _declared(half: Half, block: Block, v: Sym) -> Step:
+    """A block that no objective gives: norm and output, as they are written. Raises SpecError E310 for what is of an algorithm."""
+    if block.output is None:
+        hint = "name its algorithm, or write what it leaves: output: Z + D @ Z0"
+        raise SpecError("E310", f"the block '{half.name}' has neither an algorithm nor an output", half.where("block"), hint)
+    problem = half.problem
+    for key in ("terms", "variable", "surrogate", "constraint", "start", "gauge", "rewrites", "momentum"):
+        if getattr(block, key):
+            raise SpecError("E310", f"{key}: is of an algorithm, and the block '{half.name}' has none", half.spec.key_where(*half.path, key), "leave it out")
+    entry = symbol(_free_name(problem, f"{v.name}0"), v.nrows, v.ncols, "state", v.rank)
+    scope = replace(problem.scope, names={**problem.scope.names, entry.name: entry})
+    raw = state_of(v)
+    empty = Step("", (), (), (), (raw,))
+    assigns, found = _framed(half, empty, v, v, scope, entry)
+    others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not v}
+    said = Departure("output", half.name, "choice", f"{v.name} becomes {' '.join(block.output.split())}: not derived from the objective")
+    sub = replace(problem, variables=(v,), inputs=(*problem.inputs, *(s for s in problem.variables if s is not v)), terms={}, scope=scope)
+    parts = tuple(replace(_held(a, others), block=half.name) for a in assigns)
+    return replace(empty, assigns=parts, departures=(*found, said), subproblems=((half.name, sub),))
 
 
 def _held(a: Assign, others: Mapping[Expr, Expr]) -> Assign:

@@ -34,7 +34,7 @@ class Derivation:
     @cached_property
     def halves(self) -> tuple[Half, ...]:
         """What each block of a layer minimises, and what is known of its terms."""
-        return tuple(Half(name, p, algorithms.classify(p)) for name, p in self.exact.subproblems)
+        return tuple(Half(name, p, algorithms.classify(p) if p.terms else ()) for name, p in self.exact.subproblems)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -165,7 +165,7 @@ def _block(d: Derivation, half: Half) -> Iterable[str]:
     if half.name:
         yield f"block {half.name}"
         terms = " + ".join(pretty(e) for e in half.problem.terms.values())
-        yield f"{'':15}   minimise over {half.variable.name}   {terms}"
+        yield f"{'':15}   {f'minimise over {half.variable.name}   {terms}' if terms else 'not derived: as the spec says'}"
     yield from _algorithm(d, half)
     learned = [p for p in d.step.learned if _belongs(p, half, d)]
     if learned:

@@ -72,7 +72,7 @@ def _of_tensors(name: str) -> Callable[..., Tensor]:
 
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    **{f: _of_tensors(f) for f in ["exp", "log", "tanh", "sqrt", "sign", "sin", "cos", "atan", "sinh", "cosh"]},
+    **{f: _of_tensors(f) for f in ["exp", "log", "tanh", "sqrt", "sign", "sin", "cos", "atan", "erf", "sinh", "cosh"]},
     "Abs": lambda x: _wide(x).abs(),
     "Heaviside": lambda x, half=0.5: (torch.sign(_wide(x)) + 1) / 2,
     "max": _extreme(torch.maximum),

@@ -59,6 +59,7 @@ ELEMENTWISE: tuple[Elementwise, ...] = (
     Elementwise("sinh", 1, sp.sinh(u), "hyperbolic sine"),
     Elementwise("cosh", 1, sp.cosh(u), "hyperbolic cosine"),
     Elementwise("atan", 1, sp.atan(u), "arc tangent"),
+    Elementwise("erf", 1, sp.erf(u), "error function, 2/sqrt(pi) times the integral of e^(-t^2) from 0 to u"),
     Elementwise("sin", 1, sp.sin(u), "sine"),
     Elementwise("cos", 1, sp.cos(u), "cosine"),
     Elementwise("sign", 1, sp.sign(u), "-1, 0 or 1"),

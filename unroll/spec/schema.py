@@ -201,7 +201,7 @@ class Learn(Record):
     """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
     depends on the variable; or a draw of its own in each layer, of variance 1/columns"""
     scale: Positive = 1.0
-    """factor of a drawn start"""
+    """factor of a drawn start, and of ones"""
     shape: Shape | None = None
     """expand a scalar to this shape"""
     positive: bool = False
@@ -272,7 +272,8 @@ class Block(Scheme):
     """One part of a layer: some terms, an algorithm, and what of it is learned. Blocks follow one another."""
 
     block: Name
-    algorithm: str
+    algorithm: str | None = None
+    """a block without one leaves what its output says: declared, not derived"""
     over: Name | None = None
     """the variable it is about; may be left out where there is one"""
     variable: dict[Name, TensorField] = {}
@@ -285,7 +286,7 @@ class Block(Scheme):
     start: Formula | None = None
     """of its iteration; if left out, the variable as the block before left it, 0 for a variable of its own"""
     output: Formula | None = None
-    """what becomes of the variable of the problem; needed where the block has one of its own"""
+    """what becomes of the variable of the problem; needed where the block has one of its own, or no algorithm"""
 
 
 class Unroll(Scheme):

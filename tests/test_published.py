@@ -1,0 +1,186 @@
+"""The published networks: as many parameters as the papers say, and the outputs of modules written by hand for their weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import released
+import torch
+from released_counts import PUBLISHED, Shapes, parameters
+from torch import Tensor
+from torch.nn import functional as F
+
+import unroll
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import _experts
+
+EXACT = 1e-10
+SMALL = ["model.embed.image=[3, 32, 32]", "model.head.classes=7", "unroll.layers=2"]
+WHOLE = {
+    "crate_tiny": "crate tiny", "crate_small": "crate small", "crate_base": "crate base", "crate_large": "crate large",
+    "crate_alpha_base": "crate-alpha base/16", "tost_tiny": "tost tiny", "tost_small": "tost small", "tost_medium": "tost medium",
+}  # fmt: skip
+"""What a spec of ours is called in the list of what was published. Larger ones of the same make are left out: they take seconds each."""
+
+
+def count(net: Any) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def expert(**sizes: int) -> _experts.Crate:
+    """A module written by hand, every weight of it drawn: norms and biases too."""
+    made = _experts.Crate(side=32, classes=7, layers=2, **sizes).double()
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=g, dtype=p.dtype) + ("norm.weight" in name))
+    return made
+
+
+def pictures(side: int = 32) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), WHOLE.items())
+def test_parameters_are_as_many_as_published(ours: str, theirs: str) -> None:
+    shapes, exactly, millions = PUBLISHED[theirs]
+    assert count(unroll.compile(ours)) == exactly == parameters(shapes)
+    assert round(exactly / 1e6, 2) == millions
+
+
+def without(shapes: Shapes, *names: str) -> int:
+    """All parameters but those that the released file holds and the network does not use, or that we do not have."""
+    assert all(any(word in name for name in shapes) for word in names)
+    return parameters({k: v for k, v in shapes.items() if not any(word in k for word in names)})
+
+
+def test_an_autoencoder_has_the_parameters_that_are_used() -> None:
+    shapes, *_ = PUBLISHED["crate-mae small"]
+    assert count(unroll.compile("crate_mae_small")) == without(shapes, "positions", "pretoken")
+
+
+def test_token_statistics_for_language_has_no_offset_for_each_place() -> None:
+    shapes, *_ = PUBLISHED["tost language base"]
+    assert count(unroll.compile("tost_language")) == without(shapes, "b_denom") + 1024 * 768  # positions are not counted there
+
+
+@pytest.mark.parametrize(("size", "d", "K"), [("tiny", 384, 6), ("small", 576, 12)])
+def test_released_weights_of_crate_give_the_released_answer(size: str, d: int, K: int) -> None:
+    net, by_hand, x = unroll.compile(f"crate_{size}", dtype=torch.float64, overrides=SMALL), expert(d=d, K=K), pictures()
+    before = net(x)
+    assert unroll.restore_weights(net, {"state_dict": {f"module.{k}": v for k, v in by_hand.state_dict().items()}}).ok
+    assert (net(x) - by_hand(x)).abs().max() <= EXACT < (net(x) - before).abs().max()
+    again = unroll.release_weights(net)
+    assert again.keys() == by_hand.state_dict().keys()
+    assert all(torch.equal(again[k], v) for k, v in by_hand.state_dict().items())
+
+
+def draws(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    return {k: 0.2 * torch.randn(s, generator=g, dtype=torch.float64) + ("norm.weight" in k) for k, s in shapes.items()}
+
+
+def test_released_weights_of_crate_alpha_give_the_released_answer() -> None:
+    d, K, s, x = 24, 3, 96, pictures()
+    norm = {"norm.weight": (d,), "norm.bias": (d,)}
+    first = {**norm, "fn.qkv.weight": (d, d), "fn.to_out.0.weight": (d, d)}
+    second = {**norm, "fn.D": (d, s), "fn.D1": (d, s)}
+    around = {"cls_token": (1, 1, d), "pos_embedding": (1, 5, d), "conv1.weight": (d, 3, 16, 16), "conv1.bias": (d,)}
+    ends = {"mlp_head.0.weight": (d,), "mlp_head.0.bias": (d,), "mlp_head.1.weight": (7, d), "mlp_head.1.bias": (7,)}
+    blocks = {f"transformer.layers.{i}.{j}.{k}": v for i in range(2) for j, part in enumerate((first, second)) for k, v in part.items()}
+    w = draws({**around, **blocks, **ends})
+    net = unroll.compile("crate_alpha_base", dims={"d": d, "K": K, "p": 8, "s": s}, dtype=torch.float64, overrides=SMALL)
+    assert unroll.restore_weights(net, w).ok
+    z = F.conv2d(x, w["conv1.weight"], w["conv1.bias"], stride=16).flatten(2).mT
+    z = torch.cat([w["cls_token"].expand(2, 1, d), z], 1) + w["pos_embedding"]
+    for i in range(2):
+        a, b = ({k: w[f"transformer.layers.{i}.{j}.{k}"] for k in part} for j, part in enumerate((first, second)))
+        z = released.crate_alpha_block(
+            z, a["norm.weight"], a["norm.bias"], released.bases(a["fn.qkv.weight"], K), a["fn.to_out.0.weight"],
+            b["norm.weight"], b["norm.bias"], b["fn.D"], b["fn.D1"], 0.1, 0.1,
+        )  # fmt: skip
+    z = released.layer_norm(z[:, 0], w["mlp_head.0.weight"], w["mlp_head.0.bias"])
+    assert (net(x) - (z @ w["mlp_head.1.weight"].mT + w["mlp_head.1.bias"])).abs().max() <= EXACT
+
+
+def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
+    d, K, x = 24, 3, pictures()
+    norm = {"norm.weight": (d,), "norm.bias": (d,)}
+    attention = {**norm, "fn.qkv.weight": (d, d), "fn.to_out.0.weight": (d, d), "fn.to_out.0.bias": (d,)}
+    matrix = {**norm, "fn.weight": (d, d)}
+    layers = {"blocks": (attention, matrix), "decoder_blocks": (matrix, attention)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, d), "mask_token": (1, 1, d), "pos_embed": (1, 5, d), "decoder_pos_embed": (1, 5, d),
+        "patch_embed.proj.weight": (d, 3, 16, 16), "patch_embed.proj.bias": (d,),
+        "decoder_embed.weight": (d, d), "decoder_embed.bias": (d,), "decoder_pred.weight": (768, d), "decoder_pred.bias": (768,),
+        **{f"{n}.{k}": (d,) for n in ("norm", "decoder_norm") for k in ("weight", "bias")},
+        **{f"{n}.{i}.layers.0.{j}.{k}": v for n, parts in layers.items() for i in range(2) for j, p in enumerate(parts) for k, v in p.items()},
+    }  # fmt: skip
+    w = draws(shapes)
+    sizes = {"d": d, "K": K, "p": 8}
+    small = [SMALL[0], SMALL[2], "model.decoder.layers.unroll.layers=2", *(f"model.decoder.layers.dims.{k}={v}" for k, v in sizes.items())]
+    net = unroll.compile("crate_mae_small", dims=sizes, dtype=torch.float64, overrides=small)
+    report = unroll.restore_weights(net, {"model": w})
+    assert report.ok and set(report.ignored) == {"pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias"}
+    mask = torch.tensor([[True, False, True, True], [False, True, True, True]])
+
+    def part(name: str, i: int, j: int) -> dict[str, Tensor]:
+        return {k: w[f"{name}.{i}.layers.0.{j}.{k}"] for k in layers[name][j]}
+
+    z = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).flatten(2).mT
+    z = torch.where(mask[..., None], w["mask_token"], z) + net.positions
+    z = torch.cat([w["cls_token"].expand(2, 1, d), z], 1)
+    for i in range(2):
+        a, b = part("blocks", i, 0), part("blocks", i, 1)
+        z = released.crate_block(
+            z, a["norm.weight"], a["norm.bias"], released.bases(a["fn.qkv.weight"], K), a["fn.to_out.0.weight"], a["fn.to_out.0.bias"],
+            b["norm.weight"], b["norm.bias"], b["fn.weight"], 0.1, 0.5,
+        )  # fmt: skip
+    z = released.layer_norm(z, w["norm.weight"], w["norm.bias"], 1e-6)
+    for i in range(2):
+        a, b = part("decoder_blocks", i, 0), part("decoder_blocks", i, 1)
+        z = released.mae_decoder_layer(
+            z, a["norm.weight"], a["norm.bias"], a["fn.weight"],
+            b["norm.weight"], b["norm.bias"], released.bases(b["fn.qkv.weight"], K), b["fn.to_out.0.weight"], b["fn.to_out.0.bias"],
+        )  # fmt: skip
+    z = released.layer_norm(z[:, 1:], w["decoder_norm.weight"], w["decoder_norm.bias"], 1e-6)
+    found, hidden = net(x, mask)
+    assert torch.equal(hidden, mask)
+    assert (found - (z @ w["decoder_pred.weight"].mT + w["decoder_pred.bias"])).abs().max() <= EXACT
+
+
+def test_a_layer_of_token_statistics_ends_in_a_perceptron() -> None:
+    net: Any = unroll.compile("tost_layers", dims={"d": 12, "K": 3, "p": 4, "s": 20}, dtype=torch.float64, overrides=["unroll.layers=2"])
+    g = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    x = torch.randn(2, 5, 12, generator=g, dtype=torch.float64)
+    want = x
+    for i in range(2):
+        y = F.layer_norm(want, (12,), net.compress_norm_weight[i], net.compress_norm_bias[i], 1e-6)
+        out = net.W_out[i].movedim(0, 1).flatten(1)
+        want = want + net.layer_scale[i] * released.tost_attention(y, net.W[i], net.offset[i], net.temperature[i], out, -net.W_out_bias[i])
+        y = F.layer_norm(want, (12,), net.perceptron_norm_weight[i], net.perceptron_norm_bias[i], 1e-6)
+        y = F.gelu(F.linear(y, net.W_up[i], net.W_up_bias[i]))
+        want = want + net.perceptron_scale[i] * F.linear(y, net.W_down[i], net.W_down_bias[i])
+    assert (net(x) - want).abs().max() <= EXACT
+    assert "not derived: as the spec says" in str(net.derivation)
+    assert net.trace(x).labels == ((1, "compress"), (1, "perceptron"), (2, "compress"), (2, "perceptron"))
+
+
+@pytest.mark.parametrize("name", ["crate_language", "crate_alpha_language", "tost_language"])
+def test_a_later_word_changes_nothing_before_it(name: str) -> None:
+    small = {"d": 12, "K": 3, "p": 4} | ({} if name == "crate_language" else {"s": 20})
+    words = torch.randint(9, (2, 6), generator=torch.Generator().manual_seed(7))
+    other = words.clone()
+    other[:, 4] = (other[:, 4] + 1) % 9
+    overrides = ["model.embed.vocabulary=9", "model.embed.length=6", "unroll.layers=2"]
+    net = unroll.compile(name, dims=small, overrides=overrides, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(net(words)[:, :4], net(other)[:, :4])
+        assert not torch.allclose(net(words)[:, 4:], net(other)[:, 4:])
