@@ -11,7 +11,7 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from unroll.graph import Graph, lower_step, lower_terms
 from unroll.operations import BY_NAME, HELPERS, Context, Node, Operand, Ref, Stage, helpers_of
 from unroll.passes import Sizes, optimise
 from unroll.problem import Problem
+from unroll.rewrites import smaller_side
 from unroll.show import text as show
 from unroll.step import Learned, Step
 
@@ -96,11 +97,10 @@ def build(
     sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, layers)
     optimised = optimise(lower_step(problem, step), sizes)
     module = Module(problem, step, optimised.graph, layers, dict(dims), name, origin, sha)
-    terms = optimise(lower_terms(problem), sizes).graph
     source = module.source()
     return Program(
         problem, step, layers, dict(dims), module.class_name, optimised.graph, optimised.log, source,
-        objective(problem, terms, dims),
+        term_source(problem, dims),
         module.words, tuple(module.initialise_arguments),
         tuple(s.name for s in module.inputs),
         tuple(s.name for s in problem.inputs) if module.constructed else (),
@@ -971,10 +971,23 @@ def _helper(name: str) -> str:
     return HELPERS[name].source if name in HELPERS else runtime.operation(name).source
 
 
-def term_source(problem: Problem, dims: Mapping[str, int]) -> str:
-    """Source of the terms of a problem (see `objective`), its graph optimised for the sizes that are known."""
+def term_source(problem: Problem, dims: Mapping[str, int], otherwise: str = "") -> str:
+    """Source of the terms of a problem (see `objective`), its graph optimised for the sizes that are known.
+
+    Determinants are taken on the smaller side.  otherwise: what to give where the sizes turn none of them.
+    """
+    small = _on_smaller_side(problem, dims)
+    if otherwise and small is problem:
+        return otherwise
     sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, 1)
-    return objective(problem, optimise(lower_terms(problem), sizes).graph, dims)
+    return objective(small, optimise(lower_terms(small), sizes).graph, dims)
+
+
+def _on_smaller_side(problem: Problem, dims: Mapping[str, int]) -> Problem:
+    """The problem itself where nothing changes."""
+    known = {d: dims[d.name] for d in problem.dims if d.name in dims}
+    terms = {name: smaller_side(e, known) for name, e in problem.terms.items()}
+    return problem if all(terms[n] is e for n, e in problem.terms.items()) else replace(problem, terms=terms)
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------

@@ -22,12 +22,14 @@ from unroll.calculus.gradient import gradient
 from unroll.derivation import Derivation, Half, derive
 from unroll.evaluate import Evaluator, evaluate
 from unroll.expr import Expr, Normalise, Prox, Sym, add, free_indices, prox, scalar, walk
-from unroll.network import Network, Trace, draw
+from unroll.network import Network, draw
 from unroll.parse import Scope, parse_matrix
+from unroll.replay import State, as_matrix, as_stored, learned_value
 from unroll.rewrites import Applied, Site
 from unroll.show import pretty, text
 from unroll.spec import Spec, load
-from unroll.step import LAYER, Assign, Learned
+from unroll.step import LAYER, Assign
+from unroll.trace import Trace
 
 DRAWS = 8
 EXACT = 1e-10
@@ -138,10 +140,10 @@ class Sample:
 
     def values(self, half: Half) -> dict[Sym, Tensor]:
         """One sample of everything in a block, rows and columns as in the formulas; its variable is made feasible."""
-        known = {s: _matrix(self.parameters[s.name], s) for s in self.d.problem.parameters}
+        known = {s: as_matrix(self.parameters[s.name], s) for s in self.d.problem.parameters}
         z = half.variable
         read = {s for e in half.problem.terms.values() for s in e.symbols} | {z}
-        out = known | {s: _matrix(self.tensor(s), s) for s in sorted(read, key=lambda s: s.name) if s not in known}
+        out = known | {s: as_matrix(self.tensor(s), s) for s in sorted(read, key=lambda s: s.name) if s not in known}
         if any(p.smooth is None and p.proximal is not None for p in half.parts):
             out[z] = self.feasible(half, out)
         return out
@@ -155,13 +157,6 @@ class Sample:
 
     def at(self, e: Expr, values: dict[Sym, Tensor], extra: dict[sp.Symbol, Any] | None = None) -> Tensor:
         return evaluate(e, values, {**self.numbers, **self.sizes, **(extra or {})})
-
-
-def _matrix(value: Tensor, s: Sym) -> Tensor:
-    """A tensor as a network takes it -> (family, rows, cols) as in formulas."""
-    if s.rank == 2:
-        return value if s.role in ("parameter", "learned") else value.mT
-    return value.unsqueeze(-1) if s.rank == 1 else value[..., None, None]
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -322,78 +317,27 @@ def by_hand(d: Derivation, sample: Sample, i: int, net: Network, seen: dict[str,
     problem, step = d.problem, d.step
     whole = {s.symbol for s in step.states} == set(step.output)
     per_layer = max(len(step.blocks), 1)
-    values = {s: _matrix(sample.parameters[s.name], s) for s in problem.parameters}
-    values |= {s: _matrix(sample.inputs[s.name][i], s) for s in problem.inputs}
+    values = {s: as_matrix(sample.parameters[s.name], s) for s in problem.parameters}
+    values |= {s: as_matrix(sample.inputs[s.name][i], s) for s in problem.inputs}
     state = State(values, {**sample.numbers, **sample.sizes})
     for a in step.definitions:
         state.assign(a)
     for s in step.states:
         state.assign(Assign(s.symbol, s.start, ""))
-    out: dict[str, list[Tensor]] = {z.name: [_stored(values[z], z)] for z in step.output}
+    out: dict[str, list[Tensor]] = {z.name: [as_stored(values[z], z)] for z in step.output}
     for layer in range(d.layers):
         state.numbers[LAYER] = layer
         if whole:
-            values |= {z: _matrix(seen[z.name][layer * per_layer], z) for z in step.output}
+            values |= {z: as_matrix(seen[z.name][layer * per_layer], z) for z in step.output}
         for p in net.learned:
-            state.put(p, learned_value(net, p, layer))
+            state.put(p, learned_value(net, net.program.words, p, layer))
         for k, a in enumerate(step.assigns):
             state.assign(a)
             last = k + 1 == len(step.assigns) or step.assigns[k + 1].block != a.block
             if last:
                 for z in step.output:
-                    out[z.name].append(_stored(values[z], z))
+                    out[z.name].append(as_stored(values[z], z))
     return out
-
-
-class State:
-    """Values of symbols while a step is run by hand."""
-
-    def __init__(self, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) -> None:
-        self.values, self.numbers = values, numbers
-
-    def assign(self, a: Assign) -> None:
-        if isinstance(a.value, Expr):
-            value: Any = evaluate(a.value, self.values, self.numbers)
-        else:
-            value = _number(a.value, self.numbers)
-        if isinstance(a.target, Sym):
-            self.values[a.target] = value if isinstance(value, Tensor) else torch.as_tensor(float(value), dtype=torch.float64)
-        else:
-            self.numbers[a.target] = value
-
-    def put(self, p: Learned, value: Tensor) -> None:
-        if isinstance(p.symbol, Sym):
-            self.values[p.symbol] = _matrix(value, p.symbol)
-        else:
-            self.numbers[p.symbol] = value.reshape(*value.shape, *[1] * (2 - value.ndim)) if value.ndim else value
-
-
-def learned_value(net: Network, p: Learned, layer: int) -> Tensor:
-    """The value of a parameter in a layer, its constraint applied."""
-    stored = net.get_parameter(net.program.words["learned", p.name]).detach()
-    value = stored[layer] if p.per_layer else stored
-    match p.constraint:
-        case "none":
-            return value
-        case "positive":
-            return torch.nn.functional.softplus(value)
-        case "symmetric":
-            return (value + value.mT) / 2
-        case "unit_columns":
-            return torch.nn.functional.normalize(value, dim=-2)
-
-
-def _number(value: sp.Expr, numbers: dict[sp.Symbol, Any]) -> Any:
-    symbols = sorted(value.free_symbols, key=str)
-    if not symbols:
-        return float(value)
-    if any(isinstance(numbers[s], Tensor) for s in symbols):  # type: ignore[index]
-        return Evaluator({}, numbers, {}).number(value)
-    return sp.lambdify(symbols, value, modules=["math"])(*(numbers[s] for s in symbols))  # type: ignore[index]
-
-
-def _stored(value: Tensor, s: Sym) -> Tensor:
-    return value.mT if s.rank == 2 else value.squeeze(-1) if s.rank == 1 else value[..., 0, 0]
 
 
 def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
@@ -445,8 +389,8 @@ def _read_off(spec: Spec, given: Mapping[str, Sequence[int]]) -> dict[str, int]:
 def _entries(d: Derivation, sample: Sample) -> dict[str, tuple[dict[Sym, Tensor], dict[sp.Symbol, Any]]]:
     """Values of all symbols where each block begins; the block's variable at the point where its step is taken."""
     step, problem = d.exact, d.problem
-    values = {s: _matrix(sample.parameters[s.name], s) for s in problem.parameters}
-    values |= {s: _matrix(sample.inputs[s.name][0], s) for s in problem.inputs}
+    values = {s: as_matrix(sample.parameters[s.name], s) for s in problem.parameters}
+    values |= {s: as_matrix(sample.inputs[s.name][0], s) for s in problem.inputs}
     state = State(values, {**sample.numbers, **sample.sizes, LAYER: 0})
     for a in step.definitions:
         state.assign(a)
@@ -531,7 +475,7 @@ def _first_order(net: Network, trace: Trace, k: int, about: tuple[str, ...]) -> 
     if not about:
         return 0.0, 0.0, 0.0
     before = {n: found[k].detach().requires_grad_() for n, found in trace.steps.items()}
-    terms = trace.evaluate(before, "")
+    terms = trace.evaluate(before, "", 0)
     value = sum(terms[t].sum() for t in about)
     assert isinstance(value, Tensor)
     slopes = torch.autograd.grad(value, list(before.values()), materialize_grads=True, allow_unused=True)

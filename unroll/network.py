@@ -15,13 +15,14 @@ import linecache
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import sympy as sp
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,8 +32,10 @@ from unroll.emit import Program, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
 from unroll.formula import swap
 from unroll.problem import Problem
-from unroll.expr import Sym
+from unroll.expr import LogDet, Sym, walk
+from unroll.replay import Replay, learned_value
 from unroll.step import Learned
+from unroll.trace import Measure, Trace, measure
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -48,78 +51,6 @@ class Written(Protocol):
     @property
     def sha256(self) -> str: ...
     def to_yaml(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a network did, block by block, and what that did to the objective; worked out when asked for.
-
-    iterates[z]: layers + 1 tensors, the start first.  steps[z]: the same with what every block of a layer left in between.
-    blocks: names of the parts of a layer; one, "step", where a layer has one part.
-    terms[name]: (layers + 1, ...) values.  predicted[name], actual[name]: (steps, ...), the change of a term in each step to first
-    order, and the change that came.  zeros[z]: (layers + 1, ...), the share of entries that are zero.
-    """
-
-    steps: dict[str, list[Tensor]]
-    blocks: tuple[str, ...]
-    evaluate: Callable[[dict[str, Tensor], str], dict[str, Tensor]] = field(repr=False)
-
-    @property
-    def iterates(self) -> dict[str, list[Tensor]]:
-        return {name: found[:: len(self.blocks)] for name, found in self.steps.items()}
-
-    @property
-    def labels(self) -> tuple[tuple[int, str], ...]:
-        """(layer, block) of every step, layers from 1."""
-        count = len(next(iter(self.steps.values()))) - 1
-        return tuple((k // len(self.blocks) + 1, self.blocks[k % len(self.blocks)]) for k in range(count))
-
-    @cached_property
-    def terms(self) -> dict[str, Tensor]:
-        return {name: value[:: len(self.blocks)] for name, value in self.all_terms.items()}
-
-    @cached_property
-    def all_terms(self) -> dict[str, Tensor]:
-        """Every term at the start and after every step: (steps + 1, ...)."""
-        values = [self.evaluate(self._at(k), self._place(k)) for k in range(len(self.labels) + 1)]
-        return {name: torch.stack([v[name] for v in values]) for name in values[0]}
-
-    @cached_property
-    def actual(self) -> dict[str, Tensor]:
-        return {name: value[1:] - value[:-1] for name, value in self.all_terms.items()}
-
-    @cached_property
-    def predicted(self) -> dict[str, Tensor]:
-        """<gradient of the term at the state before, what the step added>, by autograd on the objective."""
-        rows = [self._first_order(k) for k in range(len(self.labels))]
-        return {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
-
-    @cached_property
-    def zeros(self) -> dict[str, Tensor]:
-        def share(name: str, z: Tensor) -> Tensor:
-            kept = self.all_terms["total"].ndim - 1
-            return (z == 0).to(z.dtype).flatten(kept).mean(-1) if z.ndim > kept else (z == 0).to(z.dtype)
-
-        return {name: torch.stack([share(name, z) for z in found]) for name, found in self.iterates.items()}
-
-    def _at(self, k: int) -> dict[str, Tensor]:
-        return {name: found[k] for name, found in self.steps.items()}
-
-    def _place(self, k: int) -> str:
-        return "before the first layer" if k == 0 else f"after {self.labels[k - 1][1]} of layer {self.labels[k - 1][0]}"
-
-    def _first_order(self, k: int) -> dict[str, Tensor]:
-        before, after = self._at(k), self._at(k + 1)
-        with torch.enable_grad():
-            at = {name: z.detach().requires_grad_() for name, z in before.items()}
-            values = self.evaluate(at, self._place(k))
-            moves = {name: (after[name] - before[name]).detach() for name in at}
-            out: dict[str, Tensor] = {}
-            for term, value in values.items():
-                slopes = torch.autograd.grad(value.sum(), list(at.values()), retain_graph=True, materialize_grads=True, allow_unused=True) if value.requires_grad else [torch.zeros_like(z) for z in at.values()]
-                kept = value.ndim
-                out[term] = sum((g * moves[name]).flatten(kept).sum(-1) for g, name in zip(slopes, at, strict=True))  # type: ignore[assignment]
-        return out
 
 
 class Network(nn.Module):
@@ -179,7 +110,10 @@ class Network(nn.Module):
     def forward(self, *args: Tensor, **start: Any) -> Any:
         """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406, E408."""
         given = self._bind(args, start)
-        return super().forward(**given)
+        try:
+            return super().forward(**given)
+        except torch.linalg.LinAlgError as e:
+            raise self._unsolved(given) from e
 
     def construct(self, *args: Tensor, **named: Tensor) -> Any:
         """Work out, layer by layer, the parameters that depend on data; returns what these data become.
@@ -205,17 +139,57 @@ class Network(nn.Module):
         self.built = True
         return out
 
-    def trace(self, *args: Tensor, **start: Any) -> Trace:
-        """Run, and keep what every block left. Inputs that only the objective reads may be given by name."""
-        problem = self.program.problem
-        extra = {s.name: start.pop(s.name) for s in problem.inputs if s.name in start and s.name not in self.takes}
+    def trace(self, *args: Tensor, at: str = "iterate", parameters: str = "given", terms: Mapping[str, str] | None = None, **start: Any) -> Trace:
+        """Run, and keep what every block left. Inputs that only the objective reads may be given by name.
+
+        at: what the objective is evaluated at: the "iterate", or its columns after "layer_norm", "rms_norm" or "sphere".
+        parameters: those "given" to the network, or what the "layers" learned in their place.  terms: further formulas, which may
+        read learned matrices by name.  Raises UnrollError E404, E406, E408, E409.
+        """
+        program = self.program
+        asked = measure(program.problem, program.step, at, parameters, terms or {})
+        extra = {s.name: start.pop(s.name) for s in program.problem.inputs if s.name in start and s.name not in self.takes}
         given = self._bind(args, start)
         found: list[Any] = []
-        super().forward(**given, trace=found)
+        try:
+            super().forward(**given, trace=found)
+        except torch.linalg.LinAlgError as e:
+            raise self._unsolved(given) from e
         rows = [r if isinstance(r, tuple) else (r,) for r in found]
         steps = {name: [r[i] for r in rows] for i, name in enumerate(self.variables)}
-        inputs = {name: given[self.program.words["symbol", name]] for name in self.inputs} | extra
-        return Trace(steps, self.program.step.blocks or ("step",), lambda values, place: self._terms({**inputs, **values}, place))
+        inputs = {name: given[program.words["symbol", name]] for name in self.inputs} | extra
+        replay = Replay(program.problem, program.step, self, program.words, self.given, inputs, self.numbers, steps)
+        values = self._terms_at(asked, inputs)
+        return Trace(steps, program.step.blocks or ("step",), values, lambda: tuple(replay.maps()), asked.own, bool(asked.reads))
+
+    def _terms_at(self, asked: Measure, inputs: dict[str, Tensor]) -> Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]:
+        """(values of the variables, place, layer) -> the terms that a trace is asked for."""
+        problem, program = self.program.problem, self.program
+        plain = all(asked.problem.terms.get(n) is e for n, e in problem.terms.items()) and len(asked.problem.terms) == len(problem.terms)
+        source = program.objective_source if plain else term_source(asked.problem, program.dims)
+
+        def run(values: dict[str, Tensor], place: str, layer: int) -> dict[str, Tensor]:
+            like = next(iter(values.values()))
+            own = {p.name: learned_value(self, program.words, p, layer).to(like) for p in asked.reads}
+            found = self._terms({**inputs, **values, **own}, place, asked.problem, source)
+            total = sum(found[name] for name in problem.terms)
+            return {**found, "total": total}  # type: ignore[dict-item]
+
+        return run
+
+    def _unsolved(self, given: dict[str, Any]) -> UnrollError:
+        """The layer in which a matrix has no factor or inverse, from a second run."""
+        blocks, found = self.program.step.blocks or ("step",), list[Any]()
+        try:
+            super().forward(**given, trace=found)
+        except torch.linalg.LinAlgError:
+            pass
+        layer, block = divmod(max(len(found) - 1, 0), len(blocks))
+        terms = next((p.terms for name, p in self.program.step.subproblems if name in (blocks[block], "")), {})
+        where = f"{blocks[block]} of layer {layer + 1}" if found else "what comes before the first layer"
+        about = f" (of {', '.join(n for n in terms if n in self.program.problem.terms) or 'its surrogate'})" if found else ""
+        hint = "values that are not finite, or float32 where float64 is needed"
+        return UnrollError("E409", f"{where} has a matrix{about} that is not positive definite, or has no inverse", hint=hint)
 
     def objective(self, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
         """Every term of the objective, and "total": (...) values, one per sample."""
@@ -313,21 +287,20 @@ class Network(nn.Module):
         """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
         return self._evaluator(problem, term_source(problem, self.program.dims))
 
-    def _terms(self, named: Mapping[str, Tensor], place: str = "") -> dict[str, Tensor]:
-        """All terms and their sum. Raises UnrollError E404 for a missing value, E409 where a matrix has no log-determinant."""
-        problem = self.program.problem
+    def _terms(self, named: Mapping[str, Tensor], place: str = "", problem: Problem | None = None, source: str = "") -> dict[str, Tensor]:
+        """All terms of the objective (or of `problem`) and their sum. Raises UnrollError E404 for a missing value, E409 where a matrix has no log-determinant."""
+        problem, source = problem or self.program.problem, source or self.program.objective_source
         for s in term_symbols(problem):
             if s.role != "parameter" and s.name not in named:
                 raise UnrollError("E404", f"the objective needs a value for '{s.name}'", hint=f"give it by name: {s.name}=...")
         try:
-            terms = self._evaluator(problem, self.program.objective_source)(named)
+            terms = self._evaluator(problem, source)(named)
         except torch.linalg.LinAlgError:
-            raise self._not_definite(named, place) from None
+            raise self._not_definite(named, place, problem) from None
         return {**terms, "total": sum(terms.values())}  # type: ignore[dict-item]
 
-    def _not_definite(self, named: Mapping[str, Tensor], place: str) -> UnrollError:
+    def _not_definite(self, named: Mapping[str, Tensor], place: str, problem: Problem) -> UnrollError:
         """Which term has a matrix that is not positive definite."""
-        problem = self.program.problem
         for name, e in problem.terms.items():
             one = replace(problem, terms={name: e})
             try:
@@ -337,18 +310,46 @@ class Network(nn.Module):
         return UnrollError("E409", f"a matrix is not positive definite {place}".rstrip())
 
     def _evaluator(self, problem: Problem, source: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """The terms of a problem from named values, in float32 or better under autocast too, determinants on the smaller side."""
         order = [*problem.variables, *problem.inputs, *problem.parameters]
-        evaluate = load(source, f"objective of {problem.name}")["objective"]
 
         def run(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             values: dict[str, Any] = {**named, **self.given, **self.numbers}
-            return evaluate(*(values.get(s.name) for s in order), *(values[s.name] for s in problem.scalars))
+            text = _at_sizes(problem, self.program.dims, source, values)
+            evaluate = load(text, f"objective of {problem.name}")["objective"]
+            tensors = [_at_least_float32(values.get(s.name)) for s in order]
+            with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
+                return evaluate(*tensors, *(values[s.name] for s in problem.scalars))
 
         return run
 
 
 def _kind(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+
+
+def _at_least_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+_SIZED: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
+"""(source of terms, open sizes of a call) -> the source for these sizes."""
+
+
+def _at_sizes(problem: Problem, dims: Mapping[str, int], source: str, values: Mapping[str, Any]) -> str:
+    """The source of the terms for the sizes of this call, where a determinant has another side."""
+    if not any(isinstance(x, LogDet) for e in problem.terms.values() for x in walk(e)):
+        return source
+    found: dict[str, int] = {}
+    for s in (*problem.variables, *problem.inputs):
+        axes = stored_axes(s)
+        if isinstance(values.get(s.name), Tensor) and axes:
+            found |= {n.name: int(k) for n, k in zip(axes, values[s.name].shape[-len(axes) :], strict=True) if isinstance(n, sp.Symbol)}
+    sizes = {d.name: found[d.name] for d in problem.dims if d.name in found and d.name not in dims}
+    key = (source, tuple(sizes.items()))
+    if key not in _SIZED:
+        _SIZED[key] = term_source(problem, {**dims, **sizes}, source) if sizes else source
+    return _SIZED[key]
 
 
 def _axis(name: str, size: int | None) -> str:

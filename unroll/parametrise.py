@@ -334,7 +334,7 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
         raise SpecError("E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'")
     rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
     s = symbol(w.name, *value.shape, "learned", rank, w.size)
-    found = Learned(w.name, s, value, value.shape[:rank], per_layer, _constraint(w), record.replaces, record.init, record.scale, record.init == "data")
+    found = Learned(w.name, s, value, value.shape[:rank], per_layer, _constraint(w), record.replaces, record.init, record.scale, record.init == "data", record.where or "")
     if not record.bias:
         return (found,)
     n = value.rows

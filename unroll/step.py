@@ -53,6 +53,7 @@ class Learned:
 
     symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
     matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
+    where: "output", "gradient" or "prox" if it was asked for at such places only.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Learned:
     init: str = "value"
     scale: float = 1.0
     constructed: bool = False
+    where: str = ""
 
     @property
     def kind(self) -> Literal["scalar", "matrix"]:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from unroll.errors import UnrollError
 from unroll.model.source import Wrapped, wrap
-from unroll.network import Network, Trace, load, recompile, write
+from unroll.network import Network, load, recompile, write
 from unroll.spec import Spec
 from unroll.spec.schema import TokenEmbed
 from unroll.step import Learned
+from unroll.trace import Trace
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -107,13 +108,16 @@ class Model(nn.Module):
         """As the emitted class says. Raises UnrollError E404."""
         return cast(Any, super()).forward(*self._checked(x, mask))
 
-    def trace(self, x: Tensor, mask: Tensor | None = None) -> Trace:
-        """Every iterate of the layers on these samples; of an autoencoder behind a mask, a random one if left out."""
+    def trace(self, x: Tensor, mask: Tensor | None = None, **asked: Any) -> Trace:
+        """Every iterate of the layers on these samples; of an autoencoder behind a mask, a random one if left out.
+
+        asked: at, parameters and terms, as `Network.trace` takes them.
+        """
         net = cast(Any, self)
         (x, *_) = self._checked(x, mask)
         if self.wrapped.model.mask is None:
-            return self.body.trace(net.embedding(x))
-        return self.body.trace(net.embedding(x, net.random_mask(x) if mask is None else mask))
+            return self.body.trace(net.embedding(x), **asked)
+        return self.body.trace(net.embedding(x, net.random_mask(x) if mask is None else mask), **asked)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write spec, weights and source into a folder, each file whole or not at all."""
