@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from unroll.page import report
     from unroll.solver import solve
     from unroll.spec import load
+    from unroll.whitebox import white_box
     from unroll.weights import release_weights, restore_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "loss", "prox",
-    "release_weights", "report", "restore", "restore_weights", "save", "solve",
+    "release_weights", "report", "restore", "restore_weights", "save", "solve", "white_box",
 ]  # fmt: skip
 
 _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
     "Loss": "losses", "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
-    "check": "laws", "solve": "solver", "report": "page",
+    "check": "laws", "solve": "solver", "white_box": "whitebox", "report": "page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "api", "save": "api",
 }  # fmt: skip
 
