@@ -28,6 +28,7 @@ def rate(v: Tensor, eps2: float) -> Tensor:
     return torch.linalg.slogdet(torch.eye(n, dtype=v.dtype) + p / (n * eps2) * v @ v.mT).logabsdet / 2
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("n", [5, 40])  # either side of the determinants is the smaller
 def test_terms_are_those_of_the_normalised_tokens_and_of_the_layers_own_subspaces(n: int) -> None:
     net, x = crate(), tokens(n=n)

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unroll.api import compile, derive, loss, prox, restore, save
-    from unroll.laws import check
     from unroll.errors import DeriveError, SpecError, UnrollError
+    from unroll.laws import check
     from unroll.losses import Loss
     from unroll.model.module import Model
     from unroll.network import Network
     from unroll.page import report
     from unroll.solver import solve
     from unroll.spec import load
-    from unroll.whitebox import white_box
     from unroll.weights import release_weights, restore_weights
+    from unroll.whitebox import white_box
 
 __version__ = "0.1.0"
 __all__ = [

@@ -20,7 +20,7 @@ from torch import nn
 
 from unroll import runtime
 from unroll.errors import UnrollError
-from unroll.expr import ONE, Sym, slot, walk
+from unroll.expr import ONE, Sym, slot
 from unroll.formula import POSTFIX, PRODUCT, Text, formula, number, swap
 from unroll.graph import Graph, lower_step, lower_terms
 from unroll.operations import BY_NAME, HELPERS, Context, Node, Operand, Ref, Stage, helpers_of

@@ -28,7 +28,7 @@ from unroll.replay import State, as_matrix, as_stored, learned_value
 from unroll.rewrites import Applied, Site
 from unroll.show import pretty, text
 from unroll.spec import Spec, load
-from unroll.step import LAYER, Assign, Step
+from unroll.step import LAYER, Assign
 from unroll.trace import Trace
 
 DRAWS = 8

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from unroll.emit import Program, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
+from unroll.expr import LogDet, Sym, walk
 from unroll.formula import swap
 from unroll.problem import Problem
-from unroll.expr import LogDet, Sym, walk
 from unroll.replay import Replay, learned_value
 from unroll.step import Learned
 from unroll.trace import Measure, Trace, measure
