@@ -43,6 +43,7 @@ def test_terms_are_those_of_the_normalised_tokens_and_of_the_layers_own_subspace
         assert float((trace.all_terms["compression"][k + 1] - found[1]).abs().max()) < 1e-9
 
 
+@torch.no_grad()
 def test_the_published_measurement_is_a_formula() -> None:
     net, x = crate(), tokens()
     v = "unit_norm(W[k].T @ layer_norm(Z, 0), 0)"
@@ -53,6 +54,7 @@ def test_the_published_measurement_is_a_formula() -> None:
     assert float((trace.all_terms["published"][0] - rate(heads, 0.01).sum(-1)).abs().max()) < 1e-6
 
 
+@torch.no_grad()
 def test_a_map_is_the_softmax_of_the_layer() -> None:
     net, x = crate(), tokens()
     trace = net.trace(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,10 +119,9 @@ def _traced(net: Network | Model, batch: Batch, at: str, parameters: str) -> Tra
     if isinstance(batch, Tensor):
         return ask(batch, at=at, parameters=parameters)
     if isinstance(batch, Mapping):
-        named = cast(Mapping[str, Tensor], batch)
         if isinstance(net, Model):
-            return ask(*(named[n] for n in net.inputs), at=at, parameters=parameters)
-        return ask(**named, at=at, parameters=parameters)
+            return ask(*(batch[n] for n in net.inputs), at=at, parameters=parameters)
+        return ask(**batch, at=at, parameters=parameters)
     return ask(*batch, at=at, parameters=parameters)
 
 
