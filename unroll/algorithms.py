@@ -17,25 +17,7 @@ from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.expr import (
-    Add,
-    Expr,
-    Indicator,
-    Map,
-    Sym,
-    add,
-    as_constant,
-    constant,
-    depends,
-    prox,
-    scalar,
-    scale,
-    show_shape,
-    slot,
-    split,
-    substitute,
-    symbol,
-    walk,
-    zeros,
+    Add, Expr, Indicator, Map, Sym, add, as_constant, constant, depends, prox, scalar, scale, show_shape, slot, split, substitute, symbol, walk, zeros,
 )  # fmt: skip
 from unroll.parse import Place, Scope, nowhere, parse
 from unroll.problem import Problem, place_of

@@ -19,27 +19,8 @@ from unroll import algorithms, rewrites
 from unroll.algorithms import LIPSCHITZ, STEP, Options, state_of
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.expr import (
-    Add,
-    Expr,
-    Prox,
-    Sym,
-    add,
-    as_constant,
-    constant,
-    depends,
-    elementwise,
-    normalise,
-    prox,
-    scalar,
-    scale,
-    show_shape,
-    slot,
-    split,
-    substitute,
-    substitute_scalars,
-    symbol,
-    walk,
-    zeros,
+    Add, Expr, Prox, Sym, add, as_constant, constant, depends, elementwise, normalise, prox, scalar, scale, show_shape, slot, split, substitute,
+    substitute_scalars, symbol, walk, zeros,
 )  # fmt: skip
 from unroll.functions import Value, as_expr
 from unroll.parse import Place, Scope, parse, parse_constraint

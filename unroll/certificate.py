@@ -19,22 +19,7 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.prox import Parts
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add,
-    Expr,
-    Indicator,
-    Map,
-    Sum,
-    Sym,
-    add,
-    as_constant,
-    elementwise,
-    largest,
-    scale,
-    slot,
-    spectral_norm,
-    split,
-    times,
-    total,
+    Add, Expr, Indicator, Map, Sum, Sym, add, as_constant, elementwise, largest, scale, slot, spectral_norm, split, times, total,
 )  # fmt: skip
 
 u, w = slot(0), slot(1)

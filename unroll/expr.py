@@ -1051,7 +1051,7 @@ def trace(e: Expr) -> Expr:
             return family_sum(i, n, trace(body))
         case Mul(_, factors):
             turned = [matmul(*factors[i:], *factors[:i]) for i in range(len(factors))]
-            turned = [t for t in turned if (isinstance(t, Mul) and t.coef == 1) or t.is_scalar] or [e]
+            turned = [t for t in turned if isinstance(t, Mul) and t.coef == 1 or t.is_scalar] or [e]
             best = min(turned, key=lambda t: (not t.is_scalar, t.key))
             return best if best.is_scalar else _intern(Trace, best)
         case _:

@@ -9,32 +9,8 @@ from typing import Any, Literal, cast
 import sympy as sp
 
 from unroll.expr import (
-    ONE,
-    Expr,
-    ShapeError,
-    constant,
-    diag,
-    diagonal,
-    elementwise,
-    eye,
-    hold,
-    indicator,
-    inverse,
-    largest,
-    logdet,
-    logsumexp,
-    normalise,
-    ones,
-    operator,
-    show_shape,
-    slot,
-    softmax,
-    spectral,
-    spectral_norm,
-    total,
-    trace,
-    transpose,
-    zeros,
+    ONE, Expr, ShapeError, constant, diag, diagonal, elementwise, eye, hold, indicator, inverse, largest, logdet,
+    logsumexp, normalise, ones, operator, show_shape, slot, softmax, spectral, spectral_norm, total, trace, transpose, zeros,
 )  # fmt: skip
 
 Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias"]

@@ -15,23 +15,8 @@ import sympy as sp
 
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean, quote
 from unroll.expr import (
-    Expr,
-    ShapeError,
-    Sym,
-    add,
-    elementwise,
-    family_logsumexp,
-    family_softmax,
-    family_sum,
-    matmul,
-    member,
-    same,
-    scale,
-    show_shape,
-    slot,
-    spectral,
-    spectral_map,
-    transpose,
+    Expr, ShapeError, Sym, add, elementwise, family_logsumexp, family_softmax, family_sum, matmul, normalise, member, same, scale, show_shape, slot,
+    spectral, spectral_map, transpose,
 )  # fmt: skip
 from unroll.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
 

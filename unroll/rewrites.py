@@ -13,57 +13,16 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy as sp
 
-from unroll.errors import SpecError, did_you_mean, quote
+from unroll.errors import DeriveError, SpecError, did_you_mean, quote
 from unroll.expr import (
-    ONE,
-    Add,
-    Expr,
-    Eye,
-    FamilySoftmax,
-    FamilySum,
-    Hold,
-    Inverse,
-    LogDet,
-    Map,
-    Member,
-    Mul,
-    Prox,
-    Softmax,
-    Sum,
-    Sym,
-    Transpose,
-    add,
-    common_powers,
-    constant,
-    diagonal,
-    elementwise,
-    expand,
-    eye,
-    family_softmax,
-    family_sum,
-    free_indices,
-    inverse,
-    logdet,
-    matmul,
-    member,
-    mentions,
-    ones,
-    operator,
-    prox,
-    rebuild,
-    same,
-    scale,
-    slot,
-    softmax,
-    spectral_norm,
-    split,
-    total,
-    transpose,
+    ONE, Add, Expr, Eye, FamilySoftmax, FamilySum, Hold, Inverse, LogDet, Map, Member, Mul, Prox, Softmax, Sum, Sym, Transpose, add, common_powers, constant, diagonal, elementwise, expand,
+    eye, family_softmax, family_sum, free_indices, inverse, logdet, matmul, member, mentions, ones, operator, prox, rebuild, same, scale, slot, softmax, spectral_norm,
+    split, total, transpose,
 )  # fmt: skip
 from unroll.parse import Place, Scope, parse
 from unroll.show import text

@@ -10,44 +10,9 @@ from sympy.printing.latex import LatexPrinter
 from sympy.printing.str import StrPrinter
 
 from unroll.expr import (
-    Add,
-    Diag,
-    Diagonal,
-    Expr,
-    Eye,
-    FamilyLogSumExp,
-    FamilySoftmax,
-    FamilySum,
-    Hold,
-    Indicator,
-    Inverse,
-    LogDet,
-    LogSumExp,
-    Map,
-    Max,
-    Member,
-    Mul,
-    Node,
-    Normalise,
-    Ones,
-    Op,
-    Project,
-    Prox,
-    ProxMap,
-    Softmax,
-    Spectral,
-    SpectralMap,
-    SpectralNorm,
-    SpectralProx,
-    Sum,
-    Sym,
-    Trace,
-    Transpose,
-    Zero,
-    as_constant,
-    scale,
-    slot,
-    split,
+    Add, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
+    Normalise, Ones, Op, Project, Prox, ProxMap, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Sum, Sym, Trace, Transpose, Zero, as_constant,
+    scale, slot, split,
 )  # fmt: skip
 
 SUM, PRODUCT, UNARY, POWER, ATOM = range(5)
@@ -78,8 +43,8 @@ def _show(e: Expr | sp.Expr, d: Dialect) -> str:
 GREEK = {
     name: letter
     for name, letter in zip(
-        ["alpha", "beta", "gamma", "delta", "epsilon", "eps", "zeta", "eta", "theta", "kappa", "lam", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"],
-        ["α", "β", "γ", "δ", "ε", "ε", "ζ", "η", "θ", "κ", "λ", "λ", "μ", "ν", "ξ", "ρ", "σ", "τ", "φ", "χ", "ψ", "ω"],
+        "alpha beta gamma delta epsilon eps zeta eta theta kappa lam lambda mu nu xi rho sigma tau phi chi psi omega".split(),
+        "α β γ δ ε ε ζ η θ κ λ λ μ ν ξ ρ σ τ φ χ ψ ω".split(),
         strict=True,
     )
 }
