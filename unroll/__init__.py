@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unroll.api import compile, derive, loss, prox, save
+    from unroll.errors import DeriveError, SpecError, UnrollError
     from unroll.files import restore
     from unroll.laws import check
-    from unroll.errors import DeriveError, SpecError, UnrollError
     from unroll.losses import Loss
     from unroll.model.module import Model
     from unroll.network import Network
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
     from unroll.solver import solve
     from unroll.spec import load
     from unroll.weights import release_weights, restore_weights
+    from unroll.whitebox import white_box
 
 __version__ = "0.1.0"
 __all__ = [
     "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "loss", "prox",
-    "release_weights", "report", "restore", "restore_weights", "save", "solve",
+    "release_weights", "report", "restore", "restore_weights", "save", "solve", "white_box",
 ]  # fmt: skip
 
 _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
     "Loss": "losses", "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
-    "check": "laws", "solve": "solver", "report": "page",
+    "check": "laws", "solve": "solver", "white_box": "whitebox", "report": "page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "files", "save": "api",
 }  # fmt: skip
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from unroll.emit import Program, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
+from unroll.expr import LogDet, Sym, walk
 from unroll.formula import swap
 from unroll.problem import Problem
-from unroll.expr import LogDet, Sym, walk
 from unroll.replay import Replay, learned_value
 from unroll.step import Learned
 from unroll.trace import Measure, Trace, measure
@@ -112,7 +112,7 @@ class Network(nn.Module):
         given = self._bind(args, start)
         try:
             return super().forward(**given)
-        except torch.linalg.LinAlgError as e:
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             raise self._unsolved(given) from e
 
     def construct(self, *args: Tensor, **named: Tensor) -> Any:
@@ -153,7 +153,7 @@ class Network(nn.Module):
         found: list[Any] = []
         try:
             super().forward(**given, trace=found)
-        except torch.linalg.LinAlgError as e:
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             raise self._unsolved(given) from e
         rows = [r if isinstance(r, tuple) else (r,) for r in found]
         steps = {name: [r[i] for r in rows] for i, name in enumerate(self.variables)}
@@ -182,7 +182,7 @@ class Network(nn.Module):
         blocks, found = self.program.step.blocks or ("step",), list[Any]()
         try:
             super().forward(**given, trace=found)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             pass
         layer, block = divmod(max(len(found) - 1, 0), len(blocks))
         terms = next((p.terms for name, p in self.program.step.subproblems if name in (blocks[block], "")), {})
@@ -295,7 +295,7 @@ class Network(nn.Module):
                 raise UnrollError("E404", f"the objective needs a value for '{s.name}'", hint=f"give it by name: {s.name}=...")
         try:
             terms = self._evaluator(problem, source)(named)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             raise self._not_definite(named, place, problem) from None
         return {**terms, "total": sum(terms.values())}  # type: ignore[dict-item]
 
@@ -305,7 +305,7 @@ class Network(nn.Module):
             one = replace(problem, terms={name: e})
             try:
                 self.terms_of(one)(named)
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 return UnrollError("E409", f"the term {name} has a matrix that is not positive definite {place}".rstrip(), hint="values that are not finite, or float32 where float64 is needed")
         return UnrollError("E409", f"a matrix is not positive definite {place}".rstrip())
 

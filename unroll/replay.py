@@ -167,10 +167,11 @@ class Replay:
     def _weights(self, node: Softmax | FamilySoftmax, state: State) -> tuple[Literal["tokens", "members"], Tensor]:
         sizes = {index: n for a in self.step.assigns for index, n in _families(a.value)}
         free = sorted(free_indices(node) | ({node.index} if isinstance(node, FamilySoftmax) else set()))
-        heads = [state.values, state.numbers]
         counts = [Evaluator({}, state.numbers, {}).size(sizes[i]) for i in free]
-        places = torch.cartesian_prod(*(torch.arange(n) for n in counts)).reshape(-1, len(free)).tolist() if free else [[]]
-        found = [Evaluator(heads[0], heads[1], dict(zip(free, place, strict=True)))(node) for place in places]
+        places = (
+            torch.cartesian_prod(*(torch.arange(n) for n in counts)).reshape(-1, len(free)).tolist() if free else [[]]
+        )
+        found = [Evaluator(state.values, state.numbers, dict(zip(free, place, strict=True)))(node) for place in places]
         weights = torch.stack(torch.broadcast_tensors(*found), -3)
         if isinstance(node, FamilySoftmax):
             return "members", weights

@@ -144,7 +144,9 @@ class Trace:
     @cached_property
     def all_terms(self) -> dict[str, Tensor]:
         """Every term at the start and after every step: (steps + 1, ...). With parameters of the layers: of the layer before."""
-        return _stacked([self._before[0], *self._after] if self.labels else [self.evaluate(self._at(0), self._place(0), 0)])
+        return _stacked(
+            [self._before[0], *self._after] if self.labels else [self.evaluate(self._at(0), self._place(0), 0)]
+        )
 
     @cached_property
     def actual(self) -> dict[str, Tensor]:
@@ -190,7 +192,9 @@ class Trace:
     @cached_property
     def _after(self) -> list[dict[str, Tensor]]:
         """After every step, by the parameters of its layer."""
-        return [self.evaluate(self._at(k + 1), self._place(k + 1), layer - 1) for k, (layer, _) in enumerate(self.labels)]
+        return [
+            self.evaluate(self._at(k + 1), self._place(k + 1), layer - 1) for k, (layer, _) in enumerate(self.labels)
+        ]
 
     @cached_property
     def _before(self) -> list[dict[str, Tensor]]:
