@@ -48,13 +48,20 @@ def accuracy(train: Tensor, labels: Tensor, x: Tensor, y: Tensor, directions: in
 def measure(name: str, layers: int, directions: int, step: float, seed: int) -> list[dict[str, Any]]:
     x, y, x_test, y_test = samples(name, seed)
     members = F.one_hot(y).double().mT
-    options: Any = {"dims": {"d": x.shape[1], "K": len(members)}, "dtype": torch.float64, "overrides": [f"unroll.layers={layers}", f"unroll.step={step}"]}
+    options: Any = {
+        "dims": {"d": x.shape[1], "K": len(members)},
+        "dtype": torch.float64,
+        "overrides": [f"unroll.layers={layers}", f"unroll.step={step}"],
+    }
     flow = unroll.compile("rate_reduction_flow", **options)
     trace = flow.trace(X=x, Pi=members)
     net = unroll.compile("redunet", **options)
     after = net.construct(X=x, Pi=members)
     known = net.trace(X=x)
-    both = {"flow, with labels": (trace.iterates["Z"], None), "network, without": (known.iterates["Z"], net(x_test).detach())}
+    both = {
+        "flow, with labels": (trace.iterates["Z"], None),
+        "network, without": (known.iterates["Z"], net(x_test).detach()),
+    }
     assert torch.allclose(known.iterates["Z"][-1], after, atol=1e-10)
     rows: list[dict[str, Any]] = []
     for kind, (iterates, test) in both.items():

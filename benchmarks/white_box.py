@@ -54,7 +54,10 @@ def yardsticks(body: unroll.Network) -> list[unroll.Network]:
     """For each layer, the objective with its own subspaces."""
     learned = cast(Tensor, body.W).detach().double()
     dims = {n: body.program.dims[n] for n in ("d", "K", "p")}
-    return [unroll.compile("crate", dims=dims, parameters={"U": U}, dtype=torch.float64, overrides=["unroll.layers=1"]) for U in learned]
+    return [
+        unroll.compile("crate", dims=dims, parameters={"U": U}, dtype=torch.float64, overrides=["unroll.layers=1"])
+        for U in learned
+    ]
 
 
 def change(yard: unroll.Network, x: Tensor, before: Tensor, after: Tensor, term: str) -> Change:
@@ -109,7 +112,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks([r["layer"] for r in own])
         axis.set_xlabel("layer", fontsize=8)
         axis.margins(y=0.2)
-    figure.suptitle("A trained CRATE on held-out digits, every half of a layer (blue: as derived, red: against it)", fontsize=10)
+    figure.suptitle(
+        "A trained CRATE on held-out digits, every half of a layer (blue: as derived, red: against it)", fontsize=10
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -125,10 +130,22 @@ def main() -> None:
     data = make_data(spec.data, Shapes({}), {})
     splits = {"train": data.train.whole().to(torch.float32), "test": data.validation.to(torch.float32)}
     accuracy = {name: labels.held_out(net, split, spec.train)["accuracy"] for name, split in splits.items()}
-    print(f"accuracy: train {accuracy['train']:.1%}, test {accuracy['test']:.1%}; {run.steps} steps, {run.seconds:.0f} s")
+    print(
+        f"accuracy: train {accuracy['train']:.1%}, test {accuracy['test']:.1%}; {run.steps} steps, {run.seconds:.0f} s"
+    )
     images = splits["test"].inputs["image"]
     rows = changes(net, images)
-    write("white_box", rows, threads=1, seed=args.seed, spec=SPEC, accuracy=accuracy, steps=run.steps, seconds=run.seconds, images=len(images))
+    write(
+        "white_box",
+        rows,
+        threads=1,
+        seed=args.seed,
+        spec=SPEC,
+        accuracy=accuracy,
+        steps=run.steps,
+        seconds=run.seconds,
+        images=len(images),
+    )
     picture(rows, ROOT / "docs" / "crate_digits.png")
 
 
