@@ -88,7 +88,15 @@ def networks(names: list[str], seed: int) -> Iterator[tuple[str, nn.Module]]:
 
 def settings_of(spec: Spec, lr: float, steps: int | None, seed: int) -> Train:
     assert spec.train is not None
-    return Train.model_validate({**spec.train.model_dump(exclude_unset=True), "lr": lr, "keep": "last", "seed": seed, **({"steps": steps} if steps else {})})
+    return Train.model_validate(
+        {
+            **spec.train.model_dump(exclude_unset=True),
+            "lr": lr,
+            "keep": "last",
+            "seed": seed,
+            **({"steps": steps} if steps else {}),
+        }
+    )
 
 
 def measure(name: str, net: nn.Module, data: Data, settings: Train) -> dict[str, Any]:
@@ -117,7 +125,14 @@ def main() -> None:
     for lr in args.lr:
         for name, net in networks(args.networks, args.seed):
             rows.append(measure(name, net, data, settings_of(spec, lr, args.steps, args.seed)))
-            write("text_models", rows, threads=1, seed=args.seed, train=spec.train.model_dump(mode="json") if spec.train else {}, text=spec.data.model_dump(mode="json"))
+            write(
+                "text_models",
+                rows,
+                threads=1,
+                seed=args.seed,
+                train=spec.train.model_dump(mode="json") if spec.train else {},
+                text=spec.data.model_dump(mode="json"),
+            )
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def specs() -> str:
         assert spec.unroll is not None
         schemes = (spec.unroll, *spec.unroll.blocks)
         learned = ", ".join(f"`{n}`" for s in schemes for n in s.learn) or "nothing"
-        algorithm = spec.unroll.algorithm or ", ".join(dict.fromkeys(b.algorithm for b in spec.unroll.blocks))
+        algorithm = spec.unroll.algorithm or ", ".join(dict.fromkeys(b.algorithm for b in spec.unroll.blocks if b.algorithm))
         link = f"[{name}](specs/{name}.yaml)"
         return link, str(spec.objective), algorithm, str(spec.unroll.layers), learned, spec.source
 
@@ -227,7 +227,24 @@ def measured() -> str:
         (f"NMSE of noiseless codes at depth 16, m = 250, n = 500: {row['network']}", f"{row['NMSE (mean dB)']:.1f} dB")
         for row in found["sparse_coding"]
     ]
+    rows += _white_box(found)
     return table("what | measured", iter(rows))
+
+
+def _white_box(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    for row in found["redunet"]:
+        rate = f"{row['rate reduction, first']:.2f} to {row['last']:.2f}, {row['falls']} falls in {row['layers']} layers"
+        test = "" if row["test after"] == "-" else f"; test {row['test before']:.1%} to {row['test after']:.1%}"
+        right = f"nearest subspace: train {row['train before']:.1%} to {row['after']:.1%}{test}"
+        yield f"rate reduction of {row['data']}, {row['features']}", f"{rate}; {right}"
+    for row in (r for r in found["text_models"] if r["lr"] == found["text_models"][0]["lr"]):
+        name = "a plain GPT block" if row["network"] == "gpt" else f"`{row['network']}`"
+        yield f"Python documentation, held out: {name}, {row['parameters']:,} parameters", f"{row['bits per character']:.2f} bits per character after {row['steps']:,} steps"
+    changes = found["white_box"]
+    for term, tokens in dict.fromkeys((r["term"], r["tokens"]) for r in changes):
+        own = [r for r in changes if (r["term"], r["tokens"]) == (term, tokens)]
+        good = sum(r["improves"] == "yes" for r in own)
+        yield f"`crate_digits`, {own[0]['half']} halves that improve {term}, tokens {tokens}", f"{good} of {len(own)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
