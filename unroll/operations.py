@@ -262,7 +262,10 @@ def _at(a: Text, b: Text) -> Text:
 
 
 def einsum(out: Node, a: Operand, b: Operand) -> Text:
-    """The general contraction, one letter per axis; an index missing from the result is summed over."""
+    """The general contraction, one letter per axis; an index missing from the result is summed over.
+
+    What has batch axes comes first: the result is then laid out token by token, features together, as it is stored.
+    """
     turns = ({"r": "i", "c": "k"}, {"r": "k", "c": "j"}, {"r": "i", "c": "j"})
     families = list(dict.fromkeys(k for x in (a, b) for k, _ in x.node.families))
     letters = dict(zip(families, "hgfedcba", strict=False))
@@ -270,8 +273,9 @@ def einsum(out: Node, a: Operand, b: Operand) -> Text:
     def word(tags: Tags, turn: Mapping[str, str]) -> str:
         return "".join("..." if t == "*" else turn.get(t) or letters[t] for t in tags)
 
-    spec = f"{word(a.tags, turns[0])},{word(b.tags, turns[1])}->{word(out.tags, turns[2])}"
-    return Text(f'torch.einsum("{spec}", {a.text.code}, {b.text.code})')
+    words = [(word(a.tags, turns[0]), a), (word(b.tags, turns[1]), b)]
+    (first, x), (second, y) = sorted(words, key=lambda w: not w[1].node.batched)
+    return Text(f'torch.einsum("{first},{second}->{word(out.tags, turns[2])}", {x.text.code}, {y.text.code})')
 
 
 def _scale_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
