@@ -98,6 +98,11 @@ class Operand(View):
 
     text: Text
 
+    @property
+    def turned(self) -> Operand:
+        """The transpose."""
+        return Operand(self.node, not self.flip, self.text)
+
     def ordered(self, order: str) -> Text:
         """The text with its two matrix axes in this order, "rc" or "cr" """
         both = "r" in self.tags and "c" in self.tags
@@ -239,6 +244,8 @@ def _add_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """a @ b. With batch axes the stored tensors are transposed, so the product is b.T @ a.T."""
     a, b = args
+    if (short := _weighed_sum(a, b) or _weighed_sum(b.turned, a.turned)) is not None:
+        return short
     if a.node.families or b.node.families or a.shape[1] == 1:
         return einsum(out, a, b)
     if not out.batched:
@@ -255,6 +262,15 @@ def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
             return _at(a.text, b.ordered("rc"))
         case _:
             return _at(b.ordered("cr"), a.ordered("cr"))
+
+
+def _weighed_sum(a: Operand, v: Operand) -> Text | None:
+    """A v for every one of a family and a batch: the columns of A weighed and added up, no product being worth its call."""
+    thin = v.shape[1] == 1 and 1 not in a.shape
+    if not (thin and a.node.batched and v.node.batched and v.node.families and a.node.families == v.node.families):
+        return None
+    weighed = f"{a.text.at(PRODUCT)} * {v.turned.aligned(a.tags).at(UNARY)}"
+    return Text(f"({weighed}).sum({_axis(a, 'c')})")
 
 
 def _at(a: Text, b: Text) -> Text:
