@@ -98,6 +98,11 @@ class Operand(View):
 
     text: Text
 
+    @property
+    def turned(self) -> Operand:
+        """The transpose."""
+        return Operand(self.node, not self.flip, self.text)
+
     def ordered(self, order: str) -> Text:
         """The text with its two matrix axes in this order, "rc" or "cr" """
         both = "r" in self.tags and "c" in self.tags
@@ -239,6 +244,8 @@ def _add_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """a @ b. With batch axes the stored tensors are transposed, so the product is b.T @ a.T."""
     a, b = args
+    if (short := _weighed_sum(a, b) or _weighed_sum(b.turned, a.turned)) is not None:
+        return short
     if a.node.families or b.node.families or a.shape[1] == 1:
         return einsum(out, a, b)
     if not out.batched:
@@ -257,12 +264,24 @@ def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
             return _at(b.ordered("cr"), a.ordered("cr"))
 
 
+def _weighed_sum(a: Operand, v: Operand) -> Text | None:
+    """A v for every one of a family and a batch: the columns of A weighed and added up, no product being worth its call."""
+    thin = v.shape[1] == 1 and 1 not in a.shape
+    if not (thin and a.node.batched and v.node.batched and v.node.families and a.node.families == v.node.families):
+        return None
+    weighed = f"{a.text.at(PRODUCT)} * {v.turned.aligned(a.tags).at(UNARY)}"
+    return Text(f"({weighed}).sum({_axis(a, 'c')})")
+
+
 def _at(a: Text, b: Text) -> Text:
     return Text(f"{a.at(PRODUCT)} @ {b.at(UNARY)}", PRODUCT)
 
 
 def einsum(out: Node, a: Operand, b: Operand) -> Text:
-    """The general contraction, one letter per axis; an index missing from the result is summed over."""
+    """The general contraction, one letter per axis; an index missing from the result is summed over.
+
+    What has batch axes comes first: the result is then laid out token by token, features together, as it is stored.
+    """
     turns = ({"r": "i", "c": "k"}, {"r": "k", "c": "j"}, {"r": "i", "c": "j"})
     families = list(dict.fromkeys(k for x in (a, b) for k, _ in x.node.families))
     letters = dict(zip(families, "hgfedcba", strict=False))
@@ -270,8 +289,9 @@ def einsum(out: Node, a: Operand, b: Operand) -> Text:
     def word(tags: Tags, turn: Mapping[str, str]) -> str:
         return "".join("..." if t == "*" else turn.get(t) or letters[t] for t in tags)
 
-    spec = f"{word(a.tags, turns[0])},{word(b.tags, turns[1])}->{word(out.tags, turns[2])}"
-    return Text(f'torch.einsum("{spec}", {a.text.code}, {b.text.code})')
+    words = [(word(a.tags, turns[0]), a), (word(b.tags, turns[1]), b)]
+    (first, x), (second, y) = sorted(words, key=lambda w: not w[1].node.batched)
+    return Text(f'torch.einsum("{first},{second}->{word(out.tags, turns[2])}", {x.text.code}, {y.text.code})')
 
 
 def _scale_text(out: Node, args: Sequence[Operand], c: Context) -> Text:

@@ -6,6 +6,8 @@ order       the order of multiplication with the least work, given sizes, depth 
 attention   V softmax(scale V' V) is one fused operation
 contract    a sum over a family of products is one contraction
 parseval    lengths of signals, and their weighed sums over a family, are taken per frequency: no signal is needed then
+outer       a column times a row is an elementwise product, each repeated along the other
+shared      a formula that contains another one reads its value
 hoist       what does not depend on the layer leaves the loop (read off the stages)
 """
 
@@ -401,5 +403,56 @@ def _sum_of(graph: Graph, signal: int, reader: int) -> int | None:
     return after[0] if plain else None
 
 
+
+
+def outer(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """u v' -> u * v': a broadcast, where a product of matrices would be called for every one of a batch."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "matmul" or node.symmetric or b.view(inputs[0]).shape[1] != 1:
+            return None
+        count += 1
+        return b.map(slot(0) * slot(1), inputs)
+
+    out = rewrite(graph, rule)
+    return out, f"{count} products of a column and a row became broadcasts"
+
+
+def shared(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """f(x) beside g(f(x), y) is computed once: value numbering of formulas within formulas."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "map":
+            return None
+        for i, other in b.nodes.items():
+            found = _within(other, node, inputs) if other.op == "map" and other.shape != (ONE, ONE) else None
+            if found is not None:
+                count += 1
+                return b.map(*_pruned(found, (*inputs, Ref(i))))
+        return None
+
+    out = rewrite(graph, rule)
+    return out, f"{count} formulas read one that is known"
+
+
+def _within(part: Node, whole: Node, inputs: tuple[Ref, ...]) -> sp.Expr | None:
+    """The formula of `whole` (a function of `inputs`) with a further slot in the place of `part`, if it contains that."""
+    if not set(part.inputs) <= set(inputs):
+        return None
+    inner = swap(part.attrs[0], {slot(k): slot(inputs.index(r)) for k, r in enumerate(part.inputs)})
+    outer: sp.Expr = whole.attrs[0]
+    return outer.xreplace({inner: slot(len(inputs))}) if inner != outer and outer.has(inner) else None
+
+
+def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref, ...]]:
+    """A formula without the slots that it does not read."""
+    kept = [i for i in range(len(refs)) if profile.has(slot(i))]
+    return swap(profile, {slot(i): slot(j) for j, i in enumerate(kept)}), tuple(refs[i] for i in kept)
+
+
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
-PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("attention", attention), ("contract", contract), ("parseval", parseval))
+PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("attention", attention), ("contract", contract), ("parseval", parseval), ("outer", outer), ("shared", shared))

@@ -28,6 +28,9 @@ def emit(prox: ScalarProx, name: str) -> str:
     """One function NAME(v, *scalars) and the autograd rule behind it; scalars are tensors that broadcast against v."""
     prox, arguments = _named(prox)
     args = ", ".join(["v", *arguments])
+    if (end := one_sided(prox)) is not None:  # autograd keeps the output of a relu alone, and so needs no rule
+        gap = "v" if end == 0 else f"v - {_grouped(torch_text(end)) if end.is_Add else torch_text(end)}"
+        return f'def {name}({args}):\n    """{_docline(prox)}"""\n    return torch.relu({gap})\n'
     saved = ", ".join(["z", *arguments])
     unpack = f"        {saved}, = ctx.saved_tensors" if not arguments else f"        {saved} = ctx.saved_tensors"
     return "\n".join(
@@ -134,6 +137,17 @@ def textbook(prox: ScalarProx) -> sp.Expr | None:
             return None
     assert out is not None
     return sp.sign(prox.v) * out.xreplace({x: sp.Abs(prox.v)}) if prox.even else out.xreplace({x: prox.v})
+
+
+def one_sided(prox: ScalarProx) -> sp.Expr | None:
+    """c for a prox that is max(0, v - c)."""
+    if prox.mode != "threshold" or prox.even or any(r.kind != "linear" for p in prox.parts for r in p.roots):
+        return None
+    match [(end, value) for end, value, _ in segments(prox)]:
+        case [(end, sp.S.Zero), (_, value)] if sp.expand(value - (prox.x - end)) == 0:
+            return end
+        case _:
+            return None
 
 
 def _threshold(prox: ScalarProx, v: str) -> list[str]:
