@@ -108,3 +108,10 @@ def test_what_a_trace_cannot_measure_is_refused(asked: dict[str, object]) -> Non
     with pytest.raises(UnrollError) as e:
         crate().trace(tokens(), **asked)
     assert e.value.code == "E404"
+
+
+@pytest.mark.parametrize("name", ["crate_digits", "redunet", "palm", "mixture_denoiser", "tost"])
+def test_the_page_of_a_layer_with_blocks_tells_what_each_layer_does(name, tmp_path):
+    page = unroll.report(name, tmp_path / "page.html", overrides=["unroll.layers=2"]).read_text(encoding="utf-8")
+    assert ("What each layer does" in page) == (name != "redunet")
+    assert len(page) < 400_000

@@ -24,7 +24,8 @@ def report(source: Source, path: str | os.PathLike[str], *, overrides: Sequence[
     run = _run_folder(source)
     spec = read(source if run is None else run / "spec.yaml", overrides)
     derivation = derive(spec)
-    sections = [*_of_spec(spec, derivation), *(_of_run(run) if run is not None else ()), *_of_network(derivation)]
+    measured = _of_layers(spec) if run is None else _of_trained(run)
+    sections = [*_of_spec(spec, derivation), *(_of_run(run) if run is not None else ()), *measured, *_of_network(derivation)]
     target.write_text(html.page(spec.title, derivation.problem.about, sections), encoding="utf-8")
     return target
 
@@ -49,6 +50,56 @@ def _of_network(derivation: Derivation) -> Iterator[Section]:
     program = build(derivation)
     yield "Graph of one layer", html.scrolled(svg(program.graph)) + html.preformatted("\n".join(program.log))
     yield "Module", html.python(stage(derivation.spec, "source"))
+
+
+# --- what each layer did ----------------------------------------------------------------------------------------------
+
+MOST_ROWS, SAMPLES, TOKENS = 120, 16, 32
+
+
+def _of_layers(spec: Spec) -> Iterator[Section]:
+    """The untrained layers on drawn inputs; nothing where an input cannot be drawn (data that a network is worked out on)."""
+    import torch
+
+    from unroll.api import compile_layers
+
+    open_sizes = {d: TOKENS for d, n in spec.dims.items() if not isinstance(n, int)}
+    net = compile_layers(spec, dims={d: n for d, n in open_sizes.items() if spec.dims[d] != "dynamic"})
+    if not net.built or not net.inputs:
+        return
+    symbols, generator = net.program.problem.symbols, torch.Generator().manual_seed(0)
+    batch: dict[str, torch.Tensor] = {}
+    for name in net.program.problem.symbols:
+        s = symbols[name]
+        if s.role == "input":
+            sizes = [TOKENS if n is None else n for n in net.program.tensor_sizes(s)]
+            drawn = torch.randn(SAMPLES, *sizes, generator=generator)
+            batch[name] = drawn.abs() if "positive" in s.props else drawn
+    note = f"Untrained, on {SAMPLES} samples drawn from a Gaussian: what the derivation leads one to expect, not what training makes of it."
+    yield "What each layer does", _did(net, [batch], note)
+
+
+def _of_trained(folder: Path) -> Iterator[Section]:
+    """The trained network of a run on its held-out samples."""
+    from unroll.train.run import trained_on
+
+    if (folder / "weights.safetensors").is_file():
+        net, batches = trained_on(folder)
+        yield "What each layer does", _did(net, batches, "Trained, on the held-out samples of the run, each step measured with its own layer's parameters.")
+
+
+def _did(net: Any, batches: Any, note: str) -> str:
+    """Every term after every step as curves, and predicted and actual changes as a table."""
+    from unroll.whitebox import HEAD, white_box
+
+    found = white_box(net, batches)
+    curves = {term: [float(v) for v in found.values[term].mean] for term in found.terms}
+    zeros = {name: [float(v) for v in m.mean] for name, m in found.zeros.items()}
+    rows = [(*r[:-2], r[-2], r[-1]) for r in found.rows()]
+    cut = f"<p>The first {MOST_ROWS} of {len(rows)} rows.</p>" if len(rows) > MOST_ROWS else ""
+    step = "step (blocks one after the other)" if len(set(b for _, b in found.labels)) > 1 else "layer"
+    charts = html.lines(curves, step, "term of the objective") + html.lines(zeros, step, "share of zeros")
+    return f"<p>{note}</p>" + charts + html.folded("every step", html.table(HEAD, rows[:MOST_ROWS]) + cut)
 
 
 def _laws(spec: Spec) -> str:

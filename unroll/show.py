@@ -185,7 +185,7 @@ _PRETTY = Dialect(_scalar_pretty, " ", "{} {}", " + ", " − ", "{}ᵀ", "({})",
 _LATEX = Dialect(_scalar_latex, r"\, ", r"{} \, {}", " + ", " - ", r"{}^{{\top}}", r"\left({}\right)", {
     "sumsq": r"\left\|{}\right\|_F^2", "norm1": r"\left\|{}\right\|_1", "dot": r"\left\langle {}, {}\right\rangle", "norm2": r"\left\|{}\right\|_F",
     "sum": r"\sum {}", "sum_axis": r"\operatorname{{sum}}_{{1}}({0})", "group": r"\left\|{}\right\|_{{2,1;{}}}", "eye": r"I_{{{}}}",
-    "ones": r"\mathbf{{1}}_{{{} \times {}}}", "zeros": r"0_{{{} \times {}}}", "member": r"{}_{{{}}}", "inverse": r"\left({}\right)^{{-1}}",
+    "ones": r"\mathbf{{1}}_{{{} \times {}}}", "zeros": r"0_{{{} \times {}}}", "member": r"{{{}}}_{{{}}}", "inverse": r"\left({}\right)^{{-1}}",
     "diag": r"\operatorname{{diag}}({})", "diagonal": r"\operatorname{{diagonal}}({})", "softmax": r"\operatorname{{softmax}}_{1}({0})",
     "logsumexp": r"\operatorname{{lse}}({})", "logsumexp_axis": r"\operatorname{{lse}}_{1}({0})", "max": r"\max({})", "max_axis": r"\max_{1}({0})",
     "trace": r"\operatorname{{tr}}\left({}\right)", "logdet": r"\log\det\left({}\right)", "nuclear": r"\left\|{}\right\|_*",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unroll.errors import UnrollError
 from unroll.model.module import Model
 from unroll.network import Network
 from unroll.trace import Trace, is_constraint
@@ -110,7 +111,8 @@ def white_box(
         with torch.no_grad():
             trace = _traced(net, batch, at, parameters)
             _count(trace, names, found)
-    assert trace is not None, "white_box needs at least one batch"
+    if trace is None:
+        raise UnrollError("E404", "there is no batch to measure on", hint="a list of tensors, or of {name: tensor}")
     return Measured(trace.labels, problem.sign, claims(body), trace.own, at, found)
 
 

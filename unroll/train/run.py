@@ -135,14 +135,20 @@ def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
 
 def trained(folder: str | Path) -> Any:
     """The network of a finished run, with its trained weights. Raises SpecError E510 if the folder holds none."""
+    return trained_on(folder)[0]
+
+
+def trained_on(folder: str | Path) -> tuple[Any, list[Tensors]]:
+    """The network of a finished run, and the inputs of its held-out samples in batches. Raises SpecError E510."""
     from unroll.train.engine import read_weights
 
     job = _read_start(Path(folder), None)
     if not (job.folder / "weights.safetensors").is_file():
         raise SpecError("E510", f"the run in '{job.folder}' is not finished", hint=f"unroll train --resume {job.folder}")
-    _, net = ready(job)
+    data, net = ready(job)
     read_weights(net, job.folder / "weights.safetensors")
-    return net.eval()
+    held, size = data.validation, job.settings.batch
+    return net.eval(), [held[slice(k, k + size)].inputs for k in range(0, len(held), size)]
 
 
 def _train(job: Job, device: str, devices: int) -> Run:
