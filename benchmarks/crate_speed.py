@@ -15,6 +15,8 @@ from _timing import Run, against, interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import unroll
+
 Build = Callable[[dict[str, Tensor]], nn.Module]
 """Makes images (B, 3, 224, 224) → logits (B, 1000) with the weights of a released state dict."""
 
@@ -28,6 +30,24 @@ def modules(emitted: Build | None, device: str) -> dict[str, nn.Module]:
     faster.load_state_dict(expert.state_dict())
     found = {EXPERT: expert, "by hand, fused attention": faster}
     return found if emitted is None else {"emitted": emitted(expert.state_dict()).to(device), **found}
+
+
+def emitted(state: dict[str, Tensor]) -> nn.Module:
+    """The layers of specs/crate.yaml with the patches and the head written by hand around them."""
+    net, layers = Crate(fused), unroll.compile("crate")
+    net.load_state_dict(state)
+    with torch.no_grad():
+        for i in range(layers.layers):
+            one, two = (f"transformer.layers.{i}.{part}" for part in (0, 1))
+            layers.W[i] = state[f"{one}.fn.qkv.weight"].unflatten(0, (6, 64)).mT
+            layers.W_out[i] = state[f"{one}.fn.to_out.0.weight"].unflatten(1, (6, 64)).movedim(1, 0)
+            layers.W_out_bias[i] = state[f"{one}.fn.to_out.0.bias"]
+            layers.Q[i] = state[f"{two}.fn.weight"]
+            for norm, at in (("compress", one), ("sparsify", two)):
+                getattr(layers, f"{norm}_norm_weight")[i] = state[f"{at}.norm.weight"]
+                getattr(layers, f"{norm}_norm_bias")[i] = state[f"{at}.norm.bias"]
+    net.transformer = layers
+    return net
 
 
 def forward(net: nn.Module, images: Tensor) -> Run:
@@ -78,7 +98,7 @@ def measure(emitted: Build | None, batch: int, rounds: int, device: str) -> list
     return rows
 
 
-def main(emitted: Build | None = None) -> None:
+def main(emitted: Build | None = emitted) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from _experts import redunet_construct
@@ -14,6 +15,8 @@ from _record import write
 from _timing import Run, against, interleaved
 from torch import Tensor
 from torch.nn import functional as F
+
+import unroll
 
 Construct = Callable[[Tensor, Tensor, int], Tensor]
 """(features (m, d) of unit norm, labels (m,), layers) → features after the last layer; η = 0.5, ε² = 0.1."""
@@ -31,6 +34,18 @@ def mixture(m: int, d: int, K: int, device: str) -> tuple[Tensor, Tensor]:
     codes = torch.randn(m, 1, bases.shape[1], device=device)
     z = (codes @ F.normalize(bases, dim=-1)[labels]).squeeze(1) + 0.1 * torch.randn(m, d, device=device)
     return F.normalize(z, dim=-1), labels
+
+
+def emitted(z: Tensor, labels: Tensor, layers: int) -> Tensor:
+    """`construct` of specs/redunet.yaml; compiling is not part of it."""
+    members = F.one_hot(labels).to(z).mT
+    return network(z.shape[1], len(members), layers, str(z.device)).construct(X=z, Pi=members)
+
+
+@cache
+def network(d: int, K: int, layers: int, device: str) -> unroll.Network:
+    sizes = {"d": d, "K": K}
+    return unroll.compile("redunet", dims=sizes, overrides=[f"unroll.layers={layers}"], device=device)
 
 
 def inverses(d: int, K: int, layers: int, device: str) -> Run:
@@ -62,7 +77,7 @@ def measure(construct: Construct | None, device: str, rounds: int) -> list[dict[
     return rows
 
 
-def main(construct: Construct | None = None) -> None:
+def main(construct: Construct | None = emitted) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")

@@ -18,14 +18,31 @@ from _record import write
 from _timing import Run, once, peak_mb
 from torch import Tensor, nn
 
+import unroll
+
 D, K = 192, 4
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Emitted(nn.Module):
+    """One layer of a spec at these sizes: norm and residual are in it too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer = unroll.compile(name, dims={"d": D, "K": K, "p": D // K}, overrides=["unroll.layers=1"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "softmax, explicit": lambda: SubspaceAttention(D, K, D // K, explicit),
     "softmax, fused": lambda: SubspaceAttention(D, K, D // K, fused),
+    "attention_only, emitted": lambda: Emitted("attention_only"),
     "token statistics": lambda: TokenStatistics(D, K, D // K),
+    "tost, emitted": lambda: Emitted("tost"),
 }
-"""Name → a module (1, N, D) → (1, N, D).  An emitted mixer is one more line."""
+"""Name → a module (1, N, D) → (1, N, D)."""
 
 
 def needed_gb(mixer: str, n: int) -> float:

@@ -256,3 +256,27 @@ def test_graphs_are_shown_as_text_mermaid_and_svg() -> None:
     assert len(root.findall("{http://www.w3.org/2000/svg}rect")) == sum(
         n.stage != Stage.CONSTANT for n in graph.nodes.values()
     )
+
+
+def test_a_column_times_a_row_is_a_broadcast() -> None:
+    e = matmul(Q, transpose(W))
+    optimised = compiled(e, SHAPES[0])
+    assert ops(optimised.graph, "matmul") == 0
+    given = values(SHAPES[0], (2, 3), 0)
+    assert torch.allclose(emitted(e, SHAPES[0], given), given[Q] @ given[W].mT, atol=1e-12)
+
+
+def test_a_formula_within_another_is_computed_once() -> None:
+    square = elementwise(slot(0) ** 2, Z)
+    e = elementwise(slot(0) / (1 + slot(1)), square, total(square, 1))
+    text = emit.objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
+    assert text.count(".square()") == 1
+    given = values(SHAPES[0], (3,), 0)
+    squared = given[Z] ** 2
+    assert torch.allclose(emitted(e, SHAPES[0], given), squared / (1 + squared.sum(-1, keepdim=True)), atol=1e-12)
+
+
+def test_heads_are_laid_out_token_by_token() -> None:
+    e = family_sum("k", K, elementwise(sp.sin(slot(0)), total(matmul(transpose(member(U, "k")), X))))
+    text = emit.objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
+    assert 'einsum("...' in text, "what has batch axes comes first"

@@ -427,3 +427,18 @@ def test_the_slope_is_the_derivative_at_the_output():
     slope = sp.lambdify((u, prox.t, lam, al), prox.slope)
     assert slope(0, 1, 1, 1) == 0 and slope(0.3, 1, 1, 1) == 0.5
     assert gam not in prox.slope.free_symbols
+
+
+def test_a_one_sided_threshold_needs_no_rule_of_its_own() -> None:
+    u, lam = sp.Symbol("u", real=True), sp.Symbol("lam", positive=True)
+    source = derive_prox(lam * u, u, (sp.Integer(0), sp.oo)).source("prox")
+    assert "autograd" not in source
+    names: dict = {"torch": torch}
+    exec(source, names)
+    v = torch.tensor([-1.0, 0.2, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    out = names["prox"](v, torch.tensor(1.0, dtype=torch.float64), t)
+    assert out.tolist() == pytest.approx([0, 0, 0, 1.7])
+    slopes = torch.autograd.grad(out.sum(), (v, t))
+    assert slopes[0].tolist() == [0, 0, 0, 1]
+    assert float(slopes[1]) == -1

@@ -265,7 +265,7 @@ def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 
 def _weighed_sum(a: Operand, v: Operand) -> Text | None:
-    """A v for every one of a family and a batch: the columns of A weighed and added up, no product being worth its call."""
+    """A v for every one of a family and a batch: columns of A weighed and added, cheaper than a call for each."""
     thin = v.shape[1] == 1 and 1 not in a.shape
     if not (thin and a.node.batched and v.node.batched and v.node.families and a.node.families == v.node.families):
         return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import networkx as nx
 import sympy as sp
@@ -440,12 +441,12 @@ def shared(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
 
 def _within(part: Node, whole: Node, inputs: tuple[Ref, ...]) -> sp.Expr | None:
-    """The formula of `whole` (a function of `inputs`) with a further slot in the place of `part`, if it contains that."""
+    """The formula of `whole`, a function of `inputs`, with a further slot for `part`, if it contains that."""
     if not set(part.inputs) <= set(inputs):
         return None
     inner = swap(part.attrs[0], {slot(k): slot(inputs.index(r)) for k, r in enumerate(part.inputs)})
     outer: sp.Expr = whole.attrs[0]
-    return outer.xreplace({inner: slot(len(inputs))}) if inner != outer and outer.has(inner) else None
+    return cast(sp.Expr, outer.xreplace({inner: slot(len(inputs))})) if inner != outer and outer.has(inner) else None
 
 
 def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref, ...]]:
