@@ -11,6 +11,7 @@ from library_objectives import NAMES, drawn
 from random_expressions import DIMS, LAM, SYMBOLS, K, M, N, Q, T, Z, values
 from torch import Tensor
 
+import unroll
 from unroll.calculus.curvature import Bounds, bounds, operator_norm, smoothness
 from unroll.errors import DeriveError
 from unroll.evaluate import evaluate
@@ -266,3 +267,22 @@ def test_an_unknown_sign_is_bounded_both_ways() -> None:
     for sign in (-1.0, 1.0):
         inside(found, bumps, Q, {**given(0), Q: 0 * given(0)[Q]}, {**SCALARS, a: sign})
     assert substitute(e, {Q: Q}) is e and {K, M} <= set(DIMS)
+
+
+def test_members_that_mix_the_columns_differently_do_not_share_them() -> None:
+    """Weights of different columns, moved to the same one by each member's own matrix: the curvatures add up."""
+    written = """
+    dims: {d: 4, N: 2, K: 2}
+    variables: {Z: [d, N]}
+    inputs: {X: [d, N]}
+    parameters: {P: [K, N, N], v: {family: K, shape: [N], positive: true}}
+    minimize: {rates: "1/2 * sum(logdet(I(d) + Z @ P[k] @ diag(v[k]) @ P[k].T @ Z.T) for k in K)", fit: 1/2 * sumsq(X - Z)}
+    unroll: {algorithm: gradient_descent, layers: 1}
+    """
+    eye = torch.eye(2, dtype=torch.float64)
+    net = unroll.compile(written, parameters={"P": torch.stack([eye, eye.flip(0)]), "v": eye}, dtype=torch.float64)
+    zero = torch.zeros(2, 4, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda z: net.objective(X=zero, Z=z)["total"], zero).reshape(8, 8)
+    largest = float(torch.linalg.eigvalsh(hessian).max())  # type: ignore[arg-type]
+    assert largest == pytest.approx(3)  # 1 of the fit, 1 of each rate: both see the first column
+    assert float(net.get_buffer("step")) <= 1 / largest + 1e-12

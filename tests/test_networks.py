@@ -268,3 +268,24 @@ def test_dropout_and_drop_path_act_on_the_update_while_training_only() -> None:
     assert torch.allclose(moved[kept], torch.tensor(1 / 0.75, dtype=torch.float64))
     gone = (steps[5] == steps[4]).flatten(1).all(1)  # layer 3: chance 1/3
     assert abs(float(gone.double().mean()) - 1 / 3) < 0.03
+
+
+def test_the_momentum_of_a_block_follows_its_own_steps() -> None:
+    """Chambolle and Dossal: (k - 1)/(k + a) in step k of the block, in whatever layer."""
+    written = """
+    dims: {m: 5, n: 7}
+    variables: {z: [n]}
+    inputs: {x: [m]}
+    parameters: {A: [m, n]}
+    minimize: {fit: 1/2 * sumsq(x - A @ z), sparsity: 0.1 * norm1(z)}
+    unroll: {layers: 2, blocks: [{block: code, algorithm: fista, steps: 3, step: 0.1, momentum: chambolle_dossal(3)}]}
+    """
+    a, x = drawn(5, 7), drawn(4, 5, seed=1)
+    net = unroll.compile(written, parameters={"A": a}, dtype=torch.float64)
+    z = torch.zeros(4, 7, dtype=torch.float64)
+    for _ in range(2):
+        y = z
+        for k in (1, 2, 3):
+            fresh = torch.nn.functional.softshrink(y + 0.1 * (x - y @ a.mT) @ a, 0.01)
+            y, z = fresh + (k - 1) / (k + 3) * (fresh - z), fresh
+    assert torch.allclose(net(x), z, rtol=0, atol=EXACT)

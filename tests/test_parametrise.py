@@ -254,3 +254,41 @@ def test_a_parameter_that_would_do_nothing_is_refused(name: str) -> None:
     assert refused.value.code.startswith(code) and refused.value.where is not None
     if code == "E305":
         assert "the step" in str(refused.value)
+
+
+TWO_BLOCKS = """
+dims: {{m: 5, n: 7}}
+variables: {{z: [n]}}
+inputs: {{x: [m]}}
+parameters: {{A: [m, n], B: [m, n]}}
+scalars: {{lam: 0.1, {scalar}: 0.5}}
+minimize: {{fit: 1/2 * sumsq(x - A @ z), other: "{scalar} / 2 * sumsq(x - B @ z)", sparsity: lam * norm1(z)}}
+unroll:
+  layers: 2
+  blocks:
+    - {{block: a, terms: [fit], algorithm: gradient_descent, normalise: layer_norm, learn: {{{first}}}}}
+    - {{block: b, terms: [other, sparsity], algorithm: fista, learn: {{{second}}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("W: {replaces: A}", "W: {replaces: B}", "'W' is already"),
+        ("W: {replaces: A}", "step_a: {replaces: step}", "'step_a' is already"),
+        ("a_norm_weight: {replaces: A}", "", "'a_norm_weight' is already"),
+        ("W: {replaces: A.T, where: output, bias: true}", "W_bias: {replaces: B}", "'W_bias' is already"),
+        ("one: {replaces: 1}", "", "takes the place of a number"),
+    ],
+)
+def test_a_parameter_has_a_name_of_its_own_in_all_blocks(first: str, second: str, message: str) -> None:
+    with pytest.raises(unroll.UnrollError, match=message) as refusal:
+        unroll.compile(TWO_BLOCKS.format(scalar="mu", first=first, second=second))
+    assert refusal.value.code == "E306"
+
+
+@pytest.mark.parametrize("name", ["step_a", "L_b", "t_b", "momentum_b"])
+def test_a_scalar_is_not_named_as_what_an_algorithm_works_out(name: str) -> None:
+    with pytest.raises(unroll.UnrollError, match=f"'{name}' is a number that the algorithm works out") as refusal:
+        unroll.compile(TWO_BLOCKS.format(scalar=name, first="", second=""))
+    assert refusal.value.code == "E213"

@@ -169,7 +169,7 @@ def test_running_sums_follow_each_prefix() -> None:
         assert torch.allclose(at(after, "wide")[:, j], want)
 
 
-@pytest.mark.parametrize(("call", "words"), [("neumann(order=Z)", "must be a number"), ("tight_frame(V)", "declared symbol"), ("gram_to_softmax(causal=1)", "True or False"), ("tight_frame", "missing"), ("neumann(1, 2)", "too many")])
+@pytest.mark.parametrize(("call", "words"), [("neumann(order=Z)", "must be a whole number"), ("tight_frame(V)", "declared symbol"), ("gram_to_softmax(causal=1)", "True or False"), ("tight_frame", "missing"), ("neumann(1, 2)", "too many")])
 def test_wrong_arguments_are_refused(call: str, words: str) -> None:
     with pytest.raises(SpecError, match=words) as refused:
         read(call, SCOPE, nowhere)
@@ -188,3 +188,17 @@ def test_check_says_where_a_series_diverges_and_where_it_does_not() -> None:
         rows = unroll.check("crate_neumann", overrides=["unroll.layers=1", f"scalars.eps2={eps2}"]).rows
         (row,) = [r for r in rows if "neumann" in r.law]
         assert row.verdict == verdict
+
+
+@pytest.mark.parametrize("order", ["-1", "1/2", "1.5", "n"])
+def test_an_order_is_a_whole_number(order: str) -> None:
+    written = f"""
+    dims: {{n: 4, N: 3}}
+    variables: {{Z: [n, N]}}
+    inputs: {{X: [n, N]}}
+    minimize: 1/2 * logdet(I(n) + Z @ Z.T) + 1/2 * sumsq(X - Z)
+    unroll: {{algorithm: gradient_descent, layers: 1, step: 0.1, rewrites: [neumann(order={order})]}}
+    """
+    with pytest.raises(unroll.UnrollError, match="order must be a whole number from 0") as refusal:
+        unroll.compile(written)
+    assert refusal.value.code == "E308"

@@ -76,8 +76,18 @@ def derive(problem: Problem, spec: Spec) -> Step:
         raise SpecError("E310", "the spec names an algorithm beside its blocks", spec.key_where("unroll", "algorithm"), hint)
     starts = {name: algorithms.parse_start(problem, spec, name) for name in unrolled.start}
     step = _alternating(problem, spec, unrolled) if unrolled.blocks else _single(problem, spec, unrolled)
+    _own_scalars(step, problem, spec)
     step = replace(step, states=tuple(_started(s, starts) for s in step.states))
     return _scheduled(step, problem, spec, unrolled)
+
+
+def _own_scalars(step: Step, problem: Problem, spec: Spec) -> None:
+    """Numbers that the algorithm works out (a step size, a momentum) are not named as a scalar of the problem is."""
+    made = {s.name for s in (*(a.target for a in (*step.definitions, *step.assigns)), *(s.symbol for s in step.states)) if isinstance(s, sp.Symbol)}
+    for s in problem.scalars:
+        if s.name in made:
+            hint = "every name means one thing: choose another one"
+            raise SpecError("E213", f"'{s.name}' is a number that the algorithm works out", spec.key_where("scalars", s.name), hint)
 
 
 def _started(s: State, starts: dict[str, Expr]) -> State:
@@ -387,7 +397,7 @@ def _framed(half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | N
         assigns += [Assign(s.symbol, s.start, "") for s in step.states if isinstance(s.symbol, sp.Symbol)]
     for k in range(count):
         for a in step.assigns:
-            value = substitute(a.value, now) if isinstance(a.value, Expr) else a.value
+            value = substitute(a.value, now) if isinstance(a.value, Expr) else a.value.subs(LAYER, k) if block is not None else a.value
             if half.scheme.gauge is not None and isinstance(value, Expr):
                 value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
                 departures += said if k == 0 else []

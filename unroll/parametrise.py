@@ -128,6 +128,7 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
     assert unrolled is not None
     schemes = [("", ("unroll",), unrolled), *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks))]
     wanted = [_read(name, step, problem, spec, block, path) for block, path, scheme in schemes for name in scheme.learn]
+    _once(wanted, step, spec)
     for w in sorted(wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True):  # what is larger takes its words first
         step = _replace(step, w)
     step = _affine(step, spec)
@@ -141,6 +142,17 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
     rank = {name: i for i, name in enumerate(order)}
     learned = tuple(sorted(step.learned, key=lambda p: rank.get(p.name.removesuffix("_bias"), len(order))))
     return _without_unused(replace(step, learned=learned))
+
+
+def _once(wanted: list[_Wanted], step: Step, spec: Spec) -> None:
+    """Every parameter has a name of its own: not that of another, of a weight of a norm, or of what any block works out."""
+    taken = {a.target.name for a in (*step.definitions, *step.assigns)} | {s.symbol.name for s in step.states}
+    taken |= {f"{block}_norm_{part}".removeprefix("_") for block, has in affine_norms(spec).items() if has for part in ("weight", "bias")}
+    for w in wanted:
+        own = {w.name, *([f"{w.name}_bias"] if w.record.bias else [])}
+        if own & taken:
+            raise SpecError("E306", f"'{min(own & taken)}' is already the name of something else", w.where, "choose another name for the parameter")
+        taken |= own
 
 
 def _affine(step: Step, spec: Spec) -> Step:
@@ -250,6 +262,8 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
         value = as_expr(value) if size is not None else value
     if isinstance(value, Expr) and (c := as_constant(value)) is not None and value.is_scalar:
         value = c
+    if not isinstance(value, Expr) and value.is_number:
+        raise SpecError("E306", f"{name} takes the place of a number, {value}, which has no place of its own in a step", where, "name the scalar or the product that it belongs to")
     if MOMENTUM in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(a.target == MOMENTUM for a in step.assigns):
         hint = "learn the step or a matrix; momentum follows its schedule"
         raise SpecError("E307", "learning the momentum is not built yet: it starts at another value in each layer", where, hint)

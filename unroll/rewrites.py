@@ -45,10 +45,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Argument:
-    """kind: number, flag, matrix, family or text; without a default it must be given."""
+    """kind: number, count, flag, symbol or word; without a default it must be given."""
 
     name: str
-    kind: Literal["number", "flag", "symbol", "word"]
+    kind: Literal["number", "count", "flag", "symbol", "word"]
     default: Any = None
     optional: bool = True
 
@@ -153,6 +153,11 @@ def _value(a: Argument, node: ast.expr | None, written: str, scope: Scope, fail:
             value = parse(ast.unparse(node), scope)
             if isinstance(value, Expr):
                 raise fail(f"{a.name} must be a number")
+            return value
+        case "count", _:
+            value = parse(ast.unparse(node), scope)
+            if not isinstance(value, sp.Integer) or value < 0:
+                raise fail(f"{a.name} must be a whole number from 0")
             return value
         case _:
             raise fail(f"{a.name} must be {'True or False' if a.kind == 'flag' else 'the name of a declared ' + a.kind}")
@@ -674,7 +679,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("collect", "A X + B X", "(A + B) X", "exact", "", "", "distributive law", collected, (Argument("on", "symbol", optional=False),)),
     Rewrite(
         "neumann", "(a I + M)⁻¹", "(I − M/a + … ± (M/a)^order)/a", "bounded", "‖M/a‖ < 1", "of the inverse, relative: at most rho^(order+1), rho = ‖M/a‖",
-        "Neumann series; Yu et al. 2023, arXiv:2306.01129", neumann, (Argument("order", "number", sp.Integer(1)),), limit=_neumann_limit,
+        "Neumann series; Yu et al. 2023, arXiv:2306.01129", neumann, (Argument("order", "count", sp.Integer(1)),), limit=_neumann_limit,
     ),
     Rewrite(
         "tight_frame", "Σ_k A U_k U_kᵀ B", "A B", "bounded", "Σ U_k U_kᵀ = I", "at most ‖A‖ ‖Σ U_k U_kᵀ − I‖ ‖B‖",

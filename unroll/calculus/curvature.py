@@ -18,7 +18,7 @@ from unroll.errors import DeriveError
 from unroll.expr import (
     Add, Diag, Diagonal, Expr, Eye, FamilySoftmax, FamilySum, Hold, LogDet, LogSumExp, Map, Max, Member, Mul, Op, Softmax, Spectral, Sum, Sym,
     Trace, Transpose,
-    add, as_constant, constant, depends, elementwise, expand, eye, family_sum, largest, matmul, scale, slot, spectral_norm, split,
+    add, as_constant, constant, depends, elementwise, expand, eye, family_sum, largest, matmul, mentions, scale, slot, spectral_norm, split,
     times, transpose, walk, zeros,
 )  # fmt: skip
 from unroll.show import text
@@ -77,7 +77,7 @@ def bounds(e: Expr, z: Sym) -> Bounds | None:
             together = [_elementwise(sp.Add(*(c * m.profile for c, m in g)), g[0][1], z) for g in groups.values() if len(g) > 1]
             alone = [t for t in terms if t not in entries or len(groups[entries[t][1].args]) == 1]
             return _together([*together, *(bounds(t, z) for t in alone)])
-        case FamilySum(i, n, body) if (weighed := _weighed(body, z)) is not None:  # members that share the columns of z
+        case FamilySum(i, n, body) if (weighed := _weighed(body, z, i)) is not None:  # members that share the columns of z
             low, high = (family_sum(i, n, times(w, weighed.columns)) for w in (weighed.low, weighed.high))
             return Bounds(scale(-1, largest(scale(-1, low))), largest(high), weighed.proof, weighed.reason)
         case FamilySum(i, n, body):
@@ -234,8 +234,11 @@ def _over_columns(e: Expr, z: Sym) -> Bounds | None:
     return Bounds(times(found.low, most), times(found.high, most), found.proof, found.reason)
 
 
-def _weighed(e: Expr, z: Sym) -> _Weighed | None:
-    """w log det(I + s B diag(v) B'), B affine in z: sum of log(1 + s t^2) over the singular values t of B diag(v)^(1/2)."""
+def _weighed(e: Expr, z: Sym, member: str = "") -> _Weighed | None:
+    """w log det(I + s B diag(v) B'), B affine in z: sum of log(1 + s t^2) over the singular values t of B diag(v)^(1/2).
+
+    member: an index that nothing from z on to the right in B may depend on, so that units of v are the same columns for every member.
+    """
     c, body = split(e)
     w, inner = _scalar_factor(body, lambda a: isinstance(a, LogDet))
     match inner:
@@ -249,6 +252,9 @@ def _weighed(e: Expr, z: Sym) -> _Weighed | None:
     factors = product.factors if isinstance(product, Mul) else ()
     half = len(factors) // 2
     if len(factors) % 2 == 0 or not isinstance(factors[half], Diag) or transpose(matmul(*factors[:half])) is not matmul(*factors[half + 1 :]):
+        return None
+    at = next((i for i, f in enumerate(factors[:half]) if depends(f, z)), half)
+    if member and any(mentions(f, member) for f in factors[at:half]):
         return None
     v, norm = factors[half].x, operator_norm(matmul(*factors[:half]), z)
     if norm is None or not all(map(nonnegative, (w, s, v))) or any(depends(x, z) for x in (w, s, v)):
