@@ -17,7 +17,14 @@ FOLDER = Path(__file__).parents[1] / "specs"
 SPECS = tuple(sorted(p.stem for p in FOLDER.glob("*.yaml")))
 PRESETS = tuple(sorted(p.stem for p in (FOLDER / "presets").glob("*.yaml")))
 SMALL = {"m": 6, "n": 8, "N": 3}
-DRAWN = {n for n in SPECS if "init" in (FOLDER / f"{n}.yaml").read_text(encoding="utf-8")} | {"crate_small", "crate_base", "crate_large", "tost_causal", "crate_causal"}
+def drawn(name: str) -> bool:
+    """Has a network a parameter that starts at a draw, or at what data say?"""
+    unrolled = load(FOLDER / f"{name}.yaml").unroll
+    assert unrolled is not None
+    return any(p.init != "value" for scheme in (unrolled, *unrolled.blocks) for p in scheme.learn.values())
+
+
+DRAWN = {n for n in SPECS if drawn(n)}
 """Networks with a parameter that starts at a draw, or at what data say."""
 LAYERS = 5
 Spec = dict[str, Any]
@@ -66,7 +73,7 @@ def same_iterates(spec: Spec, tolerance: float = 1e-10) -> Any:
 def small(name: str) -> Spec:
     spec = load(FOLDER / f"{name}.yaml").to_dict()
     dims = {d: min(n, SMALL.get(d, 6)) if isinstance(n, int) else n for d, n in spec["dims"].items()}
-    scalars = spec.get("scalars", {}) | ({"eps2": 100} if "eps2" in spec.get("scalars", {}) else {})  # where a Neumann series converges
+    scalars = spec.get("scalars", {}) | ({"eps2": 100, "lam": 0.001} if {"eps2", "lam"} <= spec.get("scalars", {}).keys() else {"eps2": 100} if "eps2" in spec.get("scalars", {}) else {})  # where a Neumann series converges
     return {k: v for k, v in spec.items() if k not in ("data", "train")} | {"scalars": scalars, "dims": dims, "unroll": {**spec["unroll"], "layers": LAYERS}}
 
 

@@ -81,11 +81,14 @@ def _of_layers(spec: Spec) -> Iterator[Section]:
 
 def _of_trained(folder: Path) -> Iterator[Section]:
     """The trained network of a run on its held-out samples."""
+    from unroll.model.module import Model
+    from unroll.network import Network
     from unroll.train.run import trained_on
 
     if (folder / "weights.safetensors").is_file():
         net, batches = trained_on(folder)
-        yield "What each layer does", _did(net, batches, "Trained, on the held-out samples of the run, each step measured with its own layer's parameters.")
+        if isinstance(net, Network | Model):
+            yield "What each layer does", _did(net, batches, "Trained, on the held-out samples of the run, each step measured with its own layer's parameters.")
 
 
 def _did(net: Any, batches: Any, note: str) -> str:
