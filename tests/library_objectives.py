@@ -14,7 +14,9 @@ from unroll.problem import Problem, from_spec
 from unroll.spec import load
 
 FOLDER = Path(__file__).parents[1] / "objectives"
-NAMES = tuple(sorted(p.stem for p in FOLDER.glob("*.yaml") if all(v.family is None for v in load(p).variables.values())))
+NAMES = tuple(
+    sorted(p.stem for p in FOLDER.glob("*.yaml") if all(v.family is None for v in load(p).variables.values()))
+)
 """Those in matrices: an objective in families of them is for losses alone (test_losses.py)."""
 SIZES = (5, 4, 3, 2, 6)
 """Sizes of dims, in the order in which an objective declares them."""

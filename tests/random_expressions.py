@@ -20,14 +20,17 @@ from unroll.expr import (
     dim,
     elementwise,
     eye,
-    family_logsumexp, family_softmax, family_sum,
+    family_logsumexp,
+    family_softmax,
+    family_sum,
     hold,
     inverse,
     largest,
     logdet,
     logsumexp,
-    matmul, normalise,
+    matmul,
     member,
+    normalise,
     ones,
     operator,
     scalar,
@@ -171,7 +174,7 @@ class Random:
         if depth <= 0:
             return constant(self.coefficient())
         rows, cols = self.size(), self.size()
-        x = lambda: self.expr(rows, cols, depth - 1)  # noqa: E731
+        x = lambda: self.expr(rows, cols, depth - 1)
         return self.pick.choice(
             (
                 lambda: total(elementwise(slot(0) ** 2, x())),
@@ -246,7 +249,7 @@ class Smooth(Random):
     def expr(self, rows: sp.Expr, cols: sp.Expr, depth: int) -> Expr:
         if depth <= 0 or self.pick.random() < 0.7:
             return super().expr(rows, cols, depth)
-        inner = lambda: self.expr(rows, cols, depth - 1)  # noqa: E731
+        inner = lambda: self.expr(rows, cols, depth - 1)
         return self.pick.choice(
             (
                 lambda: elementwise(self.pick.choice(SLOPED), inner()),
@@ -276,7 +279,7 @@ class Smooth(Random):
         if depth <= 0:
             return constant(self.coefficient())
         rows, cols = self.size(), self.size()
-        x = lambda: self.expr(rows, cols, depth - 1)  # noqa: E731
+        x = lambda: self.expr(rows, cols, depth - 1)
         u = member(U, "k")
         return self.pick.choice(
             (

@@ -34,7 +34,9 @@ def tensors(spec: Spec, seed: int = 0) -> tuple[dict[str, int], dict[str, Tensor
     dims = {d: SIZES[i] if isinstance(n, str) else n for i, (d, n) in enumerate(spec["dims"].items())}
 
     def draw(record: Any, swap: bool) -> Tensor:
-        shape = [n if isinstance(n, int) else dims[n] for n in (record["shape"] if isinstance(record, dict) else record)]
+        shape = [
+            n if isinstance(n, int) else dims[n] for n in (record["shape"] if isinstance(record, dict) else record)
+        ]
         value = torch.randn(*shape, generator=g, dtype=torch.float64)
         return value.mT.contiguous() if swap and value.ndim == 2 else value
 
@@ -43,7 +45,11 @@ def tensors(spec: Spec, seed: int = 0) -> tuple[dict[str, int], dict[str, Tensor
         return value / 2 + torch.eye(*value.shape, dtype=value.dtype) if value.ndim == 2 else value
 
     def declared(value: Tensor, record: Any) -> Tensor:
-        return torch.nn.functional.normalize(value, dim=-2) if isinstance(record, dict) and record.get("columns") == "unit" else value
+        return (
+            torch.nn.functional.normalize(value, dim=-2)
+            if isinstance(record, dict) and record.get("columns") == "unit"
+            else value
+        )
 
     parameters = {name: declared(conditioned(draw(r, False)), r) for name, r in spec.get("parameters", {}).items()}
     return dims, parameters, [draw(r, True) for r in spec.get("inputs", {}).values()]
@@ -51,11 +57,17 @@ def tensors(spec: Spec, seed: int = 0) -> tuple[dict[str, int], dict[str, Tensor
 
 def record(spec: Spec, dims: dict[str, int], algorithm: str, layers: int, **more: Any) -> tuple[Spec, dict[str, int]]:
     """The spec with an algorithm, and the sizes that it leaves open."""
-    whole = {k: v for k, v in spec.items() if k != "unroll"} | {"unroll": {"algorithm": algorithm, "layers": layers, **more}}
-    return whole, {d: n for d, n in dims.items() if not isinstance(spec["dims"].get(d), int) and spec["dims"].get(d) != "dynamic"}
+    whole = {k: v for k, v in spec.items() if k != "unroll"} | {
+        "unroll": {"algorithm": algorithm, "layers": layers, **more}
+    }
+    return whole, {
+        d: n for d, n in dims.items() if not isinstance(spec["dims"].get(d), int) and spec["dims"].get(d) != "dynamic"
+    }
 
 
-def network(spec: Spec, dims: dict[str, int], parameters: dict[str, Tensor], algorithm: str, layers: int = LAYERS, **more: Any) -> Any:
+def network(
+    spec: Spec, dims: dict[str, int], parameters: dict[str, Tensor], algorithm: str, layers: int = LAYERS, **more: Any
+) -> Any:
     whole, fixed = record(spec, dims, algorithm, layers, **more)
     return unroll.compile(whole, dims=fixed, parameters=parameters, dtype=torch.float64)
 
@@ -109,7 +121,9 @@ def optimum(case: Case, shape: tuple[int, ...], arrays: dict[str, np.ndarray]) -
     objective, constraints = case(z, arrays)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cp.Problem(cp.Minimize(objective), constraints).solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+        cp.Problem(cp.Minimize(objective), constraints).solve(
+            solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12
+        )
     return np.asarray(z.value)
 
 
@@ -132,7 +146,9 @@ def test_enough_layers_reach_the_optimum_of_convex_library_objectives(name: str)
     spec = library(name)
     dims, parameters, inputs = tensors(spec)
     inputs = with_labels(name, inputs)
-    arrays = {k: v.numpy() for k, v in parameters.items()} | {k: v.numpy() for k, v in zip(spec["inputs"], inputs, strict=True)}
+    arrays = {k: v.numpy() for k, v in parameters.items()} | {
+        k: v.numpy() for k, v in zip(spec["inputs"], inputs, strict=True)
+    }
     accepted = fitting(spec, dims, **STEPS.get(name, {}))
     assert accepted
     for algorithm in accepted:
@@ -153,18 +169,34 @@ def test_scikit_learn_agrees(lam: float) -> None:
     dims, parameters, (x,) = tensors(spec, 3)
     m = dims["m"]
     a, b = parameters["A"].numpy(), x.numpy()
-    solvers = {"lasso": Lasso(lam / m, fit_intercept=False, tol=1e-14, max_iter=100_000), "elastic_net": ElasticNet((lam + 0.1) / m, l1_ratio=lam / (lam + 0.1), fit_intercept=False, tol=1e-14, max_iter=100_000), "ridge": Ridge(0.1, fit_intercept=False, tol=1e-14)}
+    solvers = {
+        "lasso": Lasso(lam / m, fit_intercept=False, tol=1e-14, max_iter=100_000),
+        "elastic_net": ElasticNet(
+            (lam + 0.1) / m, l1_ratio=lam / (lam + 0.1), fit_intercept=False, tol=1e-14, max_iter=100_000
+        ),
+        "ridge": Ridge(0.1, fit_intercept=False, tol=1e-14),
+    }
     for name, solver in solvers.items():
         other = library(name)
         scalars = {"lam": lam} if name != "ridge" else {}
-        net = unroll.compile({**other, "unroll": {"algorithm": "fista" if name != "ridge" else "gradient_descent", "layers": LAYERS}}, dims=dims, parameters=parameters, scalars=scalars, dtype=torch.float64)
+        net = unroll.compile(
+            {**other, "unroll": {"algorithm": "fista" if name != "ridge" else "gradient_descent", "layers": LAYERS}},
+            dims=dims,
+            parameters=parameters,
+            scalars=scalars,
+            dtype=torch.float64,
+        )
         assert np.allclose(net(x).numpy(), solver.fit(a, b).coef_, atol=1e-6), name
 
 
 def test_scikit_learn_agrees_on_groups() -> None:
     spec = library("group_lasso")
     dims, parameters, (x,) = tensors(spec, 4)
-    want = MultiTaskLasso(0.1 / dims["m"], fit_intercept=False, tol=1e-14, max_iter=100_000).fit(parameters["A"].numpy(), x.mT.numpy()).coef_
+    want = (
+        MultiTaskLasso(0.1 / dims["m"], fit_intercept=False, tol=1e-14, max_iter=100_000)
+        .fit(parameters["A"].numpy(), x.mT.numpy())
+        .coef_
+    )
     assert np.allclose(network(spec, dims, parameters, "fista")(x).numpy(), want, atol=1e-6)
 
 
@@ -196,13 +228,18 @@ def test_values_never_rise_where_that_is_claimed(name: str) -> None:
 
 def test_a_given_step_claims_nothing() -> None:
     dims, parameters, _ = tensors(library("lasso"))
-    assert not any(n.startswith("monotone") for n in network(library("lasso"), dims, parameters, "proximal_gradient", 1, step=0.1).derivation.exact.notes)
+    assert not any(
+        n.startswith("monotone")
+        for n in network(library("lasso"), dims, parameters, "proximal_gradient", 1, step=0.1).derivation.exact.notes
+    )
 
 
 # --- momentum ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("momentum", "a"), [(None, None), ("beck_teboulle", None), ("chambolle_dossal", 3), ("chambolle_dossal(4)", 4)])
+@pytest.mark.parametrize(
+    ("momentum", "a"), [(None, None), ("beck_teboulle", None), ("chambolle_dossal", 3), ("chambolle_dossal(4)", 4)]
+)
 def test_fista_is_the_algorithm_of_the_paper(momentum: str | None, a: int | None) -> None:
     spec = library("lasso")
     dims, parameters, (x,) = tensors(spec, 7)
@@ -222,7 +259,12 @@ def test_fista_is_the_algorithm_of_the_paper(momentum: str | None, a: int | None
 
 # --- a user's own problems --------------------------------------------------------------------------------------------
 
-BASE: Spec = {"dims": {"m": 6, "n": 4}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]}}
+BASE: Spec = {
+    "dims": {"m": 6, "n": 4},
+    "variables": {"z": ["n"]},
+    "inputs": {"x": ["m"]},
+    "parameters": {"A": ["m", "n"]},
+}
 OWN: dict[str, tuple[Spec, Case | None, dict[str, Any]]] = {
     "weighted lasso": (
         BASE | {"parameters": {"A": ["m", "n"], "w": {"shape": ["n"], "positive": True}}, "minimize": {"f": "1/2*sumsq(x - A @ z)", "g": "0.2 * sum(w * abs(z))"}},
@@ -300,7 +342,9 @@ def test_problems_that_nobody_has_seen_are_solved(name: str) -> None:
     spec = {"objective": "own", **spec}
     dims, parameters, inputs = tensors(spec, 11)
     parameters = {k: v.abs() + 0.1 if k == "w" else v for k, v in parameters.items()}
-    arrays = {k: v.numpy() for k, v in parameters.items()} | {k: v.numpy() for k, v in zip(spec["inputs"], inputs, strict=True)}
+    arrays = {k: v.numpy() for k, v in parameters.items()} | {
+        k: v.numpy() for k, v in zip(spec["inputs"], inputs, strict=True)
+    }
     algorithms = fitting(spec, dims, **more)
     assert algorithms
     for algorithm in algorithms:
@@ -313,14 +357,21 @@ def test_problems_that_nobody_has_seen_are_solved(name: str) -> None:
 
 def _by_scipy(a: dict[str, np.ndarray]) -> np.ndarray:
     """The Fair penalty, which CVXPY does not know to be convex."""
-    f = lambda z: ((a["x"] - a["A"] @ z) ** 2).sum() / 2 + 0.5 * (np.abs(z) - np.log1p(np.abs(z))).sum()  # noqa: E731
+    f = lambda z: ((a["x"] - a["A"] @ z) ** 2).sum() / 2 + 0.5 * (np.abs(z) - np.log1p(np.abs(z))).sum()
     return scipy.optimize.minimize(f, np.zeros(4), tol=1e-14, options={"gtol": 1e-9}).x
 
 
 def test_open_sizes_are_read_off_the_parameters() -> None:
-    spec = {"objective": "open", **BASE, "dims": {"m": "observations", "n": "features"}, "minimize": {"f": "1/(2*m)*sumsq(x - A @ z)", "g": "0.1*norm1(z)"}}
+    spec = {
+        "objective": "open",
+        **BASE,
+        "dims": {"m": "observations", "n": "features"},
+        "minimize": {"f": "1/(2*m)*sumsq(x - A @ z)", "g": "0.1*norm1(z)"},
+    }
     a, x = torch.randn(7, 3, dtype=torch.float64), torch.randn(2, 7, dtype=torch.float64)
-    net = unroll.compile({**spec, "unroll": {"algorithm": "fista", "layers": LAYERS}}, parameters={"A": a}, dtype=torch.float64)
+    net = unroll.compile(
+        {**spec, "unroll": {"algorithm": "fista", "layers": LAYERS}}, parameters={"A": a}, dtype=torch.float64
+    )
     for row, b in zip(net(x), x, strict=True):
         want = Lasso(0.1, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(a.numpy(), b.numpy()).coef_
         assert np.allclose(row.numpy(), want, atol=1e-6)
@@ -334,7 +385,9 @@ def test_the_start_is_what_the_spec_says(written: str, want: float | None) -> No
     dims, parameters, (x,) = tensors({**BASE})
     spec = {"objective": "own", **BASE, "minimize": "1/2*sumsq(x - A @ z)"}
     first = network(spec, dims, parameters, "gradient_descent", 2, start={"z": written}).trace(x).iterates["z"][0]
-    assert torch.allclose(first, parameters["A"].mT @ x if want is None else torch.full((4,), want, dtype=torch.float64))
+    assert torch.allclose(
+        first, parameters["A"].mT @ x if want is None else torch.full((4,), want, dtype=torch.float64)
+    )
 
 
 L1 = {"f": "1/2*sumsq(x - A @ z)", "g": "0.1*norm1(z)"}
@@ -360,7 +413,13 @@ MISFITS: dict[str, tuple[Any, list[str], dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_what_does_not_fit_is_refused_with_what_was_needed(name: str) -> None:
     objective, constraints, settings, code, words = MISFITS[name]
-    spec = {"objective": "own", **BASE, "minimize": objective, "constraints": constraints, "unroll": {"layers": 2, **settings}}
+    spec = {
+        "objective": "own",
+        **BASE,
+        "minimize": objective,
+        "constraints": constraints,
+        "unroll": {"layers": 2, **settings},
+    }
     with pytest.raises(SpecError) as refused:
         unroll.derive(spec)
     assert re.fullmatch(code, refused.value.code) and re.search(words, str(refused.value))
@@ -369,7 +428,9 @@ def test_what_does_not_fit_is_refused_with_what_was_needed(name: str) -> None:
 
 def test_the_refusal_names_an_algorithm_that_fits() -> None:
     with pytest.raises(SpecError, match="proximal_gradient or fista fits"):
-        unroll.derive({"objective": "own", **BASE, "minimize": L1, "unroll": {"algorithm": "gradient_descent", "layers": 2}})
+        unroll.derive(
+            {"objective": "own", **BASE, "minimize": L1, "unroll": {"algorithm": "gradient_descent", "layers": 2}}
+        )
 
 
 # --- values that the derivation does not allow ------------------------------------------------------------------------
@@ -377,7 +438,12 @@ def test_the_refusal_names_an_algorithm_that_fits() -> None:
 
 def test_a_concave_kink_is_taken_through_its_prox() -> None:
     """-lam |z|: not smooth, whatever the sign; the prox pushes away from 0."""
-    spec = {"objective": "own", **BASE, "scalars": {"lam": 0.1}, "minimize": {"f": "1/2*sumsq(x - A @ z)", "g": "-lam*norm1(z)"}}
+    spec = {
+        "objective": "own",
+        **BASE,
+        "scalars": {"lam": 0.1},
+        "minimize": {"f": "1/2*sumsq(x - A @ z)", "g": "-lam*norm1(z)"},
+    }
     dims, parameters, (x,) = tensors(spec)
     net = network(spec, dims, parameters, "proximal_gradient", 60)
     values = net.trace(x).terms["total"]

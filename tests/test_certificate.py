@@ -9,7 +9,16 @@ from unroll.derivation import Derivation
 from unroll.expr import Sym
 from unroll.laws import Sample
 
-GAPS = ("lasso", "nonnegative_lasso", "elastic_net", "group_lasso", "ball_denoising", "box_least_squares", "simplex_least_squares", "dictionary_coding")
+GAPS = (
+    "lasso",
+    "nonnegative_lasso",
+    "elastic_net",
+    "group_lasso",
+    "ball_denoising",
+    "box_least_squares",
+    "simplex_least_squares",
+    "dictionary_coding",
+)
 OPEN = ("l0_sparse_coding", "mcp_sparse_coding", "ridge", "nonnegative_least_squares", "sparse_logistic_regression")
 INVENTED = {
     "nuclear": "lam * nuclear(Z)",
@@ -24,7 +33,11 @@ def spec_of(name: str) -> dict[str, object]:
     from unroll import library, spec
 
     dims = spec.load(library.find(name, ("objectives",))).dims
-    return {"use": name, "dims": {d: n for d, n in {"m": 7, "n": 5, "T": 3, "N": 3}.items() if d in dims}, "unroll": {"algorithm": "fista", "layers": 2000}}
+    return {
+        "use": name,
+        "dims": {d: n for d, n in {"m": 7, "n": 5, "T": 3, "N": 3}.items() if d in dims},
+        "unroll": {"algorithm": "fista", "layers": 2000},
+    }
 
 
 def invented(term: str) -> dict[str, object]:
@@ -64,5 +77,9 @@ def total(sample: Sample, d: Derivation, values: dict[Sym, torch.Tensor]) -> flo
 
 @pytest.mark.parametrize("name", OPEN)
 def test_no_gap_is_claimed_where_none_is_derived(name):
-    d = unroll.derive(spec_of(name) if name != "ridge" else {**spec_of(name), "unroll": {"algorithm": "gradient_descent", "layers": 1}})
+    d = unroll.derive(
+        spec_of(name)
+        if name != "ridge"
+        else {**spec_of(name), "unroll": {"algorithm": "gradient_descent", "layers": 1}}
+    )
     assert duality_gap(d.parts, d.variable) is None

@@ -299,10 +299,16 @@ def test_editors_find_the_schema_of_a_new_spec(unroll: Unroll, tmp_path: Path) -
 def test_list_needs_no_torch() -> None:
     code = "import sys; from unroll.cli import cli; cli.main(['list'], standalone_mode=False); assert 'torch' not in sys.modules"
     folder = Path(api.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=folder, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=folder, check=False).returncode == 0
+    )
 
 
-@pytest.mark.parametrize("words", [("new", "mine", "--folder", "no/such/folder"), ("compile", "lista", "-o", "no/such/folder/net.py")])
+@pytest.mark.parametrize(
+    "words", [("new", "mine", "--folder", "no/such/folder"), ("compile", "lista", "-o", "no/such/folder/net.py")]
+)
 def test_a_place_that_cannot_be_written_is_an_error_of_the_user(unroll: Unroll, words: tuple[str, ...]) -> None:
     shown = unroll(*words)
-    assert shown.code == 2 and "No such file or directory: 'no/such/folder" in shown.err and "Traceback" not in shown.err
+    assert (
+        shown.code == 2 and "No such file or directory: 'no/such/folder" in shown.err and "Traceback" not in shown.err
+    )

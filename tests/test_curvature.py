@@ -40,7 +40,9 @@ def given(seed: int) -> dict[Sym, Tensor]:
 def eigenvalues(e: Expr, z: Sym, at: dict[Sym, Tensor], scalars: dict[sp.Symbol, Any]) -> Tensor:
     """Of the Hessian of e in z, by autograd."""
     x = at[z]
-    h = torch.autograd.functional.hessian(lambda v: evaluate(e, {**at, z: v.reshape(x.shape)}, scalars).sum(), x.flatten())
+    h = torch.autograd.functional.hessian(
+        lambda v: evaluate(e, {**at, z: v.reshape(x.shape)}, scalars).sum(), x.flatten()
+    )
     return torch.linalg.eigvalsh(h)  # type: ignore[arg-type]
 
 
@@ -49,7 +51,9 @@ def inside(found: Bounds, e: Expr, z: Sym, at: dict[Sym, Tensor], scalars: dict[
     low, high = (evaluate(x, at, scalars).item() for x in (found.low, found.high))
     seen = eigenvalues(e, z, at, scalars)
     slack = 1e-8 * (1 + abs(high) + abs(low))
-    assert low - slack <= seen.min() and seen.max() <= high + slack, f"{e}: Hessian in [{seen.min():.4g}, {seen.max():.4g}], stated [{low:.4g}, {high:.4g}]"
+    assert low - slack <= seen.min() and seen.max() <= high + slack, (
+        f"{e}: Hessian in [{seen.min():.4g}, {seen.max():.4g}], stated [{low:.4g}, {high:.4g}]"
+    )
     assert seen.abs().max() <= evaluate(found.lipschitz, at, scalars).item() + slack
     return seen.min().item(), seen.max().item()
 
@@ -149,8 +153,29 @@ def test_bounds_that_can_be_met_are_met(name: str) -> None:
     assert max(abs(lowest), abs(highest)) >= met * evaluate(found.lipschitz, at, SCALARS).item()
 
 
-CONVEX = ("least squares", "two least squares", "logistic", "huber", "pseudo huber", "fair", "log-sum-exp", "graph smoothness", "softplus", "a norm, smoothed")
-NOT_CONVEX = ("a difference of squares", "minus least squares", "cauchy", "geman", "welsch", "coding rate", "rate reduction", "sine", "a quadratic form")
+CONVEX = (
+    "least squares",
+    "two least squares",
+    "logistic",
+    "huber",
+    "pseudo huber",
+    "fair",
+    "log-sum-exp",
+    "graph smoothness",
+    "softplus",
+    "a norm, smoothed",
+)
+NOT_CONVEX = (
+    "a difference of squares",
+    "minus least squares",
+    "cauchy",
+    "geman",
+    "welsch",
+    "coding rate",
+    "rate reduction",
+    "sine",
+    "a quadratic form",
+)
 
 
 @pytest.mark.parametrize("name", CONVEX)
@@ -238,7 +263,20 @@ def test_what_is_not_affine_has_no_norm(written: str) -> None:
     assert operator_norm(parse_matrix(written, SCOPE), Q) is None
 
 
-REFUSED = ("sum(exp(A @ q))", "sum(q**4)", "sum(abs(A @ q))", "norm_inf(q)", "sum(q * q * q)", "sumsq(q * (A.T @ A @ q))", "norm2(q)", "sum(log(abs(q)))", "trace(Z @ Z.T @ Z @ Z.T)", "-norm1(q)", "sumsq(q) - lam * norm1(q)", "-sum(exp(q))")
+REFUSED = (
+    "sum(exp(A @ q))",
+    "sum(q**4)",
+    "sum(abs(A @ q))",
+    "norm_inf(q)",
+    "sum(q * q * q)",
+    "sumsq(q * (A.T @ A @ q))",
+    "norm2(q)",
+    "sum(log(abs(q)))",
+    "trace(Z @ Z.T @ Z @ Z.T)",
+    "-norm1(q)",
+    "sumsq(q) - lam * norm1(q)",
+    "-sum(exp(q))",
+)
 
 
 @pytest.mark.parametrize("written", REFUSED)

@@ -77,7 +77,7 @@ def random_step(seed: int) -> Step:
     """Two states and a counter; later assignments see earlier ones; something learned per layer, something shared."""
     draw = Random(seed)
     w1, w2 = symbol("W1", N, M, "learned"), symbol("W2", N, N, "learned")
-    tame = lambda e: elementwise(sp.tanh(slot(0)), e)  # noqa: E731
+    tame = lambda e: elementwise(sp.tanh(slot(0)), e)
     mixed = add(tame(draw.expr(N, T, 2)), matmul(w2, Z), matmul(w1, X))
     half = symbol("half", N, T, "state", 2)
     beta = (COUNT - 1) / (COUNT + 2)

@@ -19,7 +19,8 @@ from unroll.expr import (
     Add,
     Expr,
     Eye,
-    FamilyLogSumExp, FamilySum,
+    FamilyLogSumExp,
+    FamilySum,
     LogDet,
     Map,
     Mul,
@@ -34,7 +35,8 @@ from unroll.expr import (
     elementwise,
     expand,
     eye,
-    family_sum, free_indices,
+    family_sum,
+    free_indices,
     hold,
     inverse,
     is_symmetric,
@@ -161,7 +163,14 @@ def test_sums_products_and_coefficients_commute_with_evaluation(seed: int) -> No
     assert close(value(trace(matmul(transpose(a), b))), (x * y).sum()[None, None])
 
 
-MAPS = (slot(0) ** 2, sp.exp(-slot(0)), 1 / (4 + 4 * slot(0) ** 2), sp.Abs(slot(0)) - LAM, sp.Max(slot(0), LAM * slot(0), -1), 3 * slot(0) - LAM)
+MAPS = (
+    slot(0) ** 2,
+    sp.exp(-slot(0)),
+    1 / (4 + 4 * slot(0) ** 2),
+    sp.Abs(slot(0)) - LAM,
+    sp.Max(slot(0), LAM * slot(0), -1),
+    3 * slot(0) - LAM,
+)
 
 
 @many
@@ -191,7 +200,9 @@ def test_sums_are_flat_ordered_and_without_zeros_and_products_are_flat(seed: int
                 assert len({split(t)[1] for t in terms}) == len(terms)
             case Mul(c, factors):
                 assert c != 0 and not any(isinstance(f, Mul | Zero) for f in factors)
-                assert (len(factors) > 1 or c != 1) and not (len(factors) > 1 and any(isinstance(f, Eye) for f in factors))
+                assert (len(factors) > 1 or c != 1) and not (
+                    len(factors) > 1 and any(isinstance(f, Eye) for f in factors)
+                )
             case _:
                 pass
 
@@ -263,7 +274,15 @@ def test_a_symmetric_symbol_is_its_transpose() -> None:
 
 
 def test_symbols_that_differ_in_anything_are_different() -> None:
-    made = {symbol("a", N), symbol("b", N), symbol("a", M), symbol("a", N, role="input"), symbol("a", N, 1, rank=2), symbol("a", N, family=K), symbol("a", N, props={"x"})}
+    made = {
+        symbol("a", N),
+        symbol("b", N),
+        symbol("a", M),
+        symbol("a", N, role="input"),
+        symbol("a", N, 1, rank=2),
+        symbol("a", N, family=K),
+        symbol("a", N, props={"x"}),
+    }
     assert len(made) == 7
 
 
@@ -293,7 +312,7 @@ def test_renaming_an_index_captures_nothing() -> None:
     renamed = rename_index(e, "k", "j")
     assert mentions(renamed, "j") and not mentions(renamed, "k")
     assert rename_index(renamed, "j", "k") is not e or rename_index(e, "k", "k") is e
-    whole = lambda x, i: value(total(family_sum(i, K, x)))  # noqa: E731
+    whole = lambda x, i: value(total(family_sum(i, K, x)))
     assert close(whole(renamed, "j"), whole(e, "k"))
 
 

@@ -99,7 +99,6 @@ def test_the_gradient_of_every_smooth_library_term_is_that_of_autograd(name: str
     assert smooth >= 1
 
 
-
 # --- families ---------------------------------------------------------------------------------------------------------
 
 u, other = member(U, "k"), member(U, "j")

@@ -15,18 +15,61 @@ from unroll.spec import load
 
 ALTERNATING = ("dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino")
 """Objectives in several variables: their laws are those of the specs that use them, or of losses (test_losses.py)."""
-CONSTRAINED = ("ball_denoising", "box_least_squares", "rate_reduction", "mcr2", "fourth_power", "kurtosis", "principal_subspace", "nonnegative_least_squares", "simplex_least_squares")
-STEPS: dict[str, Any] = {name: 0.01 for name in ("poisson_regression", "rate_reduction", "mcr2", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "fourth_power", "kurtosis")}
+CONSTRAINED = (
+    "ball_denoising",
+    "box_least_squares",
+    "rate_reduction",
+    "mcr2",
+    "fourth_power",
+    "kurtosis",
+    "principal_subspace",
+    "nonnegative_least_squares",
+    "simplex_least_squares",
+)
+STEPS: dict[str, Any] = {
+    name: 0.01
+    for name in (
+        "poisson_regression",
+        "rate_reduction",
+        "mcr2",
+        "mcr2_regularised",
+        "token_statistics",
+        "token_energy",
+        "subspace_mixture",
+        "fourth_power",
+        "kurtosis",
+    )
+}
 """Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
 
 
-STARTS = {"kurtosis": {"u": 1}, "rate_reduction": {"Z": 1}, "mcr2": {"Z": 1}, "shift_rate_reduction": {"Z": 1}, "shift_rate_reduction_2d": {"Z": 1}}
+STARTS = {
+    "kurtosis": {"u": 1},
+    "rate_reduction": {"Z": 1},
+    "mcr2": {"Z": 1},
+    "shift_rate_reduction": {"Z": 1},
+    "shift_rate_reduction_2d": {"Z": 1},
+}
 """Where 0 has no nearest point of the constraint."""
 
 
 def one_network(objective: str, algorithm: str, **unrolled: Any) -> dict[str, Any]:
-    open_dims = {d: 4 + i for i, (d, n) in enumerate(load(library.find(objective, ("objectives",))).dims.items()) if not isinstance(n, int)}
-    return {"use": objective, "dims": open_dims, "unroll": {"algorithm": algorithm, "layers": 4, "step": STEPS.get(objective, "1/L"), "start": STARTS.get(objective, {}), **unrolled}}
+    open_dims = {
+        d: 4 + i
+        for i, (d, n) in enumerate(load(library.find(objective, ("objectives",))).dims.items())
+        if not isinstance(n, int)
+    }
+    return {
+        "use": objective,
+        "dims": open_dims,
+        "unroll": {
+            "algorithm": algorithm,
+            "layers": 4,
+            "step": STEPS.get(objective, "1/L"),
+            "start": STARTS.get(objective, {}),
+            **unrolled,
+        },
+    }
 
 
 def assert_holds(found: laws.Check) -> None:
@@ -44,7 +87,9 @@ SMOOTH = ("ridge", "mcr2_regularised", "token_statistics", "token_energy", "subs
 
 @pytest.mark.parametrize("name", [n for n in library.names("objectives") if n not in ALTERNATING])
 def test_laws_hold_for_every_objective(name):
-    algorithm = "projected_gradient" if name in CONSTRAINED else "gradient_descent" if name in SMOOTH else "proximal_gradient"
+    algorithm = (
+        "projected_gradient" if name in CONSTRAINED else "gradient_descent" if name in SMOOTH else "proximal_gradient"
+    )
     assert_holds(unroll.check(one_network(name, algorithm)))
     if name not in STEPS and name not in SMOOTH:
         assert_holds(unroll.check(one_network(name, "fista", momentum="chambolle_dossal(4)")))

@@ -51,17 +51,17 @@ class Case:
 
 def mcr2(N: int, d: int, K: int, soft: bool = False) -> Case:
     members = drawn(K, N, seed=5).softmax(0) if soft else onehot(N, K)
-    hand = lambda z, pi: released.mcr2_loss(z, pi.mT, 0.3, 2.0, 0.7)  # noqa: E731
+    hand = lambda z, pi: released.mcr2_loss(z, pi.mT, 0.3, 2.0, 0.7)
     return Case("mcr2", (drawn(N, d), members), hand, {"eps2": 0.3, "gam1": 2.0, "gam2": 0.7}, 1)
 
 
 def regularised(N: int, d: int, K: int) -> Case:
-    hand = lambda z, pi: -released.mcr2_regularised(z, pi.mT, 0.3, 0.05)  # noqa: E731
+    hand = lambda z, pi: -released.mcr2_regularised(z, pi.mT, 0.3, 0.05)
     return Case("mcr2_regularised", (drawn(N, d), onehot(N, K)), hand, {"eps2": 0.3, "lam": 0.05}, 1)
 
 
 def simdino(m: int, p: int, V: int, local: int, workers: int = 1) -> Case:
-    hand = lambda s, near, t: released.simdino_loss(t, torch.cat([s, near]), 0.2, 1.3, workers)  # noqa: E731
+    hand = lambda s, near, t: released.simdino_loss(t, torch.cat([s, near]), 0.2, 1.3, workers)
     tensors = (drawn(V, m, p), drawn(local, m, p, seed=1), drawn(V, m, p, seed=2))
     return Case("simdino", tensors, hand, {"eps2": 0.2, "gamma": 1.3, "workers": workers}, 2)
 
@@ -77,7 +77,7 @@ def binary(N: int, d: int) -> Case:
 
 
 def multi(N: int, d: int, K: int) -> Case:
-    hand = lambda z, z_hat, pi: -released.ctrl_multi(z, z_hat, pi.mT, 0.3)  # noqa: E731
+    hand = lambda z, z_hat, pi: -released.ctrl_multi(z, z_hat, pi.mT, 0.3)
     return Case("ctrl_multi", (drawn(N, d), drawn(N, d, seed=1), onehot(N, K)), hand, {"eps2": 0.3}, 2)
 
 
@@ -245,7 +245,7 @@ def test_training_on_a_loss_makes_rate_reduction_rise_and_classes_orthogonal() -
     x, members = drawn(40, 10).float(), onehot(40, 2)
     encoder = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 6))
     loss, optimiser = unroll.loss("mcr2"), torch.optim.Adam(encoder.parameters(), lr=1e-2)
-    features = lambda: nn.functional.normalize(encoder(x), dim=-1)  # noqa: E731
+    features = lambda: nn.functional.normalize(encoder(x), dim=-1)
     history: list[float] = []
     for _ in range(60):
         optimiser.zero_grad()

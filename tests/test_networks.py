@@ -19,7 +19,9 @@ TOKENS = [(7,), (2, 5), (1,), (2, 1)]
 
 def network(name: str, layers: int = 2, **dims: int) -> Network:
     """A network of the library at small sizes, its parameters anything but their starting values."""
-    net = unroll.compile(name, dims={**(SMALL if not dims else {}), **dims}, dtype=torch.float64, overrides=[f"unroll.layers={layers}"])
+    net = unroll.compile(
+        name, dims={**(SMALL if not dims else {}), **dims}, dtype=torch.float64, overrides=[f"unroll.layers={layers}"]
+    )
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for n, p in net.named_parameters():
@@ -39,7 +41,9 @@ def agree(net: Network, x: Tensor, by_hand: Callable[[Tensor], Tensor]) -> None:
     for run in (net, by_hand):
         inputs = x.clone().requires_grad_()
         out = run(inputs)
-        grads = torch.autograd.grad((out * weight).sum(), [inputs, *given.values()], materialize_grads=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            (out * weight).sum(), [inputs, *given.values()], materialize_grads=True, allow_unused=True
+        )
         found.append([out, *grads])
     for name, ours, theirs in zip(["the answer", "x", *given], *found, strict=True):
         gap = float(((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)).detach())
@@ -162,7 +166,12 @@ def test_redunet_is_constructed_and_runs_as_the_released_network() -> None:
 
 def test_the_exact_flow_is_projected_ascent_and_rises() -> None:
     x, members = labelled()
-    net = unroll.compile("rate_reduction_flow", dims={"d": 6, "K": 3}, dtype=torch.float64, overrides=["unroll.layers=6", "unroll.step=0.1"])
+    net = unroll.compile(
+        "rate_reduction_flow",
+        dims={"d": 6, "K": 3},
+        dtype=torch.float64,
+        overrides=["unroll.layers=6", "unroll.step=0.1"],
+    )
     trace = net.trace(X=x, Pi=members)
     z = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(released.rate_reduction(z, members.mT, 0.1), z)
@@ -173,7 +182,9 @@ def test_the_exact_flow_is_projected_ascent_and_rises() -> None:
 
 
 def test_the_denoiser_of_a_mixture_is_the_closed_form() -> None:
-    net = unroll.compile("mixture_denoiser", dims={"d": 6, "K": 3, "p": 2}, dtype=torch.float64, overrides=["unroll.layers=5"])
+    net = unroll.compile(
+        "mixture_denoiser", dims={"d": 6, "K": 3, "p": 2}, dtype=torch.float64, overrides=["unroll.layers=5"]
+    )
     x = drawn(9, 6)
     want, u = x, net.W.detach()
     for i in range(5):
@@ -186,7 +197,20 @@ def test_energies_give_their_layers() -> None:
     net, q = network("hopfield", 1, d=6, M=10), drawn(4, 6)
     agree(net, q, lambda x: released.hopfield_step(x, net.patterns, 2.0))
     net = network("energy_transformer", 1, d=8, K=2, p=4, M=10)
-    agree(net, drawn(2, 5, 8), lambda x: released.energy_transformer_step(x, torch.ones(8, dtype=x.dtype), torch.zeros(8, dtype=x.dtype), net.Wq.mT, net.Wk.mT, net.patterns.mT, 0.125, 0.1))
+    agree(
+        net,
+        drawn(2, 5, 8),
+        lambda x: released.energy_transformer_step(
+            x,
+            torch.ones(8, dtype=x.dtype),
+            torch.zeros(8, dtype=x.dtype),
+            net.Wq.mT,
+            net.Wk.mT,
+            net.patterns.mT,
+            0.125,
+            0.1,
+        ),
+    )
 
 
 def test_power_steps_are_the_published_iterations() -> None:
@@ -226,7 +250,9 @@ def test_alternating_blocks_learn_a_dictionary_and_the_objective_falls() -> None
         z = released.soft_threshold(z - step * (z @ a.mT - x) @ a, step * 0.1)
     assert torch.allclose(trace.steps["Z"][1], z, atol=1e-10)
     step = 1 / torch.linalg.matrix_norm(z, 2) ** 2
-    assert torch.allclose(trace.steps["A"][2].mT, released.unit_ball_columns(a - step * (z @ a.mT - x).mT @ z), atol=1e-10)
+    assert torch.allclose(
+        trace.steps["A"][2].mT, released.unit_ball_columns(a - step * (z @ a.mT - x).mT @ z), atol=1e-10
+    )
 
 
 def test_an_encoder_is_one_step_of_sparse_coding() -> None:
@@ -238,7 +264,13 @@ def test_first_order_predictions_are_the_limit_of_small_steps() -> None:
     x = drawn(5, 12)
     gaps = []
     for step in (1e-4, 1e-6):
-        net = unroll.compile("crate_neumann", dims=SMALL, dtype=torch.float64, overrides=["unroll.layers=1"], scalars={"kappa": step, "eta": 1e-9})
+        net = unroll.compile(
+            "crate_neumann",
+            dims=SMALL,
+            dtype=torch.float64,
+            overrides=["unroll.layers=1"],
+            scalars={"kappa": step, "eta": 1e-9},
+        )
         trace = net.trace(x)
         gaps.append(float((trace.predicted["compression"][0] - trace.actual["compression"][0]).abs().detach()) / step)
     assert gaps[1] < gaps[0] / 50

@@ -17,6 +17,8 @@ FOLDER = Path(__file__).parents[1] / "specs"
 SPECS = tuple(sorted(p.stem for p in FOLDER.glob("*.yaml")))
 PRESETS = tuple(sorted(p.stem for p in (FOLDER / "presets").glob("*.yaml")))
 SMALL = {"m": 6, "n": 8, "N": 3}
+
+
 def drawn(name: str) -> bool:
     """Has a network a parameter that starts at a draw, or at what data say?"""
     unrolled = load(FOLDER / f"{name}.yaml").unroll
@@ -36,11 +38,15 @@ BASE: Spec = {
 
 def plain(spec: Spec) -> Spec:
     """The same without learning."""
+
     def bare(scheme: Spec) -> Spec:
         return {k: v for k, v in scheme.items() if k not in ("learn", "parametrisation")}
 
     unrolled = bare(spec["unroll"])
-    return {**spec, "unroll": {**unrolled, **({"blocks": [bare(b) for b in unrolled["blocks"]]} if "blocks" in unrolled else {})}}
+    return {
+        **spec,
+        "unroll": {**unrolled, **({"blocks": [bare(b) for b in unrolled["blocks"]]} if "blocks" in unrolled else {})},
+    }
 
 
 def pair(spec: Spec) -> tuple[Any, Any]:
@@ -73,8 +79,18 @@ def same_iterates(spec: Spec, tolerance: float = 1e-10) -> Any:
 def small(name: str) -> Spec:
     spec = load(FOLDER / f"{name}.yaml").to_dict()
     dims = {d: min(n, SMALL.get(d, 6)) if isinstance(n, int) else n for d, n in spec["dims"].items()}
-    scalars = spec.get("scalars", {}) | ({"eps2": 100, "lam": 0.001} if {"eps2", "lam"} <= spec.get("scalars", {}).keys() else {"eps2": 100} if "eps2" in spec.get("scalars", {}) else {})  # where a Neumann series converges
-    return {k: v for k, v in spec.items() if k not in ("data", "train")} | {"scalars": scalars, "dims": dims, "unroll": {**spec["unroll"], "layers": LAYERS}}
+    scalars = spec.get("scalars", {}) | (
+        {"eps2": 100, "lam": 0.001}
+        if {"eps2", "lam"} <= spec.get("scalars", {}).keys()
+        else {"eps2": 100}
+        if "eps2" in spec.get("scalars", {})
+        else {}
+    )  # where a Neumann series converges
+    return {k: v for k, v in spec.items() if k not in ("data", "train")} | {
+        "scalars": scalars,
+        "dims": dims,
+        "unroll": {**spec["unroll"], "layers": LAYERS},
+    }
 
 
 def on(learn: Spec, algorithm: str = "proximal_gradient", objective: Spec = BASE, **more: Any) -> Spec:
@@ -158,7 +174,10 @@ def moving(net: Any, given: list[Tensor]) -> None:
     for parameter in net.parameters():
         kept = parameter.detach().clone()
         with torch.no_grad():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3), dtype=parameter.dtype) + 0.4
+            parameter += (
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3), dtype=parameter.dtype)
+                + 0.4
+            )
         assert (net(*given) - before).abs().max() > 1e-7
         with torch.no_grad():
             parameter.copy_(kept)
@@ -213,7 +232,11 @@ def test_a_replaced_dictionary_is_gone_from_the_step() -> None:
 
 def test_a_replaced_product_is_replaced_where_it_stands_transposed() -> None:
     """Of G'A'(x - A G z): both A G and its transpose."""
-    two = {**BASE, "parameters": {"A": ["m", "n"], "G": ["n", "n"]}, "minimize": {"f": "1/2 * sumsq(x - A @ G @ z)", "g": "lam * norm1(z)"}}
+    two = {
+        **BASE,
+        "parameters": {"A": ["m", "n"], "G": ["n", "n"]},
+        "minimize": {"f": "1/2 * sumsq(x - A @ G @ z)", "g": "lam * norm1(z)"},
+    }
     spec = on({"P": {"replaces": "A @ G"}}, objective=two)
     same_iterates(spec)
     (assign,) = unroll.derive(spec).step.assigns

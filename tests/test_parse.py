@@ -21,7 +21,7 @@ from torch import Tensor
 from unroll.calculus.gradient import gradient
 from unroll.errors import DeriveError, SpecError, Where
 from unroll.evaluate import evaluate
-from unroll.expr import split, Expr, Indicator, substitute_scalars, walk
+from unroll.expr import Expr, Indicator, split, substitute_scalars, walk
 from unroll.functions import ELEMENTWISE, FUNCTIONS, SETS, as_expr
 from unroll.parse import Macro, Scope, parse, parse_constraint, parse_matrix, parse_signature
 from unroll.show import latex, pretty, text
@@ -225,11 +225,25 @@ def test_every_function_of_the_language_is_tested() -> None:
     assert {f.name for f in FUNCTIONS} | {f.name for f in ELEMENTWISE} <= set(BY_NUMPY)
 
 
-@pytest.mark.parametrize("record", [f for f in FUNCTIONS if f.kinds[0] == "matrix" and f.name not in ("inv", "diagonal", "trace", "logdet", "det", "stop_gradient", "causal_softmax", "shifts", "shifts_T")], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "record",
+    [
+        f
+        for f in FUNCTIONS
+        if f.kinds[0] == "matrix"
+        and f.name
+        not in ("inv", "diagonal", "trace", "logdet", "det", "stop_gradient", "causal_softmax", "shifts", "shifts_T")
+    ],
+    ids=lambda f: f.name,
+)
 @pytest.mark.parametrize(("rows", "cols"), [("1", "1"), ("1", "n"), ("n", "1"), ("m", "n")])
 def test_shapes_follow_the_values_for_odd_shapes_too(record: Any, rows: str, cols: str) -> None:
     x = f"(2 * ones({rows}, {cols}) * sum(abs(A)))"
-    given = [x if kind == "matrix" else "axis=1" if kind == "axis" else "2" for kind in record.kinds if kind not in ("eps", "weight", "bias")]
+    given = [
+        x if kind == "matrix" else "axis=1" if kind == "axis" else "2"
+        for kind in record.kinds
+        if kind not in ("eps", "weight", "bias")
+    ]
     e = as_expr(parse(f"{record.name}({', '.join(given)})", SCOPE))
     found = evaluate(e, values(SIZES, (), 0), NUMBERS)
     assert found.isfinite().all()
@@ -259,7 +273,9 @@ MACROS = {
 def test_a_function_is_its_formula() -> None:
     scope = Scope(NAMED, MACROS)
     written = parse_matrix("sum(both(U[k].T @ X, 2) for k in K)", scope)
-    by_hand = parse_matrix("sum(2 * (1/2 * logdet(I(n) + lam * (U[k].T @ X) @ (U[k].T @ X).T)) + sumsq(U[k].T @ X) for k in K)", scope)
+    by_hand = parse_matrix(
+        "sum(2 * (1/2 * logdet(I(n) + lam * (U[k].T @ X) @ (U[k].T @ X).T)) + sumsq(U[k].T @ X) for k in K)", scope
+    )
     assert written is by_hand
 
 
@@ -363,7 +379,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("formula", HOSTILE, ids=[repr(h)[:40] for h in HOSTILE])
-def test_hostile_text_is_refused_or_read_as_a_formula_and_never_run(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_text_is_refused_or_read_as_a_formula_and_never_run(
+    formula: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a formula was executed")
 
@@ -376,7 +394,11 @@ def test_hostile_text_is_refused_or_read_as_a_formula_and_never_run(formula: str
     except SpecError as refusal:
         assert refusal.code.startswith("E1") and refusal.message
     else:
-        assert not any(c.has(sp.zoo, sp.nan, sp.I) for x in walk(e) for c in (getattr(x, "coef", sp.S.One), getattr(x, "profile", sp.S.One)))
+        assert not any(
+            c.has(sp.zoo, sp.nan, sp.I)
+            for x in walk(e)
+            for c in (getattr(x, "coef", sp.S.One), getattr(x, "profile", sp.S.One))
+        )
     assert time.process_time() - start < 3
 
 

@@ -23,7 +23,9 @@ with warnings.catch_warnings():
     import cvxpy as cp
 
 M, N, T = dim("m"), dim("n"), dim("T")
-LAM, MU, R, LO, HI = (scalar(n, positive=p) for n, p in (("lam", True), ("mu", True), ("r", True), ("lo", False), ("hi", False)))
+LAM, MU, R, LO, HI = (
+    scalar(n, positive=p) for n, p in (("lam", True), ("mu", True), ("r", True), ("lo", False), ("hi", False))
+)
 STEP = scalar("t", positive=True)
 A, B, H = symbol("A", M, N), symbol("B", N, M), symbol("H", N, N)
 O = symbol("O", N, M, props={"orthonormal"})
@@ -32,7 +34,11 @@ F = symbol("F", N, N, props={"orthonormal"})
 W, Y, P = symbol("w", N), symbol("y", M), symbol("p", N, props={"positive"})
 C = symbol("C", N, T)
 q, Z, X = symbol("q", N, 1, "variable"), symbol("Z", N, T, "variable", 2), symbol("X", N, N, "variable", 2)
-SCOPE = Scope({s.name: s for s in (A, B, H, O, E, F, W, Y, P, C, q, Z, X)} | {d.name: d for d in (M, N, T)} | {s.name: s for s in (LAM, MU, R, LO, HI)})
+SCOPE = Scope(
+    {s.name: s for s in (A, B, H, O, E, F, W, Y, P, C, q, Z, X)}
+    | {d.name: d for d in (M, N, T)}
+    | {s.name: s for s in (LAM, MU, R, LO, HI)}
+)
 NUMBERS = {"lam": 0.3, "mu": 0.4, "r": 0.8, "lo": -0.5, "hi": 0.7, "t": 0.6}
 SHAPES = {"usual": (2, 5, 3), "one column": (3, 5, 1), "one row": (1, 1, 4), "one entry": (1, 1, 1)}
 
@@ -40,7 +46,9 @@ SHAPES = {"usual": (2, 5, 3), "one column": (3, 5, 1), "one row": (1, 1, 4), "on
 def read(text: str) -> Expr:
     """A sum of terms and constraints: `lam*norm1(q); q >= 0`."""
     first, *rest = (t.strip() for t in text.split(";"))
-    one = lambda t: parse_constraint(t, SCOPE) if " in " in t or ">=" in t or "<=" in t or "==" in t else parse_matrix(t, SCOPE)  # noqa: E731
+    one = lambda t: (
+        parse_constraint(t, SCOPE) if " in " in t or ">=" in t or "<=" in t or "==" in t else parse_matrix(t, SCOPE)
+    )
     return add(one(first), *map(one, rest))
 
 
@@ -50,9 +58,16 @@ def sizes(shape: str) -> dict[sp.Symbol, int]:
 
 def drawn(shape: str, seed: int) -> dict[Sym, Tensor]:
     g, n = torch.Generator().manual_seed(seed), sizes(shape)
-    found = {s: torch.randn(int(s.rows.subs(n)), int(s.cols.subs(n)), generator=g, dtype=torch.float64) for s in (A, B, H, W, Y, P, C, q, Z, X)}
+    found = {
+        s: torch.randn(int(s.rows.subs(n)), int(s.cols.subs(n)), generator=g, dtype=torch.float64)
+        for s in (A, B, H, W, Y, P, C, q, Z, X)
+    }
     found[P] = found[P].abs() + 0.1
-    found[O] = torch.linalg.qr(torch.randn(n[N], n[M], generator=g, dtype=torch.float64)).Q if n[M] <= n[N] else torch.zeros(n[N], n[M], dtype=torch.float64)
+    found[O] = (
+        torch.linalg.qr(torch.randn(n[N], n[M], generator=g, dtype=torch.float64)).Q
+        if n[M] <= n[N]
+        else torch.zeros(n[N], n[M], dtype=torch.float64)
+    )
     found[F] = torch.linalg.qr(found[H]).Q
     found[E] = found[O].mT.contiguous()
     return found
@@ -149,7 +164,13 @@ CONVEX: dict[str, tuple[Case, list[Case]]] = {
     "sum(huber(F @ q, lam)) + dot(q, w)": (lambda z, a: cp.sum(cp.huber(a["F"] @ z, lam)) / 2 + cp.sum(cp.multiply(z, a["w"])), []),
     "lam*norm1(O.T @ q - y)": (lambda z, a: lam * cp.norm1(a["O"].T @ z - a["y"]), []),
 }  # fmt: skip
-SMALL = {"lam*norm1(O.T @ q)", "lam*norm1(y - 2*O.T @ q) + mu/2*sumsq(q)", "lam*norm1(O.T @ q - y)", "A @ q == y", "dot(q, w) + mu/2*sumsq(q); A @ q == y"}
+SMALL = {
+    "lam*norm1(O.T @ q)",
+    "lam*norm1(y - 2*O.T @ q) + mu/2*sumsq(q)",
+    "lam*norm1(O.T @ q - y)",
+    "A @ q == y",
+    "dot(q, w) + mu/2*sumsq(q); A @ q == y",
+}
 """Need m <= n."""
 
 
@@ -162,7 +183,9 @@ def by_cvxpy(text: str, v: Tensor, given: dict[Sym, Tensor]) -> np.ndarray:
     objective = cp.Minimize(t * f(z, arrays) + cp.sum_squares(z - target.numpy()) / 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cp.Problem(objective, [c(z, arrays) for c in constraints]).solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+        cp.Problem(objective, [c(z, arrays) for c in constraints]).solve(
+            solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12
+        )
     return np.asarray(z.value)
 
 
@@ -201,7 +224,14 @@ def test_no_point_near_it_is_better_than_the_prox(text: str) -> None:
         return
     best = cost(smooth, x, v, given, "usual")
     n = x.numel()
-    ways = torch.cat([torch.eye(n, dtype=torch.float64), torch.randn(10, n, generator=g, dtype=torch.float64), (v - x).flatten()[None], x.flatten()[None]])
+    ways = torch.cat(
+        [
+            torch.eye(n, dtype=torch.float64),
+            torch.randn(10, n, generator=g, dtype=torch.float64),
+            (v - x).flatten()[None],
+            x.flatten()[None],
+        ]
+    )
     for size in (1e-4, 0.1):
         for way in (*ways, *-ways):
             assert cost(smooth, x + size * way.reshape(x.shape), v, given, "usual") >= best - 1e-12 * (1 + abs(best))
@@ -234,7 +264,11 @@ def test_a_projection_is_feasible_and_no_feasible_sample_is_nearer(text: str) ->
     for seed in range(3):
         v = far(term, "usual", seed)
         x = applied(term, v, drawn("usual", seed), "usual")
-        assert torch.allclose(SETS[text](x), x, atol=1e-8) or text in ("Z in rank_at_most(2)", "X in orthogonal", "Z in stiefel")
+        assert torch.allclose(SETS[text](x), x, atol=1e-8) or text in (
+            "Z in rank_at_most(2)",
+            "X in orthogonal",
+            "Z in stiefel",
+        )
         if "rank" in text:
             assert torch.linalg.matrix_rank(x) <= 2
         if text in ("X in orthogonal", "Z in stiefel"):
@@ -249,7 +283,15 @@ def test_a_projection_is_feasible_and_no_feasible_sample_is_nearer(text: str) ->
         assert torch.allclose(again, x, atol=1e-8)
 
 
-NOT_CONVEX = ("lam*norm0(q)", "lam*norm0(Z) + mu/2*sumsq(Z)", "lam*rank(Z)", "lam*spectral_sum(log(1 + s), Z)", "sum(log(1 + abs(q)))", "lam*sum(minimum(abs(q), 1))", "lam*sum(sqrt(abs(q)))")
+NOT_CONVEX = (
+    "lam*norm0(q)",
+    "lam*norm0(Z) + mu/2*sumsq(Z)",
+    "lam*rank(Z)",
+    "lam*spectral_sum(log(1 + s), Z)",
+    "sum(log(1 + abs(q)))",
+    "lam*sum(minimum(abs(q), 1))",
+    "lam*sum(sqrt(abs(q)))",
+)
 
 
 @pytest.mark.parametrize("text", NOT_CONVEX)
@@ -263,7 +305,14 @@ def test_the_prox_of_what_is_not_convex_beats_all_samples(text: str) -> None:
         if v.shape[1] > 1:
             u, s, w = torch.linalg.svd(v, full_matrices=False)
             candidates += [u[:, :k] @ torch.diag(s[:k]) @ w[:k] for k in range(1, 4)]
-        for c in [*candidates, *(x + size * torch.randn(*v.shape, generator=g, dtype=v.dtype) for size in (1e-3, 0.1, 1.0) for _ in range(8))]:
+        for c in [
+            *candidates,
+            *(
+                x + size * torch.randn(*v.shape, generator=g, dtype=v.dtype)
+                for size in (1e-3, 0.1, 1.0)
+                for _ in range(8)
+            ),
+        ]:
             assert cost(term, c, v, given, "usual") >= best - 1e-10
 
 
@@ -277,7 +326,16 @@ def test_a_prox_at_zero_is_finite(text: str) -> None:
     assert x.isfinite().all()
 
 
-VANISH = ("lam*norm1(q)", "lam*norm2(q)", "lam*group_norm(Z, axis=1)", "lam*norm1(q) + mu*norm2(q)", "q in ball2(r)", "lam*norm_fro(Z)", "lam*norm0(q)", "lam*norm_inf(q)")
+VANISH = (
+    "lam*norm1(q)",
+    "lam*norm2(q)",
+    "lam*group_norm(Z, axis=1)",
+    "lam*norm1(q) + mu*norm2(q)",
+    "q in ball2(r)",
+    "lam*norm_fro(Z)",
+    "lam*norm0(q)",
+    "lam*norm_inf(q)",
+)
 
 
 @pytest.mark.parametrize("text", VANISH)
@@ -289,14 +347,31 @@ def test_zero_stays_zero_and_has_a_finite_derivative(text: str) -> None:
     assert (x == 0).all() and slope.isfinite().all()
 
 
-@pytest.mark.parametrize("text", ["lam*norm1(q - w)", "lam*norm2(q)", "lam*group_norm(Z, axis=1)", "sum(huber(q - w, lam))", "1/2*sumsq(A @ q - y)", "q in ball2(r)", "lam*norm1(q) + mu*norm2(q)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lam*norm1(q - w)",
+        "lam*norm2(q)",
+        "lam*group_norm(Z, axis=1)",
+        "sum(huber(q - w, lam))",
+        "1/2*sumsq(A @ q - y)",
+        "q in ball2(r)",
+        "lam*norm1(q) + mu*norm2(q)",
+    ],
+)
 def test_derivatives_of_a_prox_are_those_of_differences(text: str) -> None:
     term, given = read(text), drawn("usual", 3)
     v = far(term, "usual", 3)
     got = torch.autograd.functional.jacobian(lambda x: applied(term, x, given, "usual"), v).reshape(v.numel(), -1)  # type: ignore[union-attr]
     h = 1e-6
     ways = torch.eye(v.numel(), dtype=v.dtype).reshape(-1, *v.shape)
-    want = torch.stack([(applied(term, v + h * d, given, "usual") - applied(term, v - h * d, given, "usual")).flatten() / (2 * h) for d in ways], 1)
+    want = torch.stack(
+        [
+            (applied(term, v + h * d, given, "usual") - applied(term, v - h * d, given, "usual")).flatten() / (2 * h)
+            for d in ways
+        ],
+        1,
+    )
     assert torch.allclose(got, want, atol=1e-5)
 
 

@@ -65,12 +65,18 @@ def test_an_autoencoder_has_the_parameters_that_are_used() -> None:
 
 def test_token_statistics_for_language_has_no_offset_for_each_place() -> None:
     shapes, *_ = PUBLISHED["tost language base"]
-    assert count(unroll.compile("tost_language")) == without(shapes, "b_denom") + 1024 * 768  # positions are not counted there
+    assert (
+        count(unroll.compile("tost_language")) == without(shapes, "b_denom") + 1024 * 768
+    )  # positions are not counted there
 
 
 @pytest.mark.parametrize(("size", "d", "K"), [("tiny", 384, 6), ("small", 576, 12)])
 def test_released_weights_of_crate_give_the_released_answer(size: str, d: int, K: int) -> None:
-    net, by_hand, x = unroll.compile(f"crate_{size}", dtype=torch.float64, overrides=SMALL), expert(d=d, K=K), pictures()
+    net, by_hand, x = (
+        unroll.compile(f"crate_{size}", dtype=torch.float64, overrides=SMALL),
+        expert(d=d, K=K),
+        pictures(),
+    )
     before = net(x)
     assert unroll.restore_weights(net, {"state_dict": {f"module.{k}": v for k, v in by_hand.state_dict().items()}}).ok
     assert (net(x) - by_hand(x)).abs().max() <= EXACT < (net(x) - before).abs().max()
@@ -91,9 +97,16 @@ def test_released_weights_of_crate_alpha_give_the_released_answer() -> None:
     second = {**norm, "fn.D": (d, s), "fn.D1": (d, s)}
     around = {"cls_token": (1, 1, d), "pos_embedding": (1, 5, d), "conv1.weight": (d, 3, 16, 16), "conv1.bias": (d,)}
     ends = {"mlp_head.0.weight": (d,), "mlp_head.0.bias": (d,), "mlp_head.1.weight": (7, d), "mlp_head.1.bias": (7,)}
-    blocks = {f"transformer.layers.{i}.{j}.{k}": v for i in range(2) for j, part in enumerate((first, second)) for k, v in part.items()}
+    blocks = {
+        f"transformer.layers.{i}.{j}.{k}": v
+        for i in range(2)
+        for j, part in enumerate((first, second))
+        for k, v in part.items()
+    }
     w = draws({**around, **blocks, **ends})
-    net = unroll.compile("crate_alpha_base", dims={"d": d, "K": K, "p": 8, "s": s}, dtype=torch.float64, overrides=SMALL)
+    net = unroll.compile(
+        "crate_alpha_base", dims={"d": d, "K": K, "p": 8, "s": s}, dtype=torch.float64, overrides=SMALL
+    )
     assert unroll.restore_weights(net, w).ok
     z = F.conv2d(x, w["conv1.weight"], w["conv1.bias"], stride=16).flatten(2).mT
     z = torch.cat([w["cls_token"].expand(2, 1, d), z], 1) + w["pos_embedding"]
@@ -122,10 +135,20 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
     }  # fmt: skip
     w = draws(shapes)
     sizes = {"d": d, "K": K, "p": 8}
-    small = [SMALL[0], SMALL[2], "model.decoder.layers.unroll.layers=2", *(f"model.decoder.layers.dims.{k}={v}" for k, v in sizes.items())]
+    small = [
+        SMALL[0],
+        SMALL[2],
+        "model.decoder.layers.unroll.layers=2",
+        *(f"model.decoder.layers.dims.{k}={v}" for k, v in sizes.items()),
+    ]
     net = unroll.compile("crate_mae_small", dims=sizes, dtype=torch.float64, overrides=small)
     report = unroll.restore_weights(net, {"model": w})
-    assert report.ok and set(report.ignored) == {"pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias"}
+    assert report.ok and set(report.ignored) == {
+        "pos_embed",
+        "decoder_pos_embed",
+        "decoder_embed.weight",
+        "decoder_embed.bias",
+    }
     mask = torch.tensor([[True, False, True, True], [False, True, True, True]])
 
     def part(name: str, i: int, j: int) -> dict[str, Tensor]:
@@ -154,7 +177,9 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
 
 
 def test_a_layer_of_token_statistics_ends_in_a_perceptron() -> None:
-    net: Any = unroll.compile("tost_layers", dims={"d": 12, "K": 3, "p": 4, "s": 20}, dtype=torch.float64, overrides=["unroll.layers=2"])
+    net: Any = unroll.compile(
+        "tost_layers", dims={"d": 12, "K": 3, "p": 4, "s": 20}, dtype=torch.float64, overrides=["unroll.layers=2"]
+    )
     g = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for p in net.parameters():
@@ -164,7 +189,9 @@ def test_a_layer_of_token_statistics_ends_in_a_perceptron() -> None:
     for i in range(2):
         y = F.layer_norm(want, (12,), net.compress_norm_weight[i], net.compress_norm_bias[i], 1e-6)
         out = net.W_out[i].movedim(0, 1).flatten(1)
-        want = want + net.layer_scale[i] * released.tost_attention(y, net.W[i], net.offset[i], net.temperature[i], out, -net.W_out_bias[i])
+        want = want + net.layer_scale[i] * released.tost_attention(
+            y, net.W[i], net.offset[i], net.temperature[i], out, -net.W_out_bias[i]
+        )
         y = F.layer_norm(want, (12,), net.perceptron_norm_weight[i], net.perceptron_norm_bias[i], 1e-6)
         y = F.gelu(F.linear(y, net.W_up[i], net.W_up_bias[i]))
         want = want + net.perceptron_scale[i] * F.linear(y, net.W_down[i], net.W_down_bias[i])

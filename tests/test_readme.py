@@ -167,7 +167,16 @@ def algorithms() -> str:
 
 
 def rewrites() -> str:
-    rows = ((f"`{r.signature}`", r.picture, r.result, f"{r.kind}{f': assumes {r.assumes}' if r.assumes else ''}", r.error or "none") for r in REWRITES)
+    rows = (
+        (
+            f"`{r.signature}`",
+            r.picture,
+            r.result,
+            f"{r.kind}{f': assumes {r.assumes}' if r.assumes else ''}",
+            r.error or "none",
+        )
+        for r in REWRITES
+    )
     return table("rewrite | before | after | kind | error", rows)
 
 
@@ -191,7 +200,9 @@ def specs() -> str:
         assert spec.unroll is not None
         schemes = (spec.unroll, *spec.unroll.blocks)
         learned = ", ".join(f"`{n}`" for s in schemes for n in s.learn) or "nothing"
-        algorithm = spec.unroll.algorithm or ", ".join(dict.fromkeys(b.algorithm for b in spec.unroll.blocks if b.algorithm))
+        algorithm = spec.unroll.algorithm or ", ".join(
+            dict.fromkeys(b.algorithm for b in spec.unroll.blocks if b.algorithm)
+        )
         link = f"[{name}](specs/{name}.yaml)"
         return link, str(spec.objective), algorithm, str(spec.unroll.layers), learned, spec.source
 
@@ -233,13 +244,18 @@ def measured() -> str:
 
 def _white_box(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
     for row in found["redunet"]:
-        rate = f"{row['rate reduction, first']:.2f} to {row['last']:.2f}, {row['falls']} falls in {row['layers']} layers"
+        rate = (
+            f"{row['rate reduction, first']:.2f} to {row['last']:.2f}, {row['falls']} falls in {row['layers']} layers"
+        )
         test = "" if row["test after"] == "-" else f"; test {row['test before']:.1%} to {row['test after']:.1%}"
         right = f"nearest subspace: train {row['train before']:.1%} to {row['after']:.1%}{test}"
         yield f"rate reduction of {row['data']}, {row['features']}", f"{rate}; {right}"
     for row in (r for r in found["text_models"] if r["lr"] == found["text_models"][0]["lr"]):
         name = "a plain GPT block" if row["network"] == "gpt" else f"`{row['network']}`"
-        yield f"Python documentation, held out: {name}, {row['parameters']:,} parameters", f"{row['bits per character']:.2f} bits per character after {row['steps']:,} steps"
+        yield (
+            f"Python documentation, held out: {name}, {row['parameters']:,} parameters",
+            f"{row['bits per character']:.2f} bits per character after {row['steps']:,} steps",
+        )
     changes = found["white_box"]
     for term, tokens in dict.fromkeys((r["term"], r["tokens"]) for r in changes):
         own = [r for r in changes if (r["term"], r["tokens"]) == (term, tokens)]

@@ -28,7 +28,7 @@ SIZES = {"wide": {d: 4, N: 7, p: 2, K: 3}, "tall": {d: 6, N: 3, p: 2, K: 2}, "on
 
 def values(sizes: dict[sp.Symbol, int], seed: int = 0) -> dict[Sym, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     n = {k.name: v for k, v in sizes.items()}
     return {
         Z: draw(n["d"], n["N"]), Y: draw(n["d"], n["N"]), U: draw(n["K"], n["d"], n["p"]), Q: torch.linalg.qr(draw(n["d"], n["d"])).Q,
@@ -62,7 +62,10 @@ EXACT = {
     "expand": ("(Z + Y) @ (Z - Y).T @ Q", "expand"),
     "expand beside weights": ("((Q - D) @ Z) * sum(Y, axis=0)", "expand"),
     "collect": ("Q @ Z - c * D @ Z + Y", "collect(Z)"),
-    "shares of a shift": ("sum(softmax(sum(Y, axis=0) + sum(U[k].T @ Z, axis=0), over=k) * sum(U[k].T @ Y, axis=0) for k in K)", "shares"),
+    "shares of a shift": (
+        "sum(softmax(sum(Y, axis=0) + sum(U[k].T @ Z, axis=0), over=k) * sum(U[k].T @ Y, axis=0) for k in K)",
+        "shares",
+    ),
     "shares of what is common": ("sum(Z * softmax(sum(U[k].T @ Z, axis=0), over=k) for k in K)", "shares"),
     "all shifts": ("inv(a * I(d) + c * shifts(Z, d) @ shifts(Z, d).T) @ Y", "circulant_to_fft"),
     "a determinant of all shifts": ("logdet(I(d) + c * shifts(Z, d) @ shifts(Z, d).T)", "circulant_to_fft"),
@@ -147,12 +150,25 @@ def test_a_frame_and_an_incoherent_dictionary_are_taken_for_the_identity() -> No
     u = values(SIZES["wide"])[U]
     frame = sum(m @ m.mT for m in u) - torch.eye(4, dtype=torch.float64)
     assert float(at(applied.sites[0].assumption, "wide")) == pytest.approx(float(torch.linalg.matrix_norm(frame, 2)))
-    assert torch.linalg.norm(at(e, "wide") - at(after, "wide")) <= float(at(applied.sites[0].assumption, "wide")) * torch.linalg.norm(at(after, "wide"))
+    assert torch.linalg.norm(at(e, "wide") - at(after, "wide")) <= float(
+        at(applied.sites[0].assumption, "wide")
+    ) * torch.linalg.norm(at(after, "wide"))
     assert rewritten("D.T @ D @ Z", "incoherent(D)")[1] is Z
 
 
 @pytest.mark.parametrize("text", ["sum(Z @ Y.T)", "inv(Q)", "sum(U[k].T @ Z @ Z.T for k in K)", "Z"])
-@pytest.mark.parametrize("call", ["neumann(order=1)", "gram_to_softmax", "tight_frame(U)", "incoherent(D)", "woodbury", "spectral_bound(Q)", "push_through(to=N)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "neumann(order=1)",
+        "gram_to_softmax",
+        "tight_frame(U)",
+        "incoherent(D)",
+        "woodbury",
+        "spectral_bound(Q)",
+        "push_through(to=N)",
+    ],
+)
 def test_a_rewrite_leaves_alone_what_it_does_not_fit(text: str, call: str) -> None:
     e = parse_matrix(text, SCOPE)
     out, applied = apply(read(call, SCOPE, nowhere), e)
@@ -169,7 +185,16 @@ def test_running_sums_follow_each_prefix() -> None:
         assert torch.allclose(at(after, "wide")[:, j], want)
 
 
-@pytest.mark.parametrize(("call", "words"), [("neumann(order=Z)", "must be a whole number"), ("tight_frame(V)", "declared symbol"), ("gram_to_softmax(causal=1)", "True or False"), ("tight_frame", "missing"), ("neumann(1, 2)", "too many")])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("neumann(order=Z)", "must be a whole number"),
+        ("tight_frame(V)", "declared symbol"),
+        ("gram_to_softmax(causal=1)", "True or False"),
+        ("tight_frame", "missing"),
+        ("neumann(1, 2)", "too many"),
+    ],
+)
 def test_wrong_arguments_are_refused(call: str, words: str) -> None:
     with pytest.raises(SpecError, match=words) as refused:
         read(call, SCOPE, nowhere)

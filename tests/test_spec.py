@@ -146,7 +146,11 @@ def test_blocks_of_the_design_validate():
     compress, sparsify = spec.unroll.blocks
     assert compress.rewrites == ("neumann(order=1)", "gram_to_softmax(scale=p**-0.5)", "tight_frame(U)")
     assert compress.gauge is not None and (compress.gauge.residual, compress.gauge.update) == ("1", None)
-    assert compress.normalise is not None and (compress.normalise.kind, compress.normalise.eps, compress.normalise.when) == ("layer_norm", 1e-5, "before")
+    assert compress.normalise is not None and (
+        compress.normalise.kind,
+        compress.normalise.eps,
+        compress.normalise.when,
+    ) == ("layer_norm", 1e-5, "before")
     assert sparsify.surrogate is not None
     assert (sparsify.surrogate.assumes, spec.dims["n"]) == ("incoherent(D)", "dynamic")
 

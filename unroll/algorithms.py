@@ -17,7 +17,25 @@ from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.expr import (
-    Add, Expr, Indicator, Map, Sym, add, as_constant, constant, depends, prox, scalar, scale, show_shape, slot, split, substitute, symbol, walk, zeros,
+    Add,
+    Expr,
+    Indicator,
+    Map,
+    Sym,
+    add,
+    as_constant,
+    constant,
+    depends,
+    prox,
+    scalar,
+    scale,
+    show_shape,
+    slot,
+    split,
+    substitute,
+    symbol,
+    walk,
+    zeros,
 )  # fmt: skip
 from unroll.parse import Place, Scope, nowhere, parse
 from unroll.problem import Problem, place_of
@@ -55,7 +73,9 @@ class Part:
         return isinstance(split(self.e)[1], Indicator)
 
     def show(self) -> str:
-        found = [] if self.smooth is None else ["smooth" if self.smooth.smooth else "differentiable, no Lipschitz constant"]
+        found = (
+            [] if self.smooth is None else ["smooth" if self.smooth.smooth else "differentiable, no Lipschitz constant"]
+        )
         found += [] if self.proximal is None else ["constraint with a projection" if self.is_set else "proximable"]
         return f"{self.term}: {pretty(self.e)} is {' and '.join(found) or f'neither smooth nor proximable ({self.reason})'}"
 
@@ -95,9 +115,15 @@ def find(name: str, spec: Spec | None = None, path: tuple[str | int, ...] = ()) 
 def build(record: Algorithm, problem: Problem, options: Options) -> Step:
     """One iteration on `problem`. Raises DeriveError E303 with what was needed, found, and what fits."""
     if len(problem.variables) != 1:
-        raise DeriveError("E303", f"{record.name} minimises over one variable; this problem has {len(problem.variables)}")
+        raise DeriveError(
+            "E303", f"{record.name} minimises over one variable; this problem has {len(problem.variables)}"
+        )
     if options.momentum is not None and options.momentum.split("(")[0] not in record.momenta:
-        hint = f"its momenta: {', '.join(record.momenta)}" if record.momenta else f"{record.name} has no momentum; fista has"
+        hint = (
+            f"its momenta: {', '.join(record.momenta)}"
+            if record.momenta
+            else f"{record.name} has no momentum; fista has"
+        )
         raise DeriveError("E303", f"{record.name} does not know the momentum '{options.momentum}'", hint=hint)
     parts = classify(problem)
     missing = record.fits(parts)
@@ -114,7 +140,15 @@ def build(record: Algorithm, problem: Problem, options: Options) -> Step:
 
 def _unsigned(parts: tuple[Part, ...]) -> str:
     """A hint where terms have no prox because the sign of a scalar is open."""
-    open_signs = sorted({s.name for p in parts if p.smooth is None and p.proximal is None for s in p.e.scalars if s.is_positive is None and not s.is_integer})
+    open_signs = sorted(
+        {
+            s.name
+            for p in parts
+            if p.smooth is None and p.proximal is None
+            for s in p.e.scalars
+            if s.is_positive is None and not s.is_integer
+        }
+    )
     return f"declare its sign: {open_signs[0]}: {{default: .., positive: true}}, under scalars" if open_signs else ""
 
 
@@ -224,13 +258,19 @@ def _fresh(problem: Problem, name: str) -> str:
     return name if name not in problem.scope.names else _fresh(problem, name + "_")
 
 
-def _step_size(problem: Problem, parts: tuple[Part, ...], options: Options) -> tuple[tuple[Assign, ...], tuple[str, ...]]:
+def _step_size(
+    problem: Problem, parts: tuple[Part, ...], options: Options
+) -> tuple[tuple[Assign, ...], tuple[str, ...]]:
     """Definitions of step (and L where it is used). Raises DeriveError E304."""
     (z,) = problem.variables
     names = {**problem.scope.names, "L": LIPSCHITZ}
     value = parse(options.step, replace(problem.scope, names=names), options.place)
     if isinstance(value, Expr):
-        raise SpecError("E132", f"a step size is a number; {options.step} is {show_shape(value.shape)}", options.place(0, len(options.step)))
+        raise SpecError(
+            "E132",
+            f"a step size is a number; {options.step} is {show_shape(value.shape)}",
+            options.place(0, len(options.step)),
+        )
     if value.is_nonpositive:
         raise SpecError("E132", f"a step size is positive; {options.step} is not", options.place(0, len(options.step)))
     if LIPSCHITZ not in value.free_symbols:
@@ -239,9 +279,15 @@ def _step_size(problem: Problem, parts: tuple[Part, ...], options: Options) -> t
     found = curvature.smoothness(smooth, z)
     lipschitz = found.lipschitz
     if as_constant(lipschitz) == 0:
-        raise DeriveError("E304", "the smooth part is linear: L is 0, so 1/L is no step size", hint="give the step size yourself: step: 0.1")
+        raise DeriveError(
+            "E304",
+            "the smooth part is linear: L is 0, so 1/L is no step size",
+            hint="give the step size yourself: step: 0.1",
+        )
     note = f"L = {pretty(lipschitz)}  ({found.proof}: {found.reason})"
-    return (Assign(LIPSCHITZ, lipschitz, "Lipschitz constant of the gradient"), Assign(STEP, value, "step size")), (note,)
+    return (Assign(LIPSCHITZ, lipschitz, "Lipschitz constant of the gradient"), Assign(STEP, value, "step size")), (
+        note,
+    )
 
 
 def _gradient_step(problem: Problem, parts: tuple[Part, ...], at: Sym) -> Expr:
@@ -260,7 +306,11 @@ def _proximal_step(problem: Problem, parts: tuple[Part, ...], at: Sym) -> Expr:
 
 
 def _monotone(parts: tuple[Part, ...], options: Options) -> tuple[str, ...]:
-    return ("monotone: f(z⁺) <= f(z)",) if options.step == "1/L" and all(p.descended or p.proximal.convex or p.is_set for p in parts) else ()
+    return (
+        ("monotone: f(z⁺) <= f(z)",)
+        if options.step == "1/L" and all(p.descended or p.proximal.convex or p.is_set for p in parts)
+        else ()
+    )
 
 
 def _descent(name: str) -> Callable[[Problem, tuple[Part, ...], Options], Step]:
@@ -270,7 +320,15 @@ def _descent(name: str) -> Callable[[Problem, tuple[Part, ...], Options], Step]:
         definitions, notes = _step_size(problem, parts, options)
         value = _proximal_step(problem, parts, state)
         note = f"{z.name} <- {text(value)}"
-        return Step(name, definitions, (State(state, zeros(*z.shape)),), (Assign(state, value, note),), (state,), (), notes + _monotone(parts, options))
+        return Step(
+            name,
+            definitions,
+            (State(state, zeros(*z.shape)),),
+            (Assign(state, value, note),),
+            (state,),
+            (),
+            notes + _monotone(parts, options),
+        )
 
     return make
 
@@ -287,7 +345,9 @@ def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     definitions, notes = _step_size(problem, parts, options)
     rule = (options.momentum or "beck_teboulle").split("(")[0]
     if rule == "beck_teboulle" and options.momentum not in (None, rule):
-        raise DeriveError("E303", f"{options.momentum}: this momentum has no parameter", hint="chambolle_dossal(a) has one")
+        raise DeriveError(
+            "E303", f"{options.momentum}: this momentum has no parameter", hint="chambolle_dossal(a) has one"
+        )
     if rule == "beck_teboulle":
         counters = (State(COUNTER, sp.Integer(1)),)
         before = (
@@ -315,7 +375,13 @@ def _power(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     slope = gradient(add(*(p.e for p in _smooth(parts))), z)
     along = substitute(scale(-1, slope), {z: state})
     value = prox(add(*(p.e for p in _rest(parts))), z, sp.Integer(1), along)
-    return Step("power_step", (), (State(state, zeros(*z.shape)),), (Assign(state, value, f"{z.name} <- {text(value)}"),), (state,))
+    return Step(
+        "power_step",
+        (),
+        (State(state, zeros(*z.shape)),),
+        (Assign(state, value, f"{z.name} <- {text(value)}"),),
+        (state,),
+    )
 
 
 def _parameter_of(momentum: str, default: int) -> sp.Expr:
@@ -335,9 +401,20 @@ def parse_start(problem: Problem, spec: Spec, name: str) -> Expr:
     place = place_of(spec, "unroll", "start", name)
     z = next((v for v in problem.variables if v.name == name), None)
     if z is None:
-        raise SpecError("E101", f"'{name}' is not a variable", spec.key_where("unroll", "start", name), did_you_mean(name, [v.name for v in problem.variables]))
+        raise SpecError(
+            "E101",
+            f"'{name}' is not a variable",
+            spec.key_where("unroll", "start", name),
+            did_you_mean(name, [v.name for v in problem.variables]),
+        )
     value = parse(spec.unroll.start[name], problem.scope, place)  # type: ignore[union-attr]
-    e = value if isinstance(value, Expr) and value.shape == z.shape else constant(value, *z.shape) if not isinstance(value, Expr) else value
+    e = (
+        value
+        if isinstance(value, Expr) and value.shape == z.shape
+        else constant(value, *z.shape)
+        if not isinstance(value, Expr)
+        else value
+    )
     if e.shape != z.shape:
         raise SpecError("E131", f"the start of {name} has another shape than {name}", place(0, 1))
     if any(depends(e, v) for v in problem.variables):

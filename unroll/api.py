@@ -42,7 +42,11 @@ def derive(spec: Source, *, dims: Mapping[str, int] | None = None, overrides: Se
 
 def read(spec: Source, overrides: Sequence[str] = ()) -> Spec:
     """A loaded spec. Raises SpecError E0xx, E2xx."""
-    return spec if isinstance(spec, Spec) and not overrides else load(spec.to_dict() if isinstance(spec, Spec) else spec, overrides)
+    return (
+        spec
+        if isinstance(spec, Spec) and not overrides
+        else load(spec.to_dict() if isinstance(spec, Spec) else spec, overrides)
+    )
 
 
 def compile(
@@ -116,10 +120,14 @@ def compile_layers(
     _refuse_out_of_bounds(loaded, scalars or {})
     missing = [s.name for s in derivation.problem.parameters if s.name not in given]
     _refuse_too_large(program, missing)
-    drawn = draw(_with_inits(loaded, derivation.problem, program.problem.symbols), program.dims, seed) if missing else {}
+    drawn = (
+        draw(_with_inits(loaded, derivation.problem, program.problem.symbols), program.dims, seed) if missing else {}
+    )
     dtype = dtype or torch.get_default_dtype()
     values = given | {name: drawn[name].to(dtype) for name in missing}
-    net = network(program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed)
+    net = network(
+        program, values, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed
+    )
     net.drawn = tuple(missing)
     return net
 
@@ -155,7 +163,9 @@ def loss(
     recipe = losses.recipe(problem, loaded.title, held=(*given, *missing), learn=learn, origin=_origin(loaded))
     losses.sized(recipe, missing)
     drawn = draw(_with_inits(loaded, problem, missing), recipe.dims, seed)
-    return losses.loss(loaded, recipe, given | {n: v.to(torch.get_default_dtype()) for n, v in drawn.items()}, scalars or {})
+    return losses.loss(
+        loaded, recipe, given | {n: v.to(torch.get_default_dtype()) for n, v in drawn.items()}, scalars or {}
+    )
 
 
 MOST_ENTRIES = 2**31
@@ -184,7 +194,11 @@ def _refuse_undeclared(problem: Problem, given: Mapping[str, torch.Tensor]) -> N
         for prop in sorted(s.props) if s.name in given else ():
             off = _distance(prop, given[s.name].detach())
             if off > (1e-4 if given[s.name].dtype.itemsize > 2 else 1e-2):
-                raise UnrollError("E403", f"'{s.name}' is declared {prop.replace('_', ' ')}, and the value given is not: off by {off:.1e}", hint="what was derived relies on it")
+                raise UnrollError(
+                    "E403",
+                    f"'{s.name}' is declared {prop.replace('_', ' ')}, and the value given is not: off by {off:.1e}",
+                    hint="what was derived relies on it",
+                )
 
 
 def _distance(prop: str, value: torch.Tensor) -> float:
@@ -226,7 +240,11 @@ def _refuse_too_large(program: Program, missing: Sequence[str]) -> None:
     for s in program.problem.parameters:
         sizes = program.tensor_sizes(s)
         if s.name in missing and None in sizes:
-            raise UnrollError("E402", f"{s.name} has a dynamic size and no value", hint=f"give parameters={{'{s.name}': ...}}, or the size as a number")
+            raise UnrollError(
+                "E402",
+                f"{s.name} has a dynamic size and no value",
+                hint=f"give parameters={{'{s.name}': ...}}, or the size as a number",
+            )
     counts = {s.name: prod(n or 1 for n in program.tensor_sizes(s)) for s in program.problem.parameters}
     dims = {dim(name): sp.Integer(n) for name, n in program.dims.items()}
     for p in program.step.learned:
@@ -234,7 +252,11 @@ def _refuse_too_large(program: Program, missing: Sequence[str]) -> None:
         counts[p.name] = entries * (program.layers if p.per_layer else 1)
     name = max(counts, key=lambda n: counts[n], default="")
     if sum(counts.values()) > MOST_ENTRIES:
-        raise UnrollError("E404", f"{name} would have {counts[name]:,} entries; all together may have {MOST_ENTRIES:,}", hint="smaller dims, fewer layers, or share: layers")
+        raise UnrollError(
+            "E404",
+            f"{name} would have {counts[name]:,} entries; all together may have {MOST_ENTRIES:,}",
+            hint="smaller dims, fewer layers, or share: layers",
+        )
 
 
 def build(derivation: Derivation) -> Program:
@@ -243,11 +265,25 @@ def build(derivation: Derivation) -> Program:
 
     spec, problem = derivation.spec, derivation.problem
     sizes = {d.name: n for d, n in problem.dims.items() if isinstance(n, int)}
-    return emit.build(problem, derivation.step, layers=derivation.layers, dims=sizes, name=spec.title, origin=_origin(spec), sha=spec.sha256)
+    return emit.build(
+        problem,
+        derivation.step,
+        layers=derivation.layers,
+        dims=sizes,
+        name=spec.title,
+        origin=_origin(spec),
+        sha=spec.sha256,
+    )
 
 
 def _origin(spec: Spec) -> str:
-    return "" if spec.file.startswith("<") else os.path.relpath(spec.file) if Path(spec.file).is_relative_to(Path.cwd()) else Path(spec.file).name
+    return (
+        ""
+        if spec.file.startswith("<")
+        else os.path.relpath(spec.file)
+        if Path(spec.file).is_relative_to(Path.cwd())
+        else Path(spec.file).name
+    )
 
 
 def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -> dict[str, int]:
@@ -255,11 +291,16 @@ def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -
     found = dict(dims)
     for name, value in parameters.items():
         if name not in spec.parameters:
-            raise UnrollError("E402", f"'{name}' is not a parameter of {spec.title}", hint=did_you_mean(name, spec.parameters))
+            raise UnrollError(
+                "E402", f"'{name}' is not a parameter of {spec.title}", hint=did_you_mean(name, spec.parameters)
+            )
         record = spec.parameters[name]
         declared = record.shape if record.family is None else (record.family, *record.shape)
         if len(value.shape) != len(declared):
-            raise UnrollError("E404", f"{name} has {len(value.shape)} axes, declared are {len(declared)}: [{', '.join(map(str, declared))}]")
+            raise UnrollError(
+                "E404",
+                f"{name} has {len(value.shape)} axes, declared are {len(declared)}: [{', '.join(map(str, declared))}]",
+            )
         for entry, n in zip(declared, value.shape, strict=True):
             if isinstance(entry, str) and entry in spec.dims and not isinstance(spec.dims[entry], int):
                 if found.setdefault(entry, int(n)) != n:
@@ -271,7 +312,9 @@ def _with_inits(spec: Spec, problem: Problem, names: Collection[str]) -> Problem
     """The problem with these parameters alone, `init:` of each as a property that `draw` keeps."""
     props = {n: p.init for n, p in spec.parameters.items() if p.init not in (None, "gaussian")}
     wanted = [s for s in problem.parameters if s.name in names]
-    return replace(problem, parameters=tuple(replace(s, props=s.props | {props[s.name]}) if s.name in props else s for s in wanted))  # type: ignore[operator]
+    return replace(
+        problem, parameters=tuple(replace(s, props=s.props | {props[s.name]}) if s.name in props else s for s in wanted)
+    )  # type: ignore[operator]
 
 
 def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
@@ -290,7 +333,9 @@ def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, ove
 
             return "\n".join([str(derivation), *describe(loaded)])
         case "step":
-            return "\n".join(f"{a.target.name} <- {a.value}" for a in (*derivation.step.definitions, *derivation.step.assigns))
+            return "\n".join(
+                f"{a.target.name} <- {a.value}" for a in (*derivation.step.definitions, *derivation.step.assigns)
+            )
         case "graph":
             from unroll.interpret import graph_text
 
@@ -299,7 +344,9 @@ def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, ove
         case "source":
             return _source(loaded, dims)
         case _:
-            raise UnrollError("E401", f"there is no stage '{name}'", hint="spec, problem, derivation, step, graph, source")
+            raise UnrollError(
+                "E401", f"there is no stage '{name}'", hint="spec, problem, derivation, step, graph, source"
+            )
 
 
 def _source(spec: Spec, dims: Mapping[str, int] | None) -> str:
@@ -328,7 +375,14 @@ def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
     rows = [f"{s.role:10} {s.name:8} {show_shape(s.shape)}" for s in problem.symbols.values()]
     rows += [f"scalar     {s.name:8} {'' if v is None else v}" for s, v in problem.scalars.items()]
     rows += [f"size       {d.name:8} {'open' if n is None else n}" for d, n in problem.dims.items()]
-    return "\n".join([*rows, "", "minimise" if problem.sign > 0 else "maximise", *(f"  {n}: {text(e)}" for n, e in problem.terms.items())])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            "minimise" if problem.sign > 0 else "maximise",
+            *(f"  {n}: {text(e)}" for n, e in problem.terms.items()),
+        ]
+    )
 
 
 def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: float) -> ScalarProx:

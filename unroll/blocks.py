@@ -19,8 +19,28 @@ from unroll import algorithms, rewrites
 from unroll.algorithms import LIPSCHITZ, STEP, Options, state_of
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.expr import (
-    Add, Expr, Prox, Sym, add, as_constant, constant, depends, elementwise, noise, normalise, prox, scalar, scale, show_shape, slot, split, substitute,
-    substitute_scalars, symbol, walk, zeros,
+    Add,
+    Expr,
+    Prox,
+    Sym,
+    add,
+    as_constant,
+    constant,
+    depends,
+    elementwise,
+    noise,
+    normalise,
+    prox,
+    scalar,
+    scale,
+    show_shape,
+    slot,
+    split,
+    substitute,
+    substitute_scalars,
+    symbol,
+    walk,
+    zeros,
 )  # fmt: skip
 from unroll.functions import Value, as_expr
 from unroll.parse import Place, Scope, parse, parse_constraint
@@ -73,7 +93,9 @@ def derive(problem: Problem, spec: Spec) -> Step:
         raise SpecError("E303", f"{spec.title} says what to minimise, not how", hint=hint)
     if unrolled.blocks and unrolled.algorithm is not None:
         hint = "each block has its own algorithm"
-        raise SpecError("E310", "the spec names an algorithm beside its blocks", spec.key_where("unroll", "algorithm"), hint)
+        raise SpecError(
+            "E310", "the spec names an algorithm beside its blocks", spec.key_where("unroll", "algorithm"), hint
+        )
     starts = {name: algorithms.parse_start(problem, spec, name) for name in unrolled.start}
     step = _alternating(problem, spec, unrolled) if unrolled.blocks else _single(problem, spec, unrolled)
     _own_scalars(step, problem, spec)
@@ -83,11 +105,17 @@ def derive(problem: Problem, spec: Spec) -> Step:
 
 def _own_scalars(step: Step, problem: Problem, spec: Spec) -> None:
     """Numbers that the algorithm works out (a step size, a momentum) are not named as a scalar of the problem is."""
-    made = {s.name for s in (*(a.target for a in (*step.definitions, *step.assigns)), *(s.symbol for s in step.states)) if isinstance(s, sp.Symbol)}
+    made = {
+        s.name
+        for s in (*(a.target for a in (*step.definitions, *step.assigns)), *(s.symbol for s in step.states))
+        if isinstance(s, sp.Symbol)
+    }
     for s in problem.scalars:
         if s.name in made:
             hint = "every name means one thing: choose another one"
-            raise SpecError("E213", f"'{s.name}' is a number that the algorithm works out", spec.key_where("scalars", s.name), hint)
+            raise SpecError(
+                "E213", f"'{s.name}' is a number that the algorithm works out", spec.key_where("scalars", s.name), hint
+            )
 
 
 def _started(s: State, starts: dict[str, Expr]) -> State:
@@ -103,7 +131,12 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     if len(problem.variables) > 1:
         names = ", ".join(z.name for z in problem.variables)
         hint = "write blocks: one for each variable, with over: NAME"
-        raise SpecError("E303", f"{half.algorithm} minimises over one variable; this problem has {names}", half.where("algorithm"), hint)
+        raise SpecError(
+            "E303",
+            f"{half.algorithm} minimises over one variable; this problem has {names}",
+            half.where("algorithm"),
+            hint,
+        )
     step, found, problem = _iteration(half, problem, problem.scope)
     step = replace(step, subproblems=(("", problem),), departures=tuple(found))
     if not (unrolled.gauge or unrolled.normalise):
@@ -150,14 +183,20 @@ def _rewritten_step(half: Half, step: Step, call: Call, departures: list[Departu
         raise rewrites.missed(call, next(a.value for a in step.assigns if isinstance(a.value, Expr)))
     applied = next(f[1] for f in found if f is not None)
     departures.append(_departure(replace(applied, sites=tuple(dict.fromkeys(sites)))))
-    assigns = tuple(a if f is None else _renoted(replace(a, value=f[0])) for a, f in zip(step.assigns, found, strict=True))
+    assigns = tuple(
+        a if f is None else _renoted(replace(a, value=f[0])) for a, f in zip(step.assigns, found, strict=True)
+    )
     notes = tuple(n for n in step.notes if call.rewrite.kind == "exact" or not n.startswith("monotone"))
     return replace(step, assigns=assigns, notes=notes)
 
 
 def _departure(applied: rewrites.Applied) -> Departure:
     record = applied.rewrite
-    says = {"exact": "exact", "bounded": f"assumes {record.assumes}; {record.error}", "heuristic": f"heuristic: {record.error}"}[record.kind]
+    says = {
+        "exact": "exact",
+        "bounded": f"assumes {record.assumes}; {record.error}",
+        "heuristic": f"heuristic: {record.error}",
+    }[record.kind]
     return Departure(applied.title, applied.block, record.kind, says, applied)
 
 
@@ -196,13 +235,23 @@ def _whole(halves: list[Half], problem: Problem, spec: Spec) -> None:
     names = [h.name for h in halves]
     for h in halves:
         if names.count(h.name) > 1:
-            raise SpecError("E310", f"two blocks are called '{h.name}'", h.where("block"), "every block has a name of its own")
-        taken = [*(h.block.terms if h.block else ()), *(h.block.surrogate.replaces if h.block and h.block.surrogate else ())]
+            raise SpecError(
+                "E310", f"two blocks are called '{h.name}'", h.where("block"), "every block has a name of its own"
+            )
+        taken = [
+            *(h.block.terms if h.block else ()),
+            *(h.block.surrogate.replaces if h.block and h.block.surrogate else ()),
+        ]
         for name in taken:
             if name not in problem.terms:
                 hint = did_you_mean(name, problem.terms) or f"terms: {', '.join(problem.terms)}"
                 raise SpecError("E310", f"the objective has no term '{name}'", h.where("block"), hint)
-    named = {t for h in halves if h.block for t in (*h.block.terms, *(h.block.surrogate.replaces if h.block.surrogate else ()))}
+    named = {
+        t
+        for h in halves
+        if h.block
+        for t in (*h.block.terms, *(h.block.surrogate.replaces if h.block.surrogate else ()))
+    }
     if all(h.block and h.block.terms for h in halves if h.algorithm):
         for name in problem.terms:
             if name not in named:
@@ -229,7 +278,11 @@ def _part(half: Half) -> Step:
     others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not z}
     parts = [replace(_held(a, others), block=half.name) for a in (*tied, *assigns)]
     return replace(
-        step, definitions=tuple(definitions), assigns=tuple(parts), departures=(*departures, *found, *more), subproblems=((half.name, sub),)
+        step,
+        definitions=tuple(definitions),
+        assigns=tuple(parts),
+        departures=(*departures, *found, *more),
+        subproblems=((half.name, sub),),
     )
 
 
@@ -237,19 +290,37 @@ def _declared(half: Half, block: Block, v: Sym) -> Step:
     """A block that no objective gives: norm and output, as they are written. Raises SpecError E310 for what is of an algorithm."""
     if block.output is None:
         hint = "name its algorithm, or write what it leaves: output: Z + D @ Z0"
-        raise SpecError("E310", f"the block '{half.name}' has neither an algorithm nor an output", half.where("block"), hint)
+        raise SpecError(
+            "E310", f"the block '{half.name}' has neither an algorithm nor an output", half.where("block"), hint
+        )
     problem = half.problem
     for key in ("terms", "variable", "surrogate", "constraint", "start", "gauge", "rewrites", "momentum"):
         if getattr(block, key):
-            raise SpecError("E310", f"{key}: is of an algorithm, and the block '{half.name}' has none", half.spec.key_where(*half.path, key), "leave it out")
+            raise SpecError(
+                "E310",
+                f"{key}: is of an algorithm, and the block '{half.name}' has none",
+                half.spec.key_where(*half.path, key),
+                "leave it out",
+            )
     entry = symbol(_free_name(problem, f"{v.name}0"), v.nrows, v.ncols, "state", v.rank)
     scope = replace(problem.scope, names={**problem.scope.names, entry.name: entry})
     raw = state_of(v)
     empty = Step("", (), (), (), (raw,))
     assigns, found = _framed(half, empty, v, v, scope, entry)
     others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not v}
-    said = Departure("output", half.name, "choice", f"{v.name} becomes {' '.join(block.output.split())}: not derived from the objective")
-    sub = replace(problem, variables=(v,), inputs=(*problem.inputs, *(s for s in problem.variables if s is not v)), terms={}, scope=scope)
+    said = Departure(
+        "output",
+        half.name,
+        "choice",
+        f"{v.name} becomes {' '.join(block.output.split())}: not derived from the objective",
+    )
+    sub = replace(
+        problem,
+        variables=(v,),
+        inputs=(*problem.inputs, *(s for s in problem.variables if s is not v)),
+        terms={},
+        scope=scope,
+    )
     parts = tuple(replace(_held(a, others), block=half.name) for a in assigns)
     return replace(empty, assigns=parts, departures=(*found, said), subproblems=((half.name, sub),))
 
@@ -265,11 +336,18 @@ def _about(half: Half, block: Block) -> Sym:
     if block.over is not None:
         found = next((z for z in problem.variables if z.name == block.over), None)
         if found is None:
-            raise SpecError("E310", f"'{block.over}' is not a variable", half.where("over"), did_you_mean(block.over, [z.name for z in problem.variables]))
+            raise SpecError(
+                "E310",
+                f"'{block.over}' is not a variable",
+                half.where("over"),
+                did_you_mean(block.over, [z.name for z in problem.variables]),
+            )
         return found
     if len(problem.variables) > 1:
         hint = f"add over: {problem.variables[0].name}"
-        raise SpecError("E310", f"the block '{half.name}' does not say which variable it is about", half.where("block"), hint)
+        raise SpecError(
+            "E310", f"the block '{half.name}' does not say which variable it is about", half.where("block"), hint
+        )
     return problem.variables[0]
 
 
@@ -277,11 +355,25 @@ def _own_variable(half: Half, block: Block) -> Sym | None:
     if not block.variable:
         if block.output is not None:
             hint = "leave it out, or give the block a variable of its own"
-            raise SpecError("E310", f"the block '{half.name}' leaves its variable; it has no other output", half.where("output"), hint)
+            raise SpecError(
+                "E310",
+                f"the block '{half.name}' leaves its variable; it has no other output",
+                half.where("output"),
+                hint,
+            )
         return None
     if len(block.variable) > 1 or block.output is None:
-        what = "one variable of its own" if len(block.variable) > 1 else "an output: what becomes of the problem's variable"
-        raise SpecError("E310", f"the block '{half.name}' needs {what}", half.spec.key_where(*half.path, "variable"), "output: D @ A")
+        what = (
+            "one variable of its own"
+            if len(block.variable) > 1
+            else "an output: what becomes of the problem's variable"
+        )
+        raise SpecError(
+            "E310",
+            f"the block '{half.name}' needs {what}",
+            half.spec.key_where(*half.path, "variable"),
+            "output: D @ A",
+        )
     ((name, record),) = block.variable.items()
     where = half.spec.key_where(*half.path, "variable", name)
     if name in half.problem.scope.names:
@@ -302,7 +394,12 @@ def _subproblem(half: Half, block: Block, z: Sym, v: Sym, scope: Scope) -> tuple
         if not wanted or name in replaced:
             continue
         if not depends(e, z):
-            raise SpecError("E310", f"the term '{name}' does not depend on {z.name}", half.where("terms"), f"leave it to a block over another variable than {z.name}")
+            raise SpecError(
+                "E310",
+                f"the term '{name}' does not depend on {z.name}",
+                half.where("terms"),
+                f"leave it to a block over another variable than {z.name}",
+            )
         costs[name] = e
     departures: list[Departure] = []
     if block.surrogate is not None:
@@ -310,9 +407,13 @@ def _subproblem(half: Half, block: Block, z: Sym, v: Sym, scope: Scope) -> tuple
     if block.constraint is not None:
         costs["constraint"] = parse_constraint(block.constraint, scope, half.place("constraint"))
         if z is v:
-            departures.append(Departure("constraint", half.name, "choice", f"{block.constraint} is added to the objective"))
+            departures.append(
+                Departure("constraint", half.name, "choice", f"{block.constraint} is added to the objective")
+            )
     others = tuple(s for s in problem.variables if s is not z)
-    return replace(problem, variables=(z,), inputs=(*problem.inputs, *others), terms=costs, sign=1, scope=scope), departures
+    return replace(
+        problem, variables=(z,), inputs=(*problem.inputs, *others), terms=costs, sign=1, scope=scope
+    ), departures
 
 
 def _surrogate(half: Half, block: Block, scope: Scope) -> tuple[Expr, list[Departure]]:
@@ -321,7 +422,9 @@ def _surrogate(half: Half, block: Block, scope: Scope) -> tuple[Expr, list[Depar
     place = half.place("surrogate", "by")
     e = as_expr(parse(written.by, scope, place))
     if not e.is_scalar:
-        raise SpecError("E133", f"the surrogate is {show_shape(e.shape)}; an objective is a scalar", place(0, len(written.by)))
+        raise SpecError(
+            "E133", f"the surrogate is {show_shape(e.shape)}; an objective is a scalar", place(0, len(written.by))
+        )
     assumes = rewrites.read(written.assumes, scope, half.place("surrogate", "assumes"))
     assumption = rewrites.assumption(assumes)
     site = rewrites.Site(e, e, assumption)
@@ -333,9 +436,15 @@ def _surrogate(half: Half, block: Block, scope: Scope) -> tuple[Expr, list[Depar
 def _renamed(step: Step, half: Half, variable: Sym) -> Step:
     """Everything but the variable gets the name of its block: step -> step_compress."""
     numbers = {s: half.named(s) for s in (STEP, LIPSCHITZ)}
-    local = [s.symbol for s in step.states if s.symbol is not variable] + [a.target for a in step.assigns if a.target is not variable]
+    local = [s.symbol for s in step.states if s.symbol is not variable] + [
+        a.target for a in step.assigns if a.target is not variable
+    ]
     numbers |= {s: sp.Symbol(f"{s.name}_{half.name}", **s.assumptions0) for s in local if isinstance(s, sp.Symbol)}
-    tensors: dict[Expr, Expr] = {s: symbol(f"{s.name}_{half.name}", s.nrows, s.ncols, s.role, s.rank, s.family, s.props) for s in local if isinstance(s, Sym)}
+    tensors: dict[Expr, Expr] = {
+        s: symbol(f"{s.name}_{half.name}", s.nrows, s.ncols, s.role, s.rank, s.family, s.props)
+        for s in local
+        if isinstance(s, Sym)
+    }
 
     def moved(value: Expr | sp.Expr) -> Expr | sp.Expr:
         if isinstance(value, Expr):
@@ -375,7 +484,9 @@ def _where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[
 # --- the frame of an iteration: norm, start, repetitions, gauge, output -----------------------------------------------
 
 
-def _framed(half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | None) -> tuple[tuple[Assign, ...], list[Departure]]:
+def _framed(
+    half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | None
+) -> tuple[tuple[Assign, ...], list[Departure]]:
     """The iteration with what comes before and after it. z: the block's variable, v: the problem's."""
     block, record = half.block, half.scheme.normalise
     raw, inner = state_of(v), state_of(z)
@@ -392,12 +503,26 @@ def _framed(half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | N
     count = block.steps if block is not None else 1
     if half.scheme.gauge is not None:
         _one_assignment(half, step, count)
-    now: dict[Expr, Expr] = {s.symbol: substitute(s.start, {inner: start}) if s.symbol is not inner else start for s in step.states if isinstance(s.symbol, Sym)} if block is not None else {inner: start}
+    now: dict[Expr, Expr] = (
+        {
+            s.symbol: substitute(s.start, {inner: start}) if s.symbol is not inner else start
+            for s in step.states
+            if isinstance(s.symbol, Sym)
+        }
+        if block is not None
+        else {inner: start}
+    )
     if block is not None:
         assigns += [Assign(s.symbol, s.start, "") for s in step.states if isinstance(s.symbol, sp.Symbol)]
     for k in range(count):
         for a in step.assigns:
-            value = substitute(a.value, now) if isinstance(a.value, Expr) else a.value.subs(LAYER, k) if block is not None else a.value
+            value = (
+                substitute(a.value, now)
+                if isinstance(a.value, Expr)
+                else a.value.subs(LAYER, k)
+                if block is not None
+                else a.value
+            )
             if half.scheme.gauge is not None and isinstance(value, Expr):
                 value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
                 departures += said if k == 0 else []
@@ -408,7 +533,11 @@ def _framed(half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | N
         place = half.place("output")
         value = as_expr(parse(block.output, scope, place))
         if value.shape != v.shape:
-            raise SpecError("E131", f"the output is {show_shape(value.shape)}, {v.name} is {show_shape(v.shape)}", place(0, len(block.output)))
+            raise SpecError(
+                "E131",
+                f"the output is {show_shape(value.shape)}, {v.name} is {show_shape(v.shape)}",
+                place(0, len(block.output)),
+            )
         value = substitute(value, {z: inner, v: raw})
         assigns.append(Assign(raw, value, f"{v.name} <- {text(value)}"))
     assigns, noted = _with_noise(half, assigns, raw)
@@ -432,23 +561,37 @@ def _with_noise(half: Half, assigns: list[Assign], raw: Sym) -> tuple[list[Assig
     carried, moved = [t for t in terms if split(t)[1] is raw], [t for t in terms if split(t)[1] is not raw]
     if not carried or not moved:
         kind = asked[0][0]
-        raise SpecError("E310", f"{kind} leaves out what a block adds to its variable; this block carries nothing over", half.spec.key_where(*half.path, kind), "gauge: {residual: 1}, or an output such as Z + D @ A")
+        raise SpecError(
+            "E310",
+            f"{kind} leaves out what a block adds to its variable; this block carries nothing over",
+            half.spec.key_where(*half.path, kind),
+            "gauge: {residual: 1}, or an output such as Z + D @ A",
+        )
     update = add(*moved)
     for kind, _, rate in asked:
         update = noise(kind, rate, update)
     fresh = _renoted(replace(assigns[at], value=add(*carried, update)))
-    said = [Departure(kind, half.name, "choice", f"{text.strip()} of the update, while training") for kind, text, _ in asked]
+    said = [
+        Departure(kind, half.name, "choice", f"{text.strip()} of the update, while training") for kind, text, _ in asked
+    ]
     return [*assigns[:at], fresh, *assigns[at + 1 :]], said
 
 
 def _rate(half: Half, kind: str) -> sp.Expr:
     place, scope = half.place(kind), half.problem.scope
     layers = cast(Unroll, half.spec.unroll).layers
-    value = parse(getattr(half.scheme, kind), replace(scope, names={**scope.names, "layer": LAYER, "layers": LAYERS}), place)
+    value = parse(
+        getattr(half.scheme, kind), replace(scope, names={**scope.names, "layer": LAYER, "layers": LAYERS}), place
+    )
     value = value.subs(LAYERS, layers) if not isinstance(value, Expr) else value
     most = None if isinstance(value, Expr) or value.free_symbols - {LAYER} else value.subs(LAYER, int(layers) - 1)
     if most is None or not 0 <= most < 1:
-        raise SpecError("E205", f"{kind} is a share from 0 up to but not including 1, a function of the layer at most", place(0, 1), "drop_path: 0.1 * layer / layers")
+        raise SpecError(
+            "E205",
+            f"{kind} is a share from 0 up to but not including 1, a function of the layer at most",
+            place(0, 1),
+            "drop_path: 0.1 * layer / layers",
+        )
     return cast(sp.Expr, value)
 
 
@@ -458,7 +601,9 @@ def normalised(record: Normalise, e: Expr) -> Expr:
 
 def _norm_departure(half: Half, record: Normalise, v: Sym) -> Departure:
     what = "columns" if record.axis == "columns" else "rows"
-    return Departure("normalise", half.name, "choice", f"{record.kind} of the {what} of {v.name} {record.when} the step")
+    return Departure(
+        "normalise", half.name, "choice", f"{record.kind} of the {what} of {v.name} {record.when} the step"
+    )
 
 
 def _start(half: Half, z: Sym, v: Sym, entered: Expr, scope: Scope) -> Expr:
@@ -470,7 +615,9 @@ def _start(half: Half, z: Sym, v: Sym, entered: Expr, scope: Scope) -> Expr:
     value = parse(block.start, scope, place)
     e = constant(value, *z.shape) if not isinstance(value, Expr) else value
     if e.shape != z.shape:
-        raise SpecError("E131", f"the start is {show_shape(e.shape)}, {z.name} is {show_shape(z.shape)}", place(0, len(block.start)))
+        raise SpecError(
+            "E131", f"the start is {show_shape(e.shape)}, {z.name} is {show_shape(z.shape)}", place(0, len(block.start))
+        )
     if depends(e, z) and z is not v:
         raise SpecError("E310", f"the start of {z.name} depends on {z.name}", place(0, len(block.start)))
     return substitute(e, {v: state_of(v)})
@@ -478,7 +625,12 @@ def _start(half: Half, z: Sym, v: Sym, entered: Expr, scope: Scope) -> Expr:
 
 def _one_assignment(half: Half, step: Step, count: int) -> None:
     if count > 1 or sum(isinstance(a.target, Sym) for a in step.assigns) > 1:
-        raise SpecError("E310", "a gauge weighs the parts of one step; this block takes several", half.spec.key_where(*half.path, "gauge"), "gauge needs steps: 1 and an algorithm without memory")
+        raise SpecError(
+            "E310",
+            "a gauge weighs the parts of one step; this block takes several",
+            half.spec.key_where(*half.path, "gauge"),
+            "gauge needs steps: 1 and an algorithm without memory",
+        )
 
 
 def _gauged(half: Half, gauge: Gauge, value: Expr, start: Expr, raw: Sym, scope: Scope) -> tuple[Expr, list[Departure]]:
@@ -540,14 +692,29 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
     for name, written in unrolled.schedule.items():
         place = place_of(spec, "unroll", "schedule", name)
         if name not in known:
-            raise SpecError("E310", f"'{name}' is not a scalar", spec.key_where("unroll", "schedule", name), did_you_mean(name, known))
-        value = parse(written, replace(problem.scope, names={**problem.scope.names, "layer": LAYER, "layers": LAYERS}), place)
+            raise SpecError(
+                "E310",
+                f"'{name}' is not a scalar",
+                spec.key_where("unroll", "schedule", name),
+                did_you_mean(name, known),
+            )
+        value = parse(
+            written, replace(problem.scope, names={**problem.scope.names, "layer": LAYER, "layers": LAYERS}), place
+        )
         if isinstance(value, Expr):
-            raise SpecError("E132", f"a schedule is a number in each layer; {written} is {show_shape(value.shape)}", place(0, len(written)))
+            raise SpecError(
+                "E132",
+                f"a schedule is a number in each layer; {written} is {show_shape(value.shape)}",
+                place(0, len(written)),
+            )
         values[known[name]] = value.subs(LAYERS, unrolled.layers) if isinstance(unrolled.layers, int) else value
 
     def put(a: Assign) -> Assign:
-        value = substitute_scalars(a.value, values) if isinstance(a.value, Expr) else a.value.subs(values, simultaneous=True)
+        value = (
+            substitute_scalars(a.value, values)
+            if isinstance(a.value, Expr)
+            else a.value.subs(values, simultaneous=True)
+        )
         return _renoted(replace(a, value=value))
 
     inside, once = _where_known([put(a) for a in step.definitions], set())

@@ -19,7 +19,22 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.prox import Parts
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add, Expr, Indicator, Map, Sum, Sym, add, as_constant, elementwise, largest, scale, slot, spectral_norm, split, times, total,
+    Add,
+    Expr,
+    Indicator,
+    Map,
+    Sum,
+    Sym,
+    add,
+    as_constant,
+    elementwise,
+    largest,
+    scale,
+    slot,
+    spectral_norm,
+    split,
+    times,
+    total,
 )  # fmt: skip
 
 u, w = slot(0), slot(1)
@@ -51,7 +66,9 @@ def duality_gap(parts: tuple[Part, ...], z: Sym) -> Expr | None:
 
 def rest_values(rest: list[Expr]) -> list[Expr]:
     """The terms that are numbers; constraints are 0 where they hold."""
-    return [e for r in rest for e in (r.terms if isinstance(r, Add) else (r,)) if not isinstance(split(e)[1], Indicator)]
+    return [
+        e for r in rest for e in (r.terms if isinstance(r, Add) else (r,)) if not isinstance(split(e)[1], Indicator)
+    ]
 
 
 def _is_square(e: Expr, z: Sym) -> bool:
@@ -84,7 +101,9 @@ def _entry_polar(g: Parts, at: Expr) -> Expr | None:
     """max over entries of at / f(1) and -at / f(-1), for f(k u) = k f(u)."""
     f = sp.Add(*g.entries)
     k = sp.Symbol("k", positive=True)
-    if any(sp.simplify(f.subs(u, side * k) - k * f.subs(u, side)) != 0 for side in (1, -1)) or any(set(d) - {sp.Integer(0), sp.oo, -sp.oo} for d in g.domain):
+    if any(sp.simplify(f.subs(u, side * k) - k * f.subs(u, side)) != 0 for side in (1, -1)) or any(
+        set(d) - {sp.Integer(0), sp.oo, -sp.oo} for d in g.domain
+    ):
         return None
     sides: list[sp.Expr] = []
     for sign in (1, -1):

@@ -110,7 +110,12 @@ def show(spec: str, overrides: tuple[str, ...], stage: str, latex: bool) -> None
 
 @cli.command("compile")
 @_settings
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the module; the screen if left out.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the module; the screen if left out.",
+)
 def compile_(spec: str, overrides: tuple[str, ...], output: Path | None) -> None:
     """Write the PyTorch module, which needs torch only."""
     from unroll import api
@@ -137,16 +142,40 @@ def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command()
 @_settings
-@click.option("--input", "inputs", multiple=True, required=True, metavar="[NAME=]FILE", help="Samples (.npy, batch first); NAME= where there are several inputs.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]FILE",
+    help="Samples (.npy, batch first); NAME= where there are several inputs.",
+)
 @click.option("--parameter", "parameters", multiple=True, metavar="NAME=FILE", help="Value of a parameter (.npy).")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the solution (.npy).")
-@click.option("--tol", default=1e-8, show_default=True, help="Largest certified gap or residual, relative to the objective at the start.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the solution (.npy)."
+)
+@click.option(
+    "--tol",
+    default=1e-8,
+    show_default=True,
+    help="Largest certified gap or residual, relative to the objective at the start.",
+)
 @click.option("--max-iterations", default=100_000, show_default=True)
-def solve(spec: str, overrides: tuple[str, ...], inputs: tuple[str, ...], parameters: tuple[str, ...], output: Path | None, tol: float, max_iterations: int) -> None:
+def solve(
+    spec: str,
+    overrides: tuple[str, ...],
+    inputs: tuple[str, ...],
+    parameters: tuple[str, ...],
+    output: Path | None,
+    tol: float,
+    max_iterations: int,
+) -> None:
     """Solve the problem itself: the same iteration, run until a gap or residual certifies the answer."""
     from unroll.files import solve_files
 
-    solution = solve_files(spec, inputs, parameters, overrides=overrides, tol=tol, max_iterations=max_iterations, output=output)
+    solution = solve_files(
+        spec, inputs, parameters, overrides=overrides, tol=tol, max_iterations=max_iterations, output=output
+    )
     click.echo(str(solution))
     sys.exit(0 if solution.converged.all() else 1)
 
@@ -160,7 +189,16 @@ def solve(spec: str, overrides: tuple[str, ...], inputs: tuple[str, ...], parame
 @click.option("--devices", default=1, show_default=True, help="How many of them.")
 @click.option("--seed", type=int, help="The same as train.seed=N.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def train(spec: str | None, overrides: tuple[str, ...], resume: Path | None, out: Path | None, device: str, devices: int, seed: int | None, quiet: bool) -> None:
+def train(
+    spec: str | None,
+    overrides: tuple[str, ...],
+    resume: Path | None,
+    out: Path | None,
+    device: str,
+    devices: int,
+    seed: int | None,
+    quiet: bool,
+) -> None:
     """Train a network on the data its spec names; ends with a table against the plain algorithms."""
     from unroll.train import resume as go_on
     from unroll.train import train as start
@@ -187,7 +225,9 @@ def eval_(run: Path) -> None:
 
 @cli.command()
 @_settings
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True
+)
 def report(spec: str, overrides: tuple[str, ...], output: Path) -> None:
     """One HTML page: the derivation, the graph, the laws, the module, and of a run its curves."""
     from unroll.page import report as write
@@ -206,7 +246,9 @@ def new(name: str, folder: Path) -> None:
     path = folder / f"{name}.yaml"
     if path.exists():
         raise click.UsageError(f"{path} exists already")
-    path.write_text(TEMPLATE.format(name=name, schema=Path(__file__).parent / "spec" / "spec.schema.json"), encoding="utf-8")
+    path.write_text(
+        TEMPLATE.format(name=name, schema=Path(__file__).parent / "spec" / "spec.schema.json"), encoding="utf-8"
+    )
     click.echo(f"wrote {path}\nnext: unroll show {path}    unroll check {path}")
 
 
@@ -266,7 +308,9 @@ def main() -> None:
         click.echo(f"error: {e.strerror}: '{e.filename}'", err=True)
         sys.exit(2)
     except Exception as e:
-        click.echo(f"internal error, please report it with the spec and the command line: {type(e).__name__}: {e}", err=True)
+        click.echo(
+            f"internal error, please report it with the spec and the command line: {type(e).__name__}: {e}", err=True
+        )
         raise
 
 

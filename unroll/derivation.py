@@ -68,7 +68,11 @@ class Derivation:
         z = latex(self.variable)
         goal = r"\min" if self.problem.sign > 0 else r"\max"
         rows = [("objective", rf"{goal}_{{{z}}}", " + ".join(latex(e) for e in self.problem.terms.values()))]
-        rows += [("gradient", rf"\nabla f({latex(h.variable)})", f"= {latex(h.gradient)}") for h in self.halves if h.gradient is not None]
+        rows += [
+            ("gradient", rf"\nabla f({latex(h.variable)})", f"= {latex(h.gradient)}")
+            for h in self.halves
+            if h.gradient is not None
+        ]
         for record in proxes(self.exact.assigns):
             left, right = record.latex().split(" = ", 1)
             rows.append(("prox", left, f"= {right}"))
@@ -125,7 +129,12 @@ def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
     for v in problem.variables:
         if v.family is not None:
             where = spec.key_where("variables", v.name)
-            raise SpecError("E132", f"{v.name} is a family; what is unrolled is one matrix", where, "unroll.loss takes families; or give it its sizes: Z: [n, N]")
+            raise SpecError(
+                "E132",
+                f"{v.name} is a family; what is unrolled is one matrix",
+                where,
+                "unroll.loss takes families; or give it its sizes: Z: [n, N]",
+            )
     exact = blocks.derive(problem, spec)
     return Derivation(spec, problem, exact, parametrise(exact, problem, spec))
 
@@ -175,7 +184,12 @@ def _block(d: Derivation, half: Half) -> Iterable[str]:
 
 def _belongs(p: Learned, half: Half, d: Derivation) -> bool:
     """Does a parameter stand in the assignments of a block?"""
-    symbols = {s for a in d.step.assigns if a.block == half.name and isinstance(a.value, Expr) for s in (*a.value.symbols, *used_scalars(a.value))}
+    symbols = {
+        s
+        for a in d.step.assigns
+        if a.block == half.name and isinstance(a.value, Expr)
+        for s in (*a.value.symbols, *used_scalars(a.value))
+    }
     return p.symbol in symbols or (not half.name and len(d.halves) == 1)
 
 
@@ -184,7 +198,11 @@ def _not_exact(d: Derivation) -> Iterable[str]:
     if not d.step.departures:
         yield "not exact         nothing: no approximation was used"
         return
-    rows = [((head if i == 0 else "").ljust(15), f"{x.block}: {x.name}" if x.block else x.name, _tidy_says(x)) for head, kind in (("not exact", False), ("exact rewrites", True)) for i, x in enumerate(x for x in d.step.departures if (x.kind == "exact") == kind)]
+    rows = [
+        ((head if i == 0 else "").ljust(15), f"{x.block}: {x.name}" if x.block else x.name, _tidy_says(x))
+        for head, kind in (("not exact", False), ("exact rewrites", True))
+        for i, x in enumerate(x for x in d.step.departures if (x.kind == "exact") == kind)
+    ]
     yield from _table(rows)
 
 
@@ -215,7 +233,9 @@ def _kind(d: Derivation, name: str) -> str:
     for half, p in seen:
         if p.smooth is not None and p.descended:
             found = bounds(p.e, half.variable)
-            constant = f", L = {pretty(found.lipschitz)}" if found is not None and found.smooth else ", no Lipschitz constant"
+            constant = (
+                f", L = {pretty(found.lipschitz)}" if found is not None and found.smooth else ", no Lipschitz constant"
+            )
             convex = ", convex" if found is not None and found.convex else ", not known to be convex"
             kinds.append(f"smooth{convex}{constant}  ({p.smooth.proof}: {p.smooth.reason})")
         elif p.proximal is not None:
@@ -243,7 +263,9 @@ def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
 
 
 def _tidy(text: str) -> str:
-    return text.replace("**", "^").replace("*", " ").replace("Abs(v)", "|v|").replace("Max", "max").replace("Min", "min")
+    return (
+        text.replace("**", "^").replace("*", " ").replace("Abs(v)", "|v|").replace("Max", "max").replace("Min", "min")
+    )
 
 
 def _learned(d: Derivation, half: Half, learned: list[Learned]) -> Iterable[str]:
@@ -262,4 +284,3 @@ def _parameter(p: Learned) -> tuple[str, ...]:
     shape = f"{p.family} of {shape}" if p.family is not None else shape
     kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")
     return p.name, "for", pretty(p.replaces), f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
-

@@ -381,7 +381,11 @@ class Module:
     def _computed(self, *kinds: str) -> list[int]:
         """What a call computes for these roots."""
         own = {p.name for p in self.constructed}
-        roots = [r.node for (kind, name), r in self.graph.roots.items() if kind in kinds and (kind != "learned" or name in own)]
+        roots = [
+            r.node
+            for (kind, name), r in self.graph.roots.items()
+            if kind in kinds and (kind != "learned" or name in own)
+        ]
         reached = self._reached(roots)
         return [i for i, n in self.graph.nodes.items() if i in reached and n.stage > Stage.SETUP and n.inputs]
 
@@ -465,7 +469,12 @@ class Module:
         buffer_names = {i: self._buffer_name(i) for i in self.buffers}
         forward = self._forward(buffer_names)
         initialise = self._initialise(buffer_names)
-        parts = [self._init(buffer_names), initialise, *([self._construct(buffer_names)] if self.constructed else []), forward]
+        parts = [
+            self._init(buffer_names),
+            initialise,
+            *([self._construct(buffer_names)] if self.constructed else []),
+            forward,
+        ]
         body = "\n\n".join(textwrap.indent(part, "    ") for part in parts)
         text = f"class {self.class_name}(nn.Module):\n{textwrap.indent(self._signature_doc(), '    ')}\n\n{body}\n"
         functions = [*(_helper(h) for h in _needed(self.helpers))]
@@ -636,7 +645,7 @@ class Module:
     # forward
 
     def _forward(self, buffers: dict[int, str]) -> str:
-        symbol = lambda name: self.locals("symbol", name)  # noqa: E731
+        symbol = lambda name: self.locals("symbol", name)
         lines, sec, states = self._opening(buffers, self.inputs, self.forward_nodes)
         record = f"trace.append({self._answer(states)})"
         tracing = ["if trace is not None:", f"    {record}"]
@@ -658,7 +667,10 @@ class Module:
         body: list[str] = []
         goals = {p.name: self.graph.roots["learned", p.name] for p in self.constructed}
         body += [sec.assign(i) for i in sec.lines_for(goals.values())]
-        body += [f"self.{self.attributes('learned', n)}[layer] = {sec.operand(ref).ordered('rc').code}" for n, ref in goals.items()]
+        body += [
+            f"self.{self.attributes('learned', n)}[layer] = {sec.operand(ref).ordered('rc').code}"
+            for n, ref in goals.items()
+        ]
         body += [f"{name} = {Text(stack, stack_level(stack)).at(POSTFIX)}[layer]" for name, stack in self._per_layer()]
         body += self._body(sec, states)
         first = f"self.{self.attributes('learned', self.constructed[0].name)}"
@@ -671,13 +683,20 @@ class Module:
         lines = [doc, *self._read_sizes(inputs, lines)]
         return f"@torch.no_grad()\ndef construct(self, {words}):\n" + textwrap.indent("\n".join(lines), "    ")
 
-    def _opening(self, buffers: dict[int, str], inputs: list[Sym], nodes: list[int], start: bool = True) -> tuple[list[str], Section, dict[str, str]]:
+    def _opening(
+        self, buffers: dict[int, str], inputs: list[Sym], nodes: list[int], start: bool = True
+    ) -> tuple[list[str], Section, dict[str, str]]:
         """What comes before the loop: values that layers share, and start values."""
         states = {s.symbol.name: self._state_name(s.symbol) for s in self.step.states}
         known = self._known_in_forward(buffers)
         like = self.locals("symbol", inputs[0].name) if inputs else f"self.{self._some_tensor(buffers)}"
         sec = self.section(known, like, {*states.values()})
-        lines = [f"{word} = {word}.squeeze({_tuple(dropped)})" for s in inputs if (dropped := unit_axes(s)) for word in [self.locals("symbol", s.name)]]
+        lines = [
+            f"{word} = {word}.squeeze({_tuple(dropped)})"
+            for s in inputs
+            if (dropped := unit_axes(s))
+            for word in [self.locals("symbol", s.name)]
+        ]
         lines += self._prologue(sec, nodes)
         lines += self._starts(sec, states, start)
         for i, node in self.graph.nodes.items():
@@ -698,7 +717,9 @@ class Module:
                     first.append(f"{word} = {self.locals('symbol', s.name)}.shape[{axis}]")
                 else:
                     hint = f"give it a number: dims: {{{d.name}: ...}}"
-                    raise UnrollError("E402", f"the size '{d.name}' is open, and no input has an axis of that size", hint=hint)
+                    raise UnrollError(
+                        "E402", f"the size '{d.name}' is open, and no input has an axis of that size", hint=hint
+                    )
         return [*first, *lines]
 
     def _state_name(self, symbol: Sym | sp.Symbol) -> str:
@@ -730,12 +751,7 @@ class Module:
     def _prologue(self, sec: Section, nodes: list[int]) -> list[str]:
         """Values that the layers share."""
         ahead = [i for i in self.graph.nodes if self.graph.nodes[i].stage <= Stage.PROLOGUE]
-        read = [
-            r.node
-            for i in nodes
-            if self.graph.nodes[i].stage == Stage.BODY
-            for r in self.graph.nodes[i].inputs
-        ]
+        read = [r.node for i in nodes if self.graph.nodes[i].stage == Stage.BODY for r in self.graph.nodes[i].inputs]
         read += [r.node for (kind, _), r in self.graph.roots.items() if kind == "next"]
         goals = [
             i for i in dict.fromkeys(read)
@@ -809,7 +825,7 @@ class Module:
         line = f"for {names} in {over}:"
         if len(line) <= WIDTH or len(per_layer) == 1:
             return [line]
-        wrap: Callable[[str], list[str]] = lambda text: textwrap.wrap(text, WIDTH - 12, break_long_words=False)  # noqa: E731
+        wrap: Callable[[str], list[str]] = lambda text: textwrap.wrap(text, WIDTH - 12, break_long_words=False)
         inner = [*textwrap.indent("\n".join(wrap(", ".join(n for n, _ in per_layer))), "    ").split("\n")]
         stacked = [*textwrap.indent("\n".join(wrap(", ".join([*stacks, "strict=True"]))), "    ").split("\n")]
         if index:
@@ -831,7 +847,7 @@ class Module:
         current, lines = dict(states), list[str]()
         for place, i in enumerate(rows):
             later = {j for k in rows[place + 1 :] for j in reads[k]}
-            free: Callable[[str], bool] = lambda name, later=later: name in holds and holds[name] not in later  # noqa: E731
+            free: Callable[[str], bool] = lambda name, later=later: name in holds and holds[name] not in later
             state = becomes.get(i)
             base = states[state] if state is not None else bases.get(self.graph.names.get(i, ""), "")
             final = state is not None and goals[state].node == i
@@ -1017,7 +1033,11 @@ def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = N
             if line and not any(x.startswith(f"{word} = ") for x in lines):
                 lines.append(line)
     known_sizes = dims or {}
-    lines += [f"{word} = {known_sizes[d.name]}" for d, word in sizes.items() if d.name in known_sizes and not any(x.startswith(f"{word} = ") for x in lines)]
+    lines += [
+        f"{word} = {known_sizes[d.name]}"
+        for d, word in sizes.items()
+        if d.name in known_sizes and not any(x.startswith(f"{word} = ") for x in lines)
+    ]
     for s in known:
         if dropped := unit_axes(s):
             lines.append(f"{names('symbol', s.name)} = {names('symbol', s.name)}.squeeze({_tuple(dropped)})")
@@ -1030,7 +1050,7 @@ def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = N
             texts[i] = Text(names("symbol", str(node.attrs[0])))
         elif node.op == "dim":
             texts[i] = Text(names("dim", str(node.attrs[0])), tensor=False)
-    size: Callable[[sp.Expr], str] = lambda n: formula(n, {d: Text(w, tensor=False) for d, w in sizes.items()}).code  # noqa: E731
+    size: Callable[[sp.Expr], str] = lambda n: formula(n, {d: Text(w, tensor=False) for d, w in sizes.items()}).code
 
     def no_prox(record: Any) -> str:
         raise AssertionError(f"internal error, please report: a proximal step within an objective: {record}")
@@ -1040,7 +1060,11 @@ def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = N
     computed = [sec.assign(i) for i in sec.lines_for(goals.values())]
     body = [f"    {name!r}: {sec.text(ref.node).code}," for name, ref in goals.items()]
     used = "\n".join([*computed, *body])
-    lines = [x for x in lines if not (m := re.match(r"(\w+) = (?:\w+\.shape|\d+$)", x)) or re.search(rf"(?<![\w.]){m[1]}\b", used)] + computed
+    lines = [
+        x
+        for x in lines
+        if not (m := re.match(r"(\w+) = (?:\w+\.shape|\d+$)", x)) or re.search(rf"(?<![\w.]){m[1]}\b", used)
+    ] + computed
     code = (
         "\n".join(["def objective(" + ", ".join(args) + "):", *(f"    {x}" for x in [*lines, "return {", *body, "}"])])
         + "\n"

@@ -167,7 +167,10 @@ class Evaluator:
                 return self(x) @ (ones.tril() if adjoint else ones.triu())
             case Op("repeat", x, adjoint, sizes):
                 n = prod(map(self.size, sizes))
-                copies = torch.kron(torch.eye(self.size(e.rows if adjoint else x.rows), dtype=self.dtype), torch.ones(n, 1, dtype=self.dtype))
+                copies = torch.kron(
+                    torch.eye(self.size(e.rows if adjoint else x.rows), dtype=self.dtype),
+                    torch.ones(n, 1, dtype=self.dtype),
+                )
                 return (copies.T if adjoint else copies) @ self(x)
             case Op("shifts", x, adjoint, sizes):
                 return self.shifts(self(x), adjoint, [self.size(n) for n in sizes])
@@ -234,7 +237,9 @@ class Evaluator:
         moves = list(product(*map(range, sizes)))
         if adjoint:
             parts = x.unflatten(-1, (-1, len(moves))).unbind(-1)
-            rolled = [p.unflatten(-2, (-1, *sizes)).roll([-n for n in s], axes) for p, s in zip(parts, moves, strict=True)]
+            rolled = [
+                p.unflatten(-2, (-1, *sizes)).roll([-n for n in s], axes) for p, s in zip(parts, moves, strict=True)
+            ]
             return torch.stack(rolled).sum(0).flatten(-2 - len(sizes), -2)
         rolled = [x.unflatten(-2, (-1, *sizes)).roll(s, axes).flatten(-2 - len(sizes), -2) for s in moves]
         return torch.stack(rolled, -1).flatten(-2)

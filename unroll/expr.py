@@ -19,6 +19,7 @@ Only the smart constructors (lower case: `add`, `matmul`, `elementwise`, ...) bu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
@@ -773,7 +774,7 @@ def number(c: Any) -> sp.Expr:
 def matmul(*parts: Expr, coef: Any = 1) -> Expr:
     """coef * A @ B @ ... Raises ShapeError where inner sizes differ."""
     assert parts
-    for a, b in zip(parts, parts[1:], strict=False):
+    for a, b in itertools.pairwise(parts):
         if not same(a.cols, b.rows):
             raise ShapeError(f"{show_shape(a.shape)} times {show_shape(b.shape)}: {a.cols} is not {b.rows}")
     shape = parts[0].rows, parts[-1].cols
@@ -815,7 +816,12 @@ def _weights(e: Expr, axis: Literal[0, 1]) -> tuple[Expr, Expr] | None:
         return None
     wide = [i for i, a in enumerate(e.args) if a.shape[axis] != 1]
     rest = e.profile / slot(wide[0]) if wide else e.profile
-    if len(wide) != 1 or rest.has(slot(wide[0])) or e.args[wide[0]].shape != e.shape or isinstance(e.args[wide[0]], Ones):
+    if (
+        len(wide) != 1
+        or rest.has(slot(wide[0]))
+        or e.args[wide[0]].shape != e.shape
+        or isinstance(e.args[wide[0]], Ones)
+    ):
         return None
     others = [a for i, a in enumerate(e.args) if i != wide[0]]
     if all(a.is_scalar for a in others):
@@ -956,7 +962,9 @@ def elementwise(profile: Any, *args: Expr) -> Expr:
         match e:
             case Map(p, inner):
                 return p.xreplace({slot(i): inline(a) for i, a in enumerate(inner)})
-            case Add(terms) if (inner := [t for t in terms if isinstance(split(t)[1], Map) or as_constant(t) is not None]):
+            case Add(terms) if inner := [
+                t for t in terms if isinstance(split(t)[1], Map) or as_constant(t) is not None
+            ]:
                 rest = [t for t in terms if t not in inner]
                 return sp.Add(*map(inline, inner), *([inline(add(*rest))] if rest else []))
             case Mul(c, _) if c != 1:
@@ -1056,7 +1064,11 @@ def total(e: Expr, axis: Axis = None) -> Expr:
     pushed = _distribute(lambda x: total(x, axis), e)
     if pushed is not None:
         return pushed
-    if axis is None and isinstance(e, Map | Transpose) and transpose(e).key.count("Transpose(") < e.key.count("Transpose("):
+    if (
+        axis is None
+        and isinstance(e, Map | Transpose)
+        and transpose(e).key.count("Transpose(") < e.key.count("Transpose(")
+    ):
         return total(transpose(e))
     out = reduced(e.shape, axis)
     match e:
@@ -1096,7 +1108,7 @@ def trace(e: Expr) -> Expr:
             return family_sum(i, n, trace(body))
         case Mul(_, factors):
             turned = [matmul(*factors[i:], *factors[:i]) for i in range(len(factors))]
-            turned = [t for t in turned if isinstance(t, Mul) and t.coef == 1 or t.is_scalar] or [e]
+            turned = [t for t in turned if (isinstance(t, Mul) and t.coef == 1) or t.is_scalar] or [e]
             best = min(turned, key=lambda t: (not t.is_scalar, t.key))
             return best if best.is_scalar else _intern(Trace, best)
         case _:
@@ -1136,7 +1148,11 @@ def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = Non
             raise ShapeError(f"a weight of a norm is {show_shape(length)}, not {show_shape(part.shape)}")
     if e.shape[axis] == 1:  # of single entries
         u, w, b, eps = slot(0), slot(1), slot(2), number(eps)
-        alone = {"layer_norm": sp.Integer(0) * u, "rms_norm": u / sp.sqrt(u**2 + eps), "sphere": u / sp.Max(sp.Abs(u), eps)}[kind]
+        alone = {
+            "layer_norm": sp.Integer(0) * u,
+            "rms_norm": u / sp.sqrt(u**2 + eps),
+            "sphere": u / sp.Max(sp.Abs(u), eps),
+        }[kind]
         return elementwise(alone * w + b, e, weight, bias)
     return _intern(Normalise, kind, axis, number(eps), e, weight, bias)
 
@@ -1147,7 +1163,9 @@ def largest(e: Expr, axis: Axis = None) -> Expr:
 
 def diag(v: Expr) -> Expr:
     if v.cols != 1:
-        raise ShapeError(f"diag needs a vector, this is {show_shape(v.shape)}; diagonal(M) takes the diagonal of a matrix")
+        raise ShapeError(
+            f"diag needs a vector, this is {show_shape(v.shape)}; diagonal(M) takes the diagonal of a matrix"
+        )
     pushed = _distribute(diag, v)
     if pushed is not None:
         return pushed
@@ -1243,7 +1261,9 @@ def multiple(n: sp.Expr, sizes: tuple[sp.Expr, ...]) -> sp.Expr:
     """n / (the number of places). Raises ShapeError where that is not known to be a whole number."""
     found = sp.cancel(n / sp.Mul(*sizes))
     if found.is_integer is not True:
-        raise ShapeError(f"{n} is not a multiple of {sp.Mul(*sizes)}: channels by places are declared as a product, as in [c*T, N]")
+        raise ShapeError(
+            f"{n} is not a multiple of {sp.Mul(*sizes)}: channels by places are declared as a product, as in [c*T, N]"
+        )
     return found
 
 
@@ -1271,7 +1291,9 @@ def spectrum(index: str, sizes: tuple[sp.Expr, ...], e: Expr, conjugate: bool = 
         case Mul(c, (*front, Diag() as last)) if front:
             return matmul(spectrum(index, sizes, matmul(*front, coef=c), conjugate), last)
         case _:
-            return _distribute(lambda x: spectrum(index, sizes, x, conjugate), e) or _intern(Spectrum, index, sizes, e, conjugate)
+            return _distribute(lambda x: spectrum(index, sizes, x, conjugate), e) or _intern(
+                Spectrum, index, sizes, e, conjugate
+            )
 
 
 def signal(index: str, sizes: tuple[sp.Expr, ...], body: Expr) -> Expr:
@@ -1513,7 +1535,7 @@ def substitute_scalars(e: Expr, mapping: Mapping[sp.Basic, Any]) -> Expr:
     """Replace SymPy symbols in coefficients, profiles, parameters and sizes."""
     if not mapping:
         return e
-    swap: Callable[[Any], Any] = lambda x: number(x).subs(mapping, simultaneous=True)  # noqa: E731
+    swap: Callable[[Any], Any] = lambda x: number(x).subs(mapping, simultaneous=True)
 
     def rule(node: Expr) -> Expr | None:
         match node:
@@ -1598,4 +1620,8 @@ def expand(e: Expr) -> Expr:
 
 def require_scalar(e: Expr) -> None:
     if not e.is_scalar:
-        raise DeriveError("E133", f"an objective must be a scalar, this is {show_shape(e.shape)}", hint="sum(...) or sumsq(...) makes a scalar")
+        raise DeriveError(
+            "E133",
+            f"an objective must be a scalar, this is {show_shape(e.shape)}",
+            hint="sum(...) or sumsq(...) makes a scalar",
+        )

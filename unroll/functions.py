@@ -9,8 +9,32 @@ from typing import Any, Literal, cast
 import sympy as sp
 
 from unroll.expr import (
-    ONE, Expr, ShapeError, constant, diag, diagonal, elementwise, eye, hold, indicator, inverse, largest, logdet,
-    logsumexp, normalise, ones, operator, show_shape, slot, softmax, spectral, spectral_norm, total, trace, transpose, zeros,
+    ONE,
+    Expr,
+    ShapeError,
+    constant,
+    diag,
+    diagonal,
+    elementwise,
+    eye,
+    hold,
+    indicator,
+    inverse,
+    largest,
+    logdet,
+    logsumexp,
+    normalise,
+    ones,
+    operator,
+    show_shape,
+    slot,
+    softmax,
+    spectral,
+    spectral_norm,
+    total,
+    trace,
+    transpose,
+    zeros,
 )  # fmt: skip
 
 Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias"]
@@ -31,7 +55,16 @@ class Function:
 
     @property
     def signature(self) -> str:
-        names = {"matrix": "M", "vector": "v", "number": "a", "size": "n", "axis": "axis", "eps": "eps", "weight": "weight", "bias": "bias"}
+        names = {
+            "matrix": "M",
+            "vector": "v",
+            "number": "a",
+            "size": "n",
+            "axis": "axis",
+            "eps": "eps",
+            "weight": "weight",
+            "bias": "bias",
+        }
         shown = [names[k] for k in self.kinds]
         return f"{self.name}({', '.join(shown)})"
 
@@ -226,5 +259,3 @@ SETS_BY_NAME: dict[str, Set] = {s.name: s for s in SETS}
 def as_expr(value: Value) -> Expr:
     """A SymPy scalar as a 1 × 1 expression."""
     return value if isinstance(value, Expr) else constant(value)
-
-

@@ -207,10 +207,12 @@ class Builder:
         turned = tuple(self.flip(r) for r in reversed(factors))
         if turned == factors:
             return self._make(op, refs, attrs, symmetric=True)
-        if op == "matmul" and not straight_first(self.nodes, factors):  # the parameter to the left: tokens stay before features
+        if op == "matmul" and not straight_first(
+            self.nodes, factors
+        ):  # the parameter to the left: tokens stay before features
             factors, turned = turned, factors
             return self.flip(self._make(op, factors, attrs))
-        as_key: Callable[[tuple[Ref, ...]], Any] = lambda fs: [(r.node, r.flip) for r in fs]  # noqa: E731
+        as_key: Callable[[tuple[Ref, ...]], Any] = lambda fs: [(r.node, r.flip) for r in fs]
         known = (op, (*head, *turned), attrs, ()) in self.numbers
         straight = (op, refs, attrs, ()) in self.numbers
         if known or (not straight and as_key(turned) < as_key(factors) and not self._batched(factors)):
@@ -228,7 +230,9 @@ class Builder:
         if op == "spectrum":
             families[attrs[0]] = half_spectrum(attrs[1])
         shape = BY_NAME[op].axes(views, attrs)
-        least = Stage.PROLOGUE if op == "spectrum" else Stage.CONSTANT  # a buffer would have to be complex: not kept from set-up on
+        least = (
+            Stage.PROLOGUE if op == "spectrum" else Stage.CONSTANT
+        )  # a buffer would have to be complex: not kept from set-up on
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
         even = all(v.node.symmetric or v.shape == (ONE, ONE) for v in views)
         symmetric = symmetric or op in OPAQUE or (keeps and even)
@@ -289,7 +293,7 @@ class Builder:
                 seen.add(i)
                 stack.extend(r.node for r in self.nodes[i].inputs)
         nodes = {i: self.nodes[i] for i in sorted(seen)}
-        pick: Callable[[dict[int, str]], dict[int, str]] = lambda d: {i: v for i, v in d.items() if i in nodes}  # noqa: E731
+        pick: Callable[[dict[int, str]], dict[int, str]] = lambda d: {i: v for i, v in d.items() if i in nodes}
         return Graph(nodes, dict(roots), pick(self.names), pick(self.notes))
 
 
@@ -522,7 +526,9 @@ class Lowering:
         return self.builder.add(op, (self.lower(x), *map(self._symbol, free)), core)
 
     def _prox(self, e: ProxMap) -> Ref:
-        found = {s: self.lower(e.args[1 + e.slots.index(s)]) if s in e.slots else self._symbol(s) for s in e.prox.scalars}
+        found = {
+            s: self.lower(e.args[1 + e.slots.index(s)]) if s in e.slots else self._symbol(s) for s in e.prox.scalars
+        }
         record = self._at_numbers(e.prox, found)
         return self.builder.add("prox", (self.lower(e.args[0]), *(found[s] for s in record.scalars)), record)
 

@@ -75,7 +75,10 @@ def sample(graph: Graph, sizes: Mapping[str, int], seed: int = 0, batch: int = 2
     out: dict[Leaf, Any] = {}
     for leaf, node in leaves(graph).items():
         by_tag = {"*": batch, "r": node.shape[0], "c": node.shape[1], **dict(node.families)}
-        shape = [int(sp.sympify(by_tag[t]).subs({sp.Symbol(d, integer=True, positive=True): n for d, n in sizes.items()})) for t in node.tags]
+        shape = [
+            int(sp.sympify(by_tag[t]).subs({sp.Symbol(d, integer=True, positive=True): n for d, n in sizes.items()}))
+            for t in node.tags
+        ]
         if leaf[0] == "dim":
             out[leaf] = sizes[leaf[1]]
         elif node.plain:

@@ -70,11 +70,16 @@ class Check:
     def __str__(self) -> str:
         rows = [Row("law", "measured", "bound / reference", "verdict"), *self.rows]
         widths = [max(len(getattr(r, k)) for r in rows) for k in ("law", "measured", "reference")]
-        lines = ["   ".join([r.law.ljust(widths[0]), r.measured.ljust(widths[1]), r.reference.ljust(widths[2]), r.verdict]) for r in rows]
+        lines = [
+            "   ".join([r.law.ljust(widths[0]), r.measured.ljust(widths[1]), r.reference.ljust(widths[2]), r.verdict])
+            for r in rows
+        ]
         return "\n".join([self.title, "", *lines])
 
 
-def check(spec: Source, *, overrides: Sequence[str] = (), inputs: Mapping[str, Tensor] | None = None, seed: int = 0) -> Check:
+def check(
+    spec: Source, *, overrides: Sequence[str] = (), inputs: Mapping[str, Tensor] | None = None, seed: int = 0
+) -> Check:
     """Try every law on a spec, and measure what it assumes on `inputs` (a tensor without batch axes for each input), or on a draw.
 
     Raises SpecError for a spec that does not compile at all.
@@ -125,12 +130,16 @@ class Sample:
         rows, cols = (int(n.subs(self.sizes)) for n in s.shape)
         shape = [[], [rows], [cols, rows]][s.rank]
         family = [] if s.family is None else [int(s.family.subs(self.sizes))]
-        value = torch.randn(*([] if batch is None else [batch]), *family, *shape, generator=self.generator, dtype=torch.float64)
+        value = torch.randn(
+            *([] if batch is None else [batch]), *family, *shape, generator=self.generator, dtype=torch.float64
+        )
         return value.abs() if "positive" in s.props else value
 
     def network(self, spec: Spec) -> Network:
         numbers = {s.name: v for s, v in self.numbers.items()}
-        return compile_layers(spec, dims=self.dims, parameters=self.parameters, scalars=numbers, dtype=torch.float64).eval()
+        return compile_layers(
+            spec, dims=self.dims, parameters=self.parameters, scalars=numbers, dtype=torch.float64
+        ).eval()
 
     def taken(self, net: Network) -> dict[str, Tensor]:
         """The inputs that a network takes; one that is worked out on data has seen the first sample."""
@@ -165,7 +174,11 @@ def _gap(a: Tensor, b: Tensor) -> float:
         return 0.0
     a, b = a.detach(), b.detach()
     same = (a == b) | (a.isnan() & b.isnan())
-    return float(torch.where(same, 0, (a - b).abs()).max() / b[b.isfinite()].abs().max().clamp_min(1)) if b.isfinite().any() else float("inf")
+    return (
+        float(torch.where(same, 0, (a - b).abs()).max() / b[b.isfinite()].abs().max().clamp_min(1))
+        if b.isfinite().any()
+        else float("inf")
+    )
 
 
 def _verdict(holds: bool) -> str:
@@ -185,9 +198,13 @@ def printed(d: Derivation, sample: Sample) -> Iterator[Row]:
     sets = {p.term for h in d.halves for p in h.parts if p.is_set}
     terms = {n: e for n, e in d.problem.terms.items() if n not in sets}
     known = {s for s in d.problem.symbols.values()}
-    terms |= {f"gradient{_in(h)}": h.gradient for h in d.halves if h.gradient is not None and h.gradient.symbols <= known}
+    terms |= {
+        f"gradient{_in(h)}": h.gradient for h in d.halves if h.gradient is not None and h.gradient.symbols <= known
+    }
     wrong = [n for n, e in terms.items() if parse_matrix(text(e), scope) is not e]
-    yield Row("what is printed reads back the same", f"{len(terms) - len(wrong)} of {len(terms)}", "all", _verdict(not wrong))
+    yield Row(
+        "what is printed reads back the same", f"{len(terms) - len(wrong)} of {len(terms)}", "all", _verdict(not wrong)
+    )
 
 
 def gradients(d: Derivation, sample: Sample) -> Iterator[Row]:
@@ -199,7 +216,12 @@ def gradients(d: Derivation, sample: Sample) -> Iterator[Row]:
                 at = values[z].clone().requires_grad_()
                 (truth,) = torch.autograd.grad(sample.at(p.e, {**values, z: at}).sum(), at)
                 worst = max(worst, _gap(sample.at(gradient(p.e, z), values).expand_as(truth), truth))
-            yield Row(f"gradient of {p.term} == autograd{_in(half)}", f"worst {worst:.0e} of {DRAWS}", f"{EXACT:.0e}", _verdict(worst <= EXACT))
+            yield Row(
+                f"gradient of {p.term} == autograd{_in(half)}",
+                f"worst {worst:.0e} of {DRAWS}",
+                f"{EXACT:.0e}",
+                _verdict(worst <= EXACT),
+            )
 
 
 def lipschitz(d: Derivation, sample: Sample) -> Iterator[Row]:
@@ -220,7 +242,12 @@ def lipschitz(d: Derivation, sample: Sample) -> Iterator[Row]:
                     if v.norm() < 1e-12:
                         break
                 worst = max(worst, float(v.norm()) / bound if bound else float(v.norm() > 1e-8))
-            yield Row(f"L of {p.term} bounds the Hessian{_in(half)}", f"largest / L = {worst:.3f}", "1", _verdict(worst <= 1 + 1e-5))
+            yield Row(
+                f"L of {p.term} bounds the Hessian{_in(half)}",
+                f"largest / L = {worst:.3f}",
+                "1",
+                _verdict(worst <= 1 + 1e-5),
+            )
 
 
 def proxes(d: Derivation, sample: Sample) -> Iterator[Row]:
@@ -252,10 +279,14 @@ def _excess(half: Half, rest: list[Any], sample: Sample, t: float) -> float:
         values = sample.values(half)
         v = draw_like(values[z]) * 2
         best = sample.at(node, {**values, start: v}, {step: t})
-        cost = lambda x, values=values, v=v: t * float(sample.at(e, {**values, z: x})) + float((x - v).square().sum()) / 2  # noqa: E731
+        cost = lambda x, values=values, v=v: (
+            t * float(sample.at(e, {**values, z: x})) + float((x - v).square().sum()) / 2
+        )
         low = cost(best)
         near = [best + size * draw_like(best) for size in (1e-3, 1e-2, 0.1, 1.0) for _ in range(4)]
-        inside = [sample.at(node, {**values, start: x}, {step: 1e-6}) for x in near]  # feasible where there are constraints
+        inside = [
+            sample.at(node, {**values, start: x}, {step: 1e-6}) for x in near
+        ]  # feasible where there are constraints
         costs = [cost(x) for x in (*near, *inside, v, torch.zeros_like(v))]
         worst = max([worst, *(low - c for c in costs if c < float("inf"))]) if low < float("inf") else float("inf")
     return worst
@@ -283,7 +314,9 @@ def initialisation(d: Derivation, sample: Sample) -> Iterator[Row]:
     ours, exact = sample.network(d.spec), sample.network(plain(d.spec))
     found = [n.trace(**sample.taken(n)).iterates for n in (ours, exact)]
     worst = max(_gap(a, b) for z in found[0] for a, b in zip(found[0][z], found[1][z], strict=True))
-    yield Row("untrained network == algorithm, every layer", f"worst {worst:.0e}", f"{EXACT:.0e}", _verdict(worst <= EXACT))
+    yield Row(
+        "untrained network == algorithm, every layer", f"worst {worst:.0e}", f"{EXACT:.0e}", _verdict(worst <= EXACT)
+    )
 
 
 def monotone(d: Derivation, sample: Sample) -> Iterator[Row]:
@@ -308,7 +341,9 @@ def emitted(d: Derivation, sample: Sample) -> Iterator[Row]:
     yield Row("emitted module == mathematics", f"worst {worst:.0e}", f"{EXACT:.0e}", _verdict(worst <= EXACT))
 
 
-def by_hand(d: Derivation, sample: Sample, i: int, net: Network, seen: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def by_hand(
+    d: Derivation, sample: Sample, i: int, net: Network, seen: dict[str, list[Tensor]]
+) -> dict[str, list[Tensor]]:
     """Iterates of sample i, after every block, by evaluating the step as it is written, with the parameters of a network.
 
     Every layer starts from the network's own iterates, `seen`, where they are all that a layer carries: a layer that magnifies
@@ -353,7 +388,12 @@ def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
     count = sum(1 for _ in net.parameters())
     idle = f"; 0 here for {', '.join(still)}" if still and d.step.estimated else ""
     broken = lost or (still and not d.step.estimated)
-    yield Row("a gradient reaches every parameter", f"{count - len(lost) - (0 if idle else len(still))} of {count}{idle}", "all", _verdict(not broken))
+    yield Row(
+        "a gradient reaches every parameter",
+        f"{count - len(lost) - (0 if idle else len(still))} of {count}{idle}",
+        "all",
+        _verdict(not broken),
+    )
 
 
 # --- what a spec assumes in addition ----------------------------------------------------------------------------------
@@ -363,7 +403,11 @@ def assumptions(spec: Spec, inputs: Mapping[str, Tensor], seed: int) -> list[Row
     """Every rewrite, surrogate and choice of a spec, measured at its own sizes in the first layer, nothing learned."""
     said = {name: min(n, LARGEST) for name, n in spec.dims.items() if isinstance(n, int)}
     given = {name: value.shape for name, value in inputs.items()}
-    sizes = {**{name: OPEN for name, n in spec.dims.items() if not isinstance(n, int)}, **said, **_read_off(spec, given)}
+    sizes = {
+        **{name: OPEN for name, n in spec.dims.items() if not isinstance(n, int)},
+        **said,
+        **_read_off(spec, given),
+    }
     d = derive(plain(spec), sizes)
     sample = Sample(d, seed)
     sample.inputs |= {name: value.double()[None] for name, value in inputs.items()}
@@ -404,10 +448,27 @@ def _entries(d: Derivation, sample: Sample) -> dict[str, tuple[dict[Sym, Tensor]
         entry = next((a for a in mine if isinstance(a.value, Normalise) and a.value.shape == z.shape), None)
         for a in mine:
             state.assign(a)
-        at = evaluate(entry.value, before, state.numbers) if entry is not None and isinstance(entry.value, Expr) else None
-        point = at if at is not None else before.get(state_of(z), torch.zeros(*(int(n.subs(sample.sizes)) for n in z.shape), dtype=torch.float64))
-        seen = {**before, **{a.target: state.values[a.target] for a in mine if isinstance(a.target, Sym) and a.target not in before}}
-        own = {s: state.numbers[named] for s in (STEP, LIPSCHITZ) if (named := scalar(f"{s.name}_{half.name}", positive=True)) in state.numbers}
+        at = (
+            evaluate(entry.value, before, state.numbers)
+            if entry is not None and isinstance(entry.value, Expr)
+            else None
+        )
+        point = (
+            at
+            if at is not None
+            else before.get(
+                state_of(z), torch.zeros(*(int(n.subs(sample.sizes)) for n in z.shape), dtype=torch.float64)
+            )
+        )
+        seen = {
+            **before,
+            **{a.target: state.values[a.target] for a in mine if isinstance(a.target, Sym) and a.target not in before},
+        }
+        own = {
+            s: state.numbers[named]
+            for s in (STEP, LIPSCHITZ)
+            if (named := scalar(f"{s.name}_{half.name}", positive=True)) in state.numbers
+        }
         out[half.name] = ({**seen, z: point, state_of(z): point}, {**state.numbers, **own})
     return out
 
@@ -424,7 +485,9 @@ def _measured(x: Any, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) 
     relative = max(r for _, r in sites)
     record = applied.rewrite
     if x.name == "surrogate":
-        yield Row(name, f"{record.assumes}: off by {worst:.2f}" if worst is not None else "-", record.error or "-", "noted")
+        yield Row(
+            name, f"{record.assumes}: off by {worst:.2f}" if worst is not None else "-", record.error or "-", "noted"
+        )
     elif record.kind == "exact":
         yield Row(name, f"changes {relative:.0e}", f"{EXACT:.0e}", _verdict(relative <= EXACT))
     elif record.kind == "heuristic":
@@ -434,20 +497,27 @@ def _measured(x: Any, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) 
         holds = math.isfinite(limit) and relative <= limit * (1 + 1e-9)
         bound = f"<= {limit:.2g}" if math.isfinite(limit) else "the assumption fails: no bound"
         broken = math.isfinite(limit) and not holds
-        yield Row(name, f"{record.assumes}: {worst:.3g}; error {relative:.2g}", bound, "BROKEN" if broken else "holds" if holds else "does NOT hold")
+        yield Row(
+            name,
+            f"{record.assumes}: {worst:.3g}; error {relative:.2g}",
+            bound,
+            "BROKEN" if broken else "holds" if holds else "does NOT hold",
+        )
     else:
         off = f"{record.assumes}: off by {worst:.2g}; " if worst is not None else ""
         yield Row(name, f"{off}changes {relative:.2f} of it", record.error, "noted")
 
 
-def _members(site: Site, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) -> Iterator[tuple[float | None, float]]:
+def _members(
+    site: Site, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]
+) -> Iterator[tuple[float | None, float]]:
     """(assumption, relative error) for every member of the families that are free at a place."""
     free = sorted(free_indices(site.before))
     sizes = [next(int(s.family.subs(numbers)) for s in site.before.symbols if s.family is not None)] if free else []
     for k in range(sizes[0] if sizes else 1):
         at = Evaluator(values, numbers, {i: k for i in free})
         before, after = map(at, site.core or (site.before, site.after))
-        size: Callable[[Tensor], Tensor] = lambda x: torch.linalg.matrix_norm(x, 2 if site.core else "fro")  # noqa: E731
+        size: Callable[[Tensor], Tensor] = lambda x: torch.linalg.matrix_norm(x, 2 if site.core else "fro")
         assumed = None if site.assumption is None else float(at(site.assumption))
         yield assumed, float(size(before - after) / size(before).clamp_min(1e-300))
 
@@ -481,6 +551,8 @@ def _first_order(net: Network, trace: Trace, k: int, about: tuple[str, ...]) -> 
     slopes = torch.autograd.grad(value, list(before.values()), materialize_grads=True, allow_unused=True)
     moves = [trace.steps[n][k + 1].detach() - before[n].detach() for n in before]
     inner = sum(float((g * m).sum()) for g, m in zip(slopes, moves, strict=True))
-    return inner, math.sqrt(sum(float(g.square().sum()) for g in slopes)), math.sqrt(sum(float(m.square().sum()) for m in moves))
-
-
+    return (
+        inner,
+        math.sqrt(sum(float(g.square().sum()) for g in slopes)),
+        math.sqrt(sum(float(m.square().sum()) for m in moves)),
+    )

@@ -375,7 +375,7 @@ class Writer:
         """Lines that compute the terms and return them."""
         known = {d: n for d, n in problem.dims.items() if isinstance(n, int)}
         graph = optimise(lower_terms(problem), Sizes(known, 1)).graph
-        size: Callable[[sp.Expr], str] = lambda n: formula(n, sizes).code  # noqa: E731
+        size: Callable[[sp.Expr], str] = lambda n: formula(n, sizes).code
         sec = Named(
             graph, self._leaves(graph), self.locals.fresh, size, _no_prox, self.word(self.recipe.arguments[0].name)
         )

@@ -123,23 +123,43 @@ class Network(nn.Module):
         """
         wanted = self.program.construct_inputs
         if not wanted:
-            raise UnrollError("E408", "no parameter of this network depends on data", hint="init: data, in an entry of learn:, asks for that")
+            raise UnrollError(
+                "E408",
+                "no parameter of this network depends on data",
+                hint="init: data, in an entry of learn:, asks for that",
+            )
         given = {**dict(zip(wanted, args, strict=False)), **named}
         for name in (*wanted, *given):
             if name not in given or name not in wanted:
-                raise UnrollError("E404", f"the data to construct with are {', '.join(wanted)}; '{name}' is {'missing' if name in wanted else 'not one of them'}")
+                raise UnrollError(
+                    "E404",
+                    f"the data to construct with are {', '.join(wanted)}; '{name}' is {'missing' if name in wanted else 'not one of them'}",
+                )
             self._check(name, given[name])
             if given[name].ndim != len(self.program.axes(self.program.problem.symbols[name])):
-                raise UnrollError("E404", f"{name} has shape {tuple(given[name].shape)}: data to construct with have no batch axes")
+                raise UnrollError(
+                    "E404", f"{name} has shape {tuple(given[name].shape)}: data to construct with have no batch axes"
+                )
         words = self.program.words
         out = cast(Any, super()).construct(**{words["symbol", name]: value for name, value in given.items()})
         bad = [n for n, p in self.named_parameters() if not p.isfinite().all()]
         if bad:
-            raise UnrollError("E408", f"'{bad[0]}' is not finite on these data", hint="a class without samples, or a step that diverges")
+            raise UnrollError(
+                "E408",
+                f"'{bad[0]}' is not finite on these data",
+                hint="a class without samples, or a step that diverges",
+            )
         self.built = True
         return out
 
-    def trace(self, *args: Tensor, at: str = "iterate", parameters: str = "given", terms: Mapping[str, str] | None = None, **start: Any) -> Trace:
+    def trace(
+        self,
+        *args: Tensor,
+        at: str = "iterate",
+        parameters: str = "given",
+        terms: Mapping[str, str] | None = None,
+        **start: Any,
+    ) -> Trace:
         """Run, and keep what every block left. Inputs that only the objective reads may be given by name.
 
         at: what the objective is evaluated at: the "iterate", or its columns after "layer_norm", "rms_norm" or "sphere".
@@ -148,7 +168,9 @@ class Network(nn.Module):
         """
         program = self.program
         asked = measure(program.problem, program.step, at, parameters, terms or {})
-        extra = {s.name: start.pop(s.name) for s in program.problem.inputs if s.name in start and s.name not in self.takes}
+        extra = {
+            s.name: start.pop(s.name) for s in program.problem.inputs if s.name in start and s.name not in self.takes
+        }
         given = self._bind(args, start)
         found: list[Any] = []
         try:
@@ -160,12 +182,18 @@ class Network(nn.Module):
         inputs = {name: given[program.words["symbol", name]] for name in self.inputs} | extra
         replay = Replay(program.problem, program.step, self, program.words, self.given, inputs, self.numbers, steps)
         values = self._terms_at(asked, inputs)
-        return Trace(steps, program.step.blocks or ("step",), values, lambda: tuple(replay.maps()), asked.own, bool(asked.reads))
+        return Trace(
+            steps, program.step.blocks or ("step",), values, lambda: tuple(replay.maps()), asked.own, bool(asked.reads)
+        )
 
-    def _terms_at(self, asked: Measure, inputs: dict[str, Tensor]) -> Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]:
+    def _terms_at(
+        self, asked: Measure, inputs: dict[str, Tensor]
+    ) -> Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]:
         """(values of the variables, place, layer) -> the terms that a trace is asked for."""
         problem, program = self.program.problem, self.program
-        plain = all(asked.problem.terms.get(n) is e for n, e in problem.terms.items()) and len(asked.problem.terms) == len(problem.terms)
+        plain = all(asked.problem.terms.get(n) is e for n, e in problem.terms.items()) and len(
+            asked.problem.terms
+        ) == len(problem.terms)
         source = program.objective_source if plain else term_source(asked.problem, program.dims)
 
         def run(values: dict[str, Tensor], place: str, layer: int) -> dict[str, Tensor]:
@@ -187,9 +215,15 @@ class Network(nn.Module):
         layer, block = divmod(max(len(found) - 1, 0), len(blocks))
         terms = next((p.terms for name, p in self.program.step.subproblems if name in (blocks[block], "")), {})
         where = f"{blocks[block]} of layer {layer + 1}" if found else "what comes before the first layer"
-        about = f" (of {', '.join(n for n in terms if n in self.program.problem.terms) or 'its surrogate'})" if found else ""
+        about = (
+            f" (of {', '.join(n for n in terms if n in self.program.problem.terms) or 'its surrogate'})"
+            if found
+            else ""
+        )
         hint = "values that are not finite, or float32 where float64 is needed"
-        return UnrollError("E409", f"{where} has a matrix{about} that is not positive definite, or has no inverse", hint=hint)
+        return UnrollError(
+            "E409", f"{where} has a matrix{about} that is not positive definite, or has no inverse", hint=hint
+        )
 
     def objective(self, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
         """Every term of the objective, and "total": (...) values, one per sample."""
@@ -238,7 +272,11 @@ class Network(nn.Module):
     def _bind(self, args: tuple[Tensor, ...], named: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the emitted forward."""
         if not self.built:
-            raise UnrollError("E408", "this network has parameters that are worked out on data, and has seen none", hint=f"net.construct({', '.join(self.program.construct_inputs)})")
+            raise UnrollError(
+                "E408",
+                "this network has parameters that are worked out on data, and has seen none",
+                hint=f"net.construct({', '.join(self.program.construct_inputs)})",
+            )
         out: dict[str, Any] = {}
         if "layers" in named and "layers" not in self.takes:
             out["layers"] = self._depth(named.pop("layers"))
@@ -248,7 +286,11 @@ class Network(nn.Module):
             value = named.pop(name, None)
             if value is not None:
                 if not isinstance(value, Tensor) or not value.is_floating_point():
-                    raise UnrollError("E404", f"{name} is {_kind(value)}, not a tensor of real numbers", hint=f"torch.as_tensor({name}, dtype=torch.float32)")
+                    raise UnrollError(
+                        "E404",
+                        f"{name} is {_kind(value)}, not a tensor of real numbers",
+                        hint=f"torch.as_tensor({name}, dtype=torch.float32)",
+                    )
                 if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
                     self._check(name, value)
                 out[word] = value
@@ -287,12 +329,16 @@ class Network(nn.Module):
         """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
         return self._evaluator(problem, term_source(problem, self.program.dims))
 
-    def _terms(self, named: Mapping[str, Tensor], place: str = "", problem: Problem | None = None, source: str = "") -> dict[str, Tensor]:
+    def _terms(
+        self, named: Mapping[str, Tensor], place: str = "", problem: Problem | None = None, source: str = ""
+    ) -> dict[str, Tensor]:
         """All terms of the objective (or of `problem`) and their sum. Raises UnrollError E404 for a missing value, E409 where a matrix has no log-determinant."""
         problem, source = problem or self.program.problem, source or self.program.objective_source
         for s in term_symbols(problem):
             if s.role != "parameter" and s.name not in named:
-                raise UnrollError("E404", f"the objective needs a value for '{s.name}'", hint=f"give it by name: {s.name}=...")
+                raise UnrollError(
+                    "E404", f"the objective needs a value for '{s.name}'", hint=f"give it by name: {s.name}=..."
+                )
         try:
             terms = self._evaluator(problem, source)(named)
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -306,7 +352,11 @@ class Network(nn.Module):
             try:
                 self.terms_of(one)(named)
             except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-                return UnrollError("E409", f"the term {name} has a matrix that is not positive definite {place}".rstrip(), hint="values that are not finite, or float32 where float64 is needed")
+                return UnrollError(
+                    "E409",
+                    f"the term {name} has a matrix that is not positive definite {place}".rstrip(),
+                    hint="values that are not finite, or float32 where float64 is needed",
+                )
         return UnrollError("E409", f"a matrix is not positive definite {place}".rstrip())
 
     def _evaluator(self, problem: Problem, source: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
@@ -344,7 +394,11 @@ def _at_sizes(problem: Problem, dims: Mapping[str, int], source: str, values: Ma
     for s in (*problem.variables, *problem.inputs):
         axes = stored_axes(s)
         if isinstance(values.get(s.name), Tensor) and axes:
-            found |= {n.name: int(k) for n, k in zip(axes, values[s.name].shape[-len(axes) :], strict=True) if isinstance(n, sp.Symbol)}
+            found |= {
+                n.name: int(k)
+                for n, k in zip(axes, values[s.name].shape[-len(axes) :], strict=True)
+                if isinstance(n, sp.Symbol)
+            }
     sizes = {d.name: found[d.name] for d in problem.dims if d.name in found and d.name not in dims}
     key = (source, tuple(sizes.items()))
     if key not in _SIZED:
@@ -409,8 +463,14 @@ def network(
     exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
     wanted = program.initialise_arguments
     drawn = {"generator": torch.Generator(next(net.parameters()).device).manual_seed(seed)} if program.drawn else {}
-    cast(Any, net).initialise(**{program.words["symbol", n]: exact[n] if n in exact else numbers[n] for n in wanted}, **drawn)
-    waiting = {program.words["learned", p.name] for p in program.step.learned if p.constructed and ("learned", p.name) in program.words}
+    cast(Any, net).initialise(
+        **{program.words["symbol", n]: exact[n] if n in exact else numbers[n] for n in wanted}, **drawn
+    )
+    waiting = {
+        program.words["learned", p.name]
+        for p in program.step.learned
+        if p.constructed and ("learned", p.name) in program.words
+    }
     for name, p in net.named_parameters():
         if name not in waiting and not p.isfinite().all():
             raise UnrollError(
@@ -420,7 +480,10 @@ def network(
     for record, p in zip(net.learned, net.parameters(), strict=True):
         if not _holds(record.constraint, p.detach().double()):
             kept = record.constraint.replace("_", " ")
-            raise UnrollError("E403", f"'{record.name}' cannot start at the value that it replaces, which is not {kept}: {record.replaces}")
+            raise UnrollError(
+                "E403",
+                f"'{record.name}' cannot start at the value that it replaces, which is not {kept}: {record.replaces}",
+            )
     for name, b in net.named_buffers():
         if b.is_floating_point() and not b.isfinite().all():
             raise UnrollError(
@@ -456,7 +519,11 @@ def values_of(problem: Problem, scalars: Mapping[str, float]) -> dict[str, float
         if name not in known:
             raise UnrollError("E402", f"'{name}' is not a scalar of this problem", hint=did_you_mean(name, known))
         if name in positive and not value > 0:
-            raise UnrollError("E403", f"'{name}' is declared positive, {float(value):g} is not", hint="what was derived relies on its sign")
+            raise UnrollError(
+                "E403",
+                f"'{name}' is declared positive, {float(value):g} is not",
+                hint="what was derived relies on its sign",
+            )
     out: dict[str, float] = {}
     for name, default in known.items():
         if name not in scalars and default is None:
@@ -532,7 +599,11 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     except SafetensorError as e:
         raise UnrollError("E405", f"{place / WEIGHTS} is damaged: {e}") from None
     if "version" not in record:
-        raise UnrollError("E405", f"{place} was not written by unroll.save", hint="of a run folder, unroll eval measures the network again")
+        raise UnrollError(
+            "E405",
+            f"{place} was not written by unroll.save",
+            hint="of a run folder, unroll eval measures the network again",
+        )
     if record.get("version") != VERSION:
         raise UnrollError("E405", f"{place / WEIGHTS} was written by another version of unroll")
     state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
@@ -592,7 +663,9 @@ def _drawn(s: Sym, shape: list[int], generator: torch.Generator) -> Tensor:
     if "tight_frame" in s.props:
         count, rows, cols = shape
         if count * cols != rows:
-            raise UnrollError("E403", f"{s.name} cannot start as a tight frame: {count} times {cols} columns are not {rows}")
+            raise UnrollError(
+                "E403", f"{s.name} cannot start as a tight frame: {count} times {cols} columns are not {rows}"
+            )
         value = torch.linalg.qr(value.movedim(0, 1).reshape(rows, rows)).Q.reshape(rows, count, cols).movedim(1, 0)
     if "orthonormal" in s.props:
         left, _, right = torch.linalg.svd(value, full_matrices=False)

@@ -340,7 +340,9 @@ def _norm_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
         case "layer_norm":
             call = f"F.layer_norm({', '.join([code.code, f'({c.size(n)},)', *(weights or ['None', 'None']), number(eps).code])})"
         case "rms_norm":
-            call = f"F.rms_norm({', '.join([code.code, f'({c.size(n)},)', *(weights[:1] or ['None']), number(eps).code])})"
+            call = (
+                f"F.rms_norm({', '.join([code.code, f'({c.size(n)},)', *(weights[:1] or ['None']), number(eps).code])})"
+            )
             call += f" + {weights[1]}" if weights else ""
         case _:
             call = f"F.normalize({code.code}, dim=-1, eps={number(eps).code})"
@@ -431,7 +433,9 @@ def _shifts_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 def _repeat_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     adjoint, (n,) = out.attrs
-    return args[0].text.then(f".unflatten(-1, (-1, {c.size(n)})).sum(-1)" if adjoint else f".repeat_interleave({c.size(n)}, -1)")
+    return args[0].text.then(
+        f".unflatten(-1, (-1, {c.size(n)})).sum(-1)" if adjoint else f".repeat_interleave({c.size(n)}, -1)"
+    )
 
 
 def _transform_axes(node: Node, frequency: str) -> tuple[int, int, int]:
@@ -448,7 +452,9 @@ def _spectrum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """attrs: index, sizes."""
     (x,), (index, sizes) = args, out.attrs
     channels, frequencies, places = _transform_axes(out, index)
-    call = Text(f"spectrum({x.ordered('cr' if out.batched else 'rc').code}, {places}, {frequencies}, {', '.join(map(c.size, sizes))})")
+    call = Text(
+        f"spectrum({x.ordered('cr' if out.batched else 'rc').code}, {places}, {frequencies}, {', '.join(map(c.size, sizes))})"
+    )
     return call if "r" in out.tags else call.then(f".squeeze({channels})")
 
 
@@ -623,7 +629,12 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("family_logsumexp", _same, _over_family("logsumexp"), _pointwise),
     Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
     Operation("norm", _same, _norm_text, _pointwise),
-    Operation("dropout", _same, lambda out, args, c: Text(f"F.dropout({args[0].text.code}, {args[1].text.code}, self.training)"), _pointwise),
+    Operation(
+        "dropout",
+        _same,
+        lambda out, args, c: Text(f"F.dropout({args[0].text.code}, {args[1].text.code}, self.training)"),
+        _pointwise,
+    ),
     Operation("drop_path", _same, _drop_path_text, _pointwise, ("drop_path",)),
     Operation("running_sum", _same, _running_text, _pointwise),
     Operation("attention", _same, _attention_text, _attention_cost),

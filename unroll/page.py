@@ -25,7 +25,12 @@ def report(source: Source, path: str | os.PathLike[str], *, overrides: Sequence[
     spec = read(source if run is None else run / "spec.yaml", overrides)
     derivation = derive(spec)
     measured = _of_layers(spec) if run is None else _of_trained(run)
-    sections = [*_of_spec(spec, derivation), *(_of_run(run) if run is not None else ()), *measured, *_of_network(derivation)]
+    sections = [
+        *_of_spec(spec, derivation),
+        *(_of_run(run) if run is not None else ()),
+        *measured,
+        *_of_network(derivation),
+    ]
     target.write_text(html.page(spec.title, derivation.problem.about, sections), encoding="utf-8")
     return target
 
@@ -88,7 +93,14 @@ def _of_trained(folder: Path) -> Iterator[Section]:
     if (folder / "weights.safetensors").is_file():
         net, batches = trained_on(folder)
         if isinstance(net, Network | Model):
-            yield "What each layer does", _did(net, batches, "Trained, on the held-out samples of the run, each step measured with its own layer's parameters.")
+            yield (
+                "What each layer does",
+                _did(
+                    net,
+                    batches,
+                    "Trained, on the held-out samples of the run, each step measured with its own layer's parameters.",
+                ),
+            )
 
 
 def _did(net: Any, batches: Any, note: str) -> str:

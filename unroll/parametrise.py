@@ -126,15 +126,22 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
     """The step with learned parameters in place. Raises SpecError E305 (not found), E306 (a constraint that does not apply)."""
     unrolled = spec.unroll
     assert unrolled is not None
-    schemes = [("", ("unroll",), unrolled), *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks))]
+    schemes = [
+        ("", ("unroll",), unrolled),
+        *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks)),
+    ]
     wanted = [_read(name, step, problem, spec, block, path) for block, path, scheme in schemes for name in scheme.learn]
     _once(wanted, step, spec)
-    for w in sorted(wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True):  # what is larger takes its words first
+    for w in sorted(
+        wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True
+    ):  # what is larger takes its words first
         step = _replace(step, w)
     step = _affine(step, spec)
     for block, path, scheme in schemes:
         for name in scheme.keep:
-            step = replace(step, learned=(*step.learned, _kept(name, step, problem, spec, block, (*path, "keep", name))))
+            step = replace(
+                step, learned=(*step.learned, _kept(name, step, problem, spec, block, (*path, "keep", name)))
+            )
     for block, path, scheme in schemes:
         for name in scheme.estimate:
             step = _estimated(step, problem, spec, block, (*path, "estimate", name))
@@ -147,11 +154,21 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
 def _once(wanted: list[_Wanted], step: Step, spec: Spec) -> None:
     """Every parameter has a name of its own: not that of another, of a weight of a norm, or of what any block works out."""
     taken = {a.target.name for a in (*step.definitions, *step.assigns)} | {s.symbol.name for s in step.states}
-    taken |= {f"{block}_norm_{part}".removeprefix("_") for block, has in affine_norms(spec).items() if has for part in ("weight", "bias")}
+    taken |= {
+        f"{block}_norm_{part}".removeprefix("_")
+        for block, has in affine_norms(spec).items()
+        if has
+        for part in ("weight", "bias")
+    }
     for w in wanted:
         own = {w.name, *([f"{w.name}_bias"] if w.record.bias else [])}
         if own & taken:
-            raise SpecError("E306", f"'{min(own & taken)}' is already the name of something else", w.where, "choose another name for the parameter")
+            raise SpecError(
+                "E306",
+                f"'{min(own & taken)}' is already the name of something else",
+                w.where,
+                "choose another name for the parameter",
+            )
         taken |= own
 
 
@@ -171,7 +188,11 @@ def _affine(step: Step, spec: Spec) -> Step:
             free = [symbol(f"{prefix}_{part}", n, 1, "learned") for part in ("weight", "bias")]
             starts = (ones(n), zeros(n))
             known = {p.name for p in learned}
-            learned.extend(Learned(s.name, s, v, (n,), True, text=text(v)) for s, v in zip(free, starts, strict=True) if s.name not in known)
+            learned.extend(
+                Learned(s.name, s, v, (n,), True, text=text(v))
+                for s, v in zip(free, starts, strict=True)
+                if s.name not in known
+            )
             weight, bias = free if e.axis == 0 else map(transpose, free)
             return normalise(e.kind, e.axis, e.eps, e.x, weight, bias)
 
@@ -187,19 +208,27 @@ def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple
     name, where = str(path[-1]), spec.key_where(*path)
     given = next((s for s in problem.inputs if s.name == name), None)
     if given is None:
-        raise SpecError("E306", f"'{name}' is not an input", where, did_you_mean(name, [s.name for s in problem.inputs]))
+        raise SpecError(
+            "E306", f"'{name}' is not an input", where, did_you_mean(name, [s.name for s in problem.inputs])
+        )
     scope = replace(problem.scope, names={**_names(step, problem, block), **{p.name: p.symbol for p in step.learned}})
     written = cast(str, spec.at(*path))
     value, index, size = parse_member(written, scope, place_of(spec, *path))
     e = rewritten(as_expr(value), _exact(step, block))
     if e.shape != given.shape or size != given.family:
         hint = "a family is estimated member by member: f(C[k]) for k in K" if given.family is not None else ""
-        raise SpecError("E131", f"the estimate of {name} is {show_shape(e.shape)}, {name} is {show_shape(given.shape)}", where, hint)
+        raise SpecError(
+            "E131", f"the estimate of {name} is {show_shape(e.shape)}, {name} is {show_shape(given.shape)}", where, hint
+        )
 
     def put(a: Assign) -> Assign:
         if not isinstance(a.value, Expr) or (block and a.block != block) or given not in a.value.symbols:
             return a
-        swaps = {member(given, i): rename_index(e, index, i) for i in _indices(a.value)} if given.family is not None else {given: e}
+        swaps = (
+            {member(given, i): rename_index(e, index, i) for i in _indices(a.value)}
+            if given.family is not None
+            else {given: e}
+        )
         fresh = substitute(a.value, swaps)
         return replace(a, value=fresh, note=_note(replace(a, value=fresh)))
 
@@ -214,11 +243,23 @@ def _kept(name: str, step: Step, problem: Problem, spec: Spec, block: str, path:
     """A quantity that takes the place of nothing: it is worked out on data, for estimates."""
     names, written = _names(step, problem, block), cast(str, spec.at(*path))
     if name in names or name in {p.name for p in step.learned}:
-        raise SpecError("E306", f"'{name}' is already the name of something else", spec.key_where(*path), "choose another name")
+        raise SpecError(
+            "E306", f"'{name}' is already the name of something else", spec.key_where(*path), "choose another name"
+        )
     value, _, size = parse_member(written, replace(problem.scope, names=names), place_of(spec, *path))
     e = as_expr(value)
     rank = 0 if e.is_scalar else 1 if e.cols == 1 else 2
-    return Learned(name, symbol(name, *e.shape, "learned", rank, size), e, e.shape[:rank], True, "none", written, "data", constructed=True)
+    return Learned(
+        name,
+        symbol(name, *e.shape, "learned", rank, size),
+        e,
+        e.shape[:rank],
+        True,
+        "none",
+        written,
+        "data",
+        constructed=True,
+    )
 
 
 def _indices(e: Expr) -> list[str]:
@@ -232,12 +273,23 @@ def _shape_fits(name: str, record: Learn, problem: Problem, where: Where) -> Non
     sizes = {**{d.name: d for d in problem.dims}, **{str(d): d for d in z.shape}}
     shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape or ()]
     if shape and shape != [z.rows]:
-        raise SpecError("E306", f"the shape of {name} is not that of {z.name}", where, f"shape: [{z.rows}] gives every entry of {z.name} its own")
+        raise SpecError(
+            "E306",
+            f"the shape of {name} is not that of {z.name}",
+            where,
+            f"shape: [{z.rows}] gives every entry of {z.name} its own",
+        )
 
 
 def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
     """What names mean in a block: states in the place of variables, its own step size, what it defines."""
-    own = {s.name: s for a in step.assigns if a.block == block and isinstance(a.value, Expr) for s in (a.target, *a.value.symbols) if isinstance(s, Sym)}
+    own = {
+        s.name: s
+        for a in step.assigns
+        if a.block == block and isinstance(a.value, Expr)
+        for s in (a.target, *a.value.symbols)
+        if isinstance(s, Sym)
+    }
     states = {s.name: s for z in problem.variables for s in [state_of(z)]}
     suffix = f"_{block}" if block else ""
     numbers = {s.name: scalar(s.name + suffix, positive=True) for s in (STEP, LIPSCHITZ)}
@@ -251,7 +303,9 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
     where = spec.key_where(*path)
     _shape_fits(name, record, problem, where)
     if name in names:
-        raise SpecError("E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter")
+        raise SpecError(
+            "E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter"
+        )
     scope, place = replace(problem.scope, names=names), place_of(spec, *path, "replaces")
     family = names.get(record.replaces.strip())
     index, size = "", None
@@ -263,14 +317,33 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
     if isinstance(value, Expr) and (c := as_constant(value)) is not None and value.is_scalar:
         value = c
     if not isinstance(value, Expr) and value.is_number:
-        raise SpecError("E306", f"{name} takes the place of a number, {value}, which has no place of its own in a step", where, "name the scalar or the product that it belongs to")
-    if MOMENTUM in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(a.target == MOMENTUM for a in step.assigns):
+        raise SpecError(
+            "E306",
+            f"{name} takes the place of a number, {value}, which has no place of its own in a step",
+            where,
+            "name the scalar or the product that it belongs to",
+        )
+    if MOMENTUM in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(
+        a.target == MOMENTUM for a in step.assigns
+    ):
         hint = "learn the step or a matrix; momentum follows its schedule"
-        raise SpecError("E307", "learning the momentum is not built yet: it starts at another value in each layer", where, hint)
+        raise SpecError(
+            "E307", "learning the momentum is not built yet: it starts at another value in each layer", where, hint
+        )
     if record.where is not None and record.where not in PLACES:
-        raise SpecError("E306", f"'{record.where}' is not a place in a step", spec.key_where(*path, "where"), f"places: {', '.join(PLACES)}")
+        raise SpecError(
+            "E306",
+            f"'{record.where}' is not a place in a step",
+            spec.key_where(*path, "where"),
+            f"places: {', '.join(PLACES)}",
+        )
     if record.bias and record.where != "output":
-        raise SpecError("E306", f"{name} can have a bias only where it is the first factor", spec.key_where(*path, "bias"), "add where: output, or put a vector into the objective")
+        raise SpecError(
+            "E306",
+            f"{name} can have a bias only where it is the first factor",
+            spec.key_where(*path, "bias"),
+            "add where: output, or put a vector into the objective",
+        )
     return _Wanted(name, record, value, spec.origin(*path, "replaces").where(), block, index, size, _exact(step, block))
 
 
@@ -293,7 +366,9 @@ def _replace(step: Step, w: _Wanted) -> Step:
     found = _replaced(step, w) or (_replaced(step, other) if other is not w else None)
     if found is None:
         body = "; ".join(
-            f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}" for a in step.assigns if not w.block or a.block == w.block
+            f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}"
+            for a in step.assigns
+            if not w.block or a.block == w.block
         )
         raise SpecError(
             "E305", f"{w.record.replaces.strip()} does not occur in the step" + (f" ({w.record.where})" if w.record.where else ""), w.where,
@@ -306,7 +381,9 @@ def _replaced(step: Step, w: _Wanted) -> Step | None:
     learned = _learned(w)
     swap = _swap_matrix if isinstance(w.value, Expr) else _swap_scalar
     mine = [not w.block or a.block == w.block for a in step.assigns]
-    assigns = tuple(replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True))
+    assigns = tuple(
+        replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True)
+    )
     if all(a.value is b.value or a.value == b.value for a, b in zip(assigns, step.assigns, strict=True)):
         return None
     _has_start(w, step)
@@ -331,9 +408,16 @@ def _has_start(w: _Wanted, step: Step) -> None:
     depends_on = sorted(s.name for s in value.symbols if (s.role == "state" and s.name in moving) or s.role == "input")
     if depends_on and record.init == "value":
         hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
-        raise SpecError("E306", f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at", w.where, hint)
+        raise SpecError(
+            "E306",
+            f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at",
+            w.where,
+            hint,
+        )
     if record.init == "data" and record.share != "none":
-        raise SpecError("E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'")
+        raise SpecError(
+            "E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'"
+        )
 
 
 def _learned(w: _Wanted) -> tuple[Learned, ...]:
@@ -341,18 +425,39 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
     record, value = w.record, w.value if w.kernel is None else w.kernel
     per_layer = record.share == "none"
     if not isinstance(value, Expr):
-        shape = tuple(sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True) for n in record.shape or ())
+        shape = tuple(
+            sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True)
+            for n in record.shape or ()
+        )
         s = scalar(w.name, positive=bool(value.is_positive) or record.positive)
-        return (Learned(w.name, s, value, shape, per_layer, _constraint(w), record.replaces, record.init, record.scale),)
+        return (
+            Learned(w.name, s, value, shape, per_layer, _constraint(w), record.replaces, record.init, record.scale),
+        )
     if record.shape is not None:
-        raise SpecError("E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'")
+        raise SpecError(
+            "E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'"
+        )
     rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
     s = symbol(w.name, *value.shape, "learned", rank, w.size)
-    found = Learned(w.name, s, value, value.shape[:rank], per_layer, _constraint(w), record.replaces, record.init, record.scale, record.init == "data", record.where or "")
+    found = Learned(
+        w.name,
+        s,
+        value,
+        value.shape[:rank],
+        per_layer,
+        _constraint(w),
+        record.replaces,
+        record.init,
+        record.scale,
+        record.init == "data",
+        record.where or "",
+    )
     if not record.bias:
         return (found,)
     n = value.rows
-    return found, Learned(f"{w.name}_bias", symbol(f"{w.name}_bias", n, 1, "learned"), zeros(n), (n,), per_layer, text=f"zeros({n})")
+    return found, Learned(
+        f"{w.name}_bias", symbol(f"{w.name}_bias", n, 1, "learned"), zeros(n), (n,), per_layer, text=f"zeros({n})"
+    )
 
 
 def _constraint(w: _Wanted) -> Constraint:
@@ -520,7 +625,13 @@ def _swap_scalar(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
     def coefficient(c: sp.Expr) -> sp.Expr:
         if isinstance(c, sp.Add):
             return sp.Add(*map(coefficient, c.args))
-        return c.subs(old, new) if old.is_Symbol else c / old * new if _divides(old, c) and old.free_symbols <= c.free_symbols else c
+        return (
+            c.subs(old, new)
+            if old.is_Symbol
+            else c / old * new
+            if _divides(old, c) and old.free_symbols <= c.free_symbols
+            else c
+        )
 
     def rule(node: Expr) -> Expr | None:
         match node:
@@ -534,7 +645,11 @@ def _swap_scalar(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
     def inside(e: Expr) -> Expr:
         if isinstance(e, Prox):
             at = inside(e.at)
-            return _swap_in_prox(prox(e.term, e.variable, e.t, at, e.swaps), old, new) if place != "gradient" else prox(e.term, e.variable, e.t, at, e.swaps)
+            return (
+                _swap_in_prox(prox(e.term, e.variable, e.t, at, e.swaps), old, new)
+                if place != "gradient"
+                else prox(e.term, e.variable, e.t, at, e.swaps)
+            )
         return transform(e, rule)
 
     return inside(value)
@@ -593,5 +708,8 @@ def _without_unused(step: Step) -> Step:
         read |= set[sp.Basic]().union(*(used_scalars(v) if isinstance(v, Expr) else v.free_symbols for v in values))
     kept = [a for a in step.assigns if isinstance(a.target, Sym) or a.target in read]
     targets = {a.target for a in kept}
-    return replace(step, assigns=tuple(kept), states=tuple(s for s in step.states if isinstance(s.symbol, Sym) or s.symbol in targets))
-
+    return replace(
+        step,
+        assigns=tuple(kept),
+        states=tuple(s for s in step.states if isinstance(s.symbol, Sym) or s.symbol in targets),
+    )

@@ -15,8 +15,23 @@ import sympy as sp
 
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean, quote
 from unroll.expr import (
-    Expr, ShapeError, Sym, add, elementwise, family_logsumexp, family_softmax, family_sum, matmul, member, same, scale, show_shape, slot,
-    spectral, spectral_map, transpose,
+    Expr,
+    ShapeError,
+    Sym,
+    add,
+    elementwise,
+    family_logsumexp,
+    family_softmax,
+    family_sum,
+    matmul,
+    member,
+    same,
+    scale,
+    show_shape,
+    slot,
+    spectral,
+    spectral_map,
+    transpose,
 )  # fmt: skip
 from unroll.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
 
@@ -127,7 +142,9 @@ class _Reader:
         for i, c in enumerate(self.text):
             depth += (c in "([{") - (c in ")]}")
             if depth > DEPTH:
-                self.fail_at(i, 1, "E104", f"brackets are nested more than {DEPTH} deep here", "name a part under 'functions:'")
+                self.fail_at(
+                    i, 1, "E104", f"brackets are nested more than {DEPTH} deep here", "name a part under 'functions:'"
+                )
             if depth < 0:
                 self.fail_at(i, 1, "E100", f"'{c}' closes a bracket that was not opened")
         if "\0" in self.text:
@@ -143,7 +160,11 @@ class _Reader:
             at, hint = self.text.index("'"), "a transpose is written A.T"
         elif "|" in self.text:
             at, hint = self.text.index("|"), "write norm1(z), norm2(z), sumsq(z) or abs(z)"
-        message = (e.msg or "invalid syntax").split(". Perhaps")[0].replace("invalid syntax", "this cannot be read as a formula")
+        message = (
+            (e.msg or "invalid syntax")
+            .split(". Perhaps")[0]
+            .replace("invalid syntax", "this cannot be read as a formula")
+        )
         self.fail_at(min(at, max(len(self.text) - 1, 0)), 1, "E100", message, hint)
 
     def _index(self, line: int, column: int, chars: bool = False) -> int:
@@ -165,7 +186,9 @@ class _Reader:
 
     # --- errors ---
 
-    def fail_at(self, start: int, length: int, code: str, message: str, hint: str = "", notes: tuple[str, ...] = ()) -> NoReturn:
+    def fail_at(
+        self, start: int, length: int, code: str, message: str, hint: str = "", notes: tuple[str, ...] = ()
+    ) -> NoReturn:
         raise SpecError(code, message, self.place(start, length), hint, notes) from None
 
     def fail(self, node: ast.AST, code: str, message: str, hint: str = "", notes: tuple[str, ...] = ()) -> NoReturn:
@@ -194,7 +217,12 @@ class _Reader:
         except RecursionError:
             self.fail_at(0, 1, "E104", "this formula is nested too deeply", "name a part under 'functions:'")
         if isinstance(value, _Condition):
-            self.fail(tree, "E132", f"{self.source(tree)} is a comparison, not a value", "where(condition, a, b) chooses by one; constraints go under 'constraints:'")
+            self.fail(
+                tree,
+                "E132",
+                f"{self.source(tree)} is a comparison, not a value",
+                "where(condition, a, b) chooses by one; constraints go under 'constraints:'",
+            )
         return value
 
     def member(self) -> tuple[Value, str, sp.Expr | None]:
@@ -210,7 +238,9 @@ class _Reader:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if all(isinstance(a, ast.Name) for a in args):
                 return name, tuple(a.id for a in args if isinstance(a, ast.Name))
             case _:
-                self.fail(tree, "E100", f"{self.source(tree)} does not declare a function", "write it as name(x, y): formula")
+                self.fail(
+                    tree, "E100", f"{self.source(tree)} does not declare a function", "write it as name(x, y): formula"
+                )
 
     def constraint(self) -> Expr:
         tree = self.tree()
@@ -227,7 +257,12 @@ class _Reader:
             case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
                 return self._affine(tree, left, right)
             case _:
-                self.fail(tree, "E106", f"{self.source(tree)} is not a constraint", "write x >= 0, a <= x <= b, A @ x == b, or x in SET")
+                self.fail(
+                    tree,
+                    "E106",
+                    f"{self.source(tree)} is not a constraint",
+                    "write x >= 0, a <= x <= b, A @ x == b, or x in SET",
+                )
 
     def _bound(self, tree: ast.expr, x: Expr, limit: ast.expr, below: bool) -> Expr:
         value = self.number(limit)
@@ -240,7 +275,12 @@ class _Reader:
             case ast.BinOp(left=a, op=ast.MatMult(), right=x):
                 return SETS_BY_NAME["affine"].indicator(self.matrix(x), self.matrix(a), self.matrix(right))
             case _:
-                self.fail(tree, "E106", f"{self.source(tree)} is not a constraint that is known", "an equality constraint is written A @ x == b")
+                self.fail(
+                    tree,
+                    "E106",
+                    f"{self.source(tree)} is not a constraint that is known",
+                    "an equality constraint is written A @ x == b",
+                )
 
     def _set(self, node: ast.expr) -> tuple[Set, tuple[Any, ...]]:
         match node:
@@ -252,7 +292,12 @@ class _Reader:
                 self.fail(node, "E106", f"{self.source(node)} is not a set", f"sets: {', '.join(SETS_BY_NAME)}")
         found = SETS_BY_NAME.get(name)
         if found is None:
-            self.fail(node, "E106", f"unknown set '{quote(name)}'", did_you_mean(name, SETS_BY_NAME) or f"sets: {', '.join(SETS_BY_NAME)}")
+            self.fail(
+                node,
+                "E106",
+                f"unknown set '{quote(name)}'",
+                did_you_mean(name, SETS_BY_NAME) or f"sets: {', '.join(SETS_BY_NAME)}",
+            )
         if len(args) != len(found.kinds):
             self.fail(node, "E105", f"the set {name} takes {len(found.kinds)} parameters, not {len(args)}", found.about)
         return found, tuple(self._as_kind(a, k) for a, k in zip(args, found.kinds, strict=True))
@@ -275,7 +320,12 @@ class _Reader:
             case ast.Attribute(value=x, attr="T"):
                 return self._built(node, lambda: transpose(self.matrix(x)))
             case ast.Attribute(attr=attr):
-                self.fail(node, "E103", f".{quote(attr)} is not part of the language", "the only attribute is .T, the transpose")
+                self.fail(
+                    node,
+                    "E103",
+                    f".{quote(attr)} is not part of the language",
+                    "the only attribute is .T, the transpose",
+                )
             case ast.Subscript(value=x, slice=i):
                 return self._member(node, x, i)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
@@ -285,9 +335,19 @@ class _Reader:
             case ast.BoolOp(op=op, values=values):
                 return self._joined(sp.And if isinstance(op, ast.And) else sp.Or, values)
             case ast.BinOp(op=op):
-                self.fail(node, "E103", f"this operator is not part of the language: {self.source(node)}", "operators: + - * / ** @" if not isinstance(op, ast.BitXor) else "a power is written **")
+                self.fail(
+                    node,
+                    "E103",
+                    f"this operator is not part of the language: {self.source(node)}",
+                    "operators: + - * / ** @" if not isinstance(op, ast.BitXor) else "a power is written **",
+                )
             case _:
-                self.fail(node, "E103", f"not part of the language: {self.source(node)}", "formulas have numbers, names, + - * / ** @ .T, U[k] and the functions of 'unroll list functions'")
+                self.fail(
+                    node,
+                    "E103",
+                    f"not part of the language: {self.source(node)}",
+                    "formulas have numbers, names, + - * / ** @ .T, U[k] and the functions of 'unroll list functions'",
+                )
 
     def _number(self, node: ast.Constant) -> sp.Expr:
         start, length = self.span(node)
@@ -303,22 +363,39 @@ class _Reader:
                 return sp.oo
             if name == "pi":
                 return sp.pi
-            known = [n for n in (*self.scope.names, *self.scope.macros, *BY_NAME, *ELEMENTWISE_BY_NAME) if n.isidentifier()]
+            known = [
+                n for n in (*self.scope.names, *self.scope.macros, *BY_NAME, *ELEMENTWISE_BY_NAME) if n.isidentifier()
+            ]
             hint = did_you_mean(name, known) or "declare it under variables, inputs, parameters, scalars or dims"
             if name in BY_NAME or name in ELEMENTWISE_BY_NAME or name in self.scope.macros:
                 self.fail(node, "E132", f"{name} is a function; it needs arguments", f"{name}(...)")
             self.fail(node, "E101", f"unknown name '{quote(name)}'", hint)
         if isinstance(value, Sym) and value.family is not None:
-            self.fail(node, "E132", f"{name} is a family of matrices; a formula takes one member", f"{name}[k] inside sum(... for k in {value.family})")
+            self.fail(
+                node,
+                "E132",
+                f"{name} is a family of matrices; a formula takes one member",
+                f"{name}[k] inside sum(... for k in {value.family})",
+            )
         return value
 
     def _member(self, node: ast.Subscript, x: ast.expr, i: ast.expr) -> Expr:
         family = self.scope.names.get(x.id) if isinstance(x, ast.Name) else None
         if not (isinstance(family, Sym) and family.family is not None):
-            self.fail(node, "E103", f"{self.source(x)} is not a family, so it has no members", "declare a family with three sizes, U: [K, d, p]; entries of a matrix cannot be indexed")
+            self.fail(
+                node,
+                "E103",
+                f"{self.source(x)} is not a family, so it has no members",
+                "declare a family with three sizes, U: [K, d, p]; entries of a matrix cannot be indexed",
+            )
         index = self.scope.names.get(f"[{i.id}]") if isinstance(i, ast.Name) else None
         if index is None:
-            self.fail(i, "E101", f"'{self.source(i)}' is not an index", f"members are summed: sum(f({family.name}[k]) for k in {family.family})")
+            self.fail(
+                i,
+                "E101",
+                f"'{self.source(i)}' is not an index",
+                f"members are summed: sum(f({family.name}[k]) for k in {family.family})",
+            )
         if not same(index, family.family):  # type: ignore[arg-type]
             self.fail(i, "E131", f"the index runs over {index}, but {family.name} has {family.family} members")
         return member(family, i.id)  # type: ignore[union-attr]
@@ -339,7 +416,13 @@ class _Reader:
             case "-":
                 return self._sum(x, scale(-1, y) if isinstance(y, Expr) else -y)
             case "*":
-                return scale(y, x) if not isinstance(y, Expr) else scale(x, y) if not isinstance(x, Expr) else elementwise(slot(0) * slot(1), x, y)
+                return (
+                    scale(y, x)
+                    if not isinstance(y, Expr)
+                    else scale(x, y)
+                    if not isinstance(x, Expr)
+                    else elementwise(slot(0) * slot(1), x, y)
+                )
             case "/":
                 return self._quotient(node, x, y)
             case _:
@@ -395,10 +478,18 @@ class _Reader:
             return
         if self.scope.broadcast and all(same(p, q) or 1 in (p, q) for p, q in zip(x.shape, y.shape, strict=True)):
             return
-        hint = "there is no silent broadcasting: repeat a vector with v @ ones(1, n)" if 1 in (*x.shape, *y.shape) else ""
+        hint = (
+            "there is no silent broadcasting: repeat a vector with v @ ones(1, n)" if 1 in (*x.shape, *y.shape) else ""
+        )
         if same(x.rows, y.cols) and same(x.cols, y.rows):
             hint = f"{self.source(b)}.T has the shape of {self.source(a)}"
-        self.fail(node, "E131", f"{self.source(node)} does not fit: {self._is(a, x)}, {self._is(b, y)}", hint, self.declared(a, b))
+        self.fail(
+            node,
+            "E131",
+            f"{self.source(node)} does not fit: {self._is(a, x)}, {self._is(b, y)}",
+            hint,
+            self.declared(a, b),
+        )
 
     def transposed(self, node: ast.expr) -> str:
         """The text of the transpose: A for A.T, (A @ B).T for a product."""
@@ -410,9 +501,13 @@ class _Reader:
         return f"{self.source(node)} is {self.shape(value)}"
 
     def _matmul(self, node: ast.BinOp, a: ast.expr, b: ast.expr, x: Expr, y: Expr) -> Expr:
-        if x.is_scalar or y.is_scalar:
-            if x.shape != y.shape and not (same(x.cols, y.rows)):
-                self.fail(node, "E131", f"{self.source(node)} does not fit: @ multiplies matrices, and one of these is a scalar", "a scalar is multiplied with *")
+        if (x.is_scalar or y.is_scalar) and x.shape != y.shape and not (same(x.cols, y.rows)):
+            self.fail(
+                node,
+                "E131",
+                f"{self.source(node)} does not fit: @ multiplies matrices, and one of these is a scalar",
+                "a scalar is multiplied with *",
+            )
         if same(x.cols, y.rows):
             return matmul(x, y)
         hint = ""
@@ -424,7 +519,13 @@ class _Reader:
             hint = f"{self.source(a)} @ {self.transposed(b)} fits"
         elif y.cols == 1:
             hint = f"{self.source(b)} must have {x.cols} entries here"
-        self.fail(node, "E131", f"{self.source(node)} does not fit: {self._is(a, x)}, {self._is(b, y)}", hint, self.declared(a, b))
+        self.fail(
+            node,
+            "E131",
+            f"{self.source(node)} does not fit: {self._is(a, x)}, {self._is(b, y)}",
+            hint,
+            self.declared(a, b),
+        )
 
     def _compare(self, node: ast.Compare, a: ast.expr, relation: Any, b: ast.expr) -> _Condition:
         x, y = as_expr(self.value(a)), as_expr(self.value(b))
@@ -447,7 +548,9 @@ class _Reader:
 
     def _call(self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
         if any(isinstance(a, ast.Starred) for a in args) or any(k.arg is None for k in keywords):
-            self.fail(node, "E103", f"not part of the language: {self.source(node)}", "arguments are written one by one")
+            self.fail(
+                node, "E103", f"not part of the language: {self.source(node)}", "arguments are written one by one"
+            )
         if name in self.scope.macros:
             return self._macro(node, self.scope.macros[name], args, keywords)
         if name == "where":
@@ -465,19 +568,36 @@ class _Reader:
             known = [*BY_NAME, *ELEMENTWISE_BY_NAME, *self.scope.macros, "where"]
             hint = did_you_mean(name, known)
             if isinstance(self.scope.names.get(name), Expr | sp.Basic):
-                self.fail(node, "E102", f"{quote(name)} is not a function; it was declared as a quantity", "multiply with * or @")
-            self.fail(node.func, "E102", f"unknown function '{quote(name)}'", hint or "declare it under 'functions:' by its formula; 'unroll list functions' shows those that exist")
+                self.fail(
+                    node,
+                    "E102",
+                    f"{quote(name)} is not a function; it was declared as a quantity",
+                    "multiply with * or @",
+                )
+            self.fail(
+                node.func,
+                "E102",
+                f"unknown function '{quote(name)}'",
+                hint or "declare it under 'functions:' by its formula; 'unroll list functions' shows those that exist",
+            )
         least = len(found.kinds) - found.optional
         bad = [k.arg for k in keywords if k.arg not in found.kinds or k.arg not in NAMED]
         if bad:
-            self.fail(node, "E105", f"{name} has no argument '{bad[0]}'", f"it is called as {found.signature}: {found.about}")
+            self.fail(
+                node, "E105", f"{name} has no argument '{bad[0]}'", f"it is called as {found.signature}: {found.about}"
+            )
         order = [found.kinds.index(k.arg) for k in keywords]  # type: ignore[arg-type]
         if order != list(range(len(args), len(args) + len(order))):
             self.fail(node, "E105", f"{name} is called as {found.signature}", found.about)
         given = [*args, *(k.value for k in keywords)]
         if not least <= len(given) <= len(found.kinds):
             wanted = str(least) if not found.optional else f"{least} to {len(found.kinds)}"
-            self.fail(node, "E105", f"{name} takes {wanted} argument{'s' if wanted != '1' else ''}, not {len(given)}", f"it is called as {found.signature}: {found.about}")
+            self.fail(
+                node,
+                "E105",
+                f"{name} takes {wanted} argument{'s' if wanted != '1' else ''}, not {len(given)}",
+                f"it is called as {found.signature}: {found.about}",
+            )
         values = [self._as_kind(a, k) for a, k in zip(given, found.kinds, strict=False)]
         return self._built(node, lambda: found.build(*values))
 
@@ -495,7 +615,12 @@ class _Reader:
     def number(self, node: ast.expr) -> sp.Expr:
         value = self.value(node)
         if isinstance(value, Expr):
-            self.fail(node, "E132", f"{self.source(node)} is {self.shape(value)}; a number is needed here", notes=self.declared(node))
+            self.fail(
+                node,
+                "E132",
+                f"{self.source(node)} is {self.shape(value)}; a number is needed here",
+                notes=self.declared(node),
+            )
         return value
 
     def _as_kind(self, node: ast.expr, kind: Kind) -> Any:
@@ -505,7 +630,12 @@ class _Reader:
             case "vector":
                 value = self.matrix(node)
                 if value.cols != 1:
-                    self.fail(node, "E132", f"{self.source(node)} is {self.shape(value)}; a vector is needed here", notes=self.declared(node))
+                    self.fail(
+                        node,
+                        "E132",
+                        f"{self.source(node)} is {self.shape(value)}; a vector is needed here",
+                        notes=self.declared(node),
+                    )
                 return value
             case "weight" | "bias":
                 return self.matrix(node)
@@ -519,20 +649,29 @@ class _Reader:
             case "size":
                 value = self.number(node)
                 if value.is_number and not (value.is_integer and value.is_positive and value < 10**7):
-                    self.fail(node, "E132", f"{self.source(node)} is not a size; sizes are whole numbers from 1 to 10 million")
+                    self.fail(
+                        node, "E132", f"{self.source(node)} is not a size; sizes are whole numbers from 1 to 10 million"
+                    )
                 if value.is_integer is not True:
                     self.fail(node, "E132", f"{self.source(node)} is not a size", "sizes are declared under 'dims:'")
                 return value
             case "axis":
                 value = self.number(node)
                 if value not in (0, 1):
-                    self.fail(node, "E132", f"an axis is 0 (down the columns) or 1 (along the rows), not {self.source(node)}")
+                    self.fail(
+                        node, "E132", f"an axis is 0 (down the columns) or 1 (along the rows), not {self.source(node)}"
+                    )
                 return int(value)
 
     def _elementwise(self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
         found = ELEMENTWISE_BY_NAME[name]
         if len(args) != found.arity or keywords:
-            self.fail(node, "E105", f"{name} takes {found.arity} argument{'s' if found.arity > 1 else ''}, not {len(args) + len(keywords)}", found.about)
+            self.fail(
+                node,
+                "E105",
+                f"{name} takes {found.arity} argument{'s' if found.arity > 1 else ''}, not {len(args) + len(keywords)}",
+                found.about,
+            )
         values = [self.value(a) for a in args]
         if all(not isinstance(v, Expr) for v in values):
             return self._real(node, found.profile.subs({slot(i): v for i, v in enumerate(values)}, simultaneous=True))
@@ -555,7 +694,9 @@ class _Reader:
     def _spectral(self, node: ast.Call, name: str, args: list[ast.expr]) -> Expr:
         if len(args) != 2:
             self.fail(node, "E105", f"{name} takes a formula in s and a matrix", f"{name}(log(1 + s**2), M)")
-        inner = _Reader(self.text, replace(self.scope, names={**self.scope.names, "s": slot(0)}), self.place, self.active)
+        inner = _Reader(
+            self.text, replace(self.scope, names={**self.scope.names, "s": slot(0)}), self.place, self.active
+        )
         profile = inner.number(args[0])
         return (spectral if name == "spectral_sum" else spectral_map)(profile, self.matrix(args[1]))
 
@@ -563,7 +704,12 @@ class _Reader:
         """softmax(x, over=k): shares among the members of a family, inside a sum over k."""
         size = self.scope.names.get(f"[{over.id}]") if isinstance(over, ast.Name) else None
         if size is None:
-            self.fail(over, "E101", f"'{self.source(over)}' is not an index", "softmax(f(U[k]), over=k) stands inside sum(... for k in K)")
+            self.fail(
+                over,
+                "E101",
+                f"'{self.source(over)}' is not an index",
+                "softmax(f(U[k]), over=k) stands inside sum(... for k in K)",
+            )
         return family_softmax(over.id, size, self.matrix(x))  # type: ignore[union-attr]
 
     def _family(self, node: ast.GeneratorExp, make: Callable[[str, Any, Expr], Expr]) -> Expr:
@@ -584,11 +730,25 @@ class _Reader:
 
     def _macro(self, node: ast.Call, macro: Macro, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
         if keywords or len(args) != len(macro.parameters):
-            self.fail(node, "E105", f"{macro.name} takes {len(macro.parameters)} arguments, not {len(args) + len(keywords)}", f"declared as {macro.name}({', '.join(macro.parameters)})")
+            self.fail(
+                node,
+                "E105",
+                f"{macro.name} takes {len(macro.parameters)} arguments, not {len(args) + len(keywords)}",
+                f"declared as {macro.name}({', '.join(macro.parameters)})",
+            )
         if macro.name in self.active:
-            self.fail(node, "E104", f"the function {macro.name} calls itself", "a function is expanded where it is used, so it cannot be recursive")
+            self.fail(
+                node,
+                "E104",
+                f"the function {macro.name} calls itself",
+                "a function is expanded where it is used, so it cannot be recursive",
+            )
         bound = dict(zip(macro.parameters, (self.value(a) for a in args), strict=True))
         globals_ = {k: v for k, v in self.scope.names.items() if not k.startswith("[")}
-        inner = _Reader(macro.body, replace(self.scope, names={**globals_, **bound}, declared={}), macro.place, (*self.active, macro.name))
+        inner = _Reader(
+            macro.body,
+            replace(self.scope, names={**globals_, **bound}, declared={}),
+            macro.place,
+            (*self.active, macro.name),
+        )
         return inner.read()
-

@@ -85,7 +85,7 @@ def optimise(graph: Graph, sizes: Sizes, check: Callable[[Graph, Graph], None] |
 def rewrite(graph: Graph, rule: Rule) -> Graph:
     """Rebuild every node on its new operands, or as `rule` says. Equal values meet, unused ones go."""
     b, new = Builder(), dict[int, Ref]()
-    move: Callable[[Ref], Ref] = lambda r: b.flip(new[r.node]) if r.flip else new[r.node]  # noqa: E731
+    move: Callable[[Ref], Ref] = lambda r: b.flip(new[r.node]) if r.flip else new[r.node]
     for i, node in graph.nodes.items():
         inputs = tuple(map(move, node.inputs))
         ref = rule(b, node, inputs)
@@ -345,7 +345,13 @@ def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:
     """The scale of scores = scale * V' V."""
     node = b.nodes[scores.node]
     if node.op == "matmul":
-        return b.number(ONE) if set(node.inputs) == {v, b.flip(v)} and node.inputs[1] in (v, b.flip(v)) and b.view(node.inputs[0]).shape[1] == b.view(v).shape[0] else None
+        return (
+            b.number(ONE)
+            if set(node.inputs) == {v, b.flip(v)}
+            and node.inputs[1] in (v, b.flip(v))
+            and b.view(node.inputs[0]).shape[1] == b.view(v).shape[0]
+            else None
+        )
     if node.op == "scale":
         return node.inputs[0] if _scores(b, node.inputs[1], v) is not None else None
     if node.op == "add" and len(node.inputs) == 1:
@@ -400,10 +406,12 @@ def _sum_of(graph: Graph, signal: int, reader: int) -> int | None:
         return None
     weights = graph.view(next(r for r in node.inputs if r != Ref(signal)))
     end = graph.nodes[after[0]]
-    plain = end.op == "family_sum" and end.inputs == (Ref(reader),) and not (weights.node.op == "signal" or weights.shape[0] != 1)
+    plain = (
+        end.op == "family_sum"
+        and end.inputs == (Ref(reader),)
+        and not (weights.node.op == "signal" or weights.shape[0] != 1)
+    )
     return after[0] if plain else None
-
-
 
 
 def outer(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
@@ -456,4 +464,13 @@ def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref
 
 
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
-PASSES: tuple[tuple[str, Pass], ...] = (("solves", solves), ("gram", gram), ("order", order), ("attention", attention), ("contract", contract), ("parseval", parseval), ("outer", outer), ("shared", shared))
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("solves", solves),
+    ("gram", gram),
+    ("order", order),
+    ("attention", attention),
+    ("contract", contract),
+    ("parseval", parseval),
+    ("outer", outer),
+    ("shared", shared),
+)

@@ -66,7 +66,12 @@ def from_spec(spec: Spec, dims: Mapping[str, int] | None = None) -> Problem:
         rows, cols = s.rows.subs(known), s.cols.subs(known)
         if "orthonormal" in s.props and (cols - rows).is_positive:
             where = spec.key_where("parameters", s.name)
-            raise SpecError("E131", f"{s.name} is declared orthonormal, but {show_shape((rows, cols))} has no orthonormal columns", where, "declare its transpose")
+            raise SpecError(
+                "E131",
+                f"{s.name} is declared orthonormal, but {show_shape((rows, cols))} has no orthonormal columns",
+                where,
+                "declare its transpose",
+            )
     scope = Scope(names, _macros(spec), declared, known)
     terms = _terms(spec, scope)
     return Problem(
@@ -84,7 +89,11 @@ def place_of(spec: Spec, *path: str | int) -> Place:
 def _dims(spec: Spec, given: Mapping[str, int]) -> dict[sp.Symbol, int | str | None]:
     for name, n in given.items():
         if name not in spec.dims:
-            raise SpecError("E134", f"'{name}' is not a size of {spec.title}", hint=did_you_mean(name, spec.dims) or f"its sizes: {', '.join(spec.dims)}")
+            raise SpecError(
+                "E134",
+                f"'{name}' is not a size of {spec.title}",
+                hint=did_you_mean(name, spec.dims) or f"its sizes: {', '.join(spec.dims)}",
+            )
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SpecError("E134", f"the size {name} must be a whole number from 1, not {n!r}")
     written = {n: v if isinstance(v, int) or v == "dynamic" else None for n, v in spec.dims.items()}
@@ -92,7 +101,10 @@ def _dims(spec: Spec, given: Mapping[str, int]) -> dict[sp.Symbol, int | str | N
 
 
 def _tensors(spec: Spec, section: str, role: Role, names: Mapping[str, Value]) -> tuple[Sym, ...]:
-    return tuple(tensor(name, record, role, names, spec.key_where(section, name)) for name, record in getattr(spec, section).items())
+    return tuple(
+        tensor(name, record, role, names, spec.key_where(section, name))
+        for name, record in getattr(spec, section).items()
+    )
 
 
 def tensor(name: str, record: Tensor, role: Role, names: Mapping[str, Value], where: Where) -> Sym:
@@ -135,14 +147,20 @@ def _terms(spec: Spec, scope: Scope) -> dict[str, Expr]:
     section = "maximize" if spec.maximize is not None else "minimize"
     written = getattr(spec, section)
     assert written is not None, "a spec without an objective is refused when it is loaded; please report"
-    texts = {"objective": (written, (section,))} if isinstance(written, str) else {n: (t, (section, n)) for n, t in written.items()}
+    texts = (
+        {"objective": (written, (section,))}
+        if isinstance(written, str)
+        else {n: (t, (section, n)) for n, t in written.items()}
+    )
     terms: dict[str, Expr] = {}
     for name, (text, path) in texts.items():
         place = place_of(spec, *path)
         e = as_expr(parse(text, scope, place))
         if not e.is_scalar:
             hint = "sum(...), sumsq(...) or norm1(...) makes a number of it"
-            raise SpecError("E133", f"the term {name} is {show_shape(e.shape)}; an objective is a scalar", place(0, len(text)), hint)
+            raise SpecError(
+                "E133", f"the term {name} is {show_shape(e.shape)}; an objective is a scalar", place(0, len(text)), hint
+            )
         terms[name] = e
     for i, text in enumerate(spec.constraints):
         name = "constraint" if i == 0 else f"constraint_{i + 1}"

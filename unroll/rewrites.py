@@ -20,9 +20,62 @@ import sympy as sp
 
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.expr import (
-    ONE, Add, Diag, Expr, Eye, FamilySoftmax, FamilySum, Hold, Inverse, LogDet, Map, Member, Mul, Op, Prox, ShapeError, Softmax, Sum, Sym, Transpose, add, bound_indices, common_powers,
-    conjugated, constant, diag, diagonal, elementwise, expand, eye, family_softmax, family_sum, free_indices, fresh_index, inverse, is_symmetric, logdet, matmul, member, mentions, multiple, ones, operator,
-    prox, rebuild, same, scale, signal, slot, softmax, spectral_norm, spectrum, split, total, transpose, walk,
+    ONE,
+    Add,
+    Diag,
+    Expr,
+    Eye,
+    FamilySoftmax,
+    FamilySum,
+    Hold,
+    Inverse,
+    LogDet,
+    Map,
+    Member,
+    Mul,
+    Op,
+    Prox,
+    ShapeError,
+    Softmax,
+    Sum,
+    Sym,
+    Transpose,
+    add,
+    bound_indices,
+    common_powers,
+    conjugated,
+    constant,
+    diag,
+    diagonal,
+    elementwise,
+    expand,
+    eye,
+    family_softmax,
+    family_sum,
+    free_indices,
+    fresh_index,
+    inverse,
+    is_symmetric,
+    logdet,
+    matmul,
+    member,
+    mentions,
+    multiple,
+    ones,
+    operator,
+    prox,
+    rebuild,
+    same,
+    scale,
+    signal,
+    slot,
+    softmax,
+    spectral_norm,
+    spectrum,
+    split,
+    total,
+    transpose,
+    walk,
 )  # fmt: skip
 from unroll.parse import Place, Scope, parse
 from unroll.show import text
@@ -90,7 +143,11 @@ class Applied:
 
     @property
     def title(self) -> str:
-        shown = ", ".join(f"{k}={v.name if isinstance(v, Sym) else v}" for k, v in self.values.items() if v is not None and v is not False)
+        shown = ", ".join(
+            f"{k}={v.name if isinstance(v, Sym) else v}"
+            for k, v in self.values.items()
+            if v is not None and v is not False
+        )
         return f"{self.rewrite.name}({shown})" if shown else self.rewrite.name
 
 
@@ -132,7 +189,10 @@ def read(written: str, scope: Scope, place: Place) -> Call:
     unknown = [k for k in given if k not in {a.name for a in record.arguments}]
     if unknown or len(args) > len(record.arguments) or any(k.arg is None for k in keywords):
         takes = ", ".join(a.name for a in record.arguments) or "no arguments"
-        raise fail(f"{name} has no argument '{unknown[0]}'" if unknown else f"{name} has too many arguments", f"it takes {takes}")
+        raise fail(
+            f"{name} has no argument '{unknown[0]}'" if unknown else f"{name} has too many arguments",
+            f"it takes {takes}",
+        )
     values = {a.name: _value(a, given.get(a.name), written, scope, fail) for a in record.arguments}
     return Call(record, values, written.strip(), place)
 
@@ -160,7 +220,9 @@ def _value(a: Argument, node: ast.expr | None, written: str, scope: Scope, fail:
                 raise fail(f"{a.name} must be a whole number from 0")
             return value
         case _:
-            raise fail(f"{a.name} must be {'True or False' if a.kind == 'flag' else 'the name of a declared ' + a.kind}")
+            raise fail(
+                f"{a.name} must be {'True or False' if a.kind == 'flag' else 'the name of a declared ' + a.kind}"
+            )
 
 
 def apply(call: Call, e: Expr, block: str = "") -> tuple[Expr, Applied]:
@@ -257,7 +319,9 @@ def push_through(to: sp.Expr | None = None) -> Rule:
                         if after[: len(x)] == x:
                             return Site(e, matmul(*before, *x, turned_around, *after[len(x) :], coef=coef))
                         if before[len(before) - len(y) :] == y:
-                            return Site(e, matmul(*before[: len(before) - len(y)], turned_around, *y, *after, coef=coef))
+                            return Site(
+                                e, matmul(*before[: len(before) - len(y)], turned_around, *y, *after, coef=coef)
+                            )
                 return None
             case LogDet(arg):
                 for a, c, x, y in inner(arg):
@@ -283,7 +347,9 @@ def smaller_side(e: Expr, sizes: dict[sp.Symbol, int]) -> Expr:
         sides = {n for f in _inverted(x) for n in _sides(f)}
         for n in sorted((n for n in sides if n.subs(sizes).is_number), key=lambda n: int(n.subs(sizes))):
             found = push_through(n)(x)
-            if found is not None and all(int(n.subs(sizes)) < int(f.rows.subs(sizes)) for f in _inverted(x) if f.rows.subs(sizes).is_number):
+            if found is not None and all(
+                int(n.subs(sizes)) < int(f.rows.subs(sizes)) for f in _inverted(x) if f.rows.subs(sizes).is_number
+            ):
                 return found
         return None
 
@@ -335,7 +401,11 @@ def expanded() -> Rule:
             case Mul() if (out := expand(e)) is not e:
                 return Site(e, out)
             case Map(profile, args):
-                wide = [i for i, a in enumerate(args) if isinstance(a, Add | Mul) and a.rows != 1 and not sp.diff(profile, slot(i)).has(slot(i))]
+                wide = [
+                    i
+                    for i, a in enumerate(args)
+                    if isinstance(a, Add | Mul) and a.rows != 1 and not sp.diff(profile, slot(i)).has(slot(i))
+                ]
                 for i in wide:
                     out = expand(args[i])
                     if isinstance(out, Add) and profile.subs(slot(i), 0) == 0:
@@ -382,10 +452,23 @@ def shares() -> Rule:
                     case Map(profile, args):
                         own = [j for j, a in enumerate(args) if isinstance(a, FamilySoftmax) and a.index == k]
                         rest = profile / slot(own[0]) if len(own) == 1 else profile
-                        if len(own) != 1 or rest.has(slot(own[0])) or any(mentions(a, k) for j, a in enumerate(args) if j != own[0]):
+                        if (
+                            len(own) != 1
+                            or rest.has(slot(own[0]))
+                            or any(mentions(a, k) for j, a in enumerate(args) if j != own[0])
+                        ):
                             return None
                         shape = args[own[0]].shape
-                        return Site(e, scale(c, elementwise(profile.subs(slot(own[0]), 1), *(ones(*shape) if j == own[0] else a for j, a in enumerate(args)))))
+                        return Site(
+                            e,
+                            scale(
+                                c,
+                                elementwise(
+                                    profile.subs(slot(own[0]), 1),
+                                    *(ones(*shape) if j == own[0] else a for j, a in enumerate(args)),
+                                ),
+                            ),
+                        )
                     case _:
                         return None
             case _:
@@ -423,11 +506,15 @@ def _per_frequency(e: Expr, sizes: tuple[sp.Expr, ...], w: str) -> Expr | None:
             return family_sum(w, places, logdet(b))
         case Inverse() if (b := circulant_block(e, sizes, w)) is not None:
             return circulant(b, sizes, w)
-        case Op("shifts", x, True, s) if s == sizes and (b := circulant_block(x, sizes, w)) is not None and mentions(b, w):
+        case Op("shifts", x, True, s) if (
+            s == sizes and (b := circulant_block(x, sizes, w)) is not None and mentions(b, w)
+        ):
             return scale(sp.sqrt(places), signal(w, sizes, b))
         case Mul() if (found := _product_per_frequency(e, sizes, w)) is not None:
             return found
-        case Mul() if isinstance(turned := transpose(e), Mul) and (found := _product_per_frequency(turned, sizes, w)) is not None:
+        case Mul() if (
+            isinstance(turned := transpose(e), Mul) and (found := _product_per_frequency(turned, sizes, w)) is not None
+        ):
             return transpose(found)
         case _:
             return None
@@ -482,7 +569,9 @@ def circulant_block(e: Expr, sizes: tuple[sp.Expr, ...], w: str) -> Expr | None:
             return None if b is None else transpose(conjugated(b))
         case Diag(Op("repeat", v, False, (n,))) if same(n, sp.Mul(*sizes)):
             return diag(v)
-        case Diag(Map(profile, args)) if all(a.is_scalar or (isinstance(a, Op) and a.name == "repeat" and not a.adjoint) for a in args):
+        case Diag(Map(profile, args)) if all(
+            a.is_scalar or (isinstance(a, Op) and a.name == "repeat" and not a.adjoint) for a in args
+        ):
             return _repeated(profile, args, sizes)
         case Inverse() | Hold() | FamilySum() | Add() | Mul():
             blocks = [circulant_block(c, sizes, w) for c in e.children]

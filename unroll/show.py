@@ -10,9 +10,47 @@ from sympy.printing.latex import LatexPrinter
 from sympy.printing.str import StrPrinter
 
 from unroll.expr import (
-    Add, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp, Map, Max, Member, Mul, Node,
-    Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Signal, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Spectrum, Sum, Sym, Trace, Transpose, Zero, as_constant,
-    scale, slot, split,
+    Add,
+    Diag,
+    Diagonal,
+    Expr,
+    Eye,
+    FamilyLogSumExp,
+    FamilySoftmax,
+    FamilySum,
+    Hold,
+    Indicator,
+    Inverse,
+    LogDet,
+    LogSumExp,
+    Map,
+    Max,
+    Member,
+    Mul,
+    Node,
+    Noise,
+    Normalise,
+    Ones,
+    Op,
+    Project,
+    Prox,
+    ProxMap,
+    Signal,
+    Softmax,
+    Spectral,
+    SpectralMap,
+    SpectralNorm,
+    SpectralProx,
+    Spectrum,
+    Sum,
+    Sym,
+    Trace,
+    Transpose,
+    Zero,
+    as_constant,
+    scale,
+    slot,
+    split,
 )  # fmt: skip
 
 SUM, PRODUCT, UNARY, POWER, ATOM = range(5)
@@ -43,8 +81,31 @@ def _show(e: Expr | sp.Expr, d: Dialect) -> str:
 GREEK = {
     name: letter
     for name, letter in zip(
-        "alpha beta gamma delta epsilon eps zeta eta theta kappa lam lambda mu nu xi rho sigma tau phi chi psi omega".split(),
-        "α β γ δ ε ε ζ η θ κ λ λ μ ν ξ ρ σ τ φ χ ψ ω".split(),
+        [
+            "alpha",
+            "beta",
+            "gamma",
+            "delta",
+            "epsilon",
+            "eps",
+            "zeta",
+            "eta",
+            "theta",
+            "kappa",
+            "lam",
+            "lambda",
+            "mu",
+            "nu",
+            "xi",
+            "rho",
+            "sigma",
+            "tau",
+            "phi",
+            "chi",
+            "psi",
+            "omega",
+        ],
+        ["α", "β", "γ", "δ", "ε", "ε", "ζ", "η", "θ", "κ", "λ", "λ", "μ", "ν", "ξ", "ρ", "σ", "τ", "φ", "χ", "ψ", "ω"],
         strict=True,
     )
 }
@@ -215,7 +276,9 @@ def _wrap(shown: Shown, least: int, d: Dialect) -> str:
 def _node(e: Expr, d: Dialect) -> Shown:
     value = as_constant(e)
     if value is not None and e.is_scalar:
-        return d.scalar(value), (SUM if value.is_Add or value.could_extract_minus_sign() else PRODUCT if not value.is_Atom else ATOM)
+        return d.scalar(value), (
+            SUM if value.is_Add or value.could_extract_minus_sign() else PRODUCT if not value.is_Atom else ATOM
+        )
 
     def call(name: str, *args: Any) -> Shown:
         return d.templates[name].format(*(a if isinstance(a, str) else _show(a, d) for a in args)), ATOM
@@ -239,7 +302,11 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return d.transpose.format(_wrap(_node(x, d), ATOM, d)), ATOM
         case Inverse(x):
             return call("inverse", x)
-        case Map(sp.Pow(base=base, exp=half), (Sum(Map(p, (x,)), None),)) if (base, half, p) == (slot(0), sp.S.Half, slot(0) ** 2):
+        case Map(sp.Pow(base=base, exp=half), (Sum(Map(p, (x,)), None),)) if (base, half, p) == (
+            slot(0),
+            sp.S.Half,
+            slot(0) ** 2,
+        ):
             return call("norm2", x)
         case Map():
             return _map(e, d)
@@ -255,7 +322,10 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("rank", x)
         case Sum(Map(p, (x, y)), None) if p == slot(0) * slot(1) and x.shape == y.shape:
             return call("dot", x, y)
-        case Sum(Map(p, (Sum(Map(q, (x,)), axis),)), None) if (p, q) == (sp.sqrt(slot(0)), slot(0) ** 2) and axis is not None:
+        case Sum(Map(p, (Sum(Map(q, (x,)), axis),)), None) if (p, q) == (
+            sp.sqrt(slot(0)),
+            slot(0) ** 2,
+        ) and axis is not None:
             return call("group", x, str(axis))
         case Sum(x, axis):
             return call("sum", x) if axis is None else call("sum_axis", x, str(axis))
@@ -272,7 +342,11 @@ def _node(e: Expr, d: Dialect) -> Shown:
         case Normalise(kind, axis, eps, x, weight, bias):
             plain = as_constant(weight) == 1 and as_constant(bias) == 0
             shown = NORMS[kind].replace("_", r"\_") if d is _LATEX else NORMS[kind]
-            return call("norm", shown, x, str(axis), eps) if plain else call("norm_affine", shown, x, str(axis), eps, weight, bias)
+            return (
+                call("norm", shown, x, str(axis), eps)
+                if plain
+                else call("norm_affine", shown, x, str(axis), eps, weight, bias)
+            )
         case Noise(kind, rate, x):
             return call("noise", kind.replace("_", r"\_") if d is _LATEX else kind, x, rate)
         case FamilySoftmax(i, _, x):
@@ -376,7 +450,15 @@ def _map(e: Map, d: Dialect) -> Shown:
     shape_only = [a for i, a in enumerate(e.args) if slot(i) not in used]
     for a in shape_only:
         shown = d.times.format(d.brackets.format(shown), _node(a, d)[0])
-    level = SUM if e.profile.is_Add else ATOM if e.profile.is_Function and not shape_only else POWER if _is_power(e.profile) else PRODUCT
+    level = (
+        SUM
+        if e.profile.is_Add
+        else ATOM
+        if e.profile.is_Function and not shape_only
+        else POWER
+        if _is_power(e.profile)
+        else PRODUCT
+    )
     return shown, level
 
 

@@ -89,12 +89,18 @@ def solve(
     spec = read(source, overrides)
     missing = [name for name in spec.parameters if name not in (parameters or {})]
     if missing:
-        raise UnrollError("E402", f"the parameter '{missing[0]}' has no value", hint=f"give it: parameters={{'{missing[0]}': ...}}")
+        raise UnrollError(
+            "E402", f"the parameter '{missing[0]}' has no value", hint=f"give it: parameters={{'{missing[0]}': ...}}"
+        )
     if len(inputs) != len(spec.inputs):
-        raise UnrollError("E404", f"{spec.title} has {len(spec.inputs)} inputs ({', '.join(spec.inputs)}); {len(inputs)} were given")
+        raise UnrollError(
+            "E404", f"{spec.title} has {len(spec.inputs)} inputs ({', '.join(spec.inputs)}); {len(inputs)} were given"
+        )
     like = inputs[0] if inputs else torch.empty(())
     tol = _tolerance(tol, like.dtype)
-    net = compile_layers(one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device)
+    net = compile_layers(
+        one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device
+    )
     name, axes = net.variables[0], len(next(iter(spec.inputs.values())).shape)
     shape = like.shape[: like.ndim - axes]
     flat = [x.reshape(-1, *x.shape[len(shape) :]) for x in inputs]
@@ -103,7 +109,11 @@ def solve(
         return net(*(x[rows] for x in flat), **{name: z})
 
     gap = gap_of(net)
-    certify = None if gap is None else lambda z, rows: gap(dict(zip(net.inputs, (x[rows] for x in flat), strict=True)) | {name: z})
+    certify = (
+        None
+        if gap is None
+        else lambda z, rows: gap(dict(zip(net.inputs, (x[rows] for x in flat), strict=True)) | {name: z})
+    )
     z, error, count = iterate(step, net(*flat), tol, max_iterations, console, label, certify, restart)
     value = net.objective(*flat, **{name: z})["total"]
     answer = z.reshape(*shape, *z.shape[1:])
@@ -117,7 +127,9 @@ def _tolerance(tol: float | None, dtype: torch.dtype) -> float:
         return 1e-8 if dtype == torch.float64 else 1e-5
     least = 50 * torch.finfo(dtype).eps
     if tol < least:
-        raise UnrollError("E407", f"tol={tol:g} is below what {dtype} can certify, about {least:.0e}", hint="give inputs in float64")
+        raise UnrollError(
+            "E407", f"tol={tol:g} is below what {dtype} can certify, about {least:.0e}", hint="give inputs in float64"
+        )
     return tol
 
 
@@ -159,7 +171,14 @@ def one_step(spec: Spec) -> Spec:
 
 
 def iterate(
-    step: Map, z: Tensor, tol: float, iterations: int, console: Console | None = None, label: str = "", certify: Map | None = None, restart: bool = True
+    step: Map,
+    z: Tensor,
+    tol: float,
+    iterations: int,
+    console: Console | None = None,
+    label: str = "",
+    certify: Map | None = None,
+    restart: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """(fixed points, errors, iterations done) of z = step(z, rows), row by row of z, accelerated with restarts.
 

@@ -16,10 +16,46 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.scalar import curvature as scalar_curvature
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add, Diag, Diagonal, Expr, Eye, FamilySoftmax, FamilySum, Hold, LogDet, LogSumExp, Map, Max, Member, Mul, Op, Softmax, Spectral, Sum, Sym,
-    Trace, Transpose,
-    add, as_constant, constant, depends, elementwise, expand, eye, family_sum, largest, matmul, mentions, scale, slot, spectral_norm, split,
-    times, transpose, walk, zeros,
+    Add,
+    Diag,
+    Diagonal,
+    Expr,
+    Eye,
+    FamilySoftmax,
+    FamilySum,
+    Hold,
+    LogDet,
+    LogSumExp,
+    Map,
+    Max,
+    Member,
+    Mul,
+    Op,
+    Softmax,
+    Spectral,
+    Sum,
+    Sym,
+    Trace,
+    Transpose,
+    add,
+    as_constant,
+    constant,
+    depends,
+    elementwise,
+    expand,
+    eye,
+    family_sum,
+    largest,
+    matmul,
+    mentions,
+    scale,
+    slot,
+    spectral_norm,
+    split,
+    times,
+    transpose,
+    walk,
+    zeros,
 )  # fmt: skip
 from unroll.show import text
 
@@ -38,7 +74,11 @@ class Bounds:
     @property
     def smooth(self) -> bool:
         """Are both bounds finite?"""
-        return not any(split(t)[0].has(sp.oo, -sp.oo, sp.nan) for b in (self.low, self.high) for t in (b.terms if isinstance(b, Add) else (b,)))
+        return not any(
+            split(t)[0].has(sp.oo, -sp.oo, sp.nan)
+            for b in (self.low, self.high)
+            for t in (b.terms if isinstance(b, Add) else (b,))
+        )
 
     @property
     def convex(self) -> bool:
@@ -74,25 +114,39 @@ def bounds(e: Expr, z: Sym) -> Bounds | None:
             groups: dict[tuple[Expr, ...], list[tuple[sp.Expr, Map]]] = {}
             for c, inner in entries.values():
                 groups.setdefault(inner.args, []).append((c, inner))
-            together = [_elementwise(sp.Add(*(c * m.profile for c, m in g)), g[0][1], z) for g in groups.values() if len(g) > 1]
+            together = [
+                _elementwise(sp.Add(*(c * m.profile for c, m in g)), g[0][1], z) for g in groups.values() if len(g) > 1
+            ]
             alone = [t for t in terms if t not in entries or len(groups[entries[t][1].args]) == 1]
             return _together([*together, *(bounds(t, z) for t in alone)])
-        case FamilySum(i, n, body) if (weighed := _weighed(body, z, i)) is not None:  # members that share the columns of z
+        case FamilySum(i, n, body) if (
+            weighed := _weighed(body, z, i)
+        ) is not None:  # members that share the columns of z
             low, high = (family_sum(i, n, times(w, weighed.columns)) for w in (weighed.low, weighed.high))
             return Bounds(scale(-1, largest(scale(-1, low))), largest(high), weighed.proof, weighed.reason)
         case FamilySum(i, n, body):
             inner = bounds(body, z)
-            return None if inner is None else Bounds(family_sum(i, n, inner.low), family_sum(i, n, inner.high), inner.proof, inner.reason)
+            return (
+                None
+                if inner is None
+                else Bounds(family_sum(i, n, inner.low), family_sum(i, n, inner.high), inner.proof, inner.reason)
+            )
         case Sum(Map() as inner, None):
             return _elementwise(inner.profile, inner, z) or _quadratic(e, z)
         case Map() if e.is_scalar:
             return _elementwise(e.profile, e, z) or _radial(e, z) or _over_columns(e, z)
         case LogSumExp(x, None) | Sum(LogSumExp(x, _), None):
             norm = operator_norm(x, z)  # diag(p) - p p' <= 1/2 by Gershgorin
-            return None if norm is None else Bounds(NOTHING, scale(sp.Rational(1, 2), _square(norm)), "proved", "log-sum-exp")
+            return (
+                None
+                if norm is None
+                else Bounds(NOTHING, scale(sp.Rational(1, 2), _square(norm)), "proved", "log-sum-exp")
+            )
         case Spectral(h, x):
             return _spectral(h, x, z)
-        case LogDet(Add((Eye(), m))) if (root := square_root(m)) is not None:  # log det(I + c B B') = sum log(1 + c s^2)
+        case LogDet(Add((Eye(), m))) if (
+            root := square_root(m)
+        ) is not None:  # log det(I + c B B') = sum log(1 + c s^2)
             return _spectral(sp.log(1 + root[0] * slot(0) ** 2), root[1], z)
         case LogDet():
             return _over_columns(e, z)
@@ -104,7 +158,11 @@ def smoothness(e: Expr, z: Sym) -> Bounds:
     """As `bounds`. Raises DeriveError E304 where there is no finite bound."""
     found = bounds(e, z)
     if found is None or not found.smooth:
-        raise DeriveError("E304", f"no Lipschitz constant is known for the gradient of {text(e)}", hint="give the step size yourself: step: 0.01")
+        raise DeriveError(
+            "E304",
+            f"no Lipschitz constant is known for the gradient of {text(e)}",
+            hint="give the step size yourself: step: 0.01",
+        )
     return found
 
 
@@ -168,7 +226,9 @@ def _elementwise(profile: sp.Expr, e: Map, z: Sym) -> Bounds | None:
     except DeriveError:
         return None  # the pieces of the profile cannot be ordered, so no bound: the caller reports E304
     others = [a for j, a in enumerate(e.args) if j != i]
-    low, high = (_over_entries(c * factor**2, i, others, smallest) for c, smallest in ((found.mu, True), (found.L, False)))
+    low, high = (
+        _over_entries(c * factor**2, i, others, smallest) for c, smallest in ((found.mu, True), (found.L, False))
+    )
     if low is None or high is None:
         return None
     low, high = _lift(low, high, norm, e.args[i] is z)
@@ -251,7 +311,11 @@ def _weighed(e: Expr, z: Sym, member: str = "") -> _Weighed | None:
     w, s = scale(c, w), scale(k, s)
     factors = product.factors if isinstance(product, Mul) else ()
     half = len(factors) // 2
-    if len(factors) % 2 == 0 or not isinstance(factors[half], Diag) or transpose(matmul(*factors[:half])) is not matmul(*factors[half + 1 :]):
+    if (
+        len(factors) % 2 == 0
+        or not isinstance(factors[half], Diag)
+        or transpose(matmul(*factors[:half])) is not matmul(*factors[half + 1 :])
+    ):
         return None
     at = next((i for i, f in enumerate(factors[:half]) if depends(f, z)), half)
     if member and any(mentions(f, member) for f in factors[at:half]):
@@ -271,7 +335,11 @@ def _scalar_factor(e: Expr, wanted: Callable[[Expr], bool]) -> tuple[Expr, Expr]
         case Map(profile, args):
             own = [i for i, a in enumerate(args) if wanted(a)]
             rest = profile / slot(own[0]) if len(own) == 1 else profile
-            if len(own) != 1 or rest.has(slot(own[0])) or not all(a.is_scalar for i, a in enumerate(args) if i != own[0]):
+            if (
+                len(own) != 1
+                or rest.has(slot(own[0]))
+                or not all(a.is_scalar for i, a in enumerate(args) if i != own[0])
+            ):
                 return eye(1), e
             others = [i for i in range(len(args)) if i != own[0]]
             names = {slot(i): slot(j) for j, i in enumerate(others)}
@@ -301,7 +369,9 @@ def nonnegative(e: Expr) -> bool:
         case Mul(c, factors):
             return c.is_nonnegative is True and all(map(nonnegative, factors))
         case Map(profile, args):
-            signs = {slot(i): sp.Symbol(f"_{i}", positive=True) if nonnegative(a) else slot(i) for i, a in enumerate(args)}
+            signs = {
+                slot(i): sp.Symbol(f"_{i}", positive=True) if nonnegative(a) else slot(i) for i, a in enumerate(args)
+            }
             return profile.subs(signs, simultaneous=True).is_nonnegative is True  # at 0: its limit
         case _:
             return False
@@ -425,7 +495,10 @@ def _norm_of_sum(terms: list[Expr], z: Sym) -> Expr | None:
             loose.append(t)
         else:
             tails.setdefault(factors[at:], []).append(scale(c, matmul(*factors[:at]) if at else eye(z.rows)))
-    sizes = [_product(spectral_norm(add(*fronts)), *(spectral_norm(matmul(*tail[1:])) for _ in [0] if len(tail) > 1)) for tail, fronts in tails.items()]
+    sizes = [
+        _product(spectral_norm(add(*fronts)), *(spectral_norm(matmul(*tail[1:])) for _ in [0] if len(tail) > 1))
+        for tail, fronts in tails.items()
+    ]
     rest = [operator_norm(t, z) for t in loose]
     if any(r is None for r in rest):
         return None
@@ -447,4 +520,3 @@ def _norm_of_map(e: Map, z: Sym) -> Expr | None:
     weights = elementwise(sp.Abs(factor), *e.args)
     repeats = sp.Mul(*(e.shape[k] for k in (0, 1) if e.args[i].shape[k] == 1 and e.shape[k] != 1))
     return scale(sp.sqrt(repeats), times(inner, largest(weights)))
-

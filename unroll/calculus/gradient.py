@@ -14,10 +14,69 @@ import sympy as sp
 
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add, Axis, Diag, Diagonal, Expr, Eye, FamilyLogSumExp, FamilySoftmax, FamilySum, Hold, Indicator, Inverse, LogDet, LogSumExp,
-    Map, Max, Member, Mul, Node, Noise, Normalise, Ones, Op, Project, Prox, ProxMap, Signal, Softmax, Spectral, SpectralMap, SpectralNorm, SpectralProx, Spectrum, Sum, Sym, Trace, Transpose, Zero, add, depends, diag,
-    bound_indices, diagonal, elementwise, eye, family_softmax, family_sum, free_indices, fresh_index, inverse, matmul, ones, operator, rename_index, require_scalar, slot, softmax, spectral_map,
-    times, total, transpose, walk, zeros,
+    Add,
+    Axis,
+    Diag,
+    Diagonal,
+    Expr,
+    Eye,
+    FamilyLogSumExp,
+    FamilySoftmax,
+    FamilySum,
+    Hold,
+    Indicator,
+    Inverse,
+    LogDet,
+    LogSumExp,
+    Map,
+    Max,
+    Member,
+    Mul,
+    Node,
+    Noise,
+    Normalise,
+    Ones,
+    Op,
+    Project,
+    Prox,
+    ProxMap,
+    Signal,
+    Softmax,
+    Spectral,
+    SpectralMap,
+    SpectralNorm,
+    SpectralProx,
+    Spectrum,
+    Sum,
+    Sym,
+    Trace,
+    Transpose,
+    Zero,
+    add,
+    bound_indices,
+    depends,
+    diag,
+    diagonal,
+    elementwise,
+    eye,
+    family_softmax,
+    family_sum,
+    free_indices,
+    fresh_index,
+    inverse,
+    matmul,
+    ones,
+    operator,
+    rename_index,
+    require_scalar,
+    slot,
+    softmax,
+    spectral_map,
+    times,
+    total,
+    transpose,
+    walk,
+    zeros,
 )  # fmt: skip
 from unroll.show import text
 
@@ -48,7 +107,10 @@ def _sweep(e: Expr, seed: Expr, wrt: Sym) -> list[tuple[str | None, Expr]]:
         elif isinstance(node, Member) and node.of is wrt:
             found.append((node.index, g))
         elif isinstance(node, FamilySum | FamilyLogSumExp):
-            found += [(i, x if i == node.index else family_sum(node.index, node.size, x)) for i, x in _sweep(node.body, _shared(node, g), wrt)]
+            found += [
+                (i, x if i == node.index else family_sum(node.index, node.size, x))
+                for i, x in _sweep(node.body, _shared(node, g), wrt)
+            ]
         else:
             for child, adjoint in pullback(cast(Node, node), g):
                 assert adjoint.shape == child.shape, "an adjoint has the shape of its expression; please report"
@@ -204,4 +266,3 @@ def _reduce(g: Expr, like: Expr) -> Expr:
     if len(axes) == 2:
         return total(g)
     return total(g, axes[0]) if axes else g
-

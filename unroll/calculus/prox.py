@@ -24,9 +24,39 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_scalar import ScalarProx, derive_prox
 from unroll.errors import DeriveError
 from unroll.expr import (
-    Add, Axis, Expr, Indicator, Map, Max, Mul, Prox, Spectral, Sum, Sym, Transpose, add, as_constant, depends,
-    elementwise, expand, eye, inverse, matmul, project, prox_map, scalar, scale, slot, spectral_prox, split, substitute, symbol, total,
-    transpose, walk, zeros,
+    Add,
+    Axis,
+    Expr,
+    Indicator,
+    Map,
+    Max,
+    Mul,
+    Prox,
+    Spectral,
+    Sum,
+    Sym,
+    Transpose,
+    add,
+    as_constant,
+    depends,
+    elementwise,
+    expand,
+    eye,
+    inverse,
+    matmul,
+    project,
+    prox_map,
+    scalar,
+    scale,
+    slot,
+    spectral_prox,
+    split,
+    substitute,
+    symbol,
+    total,
+    transpose,
+    walk,
+    zeros,
 )  # fmt: skip
 from unroll.show import text
 
@@ -297,7 +327,9 @@ def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
         return Proximal(at, "linear", True)
     try:
         found, clipped = _scalar(profile, t, swaps, (lo, hi)), False
-    except DeriveError:  # ends that cannot be ordered among the pieces: of a convex f on a line, clip the free minimiser
+    except (
+        DeriveError
+    ):  # ends that cannot be ordered among the pieces: of a convex f on a line, clip the free minimiser
         found, clipped = _scalar(profile, t, swaps), True
         if not found.curvature.convex:
             raise
@@ -382,11 +414,17 @@ def _solve(p: Parts, z: Sym, t: sp.Expr, at: Expr) -> Proximal:
 def _refused(term: Expr, z: Sym, parts: Parts) -> DeriveError:
     if not parts.unknown:
         why = "each of its parts has a prox, and no rule joins them"
-        return DeriveError("E302", f"{text(term)} is not proximable in {z.name}: {why}", hint="put all parts but one under smooth terms, or split the variable")
+        return DeriveError(
+            "E302",
+            f"{text(term)} is not proximable in {z.name}: {why}",
+            hint="put all parts but one under smooth terms, or split the variable",
+        )
     bad = parts.unknown[0]
     why = "no rule gives its prox in closed form"
     hint = "split it: introduce a variable for the inner part, or use a smooth approximation such as huber with gradient_descent"
-    linear = next((x for x in walk(bad) if isinstance(x, Mul) and len(x.factors) > 1 and not x.is_scalar and depends(x, z)), None)
+    linear = next(
+        (x for x in walk(bad) if isinstance(x, Mul) and len(x.factors) > 1 and not x.is_scalar and depends(x, z)), None
+    )
     if linear is not None:
         why = f"{text(linear)} stands inside a function that is not smooth, and its matrix is not declared orthonormal"
         hint = "if its rows are orthonormal, write it O.T with O declared `orthonormal: true`; else an algorithm that splits is needed, such as ADMM"

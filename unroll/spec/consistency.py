@@ -15,7 +15,13 @@ SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
 def contradictions(spec: Document, root: Entries) -> list[SpecError]:
     """All of them; none if the spec is consistent."""
     unroll = _unroll(spec.unroll, root, set(spec.variables)) if spec.unroll else iter(())
-    found = [*_empty(root), *_not_built(spec, root), *_objective(spec, root), *_twice(spec, root), *_scalars(spec.scalars, root)]
+    found = [
+        *_empty(root),
+        *_not_built(spec, root),
+        *_objective(spec, root),
+        *_twice(spec, root),
+        *_scalars(spec.scalars, root),
+    ]
     found += [*_idle(spec, root)]
     return [*found, *unroll, *around.contradictions(spec, root)]
 
@@ -52,10 +58,18 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
         return
     said = train.model_fields_set
     idle = {
-        "momentum": (train.optimizer != "sgd", f"optimizer: {train.optimizer} has no momentum to set", "optimizer: sgd"),
+        "momentum": (
+            train.optimizer != "sgd",
+            f"optimizer: {train.optimizer} has no momentum to set",
+            "optimizer: sgd",
+        ),
         "refine": (train.stages != "layerwise", "it is a share of layerwise stages", "stages: layerwise"),
         "epochs": ("steps" in said and train.steps is not None, "the number of steps is given", "one of the two"),
-        "warmup": (train.steps is not None and train.warmup >= train.steps, f"the learning rate would grow for all {train.steps} steps", "fewer steps of warm-up"),
+        "warmup": (
+            train.steps is not None and train.warmup >= train.steps,
+            f"the learning rate would grow for all {train.steps} steps",
+            "fewer steps of warm-up",
+        ),
     }
     for key, (odd, why, hint) in idle.items():
         if key in said and odd:

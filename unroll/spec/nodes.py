@@ -184,7 +184,10 @@ def _block_on(under: Entries, over: Entries) -> Entries:
     learn = under.get("learn"), over.get("learn")
     if all(isinstance(x, Entries) for x in learn):
         key = over.entries["learn"][0]
-        over = entries({**over.without("learn").entries, "learn": (key, without_nulls(*cast(tuple[Entries, Entries], learn)))}, over.origin)
+        over = entries(
+            {**over.without("learn").entries, "learn": (key, without_nulls(*cast(tuple[Entries, Entries], learn)))},
+            over.origin,
+        )
         under = under.without("learn")
     return without_nulls(under, over)
 

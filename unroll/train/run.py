@@ -144,7 +144,9 @@ def trained_on(folder: str | Path) -> tuple[Any, list[Tensors]]:
 
     job = _read_start(Path(folder), None)
     if not (job.folder / "weights.safetensors").is_file():
-        raise SpecError("E510", f"the run in '{job.folder}' is not finished", hint=f"unroll train --resume {job.folder}")
+        raise SpecError(
+            "E510", f"the run in '{job.folder}' is not finished", hint=f"unroll train --resume {job.folder}"
+        )
     data, net = ready(job)
     read_weights(net, job.folder / "weights.safetensors")
     held, size = data.validation, job.settings.batch
@@ -361,7 +363,9 @@ def _read_start(folder: Path, console: Console | None) -> Job:
         raise SpecError("E510", f"'{folder}' holds no run: there is no run.json in it", hint=hint)
     started = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     stored = load_file(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
-    given = {name: value.clone() for name, value in stored.items()}  # in memory of torch's own: products round by alignment
+    given = {
+        name: value.clone() for name, value in stored.items()
+    }  # in memory of torch's own: products round by alignment
     return Job(folder, load(folder / "spec.yaml"), started["dims"], started["scalars"], given, console)
 
 
