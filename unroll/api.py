@@ -302,9 +302,9 @@ def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -
                 f"{name} has {len(value.shape)} axes, declared are {len(declared)}: [{', '.join(map(str, declared))}]",
             )
         for entry, n in zip(declared, value.shape, strict=True):
-            if isinstance(entry, str) and entry in spec.dims and not isinstance(spec.dims[entry], int):
-                if found.setdefault(entry, int(n)) != n:
-                    raise UnrollError("E404", f"{name} has shape {tuple(value.shape)}, but {entry} = {found[entry]}")
+            free = isinstance(entry, str) and entry in spec.dims and not isinstance(spec.dims[entry], int)
+            if free and found.setdefault(entry, int(n)) != n:
+                raise UnrollError("E404", f"{name} has shape {tuple(value.shape)}, but {entry} = {found[entry]}")
     return found
 
 
