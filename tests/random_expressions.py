@@ -262,19 +262,6 @@ class Smooth(Random):
             )
         )()
 
-    def shares(self, rows: sp.Expr, cols: sp.Expr, depth: int) -> Expr:
-        """Log-sum-exp over a family, or its members weighed by their shares."""
-        body = matmul(self.expr(rows, M, depth), member(U, "k"), self.expr(N, cols, depth))
-        if self.pick.random() < 0.5:
-            return family_logsumexp("k", K, body)
-        return family_sum("k", K, elementwise(slot(0) * slot(1), family_softmax("k", K, body), body))
-
-    def norm(self, x: Expr) -> Expr:
-        axis = self.pick.randrange(2)
-        weight = self.expr(*((x.rows, sp.Integer(1)) if axis == 0 else (sp.Integer(1), x.cols)), 0)
-        kind = self.pick.choice(("layer_norm", "rms_norm", "sphere"))
-        return normalise(kind, axis, sp.Rational(1, 3), x, weight if self.pick.random() < 0.5 else None)
-
     def scalar(self, depth: int) -> Expr:
         if depth <= 0:
             return constant(self.coefficient())

@@ -144,6 +144,29 @@ def test_a_scalar_may_be_called_t():
         assert found.ok, str(found)
 
 
+@pytest.mark.parametrize("names", [("L", "step", "z"), ("step", "t", "z"), ("m", "n", "t")])
+@pytest.mark.parametrize("algorithm", ["proximal_gradient", "fista"])
+def test_sizes_and_variables_may_be_called_as_the_algorithm_calls_its_numbers(algorithm: str, names: tuple[str, ...]):
+    """The same problem under other names is the same network."""
+
+    def network(m: str, n: str, z: str) -> Any:
+        spec = {
+            "dims": {m: 5, n: 7},
+            "variables": {z: [n]},
+            "inputs": {"x": [m]},
+            "parameters": {"A": [m, n]},
+            "scalars": {"lam": {"default": 0.1, "positive": True}},
+            "minimize": {"fit": f"1/(2*{m}) * sumsq(x - A @ {z})", "sparsity": f"lam/{n}/{m} * norm1({z})"},
+            "unroll": {"algorithm": algorithm, "layers": 3},
+        }
+        return unroll.compile(spec, parameters={"A": A}, dtype=torch.float64)
+
+    A, x = torch.randn(5, 7, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    found, plain = network(*names)(x), network("p", "q", "w")(x)
+    assert plain.abs().max() > 0.01
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("formula", ["tanh(u)", "sigmoid(u)"])
 def test_a_prox_with_three_stationary_points_is_written(formula: str):
     """Of each of them the energy is compared: a grid knows no better."""

@@ -44,7 +44,7 @@ from unroll.spec import Spec
 from unroll.step import LAYER, Assign, State, Step
 
 STEP, LIPSCHITZ = scalar("step", positive=True), scalar("L", positive=True)
-MOMENTUM, COUNTER, COUNTER_NEXT = scalar("momentum"), scalar("t", positive=True), scalar("t_next", positive=True)
+MOMENTUM, COUNTER_NEXT = scalar("momentum"), scalar("t_next", positive=True)
 
 
 NONE_FITS = "no algorithm here fits; each term must be smooth, or the rest proximable together"
@@ -349,11 +349,12 @@ def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
             "E303", f"{options.momentum}: this momentum has no parameter", hint="chambolle_dossal(a) has one"
         )
     if rule == "beck_teboulle":
-        counters = (State(COUNTER, sp.Integer(1)),)
+        counter = scalar("t_" if z.name == "t" else "t", positive=True)
+        counters = (State(counter, sp.Integer(1)),)
         before = (
-            Assign(COUNTER_NEXT, (1 + sp.sqrt(1 + 4 * COUNTER**2)) / 2, "momentum of Beck and Teboulle"),
-            Assign(MOMENTUM, (COUNTER - 1) / COUNTER_NEXT, ""),
-            Assign(COUNTER, COUNTER_NEXT, ""),
+            Assign(COUNTER_NEXT, (1 + sp.sqrt(1 + 4 * counter**2)) / 2, "momentum of Beck and Teboulle"),
+            Assign(MOMENTUM, (counter - 1) / COUNTER_NEXT, ""),
+            Assign(counter, COUNTER_NEXT, ""),
         )
     else:
         a = _parameter_of(options.momentum or "", 3)
@@ -408,13 +409,7 @@ def parse_start(problem: Problem, spec: Spec, name: str) -> Expr:
             did_you_mean(name, [v.name for v in problem.variables]),
         )
     value = parse(spec.unroll.start[name], problem.scope, place)  # type: ignore[union-attr]
-    e = (
-        value
-        if isinstance(value, Expr) and value.shape == z.shape
-        else constant(value, *z.shape)
-        if not isinstance(value, Expr)
-        else value
-    )
+    e = value if isinstance(value, Expr) else constant(value, *z.shape)
     if e.shape != z.shape:
         raise SpecError("E131", f"the start of {name} has another shape than {name}", place(0, 1))
     if any(depends(e, v) for v in problem.variables):

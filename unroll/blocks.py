@@ -24,7 +24,6 @@ from unroll.expr import (
     Prox,
     Sym,
     add,
-    as_constant,
     constant,
     depends,
     elementwise,
@@ -39,7 +38,6 @@ from unroll.expr import (
     substitute,
     substitute_scalars,
     symbol,
-    walk,
     zeros,
 )  # fmt: skip
 from unroll.functions import Value, as_expr
@@ -721,11 +719,6 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
     return replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
 
 
-def used(step: Step) -> set[Expr]:
-    """Every sub-expression of the layer."""
-    return {x for a in step.assigns if isinstance(a.value, Expr) for x in walk(a.value)}
-
-
 def affine_norms(spec: Spec) -> dict[str, bool]:
     """Block -> has its norm a weight and bias to learn?"""
     unrolled = spec.unroll
@@ -733,5 +726,3 @@ def affine_norms(spec: Spec) -> dict[str, bool]:
     schemes = {b.block: b.normalise for b in unrolled.blocks} if unrolled.blocks else {"": unrolled.normalise}
     return {name: record is not None and record.affine and record.kind != "sphere" for name, record in schemes.items()}
 
-
-__all__ = ["LAYERS", "affine_norms", "as_constant", "derive", "used"]

@@ -51,11 +51,6 @@ class Derivation:
         return self.halves[0].gradient
 
     @property
-    def approximate(self) -> tuple[Departure, ...]:
-        """What is not the exact algorithm on the objective."""
-        return tuple(d for d in self.step.departures if d.kind != "exact")
-
-    @property
     def layers(self) -> int:
         assert self.spec.unroll is not None
         return int(self.spec.unroll.layers)

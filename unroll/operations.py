@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import sympy as sp
 
@@ -68,10 +68,6 @@ class Node:
         cols = () if self.shape[1] == 1 else ("c",)
         matrix = cols + rows if self.batched else rows + cols
         return (("*",) if self.batched else ()) + tuple(k for k, _ in self.families) + matrix
-
-
-class Nodes(Protocol):
-    def __getitem__(self, i: int, /) -> Node: ...
 
 
 @dataclass(frozen=True)

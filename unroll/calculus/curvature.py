@@ -94,11 +94,6 @@ class Bounds:
             return self.high
         return elementwise(sp.Max(slot(0), -slot(1)), self.high, self.low)
 
-    @property
-    def weak(self) -> Expr:
-        """rho such that e + rho/2 |z|^2 is convex."""
-        return NOTHING if self.convex else elementwise(sp.Max(0, -slot(0)), self.low)
-
 
 def bounds(e: Expr, z: Sym) -> Bounds | None:
     """Hessian bounds of the scalar e in z, or None where no rule applies."""

@@ -72,8 +72,12 @@ def _docline(prox: ScalarProx) -> str:
 
 
 def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
-    """The prox with scalars renamed to fit Python and not to clash with the names of the source."""
-    new = {s: _fit(str(s)) for s in prox.scalars}
+    """The prox with scalars renamed to fit Python and not to clash with the names of the source or with one another."""
+    new: dict[sp.Symbol, str] = {}
+    for s in prox.scalars:  # a size and the step size may both be called `step`
+        new[s] = _fit(str(s))
+        while list(new.values()).count(new[s]) > 1:
+            new[s] += "_"
     swap = {s: sp.Symbol(n, **s.assumptions0) for s, n in new.items() if n != str(s)}
     return (prox.map(lambda e: e.xreplace(swap)) if swap else prox), list(new.values())
 
