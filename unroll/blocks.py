@@ -725,4 +725,3 @@ def affine_norms(spec: Spec) -> dict[str, bool]:
     assert unrolled is not None
     schemes = {b.block: b.normalise for b in unrolled.blocks} if unrolled.blocks else {"": unrolled.normalise}
     return {name: record is not None and record.affine and record.kind != "sphere" for name, record in schemes.items()}
-

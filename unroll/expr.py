@@ -290,13 +290,19 @@ class Transpose(Expr):
         return self.x.cols, self.x.rows
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Inverse(Expr):
+class _Keeping(Expr):
+    """What is as large as its child x."""
+
     x: Expr
 
     @cached_property
     def shape(self) -> Shape:
         return self.x.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Inverse(_Keeping):
+    x: Expr
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -334,28 +340,20 @@ class Diagonal(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Softmax(Expr):
+class Softmax(_Keeping):
     """exp(x) / sum of exp(x) along `axis` (0: down the columns). causal: entry i of column j counts only for i <= j."""
 
     x: Expr
     axis: Literal[0, 1]
     causal: bool = False
 
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralMap(Expr):
+class SpectralMap(_Keeping):
     """U diag(h(s)) V' for x = U diag(s) V', h the profile in _0."""
 
     profile: sp.Expr
     x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -403,18 +401,14 @@ class Signal(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Hold(Expr):
+class Hold(_Keeping):
     """stop_gradient(x): the value of x, a constant for every derivative."""
 
     x: Expr
 
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Normalise(Expr):
+class Normalise(_Keeping):
     """Columns (axis 0) or rows (axis 1) of x normalised, entry by entry scaled by `weight` and moved by `bias` (as long as they are).
 
     layer_norm: (x - mean) / sqrt(variance + eps).  rms_norm: x / sqrt(mean of squares + eps).  sphere: x / max(norm, eps).
@@ -427,22 +421,14 @@ class Normalise(Expr):
     weight: Expr
     bias: Expr
 
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Noise(Expr):
+class Noise(_Keeping):
     """x, of which training leaves out a share `rate` by chance: single entries (dropout), or all of a sample (drop_path)."""
 
     kind: Literal["dropout", "drop_path"]
     rate: sp.Expr
     x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -476,28 +462,20 @@ class ProxMap(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralProx(Expr):
+class SpectralProx(_Keeping):
     """U diag(prox(s)) V' for x = U diag(s) V', `prox` a derived scalar prox whose scalars are SymPy symbols."""
 
     prox: Any
     x: Expr
 
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Project(Expr):
+class Project(_Keeping):
     """Nearest point of a set that no scalar prox gives (simplex, stiefel, ...): an operation of the runtime."""
 
     set: str
     params: tuple[sp.Expr | Expr, ...]
     x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -527,16 +505,12 @@ class FamilyLogSumExp(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FamilySoftmax(Expr):
+class FamilySoftmax(_Keeping):
     """exp(x) over the sum of exp(x) of all members of `index`, which stays free; entry by entry."""
 
     index: str
     size: sp.Expr
     x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
 
 
 @dataclass(frozen=True, eq=False, repr=False)
