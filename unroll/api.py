@@ -248,8 +248,14 @@ def _refuse_too_large(program: Program, missing: Sequence[str]) -> None:
     counts = {s.name: prod(n or 1 for n in program.tensor_sizes(s)) for s in program.problem.parameters}
     dims = {dim(name): sp.Integer(n) for name, n in program.dims.items()}
     for p in program.step.learned:
-        entries = prod(int(sp.sympify(n).xreplace(dims)) for n in p.shape)
-        counts[p.name] = entries * (program.layers if p.per_layer else 1)
+        sizes = [sp.sympify(n).xreplace(dims) for n in (*p.shape, *([] if p.family is None else [p.family]))]
+        if not all(n.is_Integer for n in sizes):
+            raise UnrollError(
+                "E402",
+                f"'{p.name}' has an open size: {' × '.join(map(str, sizes))}",
+                hint="what is learned has as many entries as the sizes say: give them as numbers",
+            )
+        counts[p.name] = prod(map(int, sizes)) * (program.layers if p.per_layer else 1)
     name = max(counts, key=lambda n: counts[n], default="")
     if sum(counts.values()) > MOST_ENTRIES:
         raise UnrollError(

@@ -158,6 +158,10 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         raise e.located(half.where("step" if e.code == "E304" else "algorithm")) from None
     for call in (c for c in calls if c.rewrite.stage == "step"):
         step = _rewritten_step(half, step, call, departures)
+    for call in (c for c in calls if c.rewrite.left is not None):
+        for a in step.assigns:
+            if isinstance(a.value, Expr) and (found := call.rewrite.left(a.value, **call.values)) is not None:
+                raise rewrites.unfinished(call, found)
     return step, departures, problem
 
 

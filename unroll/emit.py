@@ -7,6 +7,7 @@ reads it; one that is read more often, or that the algorithm names, has a line o
 from __future__ import annotations
 
 import keyword
+import math
 import re
 import textwrap
 import unicodedata
@@ -114,48 +115,32 @@ def _mentioned(d: sp.Symbol, problem: Problem) -> bool:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-_TAKEN = frozenset(
-    [
-        "torch",
-        "nn",
-        "F",
-        "math",
-        "functools",
-        "self",
-        "layers",
-        "layer",
-        "trace",
-        "zip",
-        "range",
-        "enumerate",
-        "len",
-        "max",
-        "min",
-        "abs",
-        "exact",
-        "inverse",
-        "cholesky",
-        "solve",
-        "cholesky_solve",
-        "logdet_cholesky",
-        "spectral_norm",
-        "spectral_sum",
-        "spectral_map",
-        "softplus_inverse",
-        "indicator",
-        "energy",
-        "frequency_sum",
-        "logdet_hermitian",
-        "places",
-        "shifts",
-        "shifts_adjoint",
-        "signal",
-        "spectrum",
-        "s",
-    ]
-) | {op.name for op in runtime.RUNTIME}
-
-
+_TAKEN = (
+    frozenset(
+        [
+            "torch",
+            "nn",
+            "F",
+            "math",
+            "functools",
+            "self",
+            "layers",
+            "layer",
+            "trace",
+            "zip",
+            "range",
+            "enumerate",
+            "len",
+            "max",
+            "min",
+            "abs",
+            "s",
+        ]
+    )
+    | HELPERS.keys()
+    | {op.name for op in runtime.RUNTIME}
+)
+"""Names that emitted functions use."""
 _MEMBERS = frozenset(
     [
         "takes",
@@ -163,6 +148,8 @@ _MEMBERS = frozenset(
         "drawn",
         "terms_of",
         "initialise",
+        "construct",
+        "built",
         "trace",
         "objective",
         "source",
@@ -593,8 +580,12 @@ class Module:
         """The start of a parameter that is drawn (its variance is scale^2 / rows), or worked out on data later."""
         name = f"self.{self.attributes('learned', p.name)}"
         match p.init:
-            case "zeros" | "ones":
-                return f"{name}.{'zero' if p.init == 'zeros' else 'fill'}_({'' if p.init == 'zeros' else number(sp.sympify(p.scale)).code})"
+            case "zeros":
+                return f"{name}.zero_()"
+            case "ones" if p.constraint == "positive":
+                return f"{name}.fill_({number(sp.sympify(math.log(math.expm1(p.scale)))).code})  # softplus of it is {p.scale:g}"
+            case "ones":
+                return f"{name}.fill_({number(sp.sympify(p.scale)).code})"
             case "data":
                 return f"{name}.fill_(math.nan)  # until construct has worked it out"
             case _:
@@ -667,10 +658,12 @@ class Module:
         body: list[str] = []
         goals = {p.name: self.graph.roots["learned", p.name] for p in self.constructed}
         body += [sec.assign(i) for i in sec.lines_for(goals.values())]
-        body += [
-            f"self.{self.attributes('learned', n)}[layer] = {sec.operand(ref).ordered('rc').code}"
-            for n, ref in goals.items()
-        ]
+        for p in self.constructed:
+            value = sec.operand(goals[p.name]).ordered("rc").code
+            if p.constraint == "positive":
+                self.helpers.add("softplus_inverse")
+                value = f"softplus_inverse({value})"
+            body.append(f"self.{self.attributes('learned', p.name)}[layer] = {value}")
         body += [f"{name} = {Text(stack, stack_level(stack)).at(POSTFIX)}[layer]" for name, stack in self._per_layer()]
         body += self._body(sec, states)
         first = f"self.{self.attributes('learned', self.constructed[0].name)}"
@@ -785,19 +778,22 @@ class Module:
         node = self.graph.nodes[ref.node]
         if not isinstance(symbol, Sym):
             return sec.text(ref.node).code
+        if sec.like == "self.":
+            hint = "declare an input and start there, as in start: {Z: X}; or a scalar or parameter that the objective reads"
+            raise UnrollError("E402", "this network would neither take nor hold a tensor", hint=hint)
         batch = self._batch()
         sizes = [self.size(n).code for n in reversed(symbol.shape) if n != 1]
         dims = ", ".join([*([f"*{batch}"] if batch else []), *sizes]) or "()"
         if (node.op == "full" and node.attrs[0] == 0) or (node.op == "number" and node.attrs[0] == 0):
             return f"{sec.like}.new_zeros({dims})"
         if node.plain:
-            return f"{sec.like}.new_full(({dims},), {sec.text(ref.node).code})"
+            return f"{sec.like}.new_full({dims if dims == '()' else f'({dims},)'}, {sec.text(ref.node).code})"
         text = sec.operand(ref).ordered("cr")
         return text.code if node.batched else text.then(f".expand({dims})").code
 
     def _batch(self) -> str:
         """Shape of the batch axes."""
-        if not self.problem.inputs:
+        if not self.inputs:
             return ""
         s = self.inputs[0]
         kept = sum(n != 1 for n in s.shape) + (s.family is not None)
@@ -924,7 +920,7 @@ def constrained(p: Learned, text: str) -> Text:
         case "symmetric":
             return Text(f"({text} + {text}.mT) / 2", PRODUCT)
         case "unit_columns":
-            return Text(f"F.normalize({text}, dim=-2)")
+            return Text(f"F.normalize({text}, dim={p.column_axis})")
 
 
 def unit_axes(s: Sym) -> tuple[int, ...]:

@@ -341,7 +341,8 @@ class Diagonal(Expr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Softmax(_Keeping):
-    """exp(x) / sum of exp(x) along `axis` (0: down the columns). causal: entry i of column j counts only for i <= j."""
+    """exp(x) / sum of exp(x) along `axis` (0: down the columns). causal: entry i counts only for i <= j, j the column (axis 0)
+    or row (axis 1)."""
 
     x: Expr
     axis: Literal[0, 1]

@@ -8,7 +8,7 @@ Nodes know from their leaves when they can be computed (`Stage`), so hoisting is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, assert_never, cast
 
@@ -135,7 +135,6 @@ class Builder:
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
         self.numbers: dict[tuple[Any, ...], int] = {}
-        self.reused = 0
         self.names: dict[int, str] = {}
         self.notes: dict[int, str] = {}
 
@@ -210,8 +209,7 @@ class Builder:
         if op == "matmul" and not straight_first(
             self.nodes, factors
         ):  # the parameter to the left: tokens stay before features
-            factors, turned = turned, factors
-            return self.flip(self._make(op, factors, attrs))
+            return self.flip(self._make(op, turned, attrs))
         as_key: Callable[[tuple[Ref, ...]], Any] = lambda fs: [(r.node, r.flip) for r in fs]
         known = (op, (*head, *turned), attrs, ()) in self.numbers
         straight = (op, refs, attrs, ()) in self.numbers
@@ -252,9 +250,7 @@ class Builder:
 
     def _intern(self, node: Node) -> Ref:
         key = (node.op, node.inputs, node.attrs, node.families if not node.inputs else ())
-        if key in self.numbers:
-            self.reused += 1
-        else:
+        if key not in self.numbers:
             self.numbers[key] = len(self.nodes)
             self.nodes[len(self.nodes)] = node
         return Ref(self.numbers[key])
@@ -695,7 +691,3 @@ def _name(b: Builder, ref: Ref, name: str, note: str) -> None:
         b.names.setdefault(ref.node, name)
     if note:
         b.notes.setdefault(ref.node, note)
-
-
-def renamed(graph: Graph, names: Mapping[int, str]) -> Graph:
-    return replace(graph, names={**graph.names, **names})

@@ -15,6 +15,7 @@ import linecache
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -149,6 +150,7 @@ class Network(nn.Module):
                 f"'{bad[0]}' is not finite on these data",
                 hint="a class without samples, or a step that diverges",
             )
+        _refuse_excluded(self, "data")
         self.built = True
         return out
 
@@ -208,10 +210,8 @@ class Network(nn.Module):
     def _unsolved(self, given: dict[str, Any]) -> UnrollError:
         """The layer in which a matrix has no factor or inverse, from a second run."""
         blocks, found = self.program.step.blocks or ("step",), list[Any]()
-        try:
+        with suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             super().forward(**given, trace=found)
-        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-            pass
         layer, block = divmod(max(len(found) - 1, 0), len(blocks))
         terms = next((p.terms for name, p in self.program.step.subproblems if name in (blocks[block], "")), {})
         where = f"{blocks[block]} of layer {layer + 1}" if found else "what comes before the first layer"
@@ -477,13 +477,7 @@ def network(
                 "E403",
                 f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
             )
-    for record, p in zip(net.learned, net.parameters(), strict=True):
-        if not _holds(record.constraint, p.detach().double()):
-            kept = record.constraint.replace("_", " ")
-            raise UnrollError(
-                "E403",
-                f"'{record.name}' cannot start at the value that it replaces, which is not {kept}: {record.replaces}",
-            )
+    _refuse_excluded(net, "value")
     for name, b in net.named_buffers():
         if b.is_floating_point() and not b.isfinite().all():
             raise UnrollError(
@@ -494,13 +488,24 @@ def network(
     return net
 
 
-def _holds(constraint: str, value: Tensor) -> bool:
+def _refuse_excluded(net: Network, init: str) -> None:
+    """Raises UnrollError E403 for a parameter that starts at what it replaces where its constraint excludes that."""
+    for record, p in zip(net.learned, net.parameters(), strict=True):
+        if record.init == init and not _holds(record, p.detach().double()):
+            raise UnrollError(
+                "E403",
+                f"'{record.name}' cannot start at the value that it replaces, which is not "
+                f"{record.constraint.replace('_', ' ')}: {record.replaces}",
+            )
+
+
+def _holds(p: Learned, value: Tensor) -> bool:
     """Is a start value what its parameter is kept to? What is positive by softplus was tried before."""
-    match constraint:
+    match p.constraint:
         case "symmetric":
             return not bool((value - value.mT).abs().max() > 1e-3 * value.abs().max())
         case "unit_columns":
-            return not bool((value.norm(dim=-2) - 1).abs().max() > 1e-3)
+            return not bool((value.norm(dim=p.column_axis) - 1).abs().max() > 1e-3)
         case _:
             return True
 

@@ -215,11 +215,7 @@ def _product_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
 
 def _map_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """Elementwise formula attrs[0] in slots."""
-    return formula(attrs_formula(out), {slot(i): a.aligned(out.tags) for i, a in enumerate(args)})
-
-
-def attrs_formula(node: Node) -> sp.Expr:
-    return node.attrs[0]
+    return formula(out.attrs[0], {slot(i): a.aligned(out.tags) for i, a in enumerate(args)})
 
 
 def _add_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
@@ -347,15 +343,11 @@ def _norm_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return text if last else text.then(".mT")
 
 
-def _family_axis(x: View, index: str) -> int:
-    return x.tags.index(index) - len(x.tags)
-
-
 def _over_family(method: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
     """attrs[0]: the index."""
 
     def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-        return args[0].text.then(f".{method}({_family_axis(args[0], out.attrs[0])})")
+        return args[0].text.then(f".{method}({_axis(args[0], out.attrs[0])})")
 
     return text
 
@@ -412,7 +404,7 @@ def _spectral_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Te
     def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
         x, *scalars = args
         names = {slot(0): Text("s"), **{slot(i + 1): a.text for i, a in enumerate(scalars)}}
-        return Text(f"{name}({x.text.code}, lambda s: {formula(attrs_formula(out), names).code})")
+        return Text(f"{name}({x.text.code}, lambda s: {formula(out.attrs[0], names).code})")
 
     return text
 
@@ -476,7 +468,7 @@ def _energy_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 def _frequency_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     (x,), (index, sizes) = args, out.attrs
-    return Text(f"frequency_sum({x.text.code}, {_family_axis(x, index)}, {', '.join(map(c.size, sizes))})")
+    return Text(f"frequency_sum({x.text.code}, {_axis(x, index)}, {', '.join(map(c.size, sizes))})")
 
 
 def _spectrum_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:

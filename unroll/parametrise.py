@@ -232,6 +232,10 @@ def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple
         fresh = substitute(a.value, swaps)
         return replace(a, value=fresh, note=_note(replace(a, value=fresh)))
 
+    early = [a.value for a in step.definitions] + [s.start for s in step.states]
+    if any(isinstance(e, Expr) and given in e.symbols for e in early):
+        hint = "an estimate is made anew in each layer, from the state"
+        raise SpecError("E306", f"{name} cannot be estimated: it is read before the first layer", where, hint)
     assigns = tuple(map(put, step.assigns))
     if assigns == step.assigns:
         raise SpecError("E305", f"the step does not read {name}, so there is nothing to estimate", where)
@@ -267,9 +271,8 @@ def _indices(e: Expr) -> list[str]:
     return sorted(bound_indices(e) | free_indices(e))
 
 
-def _shape_fits(name: str, record: Learn, problem: Problem, where: Where) -> None:
-    """A scalar may be repeated over the entries of the variable, and over nothing else."""
-    z = problem.variables[0]
+def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where) -> None:
+    """A scalar may be repeated over the entries of the variable of its block, and over nothing else."""
     sizes = {**{d.name: d for d in problem.dims}, **{str(d): d for d in z.shape}}
     shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape or ()]
     if shape and shape != [z.rows]:
@@ -301,7 +304,8 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
     record = cast(Learn, spec.at(*path))
     names = _names(step, problem, block)
     where = spec.key_where(*path)
-    _shape_fits(name, record, problem, where)
+    z = next((p.variables[0] for b, p in step.subproblems if b == block), problem.variables[0])
+    _shape_fits(name, record, problem, z, where)
     if name in names:
         raise SpecError(
             "E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter"
@@ -469,10 +473,12 @@ def _constraint(w: _Wanted) -> Constraint:
     if len(asked) > 1:
         raise SpecError("E306", f"{w.name} has two constraints, {' and '.join(asked)}; one can be kept", w.where)
     match asked:
-        case ["symmetric"] if not isinstance(value, Expr) or value.rows != value.cols:
+        case ["symmetric"] if not isinstance(value, Expr) or value.rows != value.cols or value.is_scalar:
             raise SpecError("E306", f"{w.name} cannot be symmetric: it is not a square matrix", w.where)
-        case ["unit_columns"] if not isinstance(value, Expr):
-            raise SpecError("E306", f"{w.name} has no columns: it is a number", w.where)
+        case ["unit_columns"] if not isinstance(value, Expr) or value.rows == 1:
+            raise SpecError("E306", f"{w.name} has no columns: it is a number or a row", w.where)
+        case ["positive"] if record.init == "zeros":
+            raise SpecError("E306", f"{w.name} cannot be positive: it starts at 0", w.where)
         case ["positive"] if not isinstance(value, Expr) and value.is_nonpositive:
             raise SpecError("E306", f"{w.name} cannot be positive: it starts at {value}", w.where)
         case _:
@@ -557,8 +563,10 @@ def _in_product(node: Mul, pattern: Expr, into: Expr) -> Expr | None:
     factors = body.factors if isinstance(body, Mul) else (body,)
     if c != 1 and _divides(c, node.coef):  # its coefficient stands before a linear map
         for i, f in enumerate(node.factors):
-            if isinstance(f, FamilySum | Signal | Op) and (inner := structural(f, body, into)) is not f:
-                return matmul(*node.factors[:i], inner, *node.factors[i + 1 :], coef=node.coef / c)
+            inner = scale(node.coef, f.children[0]) if isinstance(f, FamilySum | Signal | Op) else None
+            found = _in_product(inner, pattern, into) if isinstance(inner, Mul) else None
+            if found is not None:
+                return matmul(*node.factors[:i], rebuild(f, (found,)), *node.factors[i + 1 :])
     if isinstance(body, Eye):
         if c == 1 or not _divides(c, node.coef) or node.rows != body.n:
             return None

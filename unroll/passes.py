@@ -184,7 +184,9 @@ def _distributed(graph: Graph) -> Iterator[Graph]:
     for node in graph.nodes.values():
         if node.op == "product" and node.stage == Stage.BODY:
             for j, ref in enumerate(node.inputs[1:], start=1):
-                if graph.nodes[ref.node].op == "add" and len(graph.users[ref.node]) == 1:
+                inner = graph.nodes[ref.node]
+                repeats = any(v.shape != inner.shape for v in graph.views(inner))  # a vector that stands for its copies
+                if inner.op == "add" and not repeats and len(graph.users[ref.node]) == 1:
                     yield flatten(rewrite(graph, _distribute(node, j)))
 
 
@@ -345,13 +347,7 @@ def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:
     """The scale of scores = scale * V' V."""
     node = b.nodes[scores.node]
     if node.op == "matmul":
-        return (
-            b.number(ONE)
-            if set(node.inputs) == {v, b.flip(v)}
-            and node.inputs[1] in (v, b.flip(v))
-            and b.view(node.inputs[0]).shape[1] == b.view(v).shape[0]
-            else None
-        )
+        return b.number(ONE) if node.inputs == (b.flip(v), v) else None
     if node.op == "scale":
         return node.inputs[0] if _scores(b, node.inputs[1], v) is not None else None
     if node.op == "add" and len(node.inputs) == 1:
@@ -454,7 +450,8 @@ def _within(part: Node, whole: Node, inputs: tuple[Ref, ...]) -> sp.Expr | None:
         return None
     inner = swap(part.attrs[0], {slot(k): slot(inputs.index(r)) for k, r in enumerate(part.inputs)})
     outer: sp.Expr = whole.attrs[0]
-    return cast(sp.Expr, outer.xreplace({inner: slot(len(inputs))})) if inner != outer and outer.has(inner) else None
+    found = cast(sp.Expr, outer.xreplace({inner: slot(len(inputs))}))
+    return None if found == outer or inner == outer else found
 
 
 def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref, ...]]:

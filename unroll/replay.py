@@ -30,6 +30,8 @@ class Holder(Protocol):
 
 def as_matrix(value: Tensor, s: Sym) -> Tensor:
     """A tensor as a network takes it -> (family, rows, cols) as in formulas."""
+    if s.rank == 2 and s.role == "learned" and s.nrows == 1:
+        return value.unsqueeze(-2)
     if s.rank == 2:
         return value if s.role in ("parameter", "learned") else value.mT
     return value.unsqueeze(-1) if s.rank == 1 else value[..., None, None]
@@ -52,7 +54,7 @@ def learned_value(net: Holder, words: Mapping[tuple[str, str], str], p: Learned,
         case "symmetric":
             return (value + value.mT) / 2
         case "unit_columns":
-            return torch.nn.functional.normalize(value, dim=-2)
+            return torch.nn.functional.normalize(value, dim=p.column_axis)
 
 
 class State:

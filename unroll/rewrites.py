@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import sympy as sp
@@ -30,15 +31,22 @@ from unroll.expr import (
     Hold,
     Inverse,
     LogDet,
+    LogSumExp,
     Map,
+    Max,
     Member,
     Mul,
+    Normalise,
     Op,
     Prox,
     ShapeError,
     Softmax,
+    Spectral,
+    SpectralMap,
+    SpectralNorm,
     Sum,
     Sym,
+    Trace,
     Transpose,
     add,
     bound_indices,
@@ -112,7 +120,7 @@ Rule = Callable[[Expr], Site | None]
 @dataclass(frozen=True)
 class Rewrite:
     """rule(arguments) -> what happens at one node. picture, result: before and after. assumes, error: in words. limit(assumption, arguments) -> the stated bound on the
-    relative error, infinite where the assumption fails."""
+    relative error, infinite where the assumption fails. left(e, arguments) -> what is still there that the rewrite is to leave none of."""
 
     name: str
     picture: str
@@ -125,6 +133,7 @@ class Rewrite:
     arguments: tuple[Argument, ...] = ()
     stage: Literal["objective", "step"] = "step"
     limit: Callable[..., float] | None = None
+    left: Callable[..., Expr | None] | None = None
 
     @property
     def signature(self) -> str:
@@ -260,6 +269,14 @@ def missed(call: Call, e: Expr) -> SpecError:
     return SpecError(
         "E309", f"{call.text} finds nothing to rewrite", call.place(0, len(call.text)),
         f"it rewrites {call.rewrite.picture}", (f"the step: {text(e)}",),
+    )  # fmt: skip
+
+
+def unfinished(call: Call, e: Expr) -> SpecError:
+    """The error of a rewrite that cannot do what it promises to a part e of the step."""
+    return SpecError(
+        "E309", f"{call.text} leaves {text(e)} as it is", call.place(0, len(call.text)),
+        f"it rewrites {call.rewrite.picture}, of which this is no form that it knows",
     )  # fmt: skip
 
 
@@ -734,6 +751,38 @@ def _running(e: Expr, n: sp.Expr) -> Expr:
             return e
 
 
+def looks_ahead(e: Expr, over: sp.Expr) -> Expr | None:
+    """A part of e in which a token sees later ones: a sum over tokens that is neither running nor weighed by causal shares."""
+    across: list[sp.Expr]
+    match e:
+        case Prox():  # its term is a definition
+            return looks_ahead(e.at, over)
+        case Sum(x, axis) | LogSumExp(x, axis) | Max(x, axis):
+            across = [n for n, a in zip(x.shape, (0, 1), strict=True) if axis in (None, a)]
+        case Normalise() | Softmax(causal=False):
+            across = [e.shape[e.axis]]
+        case Inverse() | LogDet() | Trace() | Spectral() | SpectralMap() | SpectralNorm():
+            across = list(e.children[0].shape)
+        case Mul(_, factors):
+            across = [a.cols for a, b in pairwise(factors) if not (_upper(b) or _upper(transpose(a)))]
+        case _:
+            across = []
+    if any(same(n, over) for n in across):
+        return e
+    return next((found for c in e.children if (found := looks_ahead(c, over)) is not None), None)
+
+
+def _upper(e: Expr) -> bool:
+    """Is entry (i, j) 0 for i > j?"""
+    match e:
+        case Softmax(axis=0, causal=True):
+            return True
+        case Map(profile, args):
+            return any(_upper(a) and profile.subs(slot(i), 0) == 0 for i, a in enumerate(args))
+        case _:
+            return False
+
+
 def _sum_repeated(parts: list[Expr]) -> Expr:
     """The sum of terms, of which some were one value and are a row now."""
     shapes = {p.shape for p in parts}
@@ -788,7 +837,7 @@ REWRITES: tuple[Rewrite, ...] = (
     ),
     Rewrite(
         "causal", "sums over tokens", "running sums: a token sees those up to it", "heuristic", "", "each token follows the step of the sequence up to it",
-        "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),),
+        "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),), left=looks_ahead,
     ),
 )  # fmt: skip
 BY_NAME = {r.name: r for r in REWRITES}

@@ -73,6 +73,11 @@ class Learned:
         return "matrix" if len(self.shape) == 2 else "scalar"
 
     @property
+    def column_axis(self) -> int:
+        """The axis of what is stored that runs down a column."""
+        return -2 if self.kind == "matrix" else -1
+
+    @property
     def family(self) -> sp.Expr | None:
         """How many of them there are, where it takes the place of a family."""
         return self.symbol.family if isinstance(self.symbol, Sym) else None

@@ -199,7 +199,7 @@ class Learn(Record):
     """which occurrences: gradient (what is fed to the prox), prox, output (the outermost factor); all if left out"""
     init: Literal["value", "data", "gaussian", "uniform", "zeros", "ones"] = "value"
     """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
-    depends on the variable; or a draw of its own in each layer, of variance 1/columns"""
+    depends on the variable; or a draw of its own in each layer, of variance 1/rows"""
     scale: Positive = 1.0
     """factor of a drawn start, and of ones"""
     shape: Shape | None = None
