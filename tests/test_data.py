@@ -231,6 +231,8 @@ def test_inputs_and_targets_of_different_length_are_refused(tmp_path):
         (synthetic(), Shapes({"x": (64,)}), "the problem has no such x, z and A"),
         (synthetic(), Shapes({"x": (None,)}, {"z": (8,)}, {"A": (None, 8)}), "the size of x is open"),
         (Digits(source="digits", input="y"), SHAPES, "'y' is no input"),
+        (synthetic(input="y"), SHAPES, "'y' is no input"),
+        (Files(source="file", files={"x": "a.npy"}, input="x"), SHAPES, "files: names the inputs already"),
     ],
 )
 def test_data_that_do_not_fit_the_problem_say_why(settings, shapes, message):
@@ -334,6 +336,13 @@ def test_grey_is_the_luma_of_the_colours(tmp_path):
     found = torch.cat([data.train.inputs["image"], data.validation.inputs["image"]])[:, 0].double().numpy() * 255
     for image in found:
         assert min(abs(image - own).max() for own in grey) <= 1
+
+
+def test_a_palette_with_transparent_colours_is_a_picture(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
+    Image.fromarray(colours).convert("P").save(tmp_path / "p.png", transparency=bytes([0] * 10 + [255] * 246))
+    found = read_picture(tmp_path / "p.png", 8, 1)[0]
+    assert torch.allclose(found * 255, torch.from_numpy(colours).float(), atol=1.01)
 
 
 def test_the_middle_square_of_an_upright_picture_is_scaled(tmp_path):

@@ -200,7 +200,7 @@ def test_weights_that_are_damaged_or_of_something_else_are_refused(tmp_path: Any
     ("settings", "words"),
     [
         ({"momentum": 0.5}, "adam has no momentum"), ({"refine": 0.3}, "layerwise"), ({"epochs": 2, "steps": 5}, "number of steps"),
-        ({"steps": 5, "warmup": 9}, "all 5 steps"),
+        ({"steps": 5, "warmup": 9}, "all 5 steps"), ({"schedule": "constant", "final_lr": 0.1}, "does not fall"),
     ],
 )  # fmt: skip
 def test_a_setting_of_training_that_nothing_reads_is_refused(settings, words):

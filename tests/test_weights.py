@@ -196,6 +196,41 @@ def test_shapes_that_do_not_fit_are_named(change: dict[str, Any], message: str) 
     assert torch.equal(net.positions, before)
 
 
+def lista(theta: Any) -> Any:
+    spec = {
+        "name": "toy",
+        "dims": {"m": 4, "n": 6},
+        "variables": {"z": ["n"]},
+        "inputs": {"x": ["m"]},
+        "parameters": {"A": ["m", "n"]},
+        "scalars": {"lam": 0.1},
+        "minimize": {"f": "1/2 * sumsq(x - A @ z)", "s": "lam * norm1(z)"},
+        "unroll": {
+            "algorithm": "proximal_gradient",
+            "layers": 3,
+            "learn": {"th": {"replaces": "step * lam", "positive": True}},
+        },
+        "weights": {"names": {"theta": theta}},
+    }
+    return unroll.compile(spec)
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.0, float("nan")])
+def test_a_number_that_the_spec_keeps_positive_is_positive(value: float) -> None:
+    net = lista("th")
+    before = net.th.detach().clone()
+    with pytest.raises(UnrollError, match="numbers that the spec keeps positive are not"):
+        restore_weights(net, release_weights(net) | {"theta": torch.tensor([0.1, value, 0.2])})
+    assert torch.equal(net.th, before)
+
+
+def test_a_part_of_more_axes_than_there_are_is_refused() -> None:
+    net = lista({"to": "th", "into": "0:3, :"})
+    for attempt in (lambda: restore_weights(net, {"theta": torch.ones(3)}, strict=False), lambda: release_weights(net)):
+        with pytest.raises(UnrollError, match="is of 2 axes, th has 1"):
+            attempt()
+
+
 @pytest.mark.parametrize(
     "names, code, message",
     [

@@ -205,8 +205,10 @@ def train(
 
     if (spec is None) == (resume is None):
         raise click.UsageError("give a SPEC to train, or --resume FOLDER to go on with a run")
+    if resume is not None and (out is not None or seed is not None):
+        raise click.UsageError("--out and --seed are those of the run that goes on: leave them out")
     if resume is not None:
-        run = go_on(resume, device=device, quiet=quiet)
+        run = go_on(resume, device=device, devices=devices, quiet=quiet)
     else:
         chosen = (*overrides, f"train.seed={seed}") if seed is not None else overrides
         run = start(str(spec), overrides=chosen, out=out, device=device, devices=devices, quiet=quiet)

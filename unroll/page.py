@@ -11,6 +11,7 @@ from typing import Any, cast
 from unroll import html
 from unroll.api import Source, build, derive, read, stage
 from unroll.derivation import Derivation
+from unroll.errors import SpecError
 from unroll.interpret import svg
 from unroll.laws import check
 from unroll.spec import Spec
@@ -22,6 +23,10 @@ def report(source: Source, path: str | os.PathLike[str], *, overrides: Sequence[
     """Write the page of a spec, or of the run in a folder. Raises SpecError for a spec that does not compile."""
     target = Path(path)
     run = _run_folder(source)
+    if run is not None and overrides:
+        raise SpecError(
+            "E510", f"'{run}' is a finished run: its spec cannot be overridden", hint=f"unroll report {run}"
+        )
     spec = read(source if run is None else run / "spec.yaml", overrides)
     derivation = derive(spec)
     measured = _of_layers(spec) if run is None else _of_trained(run)
@@ -110,7 +115,7 @@ def _did(net: Any, batches: Any, note: str) -> str:
     found = white_box(net, batches)
     curves = {term: [float(v) for v in found.values[term].mean] for term in found.terms}
     zeros = {name: [float(v) for v in m.mean] for name, m in found.zeros.items()}
-    rows = [(*r[:-2], r[-2], r[-1]) for r in found.rows()]
+    rows = found.rows()
     cut = f"<p>The first {MOST_ROWS} of {len(rows)} rows.</p>" if len(rows) > MOST_ROWS else ""
     step = "step (blocks one after the other)" if len(set(b for _, b in found.labels)) > 1 else "layer"
     charts = html.lines(curves, step, "term of the objective") + html.lines(zeros, step, "share of zeros")

@@ -105,7 +105,7 @@ def release_weights(net: Net) -> dict[str, Tensor]:
         for i, move in enumerate(moves):
             for name, ours, at in _expanded(pattern, move, values, spec, i):
                 value = values[ours][at] if at is not None else values[ours]
-                piece = value[slices(move.into)]
+                piece = _cut(ours, value, move.into)
                 if move.axes:
                     left, right = move.axes.split("->")
                     piece = rearrange(piece, f"{right} -> {left}", _sizes(net))
@@ -239,7 +239,10 @@ class _Filling:
         into = _row(ours, move, layer, self.values[ours], name)
         target, filled = self.values[ours][into], self.filled[ours][into]
         part = slices(move.part)
-        value = self._fitted(name, ours, tensor, move, target[slices(move.into)])
+        value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
+        if _constraint(self.net, ours) == "positive" and not bool((value > 0).all()):
+            hint = "leave positive: out of learn:"
+            raise UnrollError("E421", f"{name} -> {ours}: numbers that the spec keeps positive are not", hint=hint)
         target[slices(move.into)] = value.to(target)
         filled[slices(move.into)] = True
         self.loaded.append((name, ours))
@@ -384,6 +387,13 @@ def slices(text: str) -> tuple[slice, ...]:
     """ "0:384, :" as an index."""
     ends = [part.split(":") for part in text.split(",")] if text else []
     return tuple(slice(int(a) if a.strip() else None, int(b) if b.strip() else None) for a, b in ends)
+
+
+def _cut(name: str, value: Tensor, part: str) -> Tensor:
+    """A part of a tensor. Raises UnrollError E421 if it names axes that are not there."""
+    if len(slices(part)) > value.ndim:
+        raise UnrollError("E421", f"into: '{part}' is of {len(slices(part))} axes, {name} has {value.ndim}")
+    return value[slices(part)]
 
 
 def rearrange(tensor: Tensor, pattern: str, sizes: Mapping[str, int], shape: Sequence[int] = ()) -> Tensor:

@@ -91,7 +91,6 @@ FUNCTIONS = {
         return x + torch.cat([scales[1] * first, x[:, 1:]], 1)
 ''',
 }
-ALWAYS = ("import torch", "from torch import nn")
 EXTRA = {"import math": " math.", "from torch.nn import functional as F": " F."}
 
 

@@ -63,6 +63,7 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
             f"optimizer: {train.optimizer} has no momentum to set",
             "optimizer: sgd",
         ),
+        "final_lr": (train.schedule != "cosine", "a constant learning rate does not fall", "schedule: cosine"),
         "refine": (train.stages != "layerwise", "it is a share of layerwise stages", "stages: layerwise"),
         "epochs": ("steps" in said and train.steps is not None, "the number of steps is given", "one of the two"),
         "warmup": (

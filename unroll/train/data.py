@@ -9,7 +9,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -104,6 +104,9 @@ def digits(settings: Digits, shapes: Shapes, given: Tensors) -> Data:
 
 def synthetic(settings: Synthetic, shapes: Shapes, given: Tensors) -> Data:
     """x = A z + noise with the A that is given, or a random one. x: (B, m), z: (B, n), A: (m, n)."""
+    if settings.input is not None:
+        fed = fed_input(settings, shapes)
+        shapes = replace(shapes, inputs={fed: shapes.inputs[fed]})
     x, z, a = _linear_names(shapes)
     A = given[a].double() if a in given else _matrix(settings, *_sizes(shapes, x, z))
     splits = [
@@ -139,6 +142,8 @@ def _sparse_samples(settings: Synthetic, A: Tensor, count: int, draw: torch.Gene
 def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
     """Arrays by the names of inputs (needed), variables (targets) and parameters (values)."""
     del given
+    if settings.input is not None:
+        raise SpecError("E507", "data: input: files: names the inputs already", hint="leave input: out")
     known = [*shapes.inputs, *shapes.variables, *shapes.parameters]
     for name in settings.files:
         if name not in known:

@@ -11,6 +11,7 @@ import csv
 import logging
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -30,12 +31,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from unroll.errors import SpecError
+from unroll.errors import SpecError, quote
 from unroll.spec.schema import Train
 from unroll.train import losses
 from unroll.train.groups import parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
-from unroll.train.masked import aside
+from unroll.train.masked import as_in_training
 from unroll.train.samples import Change, Data, Samples, Split, generator, package
 from unroll.train.table import evaluating
 from unroll.train.tasks import Task as Purpose
@@ -634,17 +635,13 @@ def _check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
     module = losses.module(net)
     like = next(module.parameters())
     few = _highest(data).to(like)
-    was_training = module.training
-    module.train()
     try:
-        with aside(like.device, 0):
+        with as_in_training(net, like.device, 0):
             answer = module(*losses.arguments(net, few.inputs))
     except IndexError as error:
         most = max(int(v.max()) for v in few.inputs.values())
         hint = f"the data have {', '.join(f'{name}: {n}' for name, n in data.sizes.items())}"
         raise SpecError("E512", f"train: the network has no row for token {most}", hint=hint) from error
-    finally:
-        module.train(was_training)
     labels = [part.labels for part in (data.train.whole(), data.validation)]
     most = max(-1 if part is None else int(part.max()) for part in labels)
     if reason := loss.misfit(few, answer, most):
@@ -689,7 +686,17 @@ def _trainer(
 
 
 def place(device: str, devices: int) -> tuple[str, int | list[int], int]:
-    """(accelerator, devices, nodes). Under torchrun its counts hold: Lightning alone trains a copy per process."""
+    """(accelerator, devices, nodes). Under torchrun its counts hold: Lightning alone trains a copy per process.
+
+    Raises SpecError E511 for a device that is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or devices < 1:
+        raise SpecError(
+            "E511", f"there is no device '{quote(device)}' x {devices}", hint="auto, cpu, cuda, cuda:1, mps"
+        )
+    backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device.partition(":")[0])
+    if backend is not None and not backend.is_available():
+        raise SpecError("E511", f"this machine has no {device}", hint="--device auto")
     accelerator, _, number = device.partition(":")
     accelerator = {"cuda": "gpu"}.get(accelerator, accelerator)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

@@ -27,16 +27,28 @@ def aside(device: torch.device, seed: int) -> Generator[None]:
         yield
 
 
+@contextmanager
+def as_in_training(net: Net, device: torch.device, seed: int) -> Generator[None]:
+    """Inside, the network trains, with random numbers from `seed`; afterwards it is as it was, its statistics too."""
+    module = losses.module(net)
+    was_training, before = module.training, [b.clone() for b in module.buffers()]
+    module.train()
+    try:
+        with aside(device, seed):
+            yield
+    finally:
+        module.train(was_training)
+        for b, value in zip(module.buffers(), before, strict=True):
+            b.copy_(value)
+
+
 @torch.no_grad()
 def masks(net: Net, held: Split, settings: Train) -> Iterator[tuple[Split, Tensor]]:
     """Batches with the mask (B, N) that the network draws for each in training; the same ones every time."""
     module: Any = losses.module(net)
     for k, batch in enumerate(held.batches(settings.batch)):
-        was_training = module.training
-        module.train()
-        with aside(next(iter(batch.inputs.values())).device, settings.seed + k):
+        with as_in_training(net, next(iter(batch.inputs.values())).device, settings.seed + k):
             _, mask = module(*losses.arguments(net, batch.inputs))
-        module.train(was_training)
         yield batch, mask
 
 

@@ -101,13 +101,14 @@ def read_picture(path: Path, size: int, channels: int) -> Tensor:
     ops: Any = package("PIL.ImageOps", "data: source: images")
     try:
         with warnings.catch_warnings(), pillow.open(path) as opened:
-            warnings.simplefilter("error")  # a picture of more pixels than Pillow trusts is a warning there
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
             if opened.mode not in MODES:
                 hint = "save it with 8 bits per channel"
                 raise SpecError("E513", f"data: '{path}' is a picture of mode {opened.mode}", hint=hint)
             upright = ops.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
             square = _middle(upright).resize((size, size), pillow.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Warning, pillow.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         raise SpecError("E513", f"data: '{path}' cannot be read as a picture: {error}") from error
     pixels = torch.from_numpy(np.array(square)).reshape(size, size, channels)
     return pixels.permute(2, 0, 1).float() / 255
