@@ -10,8 +10,12 @@ Each function says which formula it is; where the released network differs from 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # ---------------------------------------------------------------- rates and their gradients
 
@@ -310,6 +314,105 @@ def tost_block(
     half = x + gamma1 * tost_attention(layer_norm(x, norm1_w, norm1_b, 1e-6), U, b_qkv, temp, W_out, b_out)
     y = layer_norm(half, norm2_w, norm2_b, 1e-6)
     return half + gamma2 * (gelu(y @ W_up.mT + b_up) @ W_down.mT + b_down)
+
+
+# ---------------------------------------------------------------- whole networks, from their state dicts
+
+State = Mapping[str, Tensor]
+
+
+def part(w: State, prefix: str) -> dict[str, Tensor]:
+    """The entries below a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
+
+
+def depth(w: State, prefix: str) -> int:
+    """How many layers are numbered after the prefix."""
+    return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in w if k.startswith(prefix))
+
+
+def tost_stem(w: State, images: Tensor) -> Tensor:
+    """Convolutions 3 x 3 of stride 2, each with a batch norm by its running statistics, GELU between: (B, d, H/16, W/16)."""
+    x = images
+    for i in range(0, depth(w, "patch_embed.proj."), 2):
+        x = gelu(x) if i else x
+        x = F.conv2d(x, w[f"patch_embed.proj.{i}.0.weight"], stride=2, padding=1)
+        n = part(w, f"patch_embed.proj.{i}.1.")
+        mean, var, scale, bias = (n[k][:, None, None] for k in ("running_mean", "running_var", "weight", "bias"))
+        x = (x - mean) / torch.sqrt(var + 1e-5) * scale + bias
+    return x
+
+
+def fourier_places(rows: int, columns: int, waves: int = 32) -> Tensor:
+    """(rows, columns, 2 waves): of the row, then of the column, wave i of place j of n (from 1) is
+
+    sin(2πj/(n + 1e-6)/10000^(i/waves)) for even i, cos of the wave before for odd i.
+    """
+
+    def wave(j: int, n: int, i: int) -> float:
+        angle = 2 * math.pi * j / (n + 1e-6) / 10000 ** ((i - i % 2) / waves)
+        return math.cos(angle) if i % 2 else math.sin(angle)
+
+    out = torch.empty(rows, columns, 2 * waves, dtype=torch.float64)
+    for r in range(rows):
+        for c in range(columns):
+            of_row = [wave(r + 1, rows, i) for i in range(waves)]
+            of_both = of_row + [wave(c + 1, columns, i) for i in range(waves)]
+            out[r, c] = torch.tensor(of_both, dtype=torch.float64)
+    return out
+
+
+def class_attention(x: Tensor, w: State, K: int) -> Tensor:
+    """The class token, first of x (B, 1 + N, d), reads all tokens: softmax(q_k·K_k/√p)V_k of each head, and a map."""
+    q, keys, values = (t.unflatten(-1, (K, -1)) for t in (x @ w["qkv.weight"].mT + w["qkv.bias"]).chunk(3, -1))
+    logits = torch.einsum("bkp,bnkp->bkn", q[:, 0], keys) / q.shape[-1] ** 0.5
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    read = torch.einsum("bkn,bnkp->bkp", weights / weights.sum(-1, keepdim=True), values).flatten(1)
+    return read @ w["proj.weight"].mT + w["proj.bias"]
+
+
+def class_attention_block(x: Tensor, w: State, K: int) -> Tensor:
+    """Y = LN₁ X, X½ = LN₂(X + γ₁ ⊙ [attention of the class token, the others of Y]);  X⁺ = X½ + [γ₂ ⊙ MLP(class), the others of X½]."""
+    y = layer_norm(x, w["norm1.weight"], w["norm1.bias"], 1e-6)
+    update = torch.cat([class_attention(y, part(w, "attn."), K)[:, None], y[:, 1:]], 1)
+    half = layer_norm(x + w["gamma1"] * update, w["norm2.weight"], w["norm2.bias"], 1e-6)
+    first = gelu(half[:, :1] @ w["mlp.fc1.weight"].mT + w["mlp.fc1.bias"]) @ w["mlp.fc2.weight"].mT + w["mlp.fc2.bias"]
+    return half + torch.cat([w["gamma2"] * first, half[:, 1:]], 1)
+
+
+def tost_classifier(images: Tensor, w: State, K: int) -> Tensor:
+    """Stem, Fourier positions, `tost_block`s, then a class token and its blocks, a norm and a linear map: (B, classes)."""
+    x = tost_stem(w, images)
+    places = fourier_places(*x.shape[-2:]).to(x)
+    places = places @ w["pos_embeder.token_projection.weight"].flatten(1).mT + w["pos_embeder.token_projection.bias"]
+    x = (x.movedim(1, -1) + places).flatten(1, 2)
+    for i in range(depth(w, "blocks.")):
+        b = part(w, f"blocks.{i}.")
+        x = tost_block(
+            x, b["norm1.weight"], b["norm1.bias"], bases(b["attn.qkv.weight"], K), b["attn.qkv.bias"].unflatten(0, (K, -1)),
+            b["attn.temp"][:, 0], b["attn.to_out.0.weight"], b["attn.to_out.0.bias"], b["gamma1"], b["norm2.weight"], b["norm2.bias"],
+            b["mlp.fc1.weight"], b["mlp.fc1.bias"], b["mlp.fc2.weight"], b["mlp.fc2.bias"], b["gamma2"],
+        )  # fmt: skip
+    x = torch.cat([w["cls_token"].expand(len(x), 1, -1), x], 1)
+    for i in range(depth(w, "cls_attn_blocks.")):
+        x = class_attention_block(x, part(w, f"cls_attn_blocks.{i}."), K)
+    return layer_norm(x, w["norm.weight"], w["norm.bias"], 1e-6)[:, 0] @ w["head.weight"].mT + w["head.bias"]
+
+
+def tost_writer(words: Tensor, w: State, K: int) -> Tensor:
+    """Table and positions, causal blocks with layer norms of eps 1e-5, a norm, the products with the table: (B, T, vocabulary)."""
+    x = w["transformer.wte.weight"][words] + w["transformer.wpe.weight"][: words.shape[-1]]
+    for i in range(depth(w, "transformer.h.")):
+        b = part(w, f"transformer.h.{i}.")
+        y = layer_norm(x, b["ln_1.weight"], b["ln_1.bias"])
+        x = x + b["gamma1"] * tost_causal_attention(
+            y, bases(b["attn.c_attn.weight"], K), b["attn.c_attn.bias"].unflatten(0, (K, -1)), b["attn.temp"][:, 0],
+            b["attn.denom_bias"][..., 0], b["attn.c_proj.weight"], b["attn.c_proj.bias"],
+        )  # fmt: skip
+        y = layer_norm(x, b["ln_2.weight"], b["ln_2.bias"])
+        y = gelu(y @ b["mlp.c_fc.weight"].mT + b["mlp.c_fc.bias"]) @ b["mlp.c_proj.weight"].mT + b["mlp.c_proj.bias"]
+        x = x + b["gamma2"] * y
+    return layer_norm(x, w["transformer.ln_f.weight"], w["transformer.ln_f.bias"]) @ w["lm_head.weight"].mT
 
 
 # ---------------------------------------------------------------- ReduNet

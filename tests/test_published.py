@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,90 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
     found, hidden = net(x, mask)
     assert torch.equal(hidden, mask)
     assert (found - (z @ w["decoder_pred.weight"].mT + w["decoder_pred.bias"])).abs().max() <= EXACT
+
+
+def linear(name: str, ins: int, outs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outs, ins), f"{name}.bias": (outs,)}
+
+
+def norm(name: str, d: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+
+
+def tost_shapes(d: int, K: int, classes: int = 7, layers: int = 2) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the released `tost_vision` networks; running statistics are positive where they must be."""
+    ends = {
+        **norm("norm1", d),
+        **norm("norm2", d),
+        **linear("mlp.fc1", d, 4 * d),
+        **linear("mlp.fc2", 4 * d, d),
+        "gamma1": (d,),
+        "gamma2": (d,),
+    }
+    block = {**ends, **linear("attn.qkv", d, d), "attn.temp": (K, 1), **linear("attn.to_out.0", d, d)}
+    reader = {**ends, **linear("attn.qkv", d, 3 * d), **linear("attn.proj", d, d)}
+    widths = (3, d // 8, d // 4, d // 2, d)
+    stem: dict[str, tuple[int, ...]] = {}
+    for i, (a, b) in enumerate(pairwise(widths)):
+        stem[f"patch_embed.proj.{2 * i}.0.weight"] = (b, a, 3, 3)
+        stem |= {f"patch_embed.proj.{2 * i}.1.{k}": (b,) for k in ("weight", "bias", "running_mean", "running_var")}
+        stem[f"patch_embed.proj.{2 * i}.1.num_batches_tracked"] = ()
+    return {
+        "cls_token": (1, 1, d), **stem,
+        **{f"blocks.{i}.{k}": v for i in range(layers) for k, v in block.items()},
+        **{f"cls_attn_blocks.{i}.{k}": v for i in range(2) for k, v in reader.items()},
+        **norm("norm", d), **linear("head", d, classes),
+        "pos_embeder.token_projection.weight": (d, 64, 1, 1), "pos_embeder.token_projection.bias": (d,),
+    }  # fmt: skip
+
+
+def tost_weights(d: int, K: int) -> dict[str, Tensor]:
+    w = draws(tost_shapes(d, K))
+    w |= {k: v.abs() + 0.1 for k, v in w.items() if k.endswith("running_var")}
+    return w | {k: torch.tensor(9) for k in w if k.endswith("num_batches_tracked")}
+
+
+TOST = {"tost_tiny": (32, 4), "tost_small": (32, 8), "tost_medium": (32, 8), "tost_large": (32, 16)}
+"""Small widths, with the heads of each network: the class token reads with as many."""
+
+
+@pytest.mark.parametrize(("name", "d", "K"), [(k, *v) for k, v in TOST.items()])
+def test_released_weights_of_token_statistics_give_the_released_answer(name: str, d: int, K: int) -> None:
+    dims = {"d": d, "K": K, "p": d // K, "s": 4 * d}
+    net, other = (
+        unroll.compile(name, dims=dims, dtype=torch.float64, overrides=SMALL, seed=i).eval() for i in range(2)
+    )
+    w, x = tost_weights(d, K), pictures()
+    before = net(x)
+    for n, theirs in ((net, {"model": w}), (other, {f"module.{k}": v for k, v in w.items()})):
+        report = unroll.restore_weights(n, theirs)
+        assert report.ok and {k for k, _ in report.loaded} | set(report.ignored) == w.keys()
+    want = released.tost_classifier(x, w, K)
+    assert (net(x) - want).abs().max() <= EXACT < (want - before).abs().max()
+    assert torch.equal(net(x), other(x))
+    again = unroll.release_weights(net)
+    assert again.keys() == w.keys() - set(report.ignored)
+    assert all(torch.equal(again[k], w[k]) for k in again)
+
+
+def writer_shapes(d: int, K: int, vocabulary: int, length: int, layers: int = 2) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the released `tost_lang` networks."""
+    block = {
+        **norm("ln_1", d), **norm("ln_2", d), **linear("attn.c_attn", d, d), **linear("attn.c_proj", d, d), "attn.temp": (K, 1),
+        "attn.denom_bias": (K, length, 1), **linear("mlp.c_fc", d, 4 * d), **linear("mlp.c_proj", 4 * d, d), "gamma1": (d,), "gamma2": (d,),
+    }  # fmt: skip
+    blocks = {f"transformer.h.{i}.{k}": v for i in range(layers) for k, v in block.items()}
+    return {
+        "transformer.wte.weight": (vocabulary, d),
+        "transformer.wpe.weight": (length, d),
+        **blocks,
+        **norm("transformer.ln_f", d),
+    }
+
+
+def writer_weights(d: int, K: int) -> dict[str, Tensor]:
+    w = draws(writer_shapes(d, K, 9, 6))
+    return w | {"lm_head.weight": w["transformer.wte.weight"]}
 
 
 def test_a_layer_of_token_statistics_ends_in_a_perceptron() -> None:

@@ -215,7 +215,7 @@ def lista(theta: Any) -> Any:
     return unroll.compile(spec)
 
 
-@pytest.mark.parametrize("value", [-0.1, 0.0, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 0.0])
 def test_a_number_that_the_spec_keeps_positive_is_positive(value: float) -> None:
     net = lista("th")
     before = net.th.detach().clone()

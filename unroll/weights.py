@@ -6,6 +6,7 @@ release_weights(net)                    the inverse: a dict under their names
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import os
@@ -15,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -76,20 +78,23 @@ def _listed(title: str, names: Sequence[str]) -> Iterator[str]:
 def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> Report:
     """Load released weights, named as the section `weights:` of the network's spec says; all of them, or none.
 
-    source: a .safetensors file, a file of torch.save (read without running code), or a dict of tensors.
-    Raises UnrollError E421 where a shape does not fit, and, if strict, where a name of theirs or ours is left over;
-    if not strict, that is a warning.
+    source: a .safetensors or .npz file, a file of torch.save (read without running code), or a dict of tensors or arrays.
+    Raises UnrollError E421 where a shape or a type does not fit, where two of theirs differ in one place of ours, and,
+    if strict, where a name of theirs or ours is left over; if not strict, that is a warning.
     """
     spec, weights = _weights(net)
-    theirs = dict(_unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights))
+    found = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights)
     filling = _Filling(spec, net)
-    for name, tensor in theirs.items():
-        filling.take(_stripped(name, weights), tensor)
+    for name, value in found.items():
+        filling.take(_stripped(name, weights), value, found)
     report = filling.report(weights)
     if not report.ok:
         message = f"the weights do not match {spec.title}: {len(report.missing)} missing, {len(report.unused)} not used"
         if strict:
-            hint = "name them under weights: names or ignore, or load what fits with strict=False"
+            hint = (
+                filling.prefix(report.unused)
+                or "name them under weights: names or ignore, or load what fits with strict=False"
+            )
             raise UnrollError("E421", message, hint=hint, notes=tuple(report.lines()))
         warnings.warn(f"{message}\n{report}", stacklevel=2)
     filling.commit()
@@ -109,6 +114,7 @@ def release_weights(net: Net) -> dict[str, Tensor]:
                 if move.axes:
                     left, right = move.axes.split("->")
                     piece = rearrange(piece, f"{right} -> {left}", _sizes(net))
+                piece = piece / move.factor if move.factor != 1 else piece
                 pieces.setdefault(name, []).append((move, piece))
     return {name: _assembled(found) for name, found in pieces.items()}
 
@@ -216,8 +222,13 @@ class _Filling:
         assert self.spec.weights is not None
         self.moves = [(_regex(pattern), pattern, moves) for pattern, moves in self.spec.weights.names.items()]
 
-    def take(self, name: str, tensor: Tensor) -> None:
+    def take(self, name: str, value: Any, beside: Mapping[str, Any]) -> None:
         """Put a tensor of theirs where it goes. Raises UnrollError E421 where it does not fit."""
+        assert self.spec.weights is not None
+        if not isinstance(value, Tensor | _Array) and _matches(name, self.spec.weights.ignore):
+            self.left.append(name)
+            return
+        tensor = _tensor(name, value, beside)
         used = torch.zeros(tensor.shape, dtype=torch.bool)
         before = len(self.loaded)
         for regex, pattern, moves in self.moves:
@@ -238,15 +249,19 @@ class _Filling:
             raise SpecError("E421", f"'{ours}' is a constant of the spec, which a file cannot set", where, hint)
         into = _row(ours, move, layer, self.values[ours], name)
         target, filled = self.values[ours][into], self.filled[ours][into]
-        part = slices(move.part)
         value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
+        value = _converted(name, ours, value, target) * move.factor
         if _constraint(self.net, ours) == "positive" and not bool((value > 0).all()):
             hint = "leave positive: out of learn:"
             raise UnrollError("E421", f"{name} -> {ours}: numbers that the spec keeps positive are not", hint=hint)
-        target[slices(move.into)] = value.to(target)
-        filled[slices(move.into)] = True
+        place = slices(move.into)
+        if bool((filled[place] & (target[place] != value)).any()):
+            first = next(theirs for theirs, to in self.loaded if to == ours)
+            raise UnrollError("E421", f"{first} and {name} go to the same place of {ours}, and differ")
+        target[place] = value
+        filled[place] = True
         self.loaded.append((name, ours))
-        return part
+        return slices(move.part)
 
     def _fitted(self, name: str, ours: str, tensor: Tensor, move: Move, target: Tensor) -> Tensor:
         """Theirs in the shape of ours."""
@@ -265,9 +280,18 @@ class _Filling:
         message = f"{name} is {kind}{tuple(tensor.shape)}, as {ours}{of} {found}, but that is {tuple(target.shape)}"
         raise UnrollError("E421", message, hint='axes: says how theirs are laid out: "(k p) d -> k d p"')
 
+    def prefix(self, unused: Sequence[str]) -> str:
+        """What to write where names of theirs would fit without what they begin with."""
+        for name in unused:
+            for end in re.finditer(r"[./]", name):
+                first, rest = name[: end.end()], name[end.end() :]
+                if any(regex.fullmatch(rest) for regex, _, _ in self.moves):
+                    return f"their names begin with '{first}': weights: {{strip: [{first}]}}"
+        return ""
+
     def report(self, weights: Weights) -> Report:
         constants = _constants(self.net)
-        ignored = tuple(n for n in self.left if any(fnmatchcase(n, pattern) for pattern in weights.ignore))
+        ignored = tuple(n for n in self.left if _matches(n, weights.ignore))
         missing = [_lacking(n, f) for n, f in self.filled.items() if n not in constants and not f.all()]
         drawn = _drawn(self.net)
         missing += [f"{n} (drawn from the seed: give it to compile)" for n in self.values if n in drawn]
@@ -333,36 +357,109 @@ def _expanded(
 # --- their side -------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
+class _Array(Protocol):
+    """What numpy can read: its own arrays, and those of other libraries."""
+
+    def __array__(self) -> Any: ...
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     """A file as a dict. Raises UnrollError E421."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        match path.suffix:
+            case ".safetensors":
+                return load_file(path)
+            case ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    return dict(arrays)
+            case _:
+                with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of a training script
+                    found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UnrollError("E421", f"cannot read '{quote(str(path))}': {e.strerror or e}") from None
     except Exception as e:
-        reason = quote(str(e).partition("\n")[0], 100)
-        hint = "a file that needs to run code is not read: load it yourself, and give the dict of its tensors"
-        raise UnrollError("E421", f"'{quote(str(path))}' holds no plain weights: {reason}", hint=hint) from None
+        raise UnrollError("E421", f"'{quote(str(path))}' holds no plain weights: {_reason(e)}", hint=UNREAD) from None
     if not isinstance(found, Mapping):
         raise UnrollError("E421", f"'{quote(str(path))}' holds a {type(found).__name__}, not weights by name")
     return cast("Mapping[str, Any]", found)
 
 
-def _unwrapped(found: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """The weights within what a file holds. Raises UnrollError E421 if they are not there."""
-    for key in weights.key.split(".") if weights.key else ():
-        if isinstance(found.get(key), Mapping):
-            found = found[key]
-        elif any(not isinstance(v, Tensor) for v in found.values()):
-            raise UnrollError("E421", f"there is no '{key}' in the file", notes=(_holds(found),))
+UNREAD = (
+    "read are .safetensors, .npz and files of torch.save; one that needs to run code is not: load it yourself, and give the "
+    "dict of its tensors"
+)
+
+
+def _reason(e: Exception) -> str:
+    """What torch or numpy say, without their advice to run the code."""
+    text = str(e)
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", text)
+    return f"it names {refused[1]}" if refused else quote(text.partition("\n")[0], 100)
+
+
+def _unwrapped(found: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """The weights within what a file holds, by name. Raises UnrollError E421 if they are not there."""
+    inner = next((x for key in weights.key if (x := _inside_of(found, key)) is not None), found)
+    if inner is found and weights.key and any(not isinstance(v, Tensor | _Array) for v in found.values()):
+        wanted = " or ".join(f"'{key}'" for key in weights.key)
+        raise UnrollError("E421", f"there is no {wanted} in the file", hint=_key(found), notes=(_holds(found),))
+    return dict(_flat(inner)) if any("/" in name for name in weights.names) else dict(inner)
+
+
+def _inside_of(found: Any, key: str) -> Mapping[str, Any] | None:
+    for word in key.split("."):
+        found = found.get(word) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None
+
+
+def _flat(found: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dicts as one, their names joined by /."""
     for name, value in found.items():
-        if not isinstance(value, Tensor):
-            inner = [k for k, v in found.items() if isinstance(v, Mapping)]
-            hint = f"weights: {{key: {inner[0]}}}" if inner else ""
-            raise UnrollError("E421", f"'{quote(str(name))}' is not a tensor", hint=hint, notes=(_holds(found),))
-        yield name, value
+        if isinstance(value, Mapping):
+            yield from _flat(cast("Mapping[str, Any]", value), f"{before}{name}/")
+        else:
+            yield f"{before}{name}", value
+
+
+def _tensor(name: str, value: Any, beside: Mapping[str, Any]) -> Tensor:
+    """A value of a file as a tensor. Raises UnrollError E421."""
+    match value:
+        case Tensor():
+            return value.detach()
+        case _Array():
+            array = np.asarray(value)
+            if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which numpy does not know
+                return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+            try:
+                return torch.tensor(array)
+            except TypeError:
+                raise UnrollError("E421", f"{name} is an array of {array.dtype}, which torch does not know") from None
+        case _:
+            message = f"'{quote(str(name))}' is not a tensor"
+            raise UnrollError("E421", message, hint=_key(beside), notes=(_holds(beside),))
+
+
+def _converted(name: str, ours: str, value: Tensor, target: Tensor) -> Tensor:
+    """Theirs in the type of ours: finite numbers, of any precision. Raises UnrollError E421."""
+    if target.is_floating_point() and not (value.is_floating_point() or value.is_complex()):
+        hint = "quantised weights are not read: give them as numbers"
+        raise UnrollError("E421", f"{name} holds {value.dtype}, {ours} {target.dtype}", hint=hint)
+    value = value.to(target)
+    if not bool(value.isfinite().all()):
+        bad = f"{int((~value.isfinite()).sum()):,} of {value.numel():,} numbers"
+        raise UnrollError("E421", f"{name} -> {ours}: {bad} are not finite in {target.dtype}")
+    return value
+
+
+def _key(found: Mapping[str, Any]) -> str:
+    """What to write where the weights are further in."""
+    inner = [
+        str(k)
+        for k, v in found.items()
+        if isinstance(v, Mapping) and any(isinstance(t, Tensor | _Array) for t in v.values())
+    ]
+    return f"weights: {{key: {inner[0]}}}" if inner else ""
 
 
 def _holds(found: Mapping[str, Any]) -> str:
@@ -370,8 +467,12 @@ def _holds(found: Mapping[str, Any]) -> str:
     return f"the file holds: {quote(', '.join(names[:8]), 200)}{', ..' if len(names) > 8 else ''}"
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _stripped(name: str, weights: Weights) -> str:
-    for prefix in weights.strip:
+    while prefix := next((p for p in weights.strip if p and name.startswith(p)), ""):
         name = name.removeprefix(prefix)
     return name
 

@@ -144,13 +144,13 @@ def key_origin(root: Node, path: Path) -> Origin:
     return origin
 
 
-REPLACED_WHOLE = frozenset({"minimize", "maximize", "constraints", "shape"})
+REPLACED_WHOLE = frozenset({"minimize", "maximize", "constraints", "shape", "names"})
 OPPOSITE = {"minimize": "maximize", "maximize": "minimize"}
 
 
 def merge(under: Entries, over: Entries) -> Entries:
-    """`over` laid on `under`: mappings join by name, `blocks` by the name of the block, everything else is replaced; an objective is
-    replaced whole."""
+    """`over` laid on `under`: mappings join by name, `blocks` by the name of the block, everything else is replaced; an objective
+    and the names of weights are replaced whole."""
     found = dict(under.entries)
     for name, (key, value) in over.entries.items():
         found.pop(OPPOSITE.get(name, ""), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import math
 import re
 import unicodedata
 from pathlib import Path
@@ -117,6 +118,12 @@ def _even(value: int) -> int:
     return value
 
 
+def _factor(value: float) -> float:
+    if not value or not math.isfinite(value):
+        raise PydanticCustomError("E205", "a factor is a number, and not 0")
+    return value
+
+
 def _image(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 3:
         raise PydanticCustomError("E203", "an image is [channels, height, width]", {"hint": "write [3, 224, 224]"})
@@ -142,6 +149,7 @@ Image = Annotated[tuple[Count, ...], AfterValidator(_image)]
 """channels, height, width"""
 Axes = Annotated[Text, AfterValidator(_axes)]
 Part = Annotated[Text, AfterValidator(_part)]
+Factor = Annotated[float, AfterValidator(_factor)]
 
 
 # --- the objective -------------------------------------------------------------------------------------------------
@@ -484,6 +492,8 @@ class Move(Record):
     """"0:384, :": which part of theirs, before `axes`"""
     into: Part = ""
     """which part of ours"""
+    factor: Factor = 1.0
+    """ours are so many times theirs: -1 where what they add is taken away here"""
 
 
 def _moves(value: object) -> object:
@@ -496,16 +506,16 @@ Moves = Annotated[tuple[Move, ...], BeforeValidator(_moves, json_schema_input_ty
 class Weights(Record):
     """How a released file of weights is named, for `restore_weights`."""
 
-    key: str = ""
-    """where in the file the weights are, such as state_dict"""
+    key: Annotated[tuple[str, ...], BeforeValidator(_one_or_more, json_schema_input_type=str | tuple[str, ...])] = ()
+    """where in the file the weights are, such as state_dict; of several, the first that is there"""
     strip: tuple[str, ...] = ()
-    """prefixes that names may have, such as module."""
+    """prefixes that names may have, in any order, such as module."""
     ignore: tuple[str, ...] = ()
     """names that are not needed; * stands for anything"""
     sizes: dict[Name, Count] = {}
     """of axes that no shape says: those of one tensor of ours that are several of theirs"""
     names: dict[str, Moves]
-    """their name -> ours; {layer} stands for the number of a layer, and is the first axis of ours"""
+    """their name -> ours; {layer} stands for the number of a layer, and is the first axis of ours. A / in a name goes into nested dicts."""
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
