@@ -14,7 +14,7 @@ import sympy as sp
 from unroll.derivation import Derivation
 from unroll.derivation import derive as derive_spec
 from unroll.errors import UnrollError, did_you_mean
-from unroll.expr import dim
+from unroll.expr import dim, swap
 from unroll.problem import Problem, from_spec
 from unroll.spec import Spec, load
 
@@ -248,7 +248,7 @@ def _refuse_too_large(program: Program, missing: Sequence[str]) -> None:
     counts = {s.name: prod(n or 1 for n in program.tensor_sizes(s)) for s in program.problem.parameters}
     dims = {dim(name): sp.Integer(n) for name, n in program.dims.items()}
     for p in program.step.learned:
-        sizes = [sp.sympify(n).xreplace(dims) for n in (*p.shape, *([] if p.family is None else [p.family]))]
+        sizes = [swap(n, dims) for n in (*p.shape, *([] if p.family is None else [p.family]))]
         if not all(n.is_Integer for n in sizes):
             raise UnrollError(
                 "E402",
@@ -295,6 +295,7 @@ def _origin(spec: Spec) -> str:
 def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -> dict[str, int]:
     """Sizes given, and those that the shapes of given parameters say. Raises UnrollError E404 for a shape that contradicts."""
     found = dict(dims)
+    open_sizes = {name for name, n in spec.dims.items() if not isinstance(n, int)}
     for name, value in parameters.items():
         if name not in spec.parameters:
             raise UnrollError(
@@ -308,8 +309,7 @@ def _sizes(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, Any]) -
                 f"{name} has {len(value.shape)} axes, declared are {len(declared)}: [{', '.join(map(str, declared))}]",
             )
         for entry, n in zip(declared, value.shape, strict=True):
-            free = isinstance(entry, str) and entry in spec.dims and not isinstance(spec.dims[entry], int)
-            if free and found.setdefault(entry, int(n)) != n:
+            if isinstance(entry, str) and entry in open_sizes and found.setdefault(entry, int(n)) != n:
                 raise UnrollError("E404", f"{name} has shape {tuple(value.shape)}, but {entry} = {found[entry]}")
     return found
 

@@ -37,6 +37,7 @@ from unroll.expr import (
     split,
     substitute,
     substitute_scalars,
+    swap,
     symbol,
     zeros,
 )  # fmt: skip
@@ -158,9 +159,10 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         raise e.located(half.where("step" if e.code == "E304" else "algorithm")) from None
     for call in (c for c in calls if c.rewrite.stage == "step"):
         step = _rewritten_step(half, step, call, departures)
-    for call in (c for c in calls if c.rewrite.left is not None):
+    for call in calls:
+        left = call.rewrite.left
         for a in step.assigns:
-            if isinstance(a.value, Expr) and (found := call.rewrite.left(a.value, **call.values)) is not None:
+            if left is not None and isinstance(a.value, Expr) and (found := left(a.value, **call.values)) is not None:
                 raise rewrites.unfinished(call, found)
     return step, departures, problem
 
@@ -345,12 +347,13 @@ def _about(half: Half, block: Block) -> Sym:
                 did_you_mean(block.over, [z.name for z in problem.variables]),
             )
         return found
-    if len(problem.variables) > 1:
-        hint = f"add over: {problem.variables[0].name}"
+    variable, *others = problem.variables
+    if others:
+        hint = f"add over: {variable.name}"
         raise SpecError(
             "E310", f"the block '{half.name}' does not say which variable it is about", half.where("block"), hint
         )
-    return problem.variables[0]
+    return variable
 
 
 def _own_variable(half: Half, block: Block) -> Sym | None:
@@ -451,7 +454,7 @@ def _renamed(step: Step, half: Half, variable: Sym) -> Step:
     def moved(value: Expr | sp.Expr) -> Expr | sp.Expr:
         if isinstance(value, Expr):
             return substitute(substitute_scalars(value, numbers), tensors)
-        return value.subs(numbers, simultaneous=True)
+        return swap(value, numbers)
 
     def target(s: Sym | sp.Symbol) -> Sym | sp.Symbol:
         return cast(Sym, tensors.get(s, s)) if isinstance(s, Sym) else numbers.get(s, s)
@@ -507,7 +510,7 @@ def _framed(
         _one_assignment(half, step, count)
     now: dict[Expr, Expr] = (
         {
-            s.symbol: substitute(s.start, {inner: start}) if s.symbol is not inner else start
+            s.symbol: substitute(as_expr(s.start), {inner: start}) if s.symbol is not inner else start
             for s in step.states
             if isinstance(s.symbol, Sym)
         }
@@ -558,7 +561,7 @@ def _with_noise(half: Half, assigns: list[Assign], raw: Sym) -> tuple[list[Assig
     if not asked:
         return assigns, []
     at = max(i for i, a in enumerate(assigns) if a.target is raw)
-    value = assigns[at].value
+    value = as_expr(assigns[at].value)
     terms = value.terms if isinstance(value, Add) else (value,)
     carried, moved = [t for t in terms if split(t)[1] is raw], [t for t in terms if split(t)[1] is not raw]
     if not carried or not moved:
@@ -581,12 +584,12 @@ def _with_noise(half: Half, assigns: list[Assign], raw: Sym) -> tuple[list[Assig
 
 def _rate(half: Half, kind: str) -> sp.Expr:
     place, scope = half.place(kind), half.problem.scope
-    layers = cast(Unroll, half.spec.unroll).layers
+    layers = cast(int, cast(Unroll, half.spec.unroll).layers)
     value = parse(
         getattr(half.scheme, kind), replace(scope, names={**scope.names, "layer": LAYER, "layers": LAYERS}), place
     )
     value = value.subs(LAYERS, layers) if not isinstance(value, Expr) else value
-    most = None if isinstance(value, Expr) or value.free_symbols - {LAYER} else value.subs(LAYER, int(layers) - 1)
+    most = None if isinstance(value, Expr) or value.free_symbols - {LAYER} else value.subs(LAYER, layers - 1)
     if most is None or not 0 <= most < 1:
         raise SpecError(
             "E205",
@@ -689,7 +692,7 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
     """Scalars that are functions of the layer, put in."""
     if not unrolled.schedule:
         return step
-    values: dict[sp.Basic, sp.Expr] = {}
+    values: dict[sp.Symbol, sp.Expr] = {}
     known = {s.name: s for s in problem.scalars}
     for name, written in unrolled.schedule.items():
         place = place_of(spec, "unroll", "schedule", name)
@@ -712,11 +715,7 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
         values[known[name]] = value.subs(LAYERS, unrolled.layers) if isinstance(unrolled.layers, int) else value
 
     def put(a: Assign) -> Assign:
-        value = (
-            substitute_scalars(a.value, values)
-            if isinstance(a.value, Expr)
-            else a.value.subs(values, simultaneous=True)
-        )
+        value = substitute_scalars(a.value, values) if isinstance(a.value, Expr) else swap(a.value, values)
         return _renoted(replace(a, value=value))
 
     inside, once = _where_known([put(a) for a in step.definitions], set())

@@ -16,7 +16,7 @@ import sympy as sp
 from unroll.algorithms import Part
 from unroll.calculus.curvature import operator_norm
 from unroll.calculus.gradient import gradient
-from unroll.calculus.prox import Parts
+from unroll.calculus.prox import Parts, slope_of_abs
 from unroll.errors import DeriveError
 from unroll.expr import (
     Add,
@@ -116,9 +116,9 @@ def _entry_polar(g: Parts, at: Expr) -> Expr | None:
 
 
 def _slope(h: sp.Expr) -> sp.Expr | None:
-    """c with h(s) = c |s|."""
-    c = h.coeff(sp.Abs(u), 1)
-    return c if c.is_positive and sp.expand(h - c * sp.Abs(u)) == 0 else None
+    """c > 0 with h(s) = c |s|."""
+    c = slope_of_abs(h)
+    return c if c is not None and c.is_positive else None
 
 
 def support(g: Parts, at: Expr, z: Sym) -> Expr | None:

@@ -612,7 +612,7 @@ def _intern(cls: type[Expr], *args: Any) -> Any:
 
 def broadcast(*shapes: Shape) -> Shape:
     """The common shape, size-1 axes repeated. Raises ShapeError."""
-    out = [ONE, ONE]
+    out: list[sp.Expr] = [ONE, ONE]
     for shape in shapes:
         for i in (0, 1):
             if out[i] == 1:
@@ -746,6 +746,11 @@ def number(c: Any) -> sp.Expr:
     return sp.sympify(c)
 
 
+def swap(c: sp.Expr, values: Mapping[Any, Any]) -> sp.Expr:
+    """c with symbols replaced, all at once."""
+    return cast(sp.Expr, cast(Any, c).subs(values, simultaneous=True))
+
+
 def matmul(*parts: Expr, coef: Any = 1) -> Expr:
     """coef * A @ B @ ... Raises ShapeError where inner sizes differ."""
     assert parts
@@ -828,7 +833,7 @@ def _unit(e: Add) -> tuple[sp.Expr, Expr]:
 
 def common_powers(coefs: Iterable[sp.Expr]) -> sp.Expr:
     """The powers of symbols (and of sums) in every coefficient: 2 a b, a^2 -> a."""
-    powers: list[dict[sp.Expr, sp.Expr]] = [c.as_coeff_Mul()[1].as_powers_dict() for c in coefs]
+    powers: list[Mapping[sp.Expr, Any]] = [c.as_coeff_Mul()[1].as_powers_dict() for c in coefs]
     shared = set[sp.Expr].union(*(set(p) for p in powers)) - {ONE}
     least = {base: [p.get(base, sp.Integer(0)) for p in powers] for base in shared}
     return sp.Mul(*(base ** min(found) for base, found in least.items() if all(x.is_Rational for x in found)))
@@ -936,7 +941,7 @@ def elementwise(profile: Any, *args: Expr) -> Expr:
             return value
         match e:
             case Map(p, inner):
-                return p.xreplace({slot(i): inline(a) for i, a in enumerate(inner)})
+                return cast(sp.Expr, p.xreplace({slot(i): inline(a) for i, a in enumerate(inner)}))
             case Add(terms) if inner := [
                 t for t in terms if isinstance(split(t)[1], Map) or as_constant(t) is not None
             ]:
@@ -957,14 +962,14 @@ def _plain_conditions(profile: sp.Expr) -> sp.Expr:
     """if-then-else of conditions (SymPy makes them of branches on branches) by `and` and `or`."""
     if not profile.has(sp.ITE):
         return profile
-    return profile.replace(sp.ITE, lambda p, a, b: sp.Or(sp.And(p, a), sp.And(sp.Not(p), b)))
+    return cast(sp.Expr, profile.replace(sp.ITE, lambda p, a, b: sp.Or(sp.And(p, a), sp.And(sp.Not(p), b))))
 
 
 def _primitive(profile: sp.Expr) -> sp.Expr:
     """One spelling where a sum meets a coefficient: 1/(4 + 4 u) -> 1/4 * 1/(1 + u), (a + a u) w -> a (1 + u) w, a (1 + u) -> a + a u."""
     if profile.is_Atom or not profile.has(sp.Add):
         return profile
-    args = tuple(map(_primitive, profile.args))
+    args = tuple(map(_primitive, cast(tuple[sp.Expr, ...], profile.args)))
     e = profile if args == profile.args else profile.func(*args)
     match e:
         case sp.Pow(base=base, exp=exponent) if isinstance(base, sp.Add) and not exponent.has(_Leaf):
@@ -1484,7 +1489,7 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             fresh = iter(parts)
             params = tuple(next(fresh) if isinstance(p, Expr) else p for p in params)
             return indicator(name, next(fresh), *params)
-        case never:
+        case _ as never:
             assert_never(never)
 
 
@@ -1506,53 +1511,53 @@ def substitute(e: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
     return transform(e, mapping.get)
 
 
-def substitute_scalars(e: Expr, mapping: Mapping[sp.Basic, Any]) -> Expr:
+def substitute_scalars(e: Expr, mapping: Mapping[Any, Any]) -> Expr:
     """Replace SymPy symbols in coefficients, profiles, parameters and sizes."""
     if not mapping:
         return e
-    swap: Callable[[Any], Any] = lambda x: number(x).subs(mapping, simultaneous=True)
+    put: Callable[[Any], sp.Expr] = lambda x: swap(number(x), mapping)
 
     def rule(node: Expr) -> Expr | None:
         match node:
             case Mul(c, factors):
-                return matmul(*factors, coef=swap(c))
+                return matmul(*factors, coef=put(c))
             case Map(profile, args):
-                return elementwise(swap(profile), *args)
+                return elementwise(put(profile), *args)
             case SpectralMap(h, x):
-                return spectral_map(swap(h), x)
+                return spectral_map(put(h), x)
             case Spectral(h, x):
-                return spectral(swap(h), x)
+                return spectral(put(h), x)
             case Eye(n):
-                return eye(swap(n))
+                return eye(put(n))
             case Ones(r, c):
-                return ones(swap(r), swap(c))
+                return ones(put(r), put(c))
             case Zero(r, c):
-                return zeros(swap(r), swap(c))
+                return zeros(put(r), put(c))
             case Sym():
                 return symbol(
-                    node.name, swap(node.nrows), swap(node.ncols), node.role, node.rank,
-                    None if node.family is None else swap(node.family), node.props,
+                    node.name, put(node.nrows), put(node.ncols), node.role, node.rank,
+                    None if node.family is None else put(node.family), node.props,
                 )  # fmt: skip
             case FamilySum(i, n, body):
-                return family_sum(i, swap(n), body)
+                return family_sum(i, put(n), body)
             case FamilyLogSumExp(i, n, body):
-                return family_logsumexp(i, swap(n), body)
+                return family_logsumexp(i, put(n), body)
             case FamilySoftmax(i, n, x):
-                return family_softmax(i, swap(n), x)
+                return family_softmax(i, put(n), x)
             case Noise(kind, rate, x):
-                return noise(kind, swap(rate), x)
+                return noise(kind, put(rate), x)
             case Op(name, x, adjoint, sizes) if sizes:
-                return operator(name, x, adjoint, tuple(map(swap, sizes)))
+                return operator(name, x, adjoint, tuple(map(put, sizes)))
             case Spectrum(i, sizes, x, conjugate):
-                return spectrum(i, tuple(map(swap, sizes)), x, conjugate)
+                return spectrum(i, tuple(map(put, sizes)), x, conjugate)
             case Signal(i, sizes, body):
-                return signal(i, tuple(map(swap, sizes)), body)
+                return signal(i, tuple(map(put, sizes)), body)
             case Normalise(kind, axis, eps, x, weight, bias):
-                return normalise(kind, axis, swap(eps), x, weight, bias)
+                return normalise(kind, axis, put(eps), x, weight, bias)
             case Indicator(name, params, x):
-                return indicator(name, x, *(p if isinstance(p, Expr) else swap(p) for p in params))
+                return indicator(name, x, *(p if isinstance(p, Expr) else put(p) for p in params))
             case Prox(term, variable, t, at, swaps):
-                return prox(term, variable, swap(t), at, tuple((swap(a), b) for a, b in swaps))
+                return prox(term, variable, put(t), at, tuple((put(a), b) for a, b in swaps))
             case _:
                 return None
 

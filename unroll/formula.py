@@ -11,6 +11,7 @@ import sympy as sp
 
 from unroll.calculus.torch_text import logcosh, sigmoid, softplus, stable
 from unroll.errors import DeriveError
+from unroll.expr import swap as swap
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
 """How tightly Python binds a text; a looser one is put in brackets."""
@@ -36,11 +37,6 @@ class Text:
 def formula(e: sp.Expr, names: Mapping[sp.Symbol, Text]) -> Text:
     """Torch text of a SymPy formula, its symbols replaced by `names`. Raises DeriveError E401: no torch form."""
     return _text(_stable(e), names)
-
-
-def swap(e: sp.Expr, values: Mapping[Any, Any]) -> sp.Expr:
-    """e with symbols replaced, all at once."""
-    return cast(sp.Expr, cast(Any, e).subs(values, simultaneous=True))
 
 
 # --- stable forms -----------------------------------------------------------------------------------------------------

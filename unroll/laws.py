@@ -23,7 +23,7 @@ from unroll.calculus.gradient import gradient
 from unroll.derivation import Derivation, Half, derive
 from unroll.errors import UnrollError, did_you_mean
 from unroll.evaluate import Evaluator, evaluate
-from unroll.expr import Expr, Member, Normalise, Prox, Spectrum, Sym, add, free_indices, prox, scalar, walk
+from unroll.expr import Expr, Member, Normalise, Prox, Spectrum, Sym, add, free_indices, prox, scalar, swap, walk
 from unroll.network import Network, draw
 from unroll.parse import Scope, parse_matrix
 from unroll.replay import State, as_matrix, as_stored, learned_value
@@ -128,13 +128,13 @@ class Sample:
         self.sizes: dict[sp.Symbol, Any] = {s: int(n) for s, n in problem.dims.items() if isinstance(n, int)}
         self.numbers = {s: 0.3 if v is None else float(v) for s, v in problem.scalars.items()}
         self.parameters = draw(problem, self.dims, seed)
-        self.inputs = {s.name: self.tensor(s, batch=3) for s in problem.inputs}
+        self.inputs: dict[str, Any] = {s.name: self.tensor(s, batch=3) for s in problem.inputs}
 
     def tensor(self, s: Sym, batch: int | None = None) -> Tensor:
         """A draw in the shape that a network takes: (batch, ..., cols, rows)."""
-        rows, cols = (int(n.subs(self.sizes)) for n in s.shape)
+        rows, cols = (int(swap(n, self.sizes)) for n in s.shape)
         shape = [[], [rows], [cols, rows]][s.rank]
-        family = [] if s.family is None else [int(s.family.subs(self.sizes))]
+        family = [] if s.family is None else [int(swap(s.family, self.sizes))]
         size = (*([] if batch is None else [batch]), *family, *shape)
         value = torch.randn(size, generator=self.generator, dtype=torch.float64)
         return value.abs() if "positive" in s.props else value
@@ -145,7 +145,7 @@ class Sample:
             spec, dims=self.dims, parameters=self.parameters, scalars=numbers, dtype=torch.float64
         ).eval()
 
-    def taken(self, net: Network) -> dict[str, Tensor]:
+    def taken(self, net: Network) -> dict[str, Any]:
         """The inputs that a network takes; one that is worked out on data has seen the first sample."""
         if not net.built:
             net.construct(**{name: value[0] for name, value in self.inputs.items()})
@@ -430,7 +430,7 @@ def _read_off(spec: Spec, given: Mapping[str, Sequence[int]]) -> dict[str, int]:
     out: dict[str, int] = {}
     for name, shape in given.items():
         for entry, n in zip(reversed(spec.inputs[name].shape), shape[-len(spec.inputs[name].shape) :], strict=True):
-            if entry in spec.dims and not isinstance(spec.dims[cast(str, entry)], int):
+            if entry in spec.dims and not isinstance(spec.dims[entry], int):
                 out[entry] = n
     return out
 
@@ -462,7 +462,7 @@ def _entries(d: Derivation, sample: Sample) -> dict[str, tuple[dict[Sym, Tensor]
             at
             if at is not None
             else before.get(
-                state_of(z), torch.zeros(*(int(n.subs(sample.sizes)) for n in z.shape), dtype=torch.float64)
+                state_of(z), torch.zeros(*(int(swap(n, sample.sizes)) for n in z.shape), dtype=torch.float64)
             )
         )
         seen = {
@@ -520,7 +520,7 @@ def _members(
     nodes = [x for x in walk(site.before) if isinstance(x, Member | Spectrum)]
     sizes = {x.index: x.of.family if isinstance(x, Member) else sp.Mul(*x.sizes) for x in nodes}
     free = sorted(free_indices(site.before))
-    for place in itertools.product(*(range(int(cast(sp.Expr, sizes[i]).subs(numbers))) for i in free)):
+    for place in itertools.product(*(range(int(swap(cast(sp.Expr, sizes[i]), numbers))) for i in free)):
         at = Evaluator(values, numbers, dict(zip(free, place, strict=True)))
         before, after = map(at, site.core or (site.before, site.after))
         size: Callable[[Tensor], Tensor] = lambda x: torch.linalg.matrix_norm(x, 2 if site.core else "fro")

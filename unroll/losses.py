@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from unroll import runtime
 from unroll.emit import Names, Section, identifier, imports, remark, stored_axes, term_symbols, unit_axes
 from unroll.errors import UnrollError, did_you_mean
-from unroll.expr import Expr, Indicator, LogDet, Sym, rebuild, same, scale, walk
-from unroll.formula import Text, formula, number, swap
+from unroll.expr import Expr, Indicator, LogDet, Sym, rebuild, same, scale, swap, walk
+from unroll.formula import Text, formula, number
 from unroll.graph import Graph, lower_terms
 from unroll.network import load, values_of
 from unroll.operations import HELPERS

@@ -31,6 +31,7 @@ from unroll.expr import (
     slot,
     spectral,
     spectral_map,
+    swap,
     transpose,
 )  # fmt: skip
 from unroll.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
@@ -198,7 +199,7 @@ class _Reader:
         """'m × n = 64 × 256', or 'm × n' while sizes are open."""
         e = as_expr(value)
         shown = show_shape(e.shape)
-        known = show_shape((e.rows.subs(dict(self.scope.sizes)), e.cols.subs(dict(self.scope.sizes))))
+        known = show_shape((swap(e.rows, self.scope.sizes), swap(e.cols, self.scope.sizes)))
         return shown if shown == known else f"{shown} = {known}"
 
     def declared(self, *nodes: ast.AST) -> tuple[str, ...]:
@@ -417,7 +418,7 @@ class _Reader:
                 return self._sum(x, scale(-1, y) if isinstance(y, Expr) else -y)
             case "*":
                 return (
-                    scale(y, x)
+                    scale(y, as_expr(x))
                     if not isinstance(y, Expr)
                     else scale(x, y)
                     if not isinstance(x, Expr)
@@ -674,7 +675,7 @@ class _Reader:
             )
         values = [self.value(a) for a in args]
         if all(not isinstance(v, Expr) for v in values):
-            return self._real(node, found.profile.subs({slot(i): v for i, v in enumerate(values)}, simultaneous=True))
+            return self._real(node, swap(found.profile, {slot(i): v for i, v in enumerate(values)}))
         exprs = [as_expr(v) for v in values]
         if found.arity == 2:
             self._fit(node, args[0], args[1], exprs[0], exprs[1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import sympy as sp
 
 from unroll.errors import SpecError, Where, did_you_mean
-from unroll.expr import ONE, Expr, Role, Sym, dim, number, scalar, scale, show_shape, symbol
+from unroll.expr import ONE, Expr, Role, Sym, dim, number, scalar, scale, show_shape, swap, symbol
 from unroll.functions import Value, as_expr
 from unroll.parse import Macro, Place, Scope, parse, parse_constraint, parse_signature
 from unroll.spec import Spec
@@ -63,7 +63,7 @@ def from_spec(spec: Spec, dims: Mapping[str, int] | None = None) -> Problem:
     declared = {s.name: _declared(spec, section, s) for section, symbols in tensors.items() for s in symbols}
     known = {d: n for d, n in sizes.items() if isinstance(n, int)}
     for s in tensors["parameters"]:
-        rows, cols = s.rows.subs(known), s.cols.subs(known)
+        rows, cols = swap(s.rows, known), swap(s.cols, known)
         if "orthonormal" in s.props and (cols - rows).is_positive:
             where = spec.key_where("parameters", s.name)
             raise SpecError(

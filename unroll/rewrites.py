@@ -81,6 +81,7 @@ from unroll.expr import (
     spectral_norm,
     spectrum,
     split,
+    swap,
     total,
     transpose,
     walk,
@@ -360,13 +361,15 @@ def _wanted(new: sp.Expr, old: sp.Expr, to: sp.Expr | None) -> bool:
 def smaller_side(e: Expr, sizes: dict[sp.Symbol, int]) -> Expr:
     """Inverses and determinants on their smaller side, where the sizes are known: an exact rewrite that cost decides."""
 
+    def known(n: sp.Expr) -> int | None:
+        found = swap(n, sizes)
+        return int(found) if found.is_number else None
+
     def rule(x: Expr) -> Site | None:
-        sides = {n for f in _inverted(x) for n in _sides(f)}
-        for n in sorted((n for n in sides if n.subs(sizes).is_number), key=lambda n: int(n.subs(sizes))):
+        sides = {n: size for f in _inverted(x) for n in _sides(f) if (size := known(n)) is not None}
+        for n, size in sorted(sides.items(), key=lambda side: side[1]):
             found = push_through(n)(x)
-            if found is not None and all(
-                int(n.subs(sizes)) < int(f.rows.subs(sizes)) for f in _inverted(x) if f.rows.subs(sizes).is_number
-            ):
+            if found is not None and all(size < old for f in _inverted(x) if (old := known(f.rows)) is not None):
                 return found
         return None
 
@@ -680,7 +683,8 @@ def spectral_bound(by: Sym) -> Rule:
         if shifted is None or not isinstance(e, LogDet):
             return None
         a, m = shifted
-        if by.family is not None and not (free := sorted(free_indices(e))):
+        free = sorted(free_indices(e))
+        if by.family is not None and not free:
             return None
         q = by if by.family is None else member(by, free[0])
         if not same(q.rows, e.x.rows):

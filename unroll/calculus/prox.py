@@ -52,6 +52,7 @@ from unroll.expr import (
     spectral_prox,
     split,
     substitute,
+    swap,
     symbol,
     total,
     transpose,
@@ -236,8 +237,8 @@ class Parts:
                 return self._with_mapped(c, inner, e, z)
             k, rest = at
             shift[slot(i)] = k * slot(0) + (_named(others, rest) if rest is not None else 0)
-        profile = c * profile.subs(shift, simultaneous=True)
-        if profile.is_polynomial(slot(0)) and sp.degree(profile, slot(0)) == 1:
+        profile = c * swap(profile, shift)
+        if profile.is_polynomial(slot(0)) and sp.Poly(profile, slot(0)).degree() == 1:
             return replace(self, tilt=(*self.tilt, gradient(e, z)))
         return replace(self, entries=(*self.entries, profile), others=tuple(others))
 
@@ -321,7 +322,7 @@ def _left_factor(term: Expr, z: Sym) -> Expr | None:
 
 def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
     names = [_symbol_of(e, i) for i, e in enumerate(p.others)]
-    profile = sp.Add(*p.entries).subs({slot(i + 1): s for i, s in enumerate(names)}, simultaneous=True)
+    profile = swap(sp.Add(*p.entries), {slot(i + 1): s for i, s in enumerate(names)})
     lo, hi = sp.Max(-sp.oo, *(d[0] for d in p.domain)), sp.Min(sp.oo, *(d[1] for d in p.domain))
     if not p.entries and not p.domain:
         return Proximal(at, "linear", True)
@@ -371,14 +372,14 @@ def _length(x: Expr, axis: Axis) -> Expr:
 
 def _sign_homogeneous(p: Parts) -> bool:
     """Is the separable part c |z| (c >= 0), with or without z >= 0? Then radial after separable is the prox of the sum."""
-    f = sp.Add(*p.entries)
-    c = f.coeff(sp.Abs(slot(0)), 1)
-    return bool(
-        not p.others
-        and sp.expand(f - c * sp.Abs(slot(0))) == 0
-        and c.is_nonnegative
-        and all(d == (0, sp.oo) for d in p.domain)
-    )
+    c = slope_of_abs(sp.Add(*p.entries))
+    return bool(not p.others and c is not None and c.is_nonnegative and all(d == (0, sp.oo) for d in p.domain))
+
+
+def slope_of_abs(f: sp.Expr) -> sp.Expr | None:
+    """c with f(s) = c |s|."""
+    c = swap(f, {slot(0): 1})
+    return c if sp.expand(f - c * sp.Abs(slot(0))) == 0 else None
 
 
 def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Proximal | None:

@@ -109,7 +109,7 @@ class ScalarProx:
         swap = {k: sp.sympify(e) for k, e in values.items()}
         return self.map(lambda e: e.subs(swap, simultaneous=True))
 
-    def replace(self, product: sp.Expr, symbol: sp.Symbol) -> ScalarProx:
+    def replace(self, product: sp.Expr, symbol: sp.Expr) -> ScalarProx:
         """`symbol` in the place of a product of scalars, as theta for step*lam; exact wherever else they occur."""
         choices = [self.substitute_identity(s, e) for s, e in _eliminations(product, symbol)]
         if not choices:
@@ -224,7 +224,7 @@ def _tidy(e: sp.Expr) -> sp.Expr:
     return sp.cancel(inner) if isinstance(inner, (sp.Mul, sp.Add)) and not inner.is_number else inner
 
 
-def _eliminations(product: sp.Expr, symbol: sp.Symbol) -> list[tuple[sp.Symbol, sp.Expr]]:
+def _eliminations(product: sp.Expr, symbol: sp.Expr) -> list[tuple[sp.Symbol, sp.Expr]]:
     """s = ... for each scalar that `symbol` = product can be solved for."""
     out: list[tuple[sp.Symbol, sp.Expr]] = []
     for s in sorted(product.free_symbols, key=str):
