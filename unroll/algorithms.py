@@ -308,7 +308,7 @@ def _proximal_step(problem: Problem, parts: tuple[Part, ...], at: Sym) -> Expr:
 def _monotone(parts: tuple[Part, ...], options: Options) -> tuple[str, ...]:
     return (
         ("monotone: f(z⁺) <= f(z)",)
-        if options.step == "1/L" and all(p.descended or p.proximal.convex or p.is_set for p in parts)
+        if options.step == "1/L" and all(p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
         else ()
     )
 

@@ -216,7 +216,7 @@ class Evaluator:
             case Indicator(name, params, x):
                 numbers = [self(p) if isinstance(p, Expr) else self.number(p) for p in params]
                 return self.indicator(name, self(x), numbers)
-            case never:
+            case _ as never:
                 assert_never(never)
 
     def family(self, index: str, n: sp.Expr, body: Expr) -> list[Tensor]:

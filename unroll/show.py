@@ -111,6 +111,8 @@ GREEK = {
 }
 
 
+# SymPy finds these methods by name: what it calls their argument, and the literals it returns, bind no subclass.
+# pyright: reportIncompatibleMethodOverride=false
 class _Text(StrPrinter):
     """SymPy scalars in the language: abs, maximum, where, ** and so on."""
 
@@ -308,8 +310,8 @@ def _node(e: Expr, d: Dialect) -> Shown:
             slot(0) ** 2,
         ):
             return call("norm2", x)
-        case Map():
-            return _map(e, d)
+        case Map() as m:
+            return _map(m, d)
         case Sum(Map(p, (x,)), None) if p == slot(0) ** 2:
             return call("sumsq", x)
         case Sum(Map(p, (Op("difference", x, False),)), None) if p == sp.Abs(slot(0)):
@@ -464,4 +466,4 @@ def _map(e: Map, d: Dialect) -> Shown:
 
 def _is_power(e: sp.Expr) -> bool:
     """Printed with **, not as a quotient."""
-    return e.is_Pow and not e.exp.could_extract_minus_sign()
+    return isinstance(e, sp.Pow) and not e.exp.could_extract_minus_sign()

@@ -189,7 +189,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():
             raise AssertionError("families are swept in their own scope; please report")
-        case never:
+        case _ as never:
             assert_never(never)
 
 
@@ -227,7 +227,8 @@ def no_gradient(e: Expr, why: str) -> DeriveError:
 @cache
 def jumps(profile: sp.Expr, by: sp.Symbol) -> bool:
     """Does the profile itself (not its slope) have a step, as sign(u) and 1[u != 0] have?"""
-    exact = any(isinstance(c, sp.Eq | sp.Ne) and c.has(by) for p in profile.atoms(sp.Piecewise) for _, c in p.args)
+    conditions = [branch.args[1] for p in profile.atoms(sp.Piecewise) for branch in p.args]
+    exact = any(isinstance(c, sp.Eq | sp.Ne) and c.has(by) for c in conditions)
     return exact or any(s.has(by) for s in profile.atoms(sp.sign, sp.Heaviside))
 
 
