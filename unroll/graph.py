@@ -62,12 +62,12 @@ from unroll.expr import (
     same,
     slot,
     split,
+    swap,
     walk,
 )  # fmt: skip
 from unroll.expr import (
     Node as Formula,
 )
-from unroll.formula import swap
 from unroll.operations import BY_NAME, Node, Ref, Stage, View
 from unroll.problem import Problem
 from unroll.rewrites import per_frequency
@@ -456,7 +456,7 @@ class Lowering:
                 return b.add("indicator", (self.lower(matmul(a, x)), self.lower(c)), "affine")
             case Indicator(name, params, x):
                 return b.add("indicator", (self.lower(x), *map(self.value, params)), name)
-            case never:
+            case _ as never:
                 assert_never(never)
 
     def _add(self, terms: tuple[Expr, ...]) -> Ref:

@@ -21,8 +21,7 @@ from typing import cast
 import networkx as nx
 import sympy as sp
 
-from unroll.expr import ONE, same, slot
-from unroll.formula import swap
+from unroll.expr import ONE, same, slot, swap
 from unroll.graph import Builder, Graph
 from unroll.operations import BY_NAME, Node, Ref, Stage, View
 

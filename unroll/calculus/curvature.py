@@ -52,6 +52,7 @@ from unroll.expr import (
     slot,
     spectral_norm,
     split,
+    swap,
     times,
     transpose,
     walk,
@@ -245,7 +246,7 @@ def _over_entries(c: sp.Expr, i: int, others: list[Expr], smallest: bool) -> Exp
     if not names:
         return constant(c)
     index = {slot(j): slot(k) for k, j in enumerate(j for j in range(len(others) + 1) if j != i)}
-    values = elementwise(c.subs(index, simultaneous=True), *others)
+    values = elementwise(swap(c, index), *others)
     return scale(-1, largest(scale(-1, values))) if smallest else largest(values)
 
 
@@ -308,14 +309,14 @@ def _weighed(e: Expr, z: Sym, member: str = "") -> _Weighed | None:
     half = len(factors) // 2
     if (
         len(factors) % 2 == 0
-        or not isinstance(factors[half], Diag)
+        or not isinstance(middle := factors[half], Diag)
         or transpose(matmul(*factors[:half])) is not matmul(*factors[half + 1 :])
     ):
         return None
     at = next((i for i, f in enumerate(factors[:half]) if depends(f, z)), half)
     if member and any(mentions(f, member) for f in factors[at:half]):
         return None
-    v, norm = factors[half].x, operator_norm(matmul(*factors[:half]), z)
+    v, norm = middle.x, operator_norm(matmul(*factors[:half]), z)
     if norm is None or not all(map(nonnegative, (w, s, v))) or any(depends(x, z) for x in (w, s, v)):
         return None
     free = sp.Symbol("s", positive=True)
@@ -367,7 +368,7 @@ def nonnegative(e: Expr) -> bool:
             signs = {
                 slot(i): sp.Symbol(f"_{i}", positive=True) if nonnegative(a) else slot(i) for i, a in enumerate(args)
             }
-            return profile.subs(signs, simultaneous=True).is_nonnegative is True  # at 0: its limit
+            return swap(profile, signs).is_nonnegative is True  # at 0: its limit
         case _:
             return False
 
