@@ -21,8 +21,8 @@ from torch import nn
 
 from unroll import runtime
 from unroll.errors import UnrollError
-from unroll.expr import ONE, Sym, slot
-from unroll.formula import POSTFIX, PRODUCT, Text, formula, number, swap
+from unroll.expr import ONE, Sym, slot, swap
+from unroll.formula import POSTFIX, PRODUCT, Text, formula, number
 from unroll.graph import Graph, lower_step, lower_terms
 from unroll.operations import BY_NAME, HELPERS, Context, Node, Operand, Ref, Stage, helpers_of
 from unroll.passes import Sizes, optimise

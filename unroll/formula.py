@@ -11,7 +11,6 @@ import sympy as sp
 
 from unroll.calculus.torch_text import logcosh, sigmoid, softplus, stable
 from unroll.errors import DeriveError
-from unroll.expr import swap as swap
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
 """How tightly Python binds a text; a looser one is put in brackets."""

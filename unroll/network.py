@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from unroll.emit import Program, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
-from unroll.expr import LogDet, Sym, walk
-from unroll.formula import swap
+from unroll.expr import LogDet, Sym, swap, walk
 from unroll.problem import Problem
 from unroll.replay import Replay, learned_value
 from unroll.step import Learned
