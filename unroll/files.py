@@ -25,7 +25,7 @@ def restore(folder: str | os.PathLike[str]) -> Network | Model:
     if (Path(folder) / "run.json").is_file():
         from unroll.train import trained
 
-        return trained(folder)
+        return trained(Path(folder))
     from unroll.network import restore as read_folder
 
     return read_folder(folder)

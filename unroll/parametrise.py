@@ -224,7 +224,7 @@ def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple
     def put(a: Assign) -> Assign:
         if not isinstance(a.value, Expr) or (block and a.block != block) or given not in a.value.symbols:
             return a
-        swaps = (
+        swaps: dict[Expr, Expr] = (
             {member(given, i): rename_index(e, index, i) for i in _indices(a.value)}
             if given.family is not None
             else {given: e}
@@ -466,10 +466,12 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
 
 def _constraint(w: _Wanted) -> Constraint:
     record, value = w.record, w.value
-    asked: list[Constraint] = []
-    asked += ["positive"] if record.positive else []
-    asked += ["symmetric"] if record.symmetric else []
-    asked += ["unit_columns"] if record.columns == "unit" else []
+    said: dict[Constraint, bool] = {
+        "positive": record.positive,
+        "symmetric": record.symmetric,
+        "unit_columns": record.columns == "unit",
+    }
+    asked = [constraint for constraint, holds in said.items() if holds]
     if len(asked) > 1:
         raise SpecError("E306", f"{w.name} has two constraints, {' and '.join(asked)}; one can be kept", w.where)
     match asked:
