@@ -77,7 +77,7 @@ def test_streamed_moments_are_those_of_all_samples_at_once() -> None:
             assert torch.allclose(parts.std, whole.std(1, correction=0), atol=1e-10)
         assert torch.allclose(found.improved(term), (trace.actual[term] > 0).double().mean(1))
     assert torch.allclose(found.zeros["Z"].mean, trace.all_zeros["Z"].mean(1))
-    assert "compress" in str(found) and len(found.rows()) == 4 * 3
+    assert "compress" in str(found) and len(found.rows()) == 4 * 4  # and their total
 
 
 def test_a_layer_that_cannot_solve_and_a_term_that_has_no_determinant_are_named() -> None:

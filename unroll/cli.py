@@ -16,6 +16,7 @@ from unroll import __version__
 from unroll.errors import UnrollError, explain
 
 STAGES = ("spec", "problem", "derivation", "step", "graph", "source")
+PLACES = ("iterate", "layer_norm", "rms_norm", "sphere")
 KINDS = ("objectives", "specs", "presets", "functions", "sets", "algorithms", "rewrites", "data")
 
 
@@ -216,13 +217,50 @@ def train(
         click.echo(str(run))
 
 
+def _measuring(f: Any) -> Any:
+    """Options of what is measured of each layer."""
+    about = "A formula to measure too, in the words of the spec, as rate='R(Z)'; may be repeated."
+    f = click.option("--term", "terms", multiple=True, metavar="NAME=FORMULA", help=about)(f)
+    at = "What the terms are taken at: the iterates, or their normalised columns."
+    return click.option("--at", type=click.Choice(PLACES), default="iterate", show_default=True, help=at)(f)
+
+
+def _formulas(terms: tuple[str, ...]) -> dict[str, str]:
+    found = [term.partition("=") for term in terms]
+    for name, _, formula in found:
+        if not (name.isidentifier() and formula):
+            raise click.UsageError("--term is NAME=FORMULA, as --term length='sumsq(z)'")
+    return {name: formula for name, _, formula in found}
+
+
 @cli.command("eval")
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
-def eval_(run: Path) -> None:
-    """Measure a finished run again on its held-out data."""
-    from unroll.train import evaluate
+@click.option("--white-box", is_flag=True, help="What each step of each layer does to each term of the objective.")
+@_measuring
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Measure a finished run again on its held-out data: its closing table, or, with --white-box, what its layers do.
 
-    click.echo(str(evaluate(run)))
+    \b
+    One row per layer, block and term, means over all held-out samples:
+      claimed     does the block take this term?
+      predicted   change to first order: <gradient, step>
+      actual      change that came; improved: in so many samples for the better
+      cosine      of the step and the gradient
+    --at, --term and --json say more about --white-box.
+    """
+    if not white_box and (terms or as_json or at != "iterate"):
+        raise click.UsageError("--at, --term and --json are about --white-box: add it")
+    if white_box:
+        from unroll.train.run import measure
+
+        found = measure(run, at=at, terms=_formulas(terms), quiet=quiet)
+        click.echo(json.dumps(found.records(), indent=1) if as_json else str(found))
+    else:
+        from unroll.train import evaluate
+
+        click.echo(str(evaluate(run, quiet=quiet)))
 
 
 @cli.command()
@@ -230,11 +268,13 @@ def eval_(run: Path) -> None:
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True
 )
-def report(spec: str, overrides: tuple[str, ...], output: Path) -> None:
-    """One HTML page: the derivation, the graph, the laws, the module, and of a run its curves."""
+@_measuring
+def report(spec: str, overrides: tuple[str, ...], output: Path, at: str, terms: tuple[str, ...]) -> None:
+    """One HTML page: the derivation, the laws, the graph, the module; what each layer does to each term, beside what was
+    predicted; where attention looks; and of a run its curves. SPEC may be the folder of a run."""
     from unroll.page import report as write
 
-    write(spec, output, overrides=overrides)
+    write(spec, output, overrides=overrides, at=at, terms=_formulas(terms))
     click.echo(f"wrote {output}", err=True)
 
 

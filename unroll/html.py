@@ -1,12 +1,19 @@
-"""Pieces of a self-contained HTML page: formulas as MathML, tables, lines over layers, Python text. No script in it."""
+"""Pieces of a self-contained HTML page: formulas as MathML, tables, Python text, lines over layers, terms over steps, maps.
+
+No script in it, and nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
 import keyword
 import math
+import struct
 import tokenize
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 MATH = '"STIX Two Math", "Cambria Math", "STIX Math", "Latin Modern Math", "DejaVu Math TeX Gyre", math'
@@ -27,6 +34,10 @@ pre {{ font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace }}
 pre {{ background: #f8f9f9; padding: .8rem 1rem; overflow-x: auto }}
 .k {{ color: #8e44ad }}  .s {{ color: #1e8449 }}  .c {{ color: #839192 }}
 .bad {{ color: #c0392b; font-weight: bold }}  .good {{ color: #1e8449 }}
+h3 {{ font-size: 1rem; margin: 1.2rem 0 .2rem }}
+.maps {{ display: flex; flex-wrap: wrap; gap: .8rem }}
+figure {{ margin: 0 }}  figcaption {{ color: #566573; font-size: 12px; max-width: 9rem }}
+.map {{ image-rendering: pixelated; border: 1px solid #d5d8dc; display: block }}
 .chart {{ max-width: 100%; height: auto }}
 .chart text {{ font: 12px system-ui, sans-serif }}
 """
@@ -167,3 +178,170 @@ def _line(
 def _legend(names: Sequence[str]) -> str:
     shown = (f'<span style="color:{COLOURS[k % len(COLOURS)]}">&#9632;</span> {escape(n)}' for k, n in enumerate(names))
     return f"<p>{' &emsp; '.join(shown)}</p>"
+
+
+# --- terms over steps -------------------------------------------------------------------------------------------------
+
+IMPROVES, WORSENS, STILL = "#0072b2", "#d55e00", "#7f8c8d"
+"""Blue and vermilion, which no common colour blindness confuses. Source: Okabe & Ito 2008, Color Universal Design."""
+UPPER, GAP, LOWER = 180, 14, 110
+
+
+@dataclass(frozen=True)
+class Course:
+    """One term over S steps: value (S + 1) after each, the start first; predicted, actual (S): its changes.
+
+    sign: 1 if the term is to fall, -1 if it is to rise.  better: (S) share of samples in which it does.
+    own: (S) does the step take the term?  steps: (S) (layer, block).
+    """
+
+    name: str
+    sign: int
+    value: Sequence[float]
+    predicted: Sequence[float]
+    actual: Sequence[float]
+    better: Sequence[float]
+    own: Sequence[bool]
+    steps: Sequence[tuple[int, str]]
+
+    def colour(self, k: int) -> str:
+        gain = -self.sign * self.actual[k]
+        return IMPROVES if gain > 0 else WORSENS if gain < 0 else STILL
+
+    def words(self, k: int) -> str:
+        layer, block = self.steps[k]
+        changes = f"actual {self.actual[k]:+.4g}, predicted {self.predicted[k]:+.4g}"
+        return f"layer {layer}, {block}: {self.name} {changes}, improved in {100 * self.better[k]:.0f} %"
+
+
+def course(c: Course) -> str:
+    """Above, the term: a line per step, coloured by what the step did to it. Below, bars: that, and what was predicted.
+
+    A line starts at the value before its step by the parameters of its own layer: where these change, lines do not meet.
+    """
+    count = len(c.actual)
+    starts = [after - change for after, change in zip(c.value[1:], c.actual, strict=True)]
+    y, low, high = _scale([*c.value, *starts], TOP, UPPER)
+    bar, fall, rise = _scale([0.0, *c.predicted, *c.actual], TOP + UPPER + GAP, LOWER)
+    ends = [v for v in (fall, rise) if abs(bar(v) - bar(0)) > 12]
+    slot = (WIDTH - LEFT - RIGHT) / count
+    drawn = [
+        _bands(c.steps, slot),
+        _levels(y, [low + (high - low) * k / 4 for k in range(5)]),
+        _levels(bar, [0.0, *ends]),
+    ]
+    for k in range(count):
+        left, right = LEFT + slot * k, LEFT + slot * (k + 1)
+        if all(map(math.isfinite, (starts[k], c.value[k + 1], c.predicted[k], c.actual[k]))):
+            shapes = _move(c, k, (left, y(starts[k])), (right, y(c.value[k + 1])))
+            shapes += _bars(c, k, left + slot / 2, min(slot, 36), bar)
+            drawn.append(f"<g><title>{escape(c.words(k))}</title>{shapes}</g>")
+    if math.isfinite(c.value[0]):
+        drawn.append(f'<circle cx="{LEFT}" cy="{y(c.value[0]):.1f}" r="3" fill="{STILL}"/>')
+    bottom = TOP + UPPER + GAP + LOWER
+    zero = f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bar(0):.1f}" y2="{bar(0):.1f}" stroke="#1c2833"/>'
+    words = (
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{bottom + 34}" text-anchor="middle">layer</text>'
+        f'<text transform="translate(12 {TOP + UPPER / 2}) rotate(-90)" text-anchor="middle">{escape(c.name)}</text>'
+        f'<text transform="translate(12 {bottom - LOWER / 2}) rotate(-90)" text-anchor="middle">change</text>'
+    )
+    start = f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + 40}" width="{WIDTH}" role="img">'
+    return f"{start}<title>{escape(c.name)} over the steps</title>{''.join(drawn)}{zero}{words}</svg>"
+
+
+def course_legend(blocks: Sequence[str]) -> str:
+    """What the marks of a course mean."""
+    parts = (
+        f'<span style="color:{IMPROVES}">&#9473;&#9473; &#9650;&#9660;</span> a step that improves the term in the mean',
+        f'<span style="color:{WORSENS}">&#9477;&#9477; &#9650;&#9660;</span> one that makes it worse (&#9650; rose, &#9660; fell)',
+        "&#9650; full: the step takes the term, &#9651; hollow: it does not",
+        "bars: &#9633; change predicted to first order, &#9632; what came",
+    )
+    order = (f"in every layer: {escape(', then '.join(blocks))}",) if len(blocks) > 1 else ()
+    return f"<p>{'<br>'.join((*parts, *order))}</p>"
+
+
+def _scale(values: Sequence[float], top: float, tall: float) -> tuple[Callable[[float], float], float, float]:
+    """Value -> y within a panel; the least and the largest value."""
+    found = [v for v in values if math.isfinite(v)] or [0.0]
+    low, high = min(found), max(found)
+    high = high if high > low else low + 1
+    return lambda v: top + 6 + (tall - 12) * (high - v) / (high - low), low, high
+
+
+def _levels(y: Callable[[float], float], marks: Sequence[float]) -> str:
+    return "".join(
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#d5d8dc"/>'
+        f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>'
+        for v in marks
+    )
+
+
+def _bands(steps: Sequence[tuple[int, str]], slot: float) -> str:
+    """Every other layer on grey, and numbers of layers where there is room."""
+    layers = list(dict.fromkeys(layer for layer, _ in steps))
+    every = max(1, math.ceil(len(layers) / 24))
+    out, bottom = "", TOP + UPPER + GAP + LOWER
+    for k, layer in enumerate(layers):
+        mine = [i for i, (of, _) in enumerate(steps) if of == layer]
+        left, wide = LEFT + slot * mine[0], slot * len(mine)
+        if k % 2:
+            out += f'<rect x="{left:.1f}" y="{TOP}" width="{wide:.1f}" height="{bottom - TOP}" fill="#f4f6f6"/>'
+        if k % every == 0:
+            out += f'<text x="{left + wide / 2:.1f}" y="{bottom + 16}" text-anchor="middle">{layer}</text>'
+    return out
+
+
+def _move(c: Course, k: int, start: tuple[float, float], end: tuple[float, float]) -> str:
+    """The line of a step, dashed if it makes the term worse, and at its end which way the term went."""
+    colour, (x, y) = c.colour(k), end
+    dash = ' stroke-dasharray="4 3"' if colour == WORSENS else ""
+    way = math.copysign(1, c.actual[k])
+    shape = (
+        f"M{x:.1f},{y - 5 * way:.1f} l4.5,{8 * way:g} h-9 z"
+        if c.actual[k]
+        else f"M{x - 4:.1f},{y - 1.5:.1f} h8 v3 h-8 z"
+    )
+    return (
+        f'<line x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{x:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="2"{dash}/>'
+        f'<path d="{shape}" fill="{colour if c.own[k] else "#fff"}" stroke="{colour}"/>'
+    )
+
+
+def _bars(c: Course, k: int, x: float, wide: float, y: Callable[[float], float]) -> str:
+    """Left of x the change that was predicted, hollow; right of it the one that came."""
+    out, half = "", 0.38 * wide
+    for at, v, fill in ((x - half, c.predicted[k], "none"), (x, c.actual[k], c.colour(k))):
+        top, tall = min(y(v), y(0)), abs(y(v) - y(0))
+        out += f'<rect x="{at:.1f}" y="{top:.1f}" width="{half:.1f}" height="{tall:.1f}" fill="{fill}" stroke="{c.colour(k)}"/>'
+    return out
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+def picture(rows: Sequence[Sequence[float]], caption: str, cell: int) -> str:
+    """Weights as squares of `cell` pixels: white is the smallest, black the largest, grey by the square root between them."""
+    low, high = min(map(min, rows)), max(map(max, rows))
+    span = high - low if high > low else 1.0
+    grey = [bytes(255 - round(255 * math.sqrt((v - low) / span)) for v in row) for row in rows]
+    text = base64.b64encode(_png(grey)).decode()
+    size = f'width="{cell * len(rows[0])}" height="{cell * len(rows)}"'
+    shown = f'<img class="map" {size} alt="{escape(caption)}" src="data:image/png;base64,{text}">'
+    return f"<figure>{shown}<figcaption>{escape(caption)}: {low:.2g} to {high:.2g}</figcaption></figure>"
+
+
+def maps(pictures: Iterable[str]) -> str:
+    """Pictures side by side."""
+    return f'<div class="maps">{"".join(pictures)}</div>'
+
+
+def _png(grey: Sequence[bytes]) -> bytes:
+    """Rows of 8-bit grey. Source: ISO/IEC 15948, Portable Network Graphics."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", len(grey[0]), len(grey), 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in grey), 9))
+    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")

@@ -1,27 +1,46 @@
-"""One HTML page about a spec or a finished run: the derivation, the graph, the laws, the module, the curves."""
+"""One HTML page about a spec or a finished run: the derivation, the graph, the laws, the module, the curves, what layers do."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from unroll import html
 from unroll.api import Source, build, derive, read, stage
 from unroll.derivation import Derivation
-from unroll.errors import SpecError
+from unroll.errors import SpecError, UnrollError
 from unroll.interpret import svg
 from unroll.laws import check
 from unroll.spec import Spec
 
+if TYPE_CHECKING:
+    from unroll.model.module import Model
+    from unroll.network import Network
+    from unroll.replay import AttentionMap
+    from unroll.whitebox import Batch, Measured
+
 Section = tuple[str, str]
 
 
-def report(source: Source, path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Path:
-    """Write the page of a spec, or of the run in a folder. Raises SpecError for a spec that does not compile."""
-    target = Path(path)
+def report(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    at: str = "iterate",
+    terms: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the page of a spec, or of the run in a folder.
+
+    at, terms: what is measured of each layer, as `Network.trace` takes them.
+    Raises SpecError for a spec that does not compile or a formula, UnrollError E404 for another `at`.
+    """
+    target, asked = Path(path), Asked(at, dict(terms or {}))
     run = _run_folder(source)
     if run is not None and overrides:
         raise SpecError(
@@ -29,7 +48,7 @@ def report(source: Source, path: str | os.PathLike[str], *, overrides: Sequence[
         )
     spec = read(source if run is None else run / "spec.yaml", overrides)
     derivation = derive(spec)
-    measured = _of_layers(spec) if run is None else _of_trained(run)
+    measured = _of_layers(spec, asked) if run is None else _of_trained(run, asked)
     sections = [
         *_of_spec(spec, derivation),
         *(_of_run(run) if run is not None else ()),
@@ -64,17 +83,29 @@ def _of_network(derivation: Derivation) -> Iterator[Section]:
 
 # --- what each layer did ----------------------------------------------------------------------------------------------
 
-MOST_ROWS, SAMPLES, TOKENS = 120, 16, 32
+MOST_ROWS, MOST_STEPS, MOST_LAYERS, MOST_HEADS, MOST_TOKENS = 120, 96, 4, 8, 96
+"""Of the table, of the curves, and of the maps: what is left out is said."""
+SAMPLES, TOKENS = 16, 32
+"""Of what is drawn for a spec."""
 
 
-def _of_layers(spec: Spec) -> Iterator[Section]:
+@dataclass(frozen=True)
+class Asked:
+    """What is measured of each layer, as `Network.trace` takes it."""
+
+    at: str = "iterate"
+    terms: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def _of_layers(spec: Spec, asked: Asked) -> Iterator[Section]:
     """The untrained layers on drawn inputs; nothing where an input cannot be drawn (data that a network is worked out on)."""
     import torch
 
     from unroll.api import compile_layers
 
     open_sizes = {d: TOKENS for d, n in spec.dims.items() if not isinstance(n, int)}
-    net = compile_layers(spec, dims={d: n for d, n in open_sizes.items() if spec.dims[d] != "dynamic"})
+    sizes = {d: n for d, n in open_sizes.items() if spec.dims[d] != "dynamic"}
+    net = compile_layers(spec, dims=sizes, dtype=torch.float64)
     if not net.built or not net.inputs:
         return
     symbols, generator = net.program.problem.symbols, torch.Generator().manual_seed(0)
@@ -83,43 +114,142 @@ def _of_layers(spec: Spec) -> Iterator[Section]:
         s = symbols[name]
         if s.role == "input":
             sizes = [TOKENS if n is None else n for n in net.program.tensor_sizes(s)]
-            drawn = torch.randn(SAMPLES, *sizes, generator=generator)
+            drawn = torch.randn(SAMPLES, *sizes, generator=generator, dtype=torch.float64)
             batch[name] = drawn.abs() if "positive" in s.props else drawn
     note = f"Untrained, on {SAMPLES} samples drawn from a Gaussian: what the derivation leads one to expect, not what training makes of it."
-    yield "What each layer does", _did(net, [batch], note)
+    yield from _did(net, [batch], note, asked)
 
 
-def _of_trained(folder: Path) -> Iterator[Section]:
+def _of_trained(folder: Path, asked: Asked) -> Iterator[Section]:
     """The trained network of a run on its held-out samples."""
-    from unroll.model.module import Model
-    from unroll.network import Network
     from unroll.train.run import trained_on
 
     if (folder / "weights.safetensors").is_file():
         net, batches = trained_on(folder)
-        if isinstance(net, Network | Model):
-            yield (
-                "What each layer does",
-                _did(
-                    net,
-                    batches,
-                    "Trained, on the held-out samples of the run, each step measured with its own layer's parameters.",
-                ),
-            )
+        note = "Trained, on the held-out samples of the run, each step measured with its own layer's parameters."
+        yield from _did(net, batches, note, asked)
 
 
-def _did(net: Any, batches: Any, note: str) -> str:
-    """Every term after every step as curves, and predicted and actual changes as a table."""
-    from unroll.whitebox import HEAD, white_box
+def _did(net: Network | Model, batches: Sequence[Batch], note: str, asked: Asked) -> Iterator[Section]:
+    """Every term over the steps, and where every softmax looks; where one cannot be measured, why."""
+    from unroll.whitebox import traced, white_box
 
-    found = white_box(net, batches)
-    curves = {term: [float(v) for v in found.values[term].mean] for term in found.terms}
-    zeros = {name: [float(v) for v in m.mean] for name, m in found.zeros.items()}
+    head = "What each layer does"
+    try:
+        found = white_box(net, batches, at=asked.at, terms=asked.terms)
+    except UnrollError as e:
+        if e.code != "E409":  # what was asked for is wrong: no page
+            raise
+        yield head, f"<p>{note}</p>{html.preformatted(str(e))}"
+        return
+    yield head, f"<p>{note} Means over {found.samples:,} samples.</p>" + _changes(found)
+    yield "Attention", _attention(traced(net, _first(batches[0])).maps, _grid(net))
+
+
+def _first(batch: Batch) -> Batch:
+    """The first sample of a batch."""
+    if isinstance(batch, Mapping):
+        return {name: value[:1] for name, value in batch.items()}
+    return tuple(value[:1] for value in batch) if isinstance(batch, tuple) else batch[:1]
+
+
+def _changes(found: Measured) -> str:
+    """Every term after every step as curves, with predicted and actual changes, then as a table."""
+    from unroll.whitebox import HEAD
+
+    blocks = list(dict.fromkeys(block for _, block in found.labels))
+    charts = "".join(f"<h3>{escape(term)}</h3>{html.course(_course(found, term))}" for term in found.terms)
+    cut = f"<p>The first {MOST_STEPS} of {len(found.labels)} steps.</p>" if len(found.labels) > MOST_STEPS else ""
+    zeros = {name: m.mean.tolist() for name, m in found.zeros.items()}
+    across = f"step ({', '.join(blocks)} in turn)" if len(blocks) > 1 else "layer"
     rows = found.rows()
-    cut = f"<p>The first {MOST_ROWS} of {len(rows)} rows.</p>" if len(rows) > MOST_ROWS else ""
-    step = "step (blocks one after the other)" if len(set(b for _, b in found.labels)) > 1 else "layer"
-    charts = html.lines(curves, step, "term of the objective") + html.lines(zeros, step, "share of zeros")
-    return f"<p>{note}</p>" + charts + html.folded("every step", html.table(HEAD, rows[:MOST_ROWS]) + cut)
+    rest = f"<p>The first {MOST_ROWS} of {len(rows)} rows.</p>" if len(rows) > MOST_ROWS else ""
+    table = html.folded("every step", html.table(HEAD, rows[:MOST_ROWS]) + rest)
+    shares = "<h3>share of zeros</h3>" + html.lines(zeros, across, "share of zeros")
+    return html.course_legend(blocks) + cut + charts + shares + table
+
+
+def _course(found: Measured, term: str) -> html.Course:
+    steps = found.labels[:MOST_STEPS]
+    tables = (found.values, found.predicted, found.actual)
+    value, predicted, actual = (t[term].mean.tolist() for t in tables)
+    return html.Course(
+        term,
+        found.sign,
+        value[: len(steps) + 1],
+        predicted[: len(steps)],
+        actual[: len(steps)],
+        found.improved(term).tolist()[: len(steps)],
+        [found.claimed(block, term) for _, block in steps],
+        steps,
+    )
+
+
+# --- where it looks ---------------------------------------------------------------------------------------------------
+
+
+def _grid(net: Network | Model) -> tuple[int, int] | None:
+    """Rows and columns of patches behind a class token, if that is what the tokens are."""
+    from unroll.model import parts
+    from unroll.model.module import Model
+
+    if not isinstance(net, Model) or net.wrapped.model.class_token is None:
+        return None
+    found = parts.places(net.wrapped.model)
+    return found if isinstance(found, tuple) else None
+
+
+def _attention(found: Sequence[AttentionMap], grid: tuple[int, int] | None) -> str:
+    """Every softmax for one sample: rows take from columns; of a class token, where in the image it looks."""
+    if not found:
+        return ""
+    layers = list(dict.fromkeys(m.layer for m in found))
+    chosen = _spread(layers, MOST_LAYERS)
+    shown = [m for m in found if m.layer in chosen]
+    notes = [f"One sample, layers {', '.join(map(str, chosen))} of {layers[-1]}."]
+    notes += [f"The first {MOST_HEADS} heads." for _ in range(any(m.weights.shape[-3] > MOST_HEADS for m in shown))]
+    notes += [
+        f"The first {MOST_TOKENS} rows and columns."
+        for _ in range(any(max(m.weights.shape[-2:]) > MOST_TOKENS for m in shown))
+    ]
+    if any(m.over == "tokens" for m in shown):
+        notes.append("Row i of a head says how much token i takes from each, and sums to 1.")
+    if any(m.over == "members" for m in shown):
+        notes.append("Shares of the members of a family, which sum to 1 over them.")
+    notes.append("White is the smallest weight of a map, black the largest, grey by the square root between them.")
+    body = "".join(f"<h3>layer {m.layer}, {escape(m.block)}</h3>{_maps(m, grid)}" for m in shown)
+    return f"<p>{' '.join(notes)}</p>{body}"
+
+
+def _maps(m: AttentionMap, grid: tuple[int, int] | None) -> str:
+    """A picture per head; where shares of members are those of single columns or rows, one of them all."""
+    weights = m.weights.reshape(-1, *m.weights.shape[-3:])[0]  # (heads, rows, columns) of one sample
+    if m.over == "members" and 1 in weights.shape[1:]:
+        shares = weights.flatten(1)[:, :MOST_TOKENS]
+        return html.maps([html.picture(shares.tolist(), "members by place", _cell(*shares.shape))])
+    named = list(enumerate(weights[:MOST_HEADS], start=1))
+    cut = [(f"head {k}" if len(weights) > 1 else "weights", w[:MOST_TOKENS, :MOST_TOKENS]) for k, w in named]
+    out = html.maps(html.picture(w.tolist(), name, _cell(*w.shape)) for name, w in cut)
+    if grid is None or weights.shape[1:] != (1 + grid[0] * grid[1],) * 2:
+        return out
+    looks = ((f"head {k}", w[0, 1:].reshape(grid)) for k, w in named)
+    return (
+        out
+        + "<p>What the class token takes from each patch, in their places:</p>"
+        + html.maps(html.picture(w.tolist(), name, _cell(*grid)) for name, w in looks)
+    )
+
+
+def _cell(rows: int, columns: int) -> int:
+    """Pixels of a square, so that a picture is about as wide as the others."""
+    return max(2, min(36, 144 // max(rows, columns)))
+
+
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """At most so many, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
 
 
 def _laws(spec: Spec) -> str:

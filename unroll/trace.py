@@ -39,7 +39,7 @@ class Measure:
 
 
 def measure(problem: Problem, step: Step, at: str, parameters: str, terms: Mapping[str, str]) -> Measure:
-    """The objective as a trace is asked to see it. Raises UnrollError E404; SpecError E1xx for a formula."""
+    """The objective, and formulas beside it, as a trace is asked to see them. Raises UnrollError E404; SpecError E1xx for a formula."""
     if at not in ("iterate", *NORMS):
         raise UnrollError("E404", f"terms cannot be taken at '{at}'", hint=f"at= is iterate, {', '.join(NORMS)}")
     if parameters not in ("given", "layers"):
@@ -51,11 +51,11 @@ def measure(problem: Problem, step: Step, at: str, parameters: str, terms: Mappi
     chosen = _stand_ins(step, known) if parameters == "layers" else {}
     names = {**problem.scope.names, **{s.name: s for s in known.values() if s.name not in problem.scope.names}}
     scope = replace(problem.scope, names=names)
-    found = {name: _seen(_owned(e, chosen, known), problem, at) for name, e in problem.terms.items()}
-    for name, written in terms.items():
-        found[name] = parse_matrix(written, scope)
-        if not found[name].is_scalar:
-            raise UnrollError("E404", f"the formula '{name}' is not a number: {written}")
+    formulas = {name: parse_matrix(written, scope) for name, written in terms.items()}
+    for name, e in formulas.items():
+        if not e.is_scalar:
+            raise UnrollError("E404", f"the formula '{name}' is not a number: {terms[name]}")
+    found = {name: _seen(_owned(e, chosen, known), problem, at) for name, e in {**problem.terms, **formulas}.items()}
     used = {s for e in found.values() for s in e.symbols}
     reads = tuple(p for p, s in known.items() if s in used)
     inner = replace(problem, terms=found, parameters=(*problem.parameters, *(known[p] for p in reads)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from unroll.errors import UnrollError
 from unroll.model.module import Model
 from unroll.network import Network
+from unroll.problem import Problem
 from unroll.trace import Trace, is_constraint
 
 Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class Moments:
 class Measured:
     """What every step did to every term, over `samples` samples. sign: 1 minimised, -1 maximised.
 
+    terms: those of the objective, "total", their sum, where there are several, and the formulas that were asked for.
     values, zeros: (steps + 1,) from the start on.  predicted, actual, cosine, fell, rose: (steps,); fell and rose are
     shares of samples, kept as moments.  claims: block -> the terms that it takes.  own: as `Trace.own`.
     """
@@ -73,16 +75,33 @@ class Measured:
         """(steps,) the share of samples in which the term moved as the objective asks."""
         return self.found["fell" if self.sign > 0 else "rose"][term].mean
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """(layer, block, term, claimed, predicted, actual, share improved, cosine) of every step and term."""
-        out: list[tuple[str, ...]] = []
+    def claimed(self, block: str, term: str) -> bool:
+        return term in self.claims.get(block, ())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every step and term by HEAD; numbers are means over the samples, improved is a share."""
+        out: list[dict[str, Any]] = []
         for k, (layer, block) in enumerate(self.labels):
             for term in self.terms:
-                p, a, c = (self.found[n][term].mean[k] for n in ("predicted", "actual", "cosine"))
-                claimed = "yes" if term in self.claims.get(block, ()) else ""
-                share = f"{100 * self.improved(term)[k]:.0f} %"
-                out.append((str(layer), block, term, claimed, f"{p:+.4g}", f"{a:+.4g}", share, f"{c:+.2f}"))
+                p, a, c = (float(self.found[n][term].mean[k]) for n in ("predicted", "actual", "cosine"))
+                row = (layer, block, term, self.claimed(block, term), p, a, float(self.improved(term)[k]), c)
+                out.append(dict(zip(HEAD, row, strict=True)))
         return out
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The records as text."""
+        return [
+            (
+                *(str(r["layer"]), r["block"], r["term"], "yes" if r["claimed"] else ""),
+                *(
+                    f"{r['predicted']:+.4g}",
+                    f"{r['actual']:+.4g}",
+                    f"{100 * r['improved']:.0f} %",
+                    f"{r['cosine']:+.2f}",
+                ),
+            )
+            for r in self.records()
+        ]
 
     def __str__(self) -> str:
         grid = [HEAD, *self.rows()]
@@ -92,44 +111,61 @@ class Measured:
 
 KINDS = ("values", "predicted", "actual", "cosine", "fell", "rose", "zeros")
 HEAD = ("layer", "block", "term", "claimed", "predicted", "actual", "improved", "cosine")
+TOTAL = "total"
 
 
 def white_box(
-    net: Network | Model, batches: Iterable[Batch], *, at: str = "iterate", parameters: str = "layers"
+    net: Network | Model,
+    batches: Iterable[Batch],
+    *,
+    at: str = "iterate",
+    parameters: str = "layers",
+    terms: Mapping[str, str] | None = None,
 ) -> Measured:
     """What each step did to each term on these batches. Constraints are left out: their values are 0 or infinite.
 
-    A batch: one tensor, several in the order of the inputs, or by name.  at, parameters: as `Network.trace` takes them.
-    Raises UnrollError E404 (shapes), E409 (a matrix that is not positive definite).
+    A batch: one tensor, several in the order of the inputs, or by name.  at, parameters, terms: as `Network.trace` takes
+    them; a formula improves where it moves as a term of the objective should.
+    Raises UnrollError E404 (shapes, nothing to measure), E409 (a matrix that is not positive definite).
     """
     body = net.body if isinstance(net, Model) else net
     problem = body.program.problem
-    names = [n for n, e in problem.terms.items() if not is_constraint(e)]
+    names = valued(problem)
+    if not (names or terms):
+        raise UnrollError(
+            "E404", "the objective has constraints alone: no term has a value", hint="terms= adds formulas"
+        )
     found: dict[str, dict[str, Moments]] = {kind: {} for kind in KINDS}
     trace: Trace | None = None
     for batch in batches:
         with torch.no_grad():
-            trace = _traced(net, batch, at, parameters)
-            _count(trace, names, found)
+            trace = traced(net, batch, at=at, parameters=parameters, terms=terms)
+            _count(trace, names, list(terms or {}), found)
     if trace is None:
         raise UnrollError("E404", "there is no batch to measure on", hint="a list of tensors, or of {name: tensor}")
     return Measured(trace.labels, problem.sign, claims(body), trace.own, at, found)
 
 
-def _traced(net: Network | Model, batch: Batch, at: str, parameters: str) -> Trace:
+def valued(problem: Problem) -> list[str]:
+    """The terms that are not constraints."""
+    return [n for n, e in problem.terms.items() if not is_constraint(e)]
+
+
+def traced(net: Network | Model, batch: Batch, **asked: Any) -> Trace:
+    """The trace of one batch, in whichever form it comes."""
     ask: Any = net.trace
     if isinstance(batch, Tensor):
-        return ask(batch, at=at, parameters=parameters)
+        return ask(batch, **asked)
     if isinstance(batch, Mapping):
-        if isinstance(net, Model):
-            return ask(*(batch[n] for n in net.inputs), at=at, parameters=parameters)
-        return ask(**batch, at=at, parameters=parameters)
-    return ask(*batch, at=at, parameters=parameters)
+        return ask(*(batch[n] for n in net.inputs), **asked) if isinstance(net, Model) else ask(**batch, **asked)
+    return ask(*batch, **asked)
 
 
-def _count(trace: Trace, names: list[str], found: dict[str, dict[str, Moments]]) -> None:
-    tables = {"values": trace.all_terms, "predicted": trace.predicted, "actual": trace.actual, "cosine": trace.cosine}
-    tables = {kind: {n: t[n] for n in names} for kind, t in tables.items()}
+def _count(trace: Trace, names: list[str], extra: list[str], found: dict[str, dict[str, Moments]]) -> None:
+    tables = {"values": trace.all_terms, "predicted": trace.predicted, "actual": trace.actual}
+    tables = {kind: {**t, TOTAL: sum((t[n] for n in names), torch.zeros(()))} for kind, t in tables.items()}
+    shown = [*names, *([TOTAL] if len(names) > 1 else []), *extra]
+    tables = {kind: {n: t[n] for n in shown} for kind, t in {**tables, "cosine": trace.cosine}.items()}
     tables["fell"] = {n: (t < 0).double() for n, t in tables["actual"].items()}
     tables["rose"] = {n: (t > 0).double() for n, t in tables["actual"].items()}
     tables["zeros"] = trace.all_zeros
@@ -139,10 +175,11 @@ def _count(trace: Trace, names: list[str], found: dict[str, dict[str, Moments]])
 
 
 def claims(net: Network) -> dict[str, tuple[str, ...]]:
-    """Block -> the terms of the objective that it takes, those that a surrogate stands for too."""
+    """Block -> the terms of the objective that it takes, those that a surrogate stands for too; "total" if these are all."""
     step, problem = net.program.step, net.program.problem
     taken = {name or "step": [n for n in p.terms if n in problem.terms] for name, p in step.subproblems}
     unrolled = getattr(net.spec, "unroll", None)
     for block in unrolled.blocks if unrolled is not None else ():
         taken[block.block] += block.surrogate.replaces if block.surrogate is not None else ()
-    return {name: tuple(dict.fromkeys(terms)) for name, terms in taken.items()}
+    whole = {name: [TOTAL] if {*valued(problem)} <= {*terms} else [] for name, terms in taken.items()}
+    return {name: tuple(dict.fromkeys([*terms, *whole[name]])) for name, terms in taken.items()}

@@ -46,6 +46,7 @@ from unroll.train.losses import Net, Outcome
 from unroll.train.samples import Data, Shape, Shapes, Tensors
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
+from unroll.whitebox import Measured, white_box
 
 PACKAGES = ("unroll-compiler", "torch", "lightning", "numpy", "sympy", "scikit-learn", "safetensors")
 SHARED = "UNROLL_RUN_FOLDER"
@@ -131,6 +132,24 @@ def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
     initial = copy.deepcopy(net)
     read_weights(net, job.folder / "weights.safetensors")
     return _close(job, data, initial, net, Outcome(ended["status"], ended["steps"], ended["seconds"], math.nan))
+
+
+def measure(
+    folder: str | Path,
+    *,
+    at: str = "iterate",
+    parameters: str = "layers",
+    terms: Mapping[str, str] | None = None,
+    quiet: bool = False,
+) -> Measured:
+    """What every step of a finished run's network does to every term, over all held-out samples, batch by batch.
+
+    at, parameters, terms: as `Network.trace` takes them.  quiet: show no progress (it goes to stderr).
+    Raises SpecError E510 (no finished run), E1xx (a formula), UnrollError E404, E409.
+    """
+    net, batches = trained_on(folder)
+    shown = batches if quiet else track(batches, "held-out samples", console=Console(stderr=True))
+    return white_box(net, shown, at=at, parameters=parameters, terms=terms)
 
 
 def trained(folder: str | Path) -> Any:
