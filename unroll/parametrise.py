@@ -471,7 +471,7 @@ def _constraint(w: _Wanted) -> Constraint:
         "symmetric": record.symmetric,
         "unit_columns": record.columns == "unit",
     }
-    asked = [constraint for constraint, holds in said.items() if holds]
+    asked: list[Constraint] = [constraint for constraint, holds in said.items() if holds]
     if len(asked) > 1:
         raise SpecError("E306", f"{w.name} has two constraints, {' and '.join(asked)}; one can be kept", w.where)
     match asked:
