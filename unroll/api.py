@@ -320,7 +320,7 @@ def _with_inits(spec: Spec, problem: Problem, names: Collection[str]) -> Problem
     wanted = [s for s in problem.parameters if s.name in names]
     return replace(
         problem, parameters=tuple(replace(s, props=s.props | {props[s.name]}) if s.name in props else s for s in wanted)
-    )  # type: ignore[operator]
+    )
 
 
 def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:

@@ -67,8 +67,8 @@ def _entries(kind: str) -> dict[str, str]:
             from unroll.spec import loader, nodes
 
             found: dict[str, str] = {}
-            for name in library.names(kind):  # type: ignore[arg-type]
-                path = library.find(name, (kind,))  # type: ignore[arg-type]
+            for name in library.names(kind):
+                path = library.find(name, (kind,))
                 tree: Any = nodes.plain(loader.parse(path.read_bytes(), str(path)))
                 found[name] = str(tree.get("about", ""))
             return found

@@ -705,7 +705,7 @@ def used_scalars(e: Expr) -> set[sp.Symbol]:
         if isinstance(node, Prox):
             step = derive_prox(node.term, node.variable, node.t, node.at, node.swaps).step
             own = set().union(*(_scalars(x) for x in walk(step)))
-            out = (out - set(node.term.scalars) - node.t.free_symbols) | own | set(node.at.scalars)  # type: ignore[operator]
+            out = (out - set(node.term.scalars) - node.t.free_symbols) | own | set(node.at.scalars)
     return out
 
 

@@ -587,7 +587,7 @@ class _Reader:
             self.fail(
                 node, "E105", f"{name} has no argument '{bad[0]}'", f"it is called as {found.signature}: {found.about}"
             )
-        order = [found.kinds.index(k.arg) for k in keywords]  # type: ignore[arg-type]
+        order = [found.kinds.index(k.arg) for k in keywords]
         if order != list(range(len(args), len(args) + len(order))):
             self.fail(node, "E105", f"{name} is called as {found.signature}", found.about)
         given = [*args, *(k.value for k in keywords)]

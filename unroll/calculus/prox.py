@@ -219,9 +219,9 @@ class Parts:
             case "nonneg", ():
                 return replace(self, domain=(*self.domain, (sp.Integer(0), sp.oo)))
             case "box", (lo, hi):
-                return replace(self, domain=(*self.domain, (lo, hi)))  # type: ignore[arg-type]
+                return replace(self, domain=(*self.domain, (lo, hi)))
             case "ball_inf", (r,):
-                return replace(self, domain=(*self.domain, (-r, r)))  # type: ignore[operator]
+                return replace(self, domain=(*self.domain, (-r, r)))
             case _:
                 return replace(self, sets=(*self.sets, (name, params)))
 
@@ -386,7 +386,7 @@ def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Prox
     convex = name in CONVEX_SETS
     match name, params:
         case "ball2", (r,):
-            found = derive_prox(sp.Integer(0), U, (-r, r))  # type: ignore[operator]
+            found = derive_prox(sp.Integer(0), U, (-r, r))
             length = _length(at, None)
             step = elementwise(slot(0) * (slot(1) / slot(2)), at, prox_map(found, (), length), length)
             return Proximal(step, "the length clipped at the radius", True, found)
