@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from unroll import api, cli
 
@@ -196,8 +197,48 @@ def test_a_new_spec_shows_checks_compiles_and_trains(unroll: Unroll, tmp_path: P
     }
     again = unroll("eval", "run")
     assert again.code == 0 and "mine, trained" in again.out
+    inside = unroll("eval", "run", "--white-box")
+    assert inside.code == 0 and len(inside.out.splitlines()) == 1 + 2 * 3 and "held-out samples" in inside.err
     assert unroll("report", "run", "-o", "run.html").code == 0
     assert "<polyline" in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def digits(unroll: Unroll, tmp_path: Path) -> Path:
+    """A small run with hidden patches, whose masks are drawn."""
+    size = ("unroll.layers=1", "train.epochs=1", "train.warmup=1", "train.batch=64")
+    assert unroll("train", "crate_mae_digits", *size, "--out", "run", "-q").code == 0
+    return tmp_path / "run"
+
+
+def test_eval_measures_every_step_over_all_held_out_samples(unroll: Unroll, digits: Path) -> None:
+    words = ("eval", digits, "--white-box", "--at", "sphere", "--term", "double=2 * norm1(Z)", "--json", "-q")
+    shown = unroll(*words)
+    rows = json.loads(shown.out)
+    assert shown.err == "" and [r["term"] for r in rows] == 2 * [
+        "expansion",
+        "compression",
+        "sparsity",
+        "total",
+        "double",
+    ]
+    assert unroll(*words).out == shown.out  # the masks are those of the closing table, every time
+    from unroll.train.run import trained_on
+
+    net, batches = trained_on(digits)
+    image, mask = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert len(batches) > 1 and len(image) == 297
+    trace = net.trace(image, mask)
+    before, after = (torch.nn.functional.normalize(trace.steps["Z"][k], dim=-1) for k in (0, 1))
+    change = 2 * (after.abs().sum((-2, -1)) - before.abs().sum((-2, -1)))
+    assert rows[4]["actual"] == pytest.approx(float(change.mean()), rel=1e-4)
+    assert rows[4]["improved"] == pytest.approx(float((change > 0).double().mean()))
+
+
+def test_places_are_those_of_a_trace() -> None:
+    from unroll.trace import NORMS
+
+    assert ("iterate", *NORMS) == cli.PLACES
 
 
 def test_new_does_not_overwrite_and_wants_a_name(unroll: Unroll, tmp_path: Path) -> None:
@@ -222,6 +263,10 @@ def test_new_does_not_overwrite_and_wants_a_name(unroll: Unroll, tmp_path: Path)
         (("show", "lista", "layers"), "KEY=VALUE"),
         (("solve", "lasso", "--input", "none.npy"), "there is no file 'none.npy'"),
         (("eval", "."), "there is no run.json"),
+        (("eval", ".", "--white-box"), "there is no run.json"),
+        (("eval", ".", "--at", "sphere"), "--white-box: add it"),
+        (("eval", ".", "--white-box", "--term", "rate"), "--term is NAME=FORMULA"),
+        (("report", "ista", "--term", "rate=foo(z)"), "unknown function 'foo'"),
         (("train",), "give a SPEC to train"),
         (("train", "--resume", ".", "--seed", "7"), "are those of the run that goes on"),
         (("train", "lista_patches", "-q", "--devices", "0"), "E511"),

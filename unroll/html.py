@@ -141,7 +141,7 @@ def lines(values: Mapping[str, Sequence[float]], across: str, up: str) -> str:
     marks = [low + (high - low) * k / 4 for k in range(5)]
     grid = "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eaeded"/>'
-        f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>'
+        f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{_mark(v)}</text>'
         for v in marks
     )
     ticks = "".join(
@@ -155,6 +155,13 @@ def lines(values: Mapping[str, Sequence[float]], across: str, up: str) -> str:
     drawn = "".join(_line(name, row, x, y, COLOURS[k % len(COLOURS)]) for k, (name, row) in enumerate(values.items()))
     start = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">'
     return f"{start}{grid}{ticks}{words}{drawn}</svg>{_legend(list(values))}"
+
+
+def _mark(v: float) -> str:
+    """A number that fits beside an axis."""
+    if v and not 1e-4 <= abs(v) < 1e6:
+        return f"{v:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"
 
 
 def decibel(ratio: float | None) -> float:
@@ -249,8 +256,8 @@ def course(c: Course) -> str:
     return f"{start}<title>{escape(c.name)} over the steps</title>{''.join(drawn)}{zero}{words}</svg>"
 
 
-def course_legend(blocks: Sequence[str]) -> str:
-    """What the marks of a course mean."""
+def course_legend(blocks: Sequence[str], own: Sequence[str]) -> str:
+    """What the marks of a course mean. own: parameters that each layer has a value of its own for."""
     parts = (
         f'<span style="color:{IMPROVES}">&#9473;&#9473; &#9650;&#9660;</span> a step that improves the term in the mean',
         f'<span style="color:{WORSENS}">&#9477;&#9477; &#9650;&#9660;</span> one that makes it worse (&#9650; rose, &#9660; fell)',
@@ -258,7 +265,8 @@ def course_legend(blocks: Sequence[str]) -> str:
         "bars: &#9633; change predicted to first order, &#9632; what came",
     )
     order = (f"in every layer: {escape(', then '.join(blocks))}",) if len(blocks) > 1 else ()
-    return f"<p>{'<br>'.join((*parts, *order))}</p>"
+    gaps = (f"lines may not meet where a layer begins: each has its own {escape(', '.join(own))}",) if own else ()
+    return f"<p>{'<br>'.join((*parts, *order, *gaps))}</p>"
 
 
 def _scale(values: Sequence[float], top: float, tall: float) -> tuple[Callable[[float], float], float, float]:
@@ -272,7 +280,7 @@ def _scale(values: Sequence[float], top: float, tall: float) -> tuple[Callable[[
 def _levels(y: Callable[[float], float], marks: Sequence[float]) -> str:
     return "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#d5d8dc"/>'
-        f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>'
+        f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{_mark(v)}</text>'
         for v in marks
     )
 

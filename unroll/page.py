@@ -166,7 +166,7 @@ def _changes(found: Measured) -> str:
     rest = f"<p>The first {MOST_ROWS} of {len(rows)} rows.</p>" if len(rows) > MOST_ROWS else ""
     table = html.folded("every step", html.table(HEAD, rows[:MOST_ROWS]) + rest)
     shares = "<h3>share of zeros</h3>" + html.lines(zeros, across, "share of zeros")
-    return html.course_legend(blocks) + cut + charts + shares + table
+    return html.course_legend(blocks, list(found.own)) + cut + charts + shares + table
 
 
 def _course(found: Measured, term: str) -> html.Course:
@@ -205,7 +205,10 @@ def _attention(found: Sequence[AttentionMap], grid: tuple[int, int] | None) -> s
         return ""
     layers = list(dict.fromkeys(m.layer for m in found))
     chosen = _spread(layers, MOST_LAYERS)
-    shown = [m for m in found if m.layer in chosen]
+    shown: list[AttentionMap] = []
+    for m in found:
+        if m.layer in chosen and not any(_twins(m, other) for other in shown):
+            shown.append(m)
     notes = [f"One sample, layers {', '.join(map(str, chosen))} of {layers[-1]}."]
     notes += [f"The first {MOST_HEADS} heads." for _ in range(any(m.weights.shape[-3] > MOST_HEADS for m in shown))]
     notes += [
@@ -217,8 +220,20 @@ def _attention(found: Sequence[AttentionMap], grid: tuple[int, int] | None) -> s
     if any(m.over == "members" for m in shown):
         notes.append("Shares of the members of a family, which sum to 1 over them.")
     notes.append("White is the smallest weight of a map, black the largest, grey by the square root between them.")
-    body = "".join(f"<h3>layer {m.layer}, {escape(m.block)}</h3>{_maps(m, grid)}" for m in shown)
+    several = len({m.block for m in found}) > 1
+    heads = [f"layer {m.layer}{', ' + m.block if several else ''}" for m in shown]
+    body = "".join(f"<h3>{escape(head)}</h3>{_maps(m, grid)}" for head, m in zip(heads, shown, strict=True))
     return f"<p>{' '.join(notes)}</p>{body}"
+
+
+def _twins(a: AttentionMap, b: AttentionMap) -> bool:
+    """Do both show the same shares, of rows and of columns, say?"""
+    import torch
+
+    if (a.layer, a.block, a.over, b.over) != (b.layer, b.block, "members", "members"):
+        return False
+    x, y = a.weights.flatten(-2), b.weights.flatten(-2)
+    return x.shape == y.shape and torch.allclose(x, y)
 
 
 def _maps(m: AttentionMap, grid: tuple[int, int] | None) -> str:

@@ -126,15 +126,11 @@ def white_box(
 
     A batch: one tensor, several in the order of the inputs, or by name.  at, parameters, terms: as `Network.trace` takes
     them; a formula improves where it moves as a term of the objective should.
-    Raises UnrollError E404 (shapes, nothing to measure), E409 (a matrix that is not positive definite).
+    Raises UnrollError E404 (shapes), E409 (a matrix that is not positive definite).
     """
     body = net.body if isinstance(net, Model) else net
     problem = body.program.problem
     names = valued(problem)
-    if not (names or terms):
-        raise UnrollError(
-            "E404", "the objective has constraints alone: no term has a value", hint="terms= adds formulas"
-        )
     found: dict[str, dict[str, Moments]] = {kind: {} for kind in KINDS}
     trace: Trace | None = None
     for batch in batches:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from unroll.api import build as emit
 from unroll.api import derive
 from unroll.errors import SpecError
+from unroll.model.module import Model
 from unroll.network import network
 from unroll.spec import Spec, load
 from unroll.spec.schema import Dictionary
@@ -43,10 +44,11 @@ from unroll.train.dictionary import Code, alternate
 from unroll.train.groups import record
 from unroll.train.job import Job, build, first_rank, plain_spec
 from unroll.train.losses import Net, Outcome
+from unroll.train.masked import masks
 from unroll.train.samples import Data, Shape, Shapes, Tensors
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
-from unroll.whitebox import Measured, white_box
+from unroll.whitebox import Batch, Measured, white_box
 
 PACKAGES = ("unroll-compiler", "torch", "lightning", "numpy", "sympy", "scikit-learn", "safetensors")
 SHARED = "UNROLL_RUN_FOLDER"
@@ -154,11 +156,20 @@ def measure(
 
 def trained(folder: str | Path) -> Any:
     """The network of a finished run, with its trained weights. Raises SpecError E510 if the folder holds none."""
-    return trained_on(folder)[0]
+    return _restored(folder)[2]
 
 
-def trained_on(folder: str | Path) -> tuple[Any, list[Tensors]]:
-    """The network of a finished run, and the inputs of its held-out samples in batches. Raises SpecError E510."""
+def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
+    """The network of a finished run, and what it is given of the held-out samples, in batches. Raises SpecError E510."""
+    job, data, net = _restored(folder)
+    held, settings = data.validation, job.settings
+    if isinstance(net, Model) and net.wrapped.model.mask is not None:
+        masked = masks(cast(Net, net), held, settings)
+        return net, [(*losses.arguments(cast(Net, net), batch.inputs), mask) for batch, mask in masked]
+    return net, [batch.inputs for batch in held.batches(settings.batch)]
+
+
+def _restored(folder: str | Path) -> tuple[Job, Data, nn.Module]:
     from unroll.train.engine import read_weights
 
     job = _read_start(Path(folder), None)
@@ -168,8 +179,7 @@ def trained_on(folder: str | Path) -> tuple[Any, list[Tensors]]:
         )
     data, net = ready(job)
     read_weights(net, job.folder / "weights.safetensors")
-    held, size = data.validation, job.settings.batch
-    return net.eval(), [held[slice(k, k + size)].inputs for k in range(0, len(held), size)]
+    return job, data, net.eval()
 
 
 def _train(job: Job, device: str, devices: int) -> Run:
