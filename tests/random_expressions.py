@@ -110,6 +110,7 @@ class Random:
                 options.append(lambda: total(self.expr(rows, wide, depth - 1), 1))
                 options.append(lambda: logsumexp(self.expr(rows, wide, depth - 1), 1))
                 options.append(lambda: diagonal(self.expr(rows, rows, depth - 1)))
+                options.append(lambda: operator("first", self.expr(wide, cols, depth - 1), sizes=(rows,)))
                 options.append(
                     lambda: operator(
                         "difference", operator("difference", self.expr(rows, cols, depth - 1)), adjoint=True

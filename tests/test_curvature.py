@@ -220,6 +220,7 @@ MAPS = {
     "weights of both kinds": "w * q / (1 + v**2)",
     "repeat": "q @ ones(1, T)",
     "difference": "difference(G @ q)",
+    "first": "first(A @ q, 2)",
     "difference adjoint": "difference_T(difference(q))",
     "row sums": "sum(w @ q.T, axis=1)",
     "total": "sum(A @ q)",

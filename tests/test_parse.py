@@ -169,6 +169,7 @@ BY_NUMPY: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any]]] = {
     "shifts_T": ("shifts_T(shifts(A, m), m)", lambda a: 4 * a["A"]),
     "repeat": ("repeat(y, 2)", lambda a: np.repeat(a["y"], 2, 0)),
     "repeat_T": ("repeat_T(repeat(y, 2) * repeat(y, 2), 2)", lambda a: 2 * a["y"] ** 2),
+    "first": ("first(first(y, 2) * first(y, 2), 6)", lambda a: np.r_[a["y"][:2] ** 2, np.zeros((4, 1))]),
     "stop_gradient": ("stop_gradient(A)", lambda a: a["A"]),
     "abs": ("abs(A)", lambda a: np.abs(a["A"])),
     "exp": ("exp(A)", lambda a: np.exp(a["A"])),

@@ -64,11 +64,10 @@ def test_an_autoencoder_has_the_parameters_that_are_used() -> None:
     assert count(unroll.compile("crate_mae_small")) == without(shapes, "positions", "pretoken")
 
 
-def test_token_statistics_for_language_has_no_offset_for_each_place() -> None:
-    shapes, *_ = PUBLISHED["tost language base"]
-    assert (
-        count(unroll.compile("tost_language")) == without(shapes, "b_denom") + 1024 * 768
-    )  # positions are not counted there
+def test_token_statistics_for_language_has_the_parameters_of_the_released_one() -> None:
+    shapes, exactly, _ = PUBLISHED["tost language base"]
+    assert count(unroll.compile("tost_language")) == exactly + 1024 * 768  # positions are not counted there
+    assert exactly == parameters(shapes)
 
 
 @pytest.mark.parametrize(("size", "d", "K"), [("tiny", 384, 6), ("small", 576, 12)])
@@ -259,6 +258,40 @@ def writer_shapes(d: int, K: int, vocabulary: int, length: int, layers: int = 2)
 def writer_weights(d: int, K: int) -> dict[str, Tensor]:
     w = draws(writer_shapes(d, K, 9, 6))
     return w | {"lm_head.weight": w["transformer.wte.weight"]}
+
+
+def writer() -> Any:
+    overrides = ["unroll.layers=2", "model.embed.vocabulary=9", "model.embed.length=6"]
+    dims = {"d": 12, "K": 3, "p": 4, "s": 48, "T": 6}
+    return unroll.compile("tost_language", dims=dims, overrides=overrides, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_released_weights_of_token_statistics_for_language_give_the_released_answer(prefix: str, length: int) -> None:
+    net, w = writer(), writer_weights(12, 3)
+    words = torch.randint(9, (2, length), generator=torch.Generator().manual_seed(8))
+    before = net(words)
+    report = unroll.restore_weights(net, {"model": {f"{prefix}{k}": v for k, v in w.items()}, "iter_num": 7})
+    assert report.ok and {k for k, _ in report.loaded} == w.keys()
+    want = released.tost_writer(words, w, 3)
+    assert (net(words) - want).abs().max() <= EXACT < (want - before).abs().max()
+    again = unroll.release_weights(net)
+    assert again.keys() == w.keys() and all(torch.equal(again[k], w[k]) for k in w)
+
+
+def test_a_file_without_biases_leaves_those_at_zero_and_says_so() -> None:
+    """The training script leaves biases out: ours start at 0, which is what they mean there."""
+    net, w = writer(), writer_weights(12, 3)
+    words = torch.randint(9, (2, 5), generator=torch.Generator().manual_seed(8))
+    biases = {k for k in w if k.endswith(".bias")}
+    with pytest.warns(UserWarning, match="7 missing, 0 not used") as caught:
+        report = unroll.restore_weights(net, {k: v for k, v in w.items() if k not in biases}, strict=False)
+    assert all("bias" in name or name == "body.offset" for name in report.missing) and "body.W_up_bias" in str(
+        caught[0].message
+    )
+    want = released.tost_writer(words, w | {k: torch.zeros_like(w[k]) for k in biases}, 3)
+    assert (net(words) - want).abs().max() <= EXACT
 
 
 def test_a_layer_of_token_statistics_ends_in_a_perceptron() -> None:

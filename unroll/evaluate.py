@@ -172,6 +172,8 @@ class Evaluator:
                     torch.ones(n, 1, dtype=self.dtype),
                 )
                 return (copies.T if adjoint else copies) @ self(x)
+            case Op("first", x, _, (n,)):
+                return torch.eye(self.size(n), self.size(x.rows), dtype=self.dtype) @ self(x)
             case Op("shifts", x, adjoint, sizes):
                 return self.shifts(self(x), adjoint, [self.size(n) for n in sizes])
             case Op(_, x, adjoint):

@@ -361,7 +361,7 @@ class SpectralMap(_Keeping):
 class Op(Expr):
     """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours,
     `running_sum` sums each row from its start (its adjoint: to its end), `repeat` writes each entry of a column T times,
-    `shifts` gives all T cyclic shifts of each column. sizes: of the axes of the T places, which cycle; a column is channels by places.
+    `first` keeps the first T entries of a column, 0 after its last (its adjoint: as many as it had), `shifts` gives all T cyclic shifts of each column. sizes: of the axes of the T places, which cycle; a column is channels by places.
     """
 
     name: str
@@ -1233,6 +1233,8 @@ def operator_shape(name: str, shape: Shape, adjoint: bool = False, sizes: tuple[
             return rows, multiple(cols, sizes) if adjoint else cols * sp.Mul(*sizes)
         case "repeat":
             return multiple(rows, sizes) if adjoint else rows * sp.Mul(*sizes), cols
+        case "first":
+            return sizes[0], cols
         case _:
             return shape
 
@@ -1252,8 +1254,12 @@ def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ..
     shape = operator_shape(name, e.shape, adjoint, sizes)
     if isinstance(e, Zero):
         return zeros(*shape)
-    if (sizes and sp.Mul(*sizes) == 1) or (name == "running_sum" and e.cols == 1):
+    if (sizes and name != "first" and sp.Mul(*sizes) == 1) or (name == "running_sum" and e.cols == 1):
         return e
+    if name == "first" and same(e.rows, sizes[0]):
+        return e
+    if name == "first" and e.rows == 1 and e is not eye(ONE):
+        return matmul(operator(name, eye(ONE), sizes=sizes), e)
     return _distribute(lambda x: operator(name, x, adjoint, sizes), e) or _intern(Op, name, e, adjoint, sizes)
 
 

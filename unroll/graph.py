@@ -243,7 +243,7 @@ class Builder:
                 any(v.node.batched for v in views),
                 tuple(sorted(families.items())),
                 max((least, *(v.node.stage for v in views))),
-                bool(views) and all(v.node.plain for v in views),
+                shape == (ONE, ONE) and bool(views) and all(v.node.plain for v in views),
                 symmetric,
             )
         )
@@ -407,7 +407,7 @@ class Lowering:
                 return self._norm(kind, axis, eps, self.lower(x), weight, bias)
             case Op("running_sum", x, adjoint):
                 return b.add("running_sum", (self.lower(x),), 1, adjoint)
-            case Op("shifts" | "repeat", x, adjoint, sizes):
+            case Op("shifts" | "repeat" | "first", x, adjoint, sizes):
                 return b.add(e.name, (self.lower(x),), adjoint, sizes)
             case Spectrum(index, sizes, x, conjugate):
                 ref = b.add("spectrum", (self.lower(x),), index, sizes)

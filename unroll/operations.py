@@ -426,6 +426,13 @@ def _repeat_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     )
 
 
+def _first_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,), (_, (n,)) = args, out.attrs
+    entries = x.text.code if "r" in x.tags else f"{c.like}.new_ones(1)"  # of one entry there is only the number 1
+    found = Text(f"F.pad({entries}, (0, {c.size(n)} - {c.size(x.shape[0])}))")  # fewer than none: cut
+    return found if "r" in out.tags else found.then(".squeeze(-1)")
+
+
 def _transform_axes(node: Node, frequency: str) -> tuple[int, int, int]:
     """Of a value at all frequencies, its channels stored even if there is one: the axis of channels, of frequencies, and
     that of channels by places in the signal, all from the end."""
@@ -650,6 +657,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("shifts", _operator_axes("shifts"), _shifts_text, _pointwise, ("shifts", "shifts_adjoint")),
     Operation("repeat", _operator_axes("repeat"), _repeat_text, _pointwise),
+    Operation("first", _operator_axes("first"), _first_text, _pointwise),
     Operation("spectrum", _spectrum_axes, _spectrum_text, _pointwise, ("spectrum",)),
     Operation("signal", _signal_axes, _signal_text, _pointwise, ("signal",)),
     Operation("energy", lambda args, attrs: (ONE, args[0].shape[1]), _energy_text, _pointwise, ("energy",)),

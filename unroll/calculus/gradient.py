@@ -158,6 +158,8 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             yield from _normalised(node, g)
         case Softmax(x, axis, _):  # S * (G - sum(S * G))
             yield x, elementwise(slot(0) * (slot(1) - slot(2)), node, g, total(times(node, g), axis))
+        case Op("first", x):
+            yield x, operator("first", g, sizes=(x.rows,))
         case Op(name, x, adjoint, sizes):
             yield x, operator(name, g, not adjoint, sizes)
         case Sum(x, _):
