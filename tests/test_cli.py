@@ -228,7 +228,8 @@ def test_eval_measures_every_step_over_all_held_out_samples(unroll: Unroll, digi
     net, batches = trained_on(digits)
     image, mask = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert len(batches) > 1 and len(image) == 297
-    trace = net.trace(image, mask)
+    with torch.no_grad():
+        trace = net.trace(image, mask)
     before, after = (torch.nn.functional.normalize(trace.steps["Z"][k], dim=-1) for k in (0, 1))
     change = 2 * (after.abs().sum((-2, -1)) - before.abs().sum((-2, -1)))
     assert rows[4]["actual"] == pytest.approx(float(change.mean()), rel=1e-4)
