@@ -260,6 +260,14 @@ def test_a_page_says_what_cannot_be_measured(tmp_path) -> None:
         unroll.report("ista", tmp_path / "other.html", terms={"sparsity": "1"})
 
 
+def test_a_page_of_layers_that_diverge_is_drawn_as_far_as_they_are_finite(tmp_path) -> None:
+    text = unroll.report(
+        "hopfield", tmp_path / "page.html", overrides=["unroll.step=1e18", "unroll.layers=20"]
+    ).read_text(encoding="utf-8")
+    assert ": not finite</figcaption>" in text and "<h2>Module</h2>" in text
+    assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', "".join(re.findall("<(?:line|path|rect|circle)[^>]*>", text)))
+
+
 @pytest.mark.parametrize("spec", ["ista", "hopfield", "mcp_network"])
 def test_a_page_of_one_layer_draws_every_term(spec, tmp_path) -> None:
     text = unroll.report(spec, tmp_path / "page.html", overrides=["unroll.layers=1"]).read_text(encoding="utf-8")

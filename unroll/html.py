@@ -239,11 +239,11 @@ def course(c: Course) -> str:
     ]
     for k in range(count):
         left, right = LEFT + slot * k, LEFT + slot * (k + 1)
-        if all(map(math.isfinite, (starts[k], c.value[k + 1], c.predicted[k], c.actual[k]))):
+        if all(map(_drawn, (starts[k], c.value[k + 1], c.predicted[k], c.actual[k]))):
             shapes = _move(c, k, (left, y(starts[k])), (right, y(c.value[k + 1])))
             shapes += _bars(c, k, left + slot / 2, min(slot, 36), bar)
             drawn.append(f"<g><title>{escape(c.words(k))}</title>{shapes}</g>")
-    if math.isfinite(c.value[0]):
+    if _drawn(c.value[0]):
         drawn.append(f'<circle cx="{LEFT}" cy="{y(c.value[0]):.1f}" r="3" fill="{STILL}"/>')
     bottom = TOP + UPPER + GAP + LOWER
     zero = f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bar(0):.1f}" y2="{bar(0):.1f}" stroke="#1c2833"/>'
@@ -269,9 +269,14 @@ def course_legend(blocks: Sequence[str], own: Sequence[str]) -> str:
     return f"<p>{'<br>'.join((*parts, *order, *gaps))}</p>"
 
 
+def _drawn(v: float) -> bool:
+    """Finite, and such that differences are."""
+    return abs(v) < 1e300
+
+
 def _scale(values: Sequence[float], top: float, tall: float) -> tuple[Callable[[float], float], float, float]:
     """Value -> y within a panel; the least and the largest value."""
-    found = [v for v in values if math.isfinite(v)] or [0.0]
+    found = list(filter(_drawn, values)) or [0.0]
     low, high = min(found), max(found)
     high = high if high > low else low + 1
     return lambda v: top + 6 + (tall - 12) * (high - v) / (high - low), low, high
@@ -330,6 +335,8 @@ def _bars(c: Course, k: int, x: float, wide: float, y: Callable[[float], float])
 
 def picture(rows: Sequence[Sequence[float]], caption: str, cell: int) -> str:
     """Weights as squares of `cell` pixels: white is the smallest, black the largest, grey by the square root between them."""
+    if not all(math.isfinite(v) for row in rows for v in row):
+        return f"<figure><figcaption>{escape(caption)}: not finite</figcaption></figure>"
     low, high = min(map(min, rows)), max(map(max, rows))
     span = high - low if high > low else 1.0
     grey = [bytes(255 - round(255 * math.sqrt((v - low) / span)) for v in row) for row in rows]
