@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import released
@@ -162,6 +163,85 @@ def test_redunet_is_constructed_and_runs_as_the_released_network() -> None:
         want = released.redunet_layer(want, E, C, gamma, 0.5, 500.0)
     assert torch.allclose(net(fresh), want, atol=1e-10)
     assert torch.allclose(net(x), after, atol=1e-12), "the network on its own data does what was constructed"
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 1000])
+def test_redunet_is_constructed_batch_by_batch(batch_size: int) -> None:
+    x, members = labelled()
+    net = unroll.compile("redunet", dims={"d": 6, "K": 3}, dtype=torch.float64, overrides=["unroll.layers=4"])
+    after = net.construct(X=x, Pi=members, batch_size=batch_size)
+    operators, features = released.redunet_construct(x, members.mT, 4, 0.5, 0.1, 500.0, exact=False)
+    assert torch.allclose(after, features[-1], atol=1e-10)
+    for i, (E, C, gamma) in enumerate(operators):
+        assert torch.allclose(net.E[i], E, atol=1e-10)
+        assert torch.allclose(net.C[i], gamma[:, None, None] * C, atol=1e-10)
+    with pytest.raises(unroll.UnrollError, match="E404.*Pi 29, X 30"):
+        net.construct(X=x, Pi=members[:, 1:], batch_size=batch_size)
+    with pytest.raises(unroll.UnrollError, match="E404.*batch_size is 0"):
+        net.construct(X=x, Pi=members, batch_size=0)
+
+
+def constructed_on_data(objective: str, replaces: str, **more: Any) -> unroll.Network:
+    spec = {
+        "objective": "o", "dims": {"d": 4, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]}, "minimize": {"f": objective},
+        "unroll": {
+            "algorithm": "gradient_descent", "layers": 3, "step": 0.1, "start": {"Z": "X"},
+            "learn": {"E": {"replaces": replaces, "init": "data"}}, **more,
+        },
+    }  # fmt: skip
+    return cast(unroll.Network, unroll.compile(spec, dtype=torch.float64))
+
+
+SUMS = {
+    "a Gram matrix": ("-logdet(I(d) + Z @ Z.T)", "inv(I(d) + Z @ Z.T)", {}),
+    "with momentum": ("-logdet(I(d) + Z @ Z.T) + 1/2*sumsq(Z)", "inv(I(d) + y @ y.T)", {"algorithm": "fista"}),
+    "of a normalised Gram matrix": ("-logdet(I(d) + Z @ Z.T / sumsq(Z))", "inv(I(d) + Z @ Z.T / sumsq(Z))", {}),
+    "of powers": ("-1/4*logdet(I(d) + Z**2 @ Z.T**2)", "inv(I(d) + Z**2 @ Z.T**2)", {}),
+}
+
+
+@pytest.mark.parametrize(("objective", "replaces", "more"), SUMS.values(), ids=SUMS)
+def test_sums_over_samples_are_taken_batch_by_batch(objective: str, replaces: str, more: dict[str, Any]) -> None:
+    """The constructed layers against gradient descent on all samples at once, by autograd; any batches give the same."""
+    x = drawn(11, 4)
+    net = constructed_on_data(objective, replaces, **more)
+    assert net.program.samples is not None
+    after = net.construct(X=x, batch_size=4)
+    if not more:
+        exact = x
+        for _ in range(3):
+            z = exact.clone().requires_grad_()
+            exact = (z - 0.1 * torch.autograd.grad(net.objective(X=x, Z=z)["total"], z)[0]).detach()
+        assert torch.allclose(after, exact, atol=1e-12)
+    assert torch.allclose(net(x), after, atol=1e-12)
+    for batch_size in (1, 11, None):
+        assert torch.allclose(net.construct(X=x, batch_size=batch_size), after, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "in_batches"),
+    [
+        ("logsumexp(Z)", False),  # a softmax over all samples
+        ("sumsq(Z @ ones(N, N))", False),  # a sum over samples in every sample
+        ("sum(softmax(Z, axis=1)**2)", False),
+        ("1/4*sumsq(Z.T @ Z)", True),  # the smaller side is a sum over samples
+        ("sumsq(sum(Z, axis=1))", False),  # repeated over as many columns as there are samples
+    ],
+)
+def test_what_mixes_samples_is_constructed_at_once_or_as_if(mixed: str, in_batches: bool) -> None:
+    x = drawn(5, 4)
+    net = constructed_on_data(f"-logdet(I(d) + Z @ Z.T) + 0.1*({mixed})", "inv(I(d) + Z @ Z.T)")
+    exact, after = x, net.construct(X=x)
+    for _ in range(3):
+        z = exact.clone().requires_grad_()
+        exact = (z - 0.1 * torch.autograd.grad(net.objective(X=x, Z=z)["total"], z)[0]).detach()
+    assert torch.allclose(after, exact, atol=1e-10)
+    assert (net.program.samples is not None) == in_batches
+    if in_batches:
+        assert torch.allclose(net.construct(X=x, batch_size=2), after, atol=1e-10)
+    else:
+        with pytest.raises(unroll.UnrollError, match="E404.*batches"):
+            net.construct(X=x, batch_size=2)
 
 
 def test_the_exact_flow_is_projected_ascent_and_rises() -> None:

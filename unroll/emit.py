@@ -11,7 +11,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ from unroll.problem import Problem
 from unroll.rewrites import smaller_side
 from unroll.show import text as show
 from unroll.step import Learned, Step
+from unroll.streams import sums_over
 
 WIDTH = 110
 DRAWN = ("gaussian", "uniform")
@@ -58,6 +59,8 @@ class Program:
     """What a call takes, in the user's words; an input that only the objective reads is not among them."""
     construct_inputs: tuple[str, ...]
     """What `construct` takes; nothing where no parameter is worked out on data."""
+    samples: sp.Symbol | None
+    """The size along which `construct` takes batches; None: all at once."""
 
     @property
     def drawn(self) -> bool:
@@ -105,6 +108,7 @@ def build(
         module.words, tuple(module.initialise_arguments),
         tuple(s.name for s in module.inputs),
         tuple(s.name for s in problem.inputs) if module.constructed else (),
+        module.samples[0] if module.samples is not None else None,
     )  # fmt: skip
 
 
@@ -221,6 +225,10 @@ class Section:
     like: str = "x"
     used_ops: set[str] = field(default_factory=set[str])
 
+    def branch(self) -> Section:
+        """Lines within these, whose names are theirs alone."""
+        return replace(self, known=dict(self.known))
+
     def operand(self, ref: Ref) -> Operand:
         return Operand(self.graph.nodes[ref.node], ref.flip, self.text(ref.node))
 
@@ -318,8 +326,8 @@ def hint(graph: Graph, i: int) -> str:
             joined = f"{word(node.inputs[0])}_conj"
         case "family_softmax":
             joined = "shares"
-        case "cholesky" | "inverse":
-            joined = {"cholesky": "chol", "inverse": "inv"}[node.op]
+        case "cholesky" | "cholesky_inverse" | "inverse":
+            joined = "chol" if node.op == "cholesky" else "inv"
         case _:
             joined = {"add": "t", "map": "t", "number": "t", "sum": "total"}.get(node.op, node.op)
     return joined if len(joined) <= 12 else {"matmul": "p", "scale": "q"}.get(node.op, "t")
@@ -373,13 +381,22 @@ class Module:
             for (kind, name), r in self.graph.roots.items()
             if kind in kinds and (kind != "learned" or name in own)
         ]
-        reached = self._reached(roots)
+        reached = self.graph.reached(roots)
         return [i for i, n in self.graph.nodes.items() if i in reached and n.stage > Stage.SETUP and n.inputs]
 
     @cached_property
     def constructed(self) -> list[Learned]:
         """Parameters that are worked out on data."""
         return [p for p in self.learned if p.constructed]
+
+    @cached_property
+    def samples(self) -> tuple[sp.Symbol, tuple[int, ...]] | None:
+        """The open size along which such data may come in batches, and the nodes that are sums over it."""
+        for d, n in self.problem.dims.items():
+            sums = sums_over(self.graph, d, [p.name for p in self.constructed]) if n == "dynamic" else None
+            if sums:
+                return d, sums
+        return None
 
     @cached_property
     def inputs(self) -> list[Sym]:
@@ -600,25 +617,14 @@ class Module:
         optional = [(self.locals("symbol", s.name), self.problem.scalars[s]) for s in scalars]
         return [*required, *(f"{w}={number(sp.sympify(v)).code}" for w, v in optional if v is not None)]
 
-    def _reached(self, nodes: Iterable[int]) -> set[int]:
-        """Nodes and all that they are computed from."""
-        seen: set[int] = set()
-        stack = list(nodes)
-        while stack:
-            i = stack.pop()
-            if i not in seen:
-                seen.add(i)
-                stack += [r.node for r in self.graph.nodes[i].inputs]
-        return seen
-
     def _reach(self, nodes: Iterable[int]) -> set[tuple[str, str]]:
-        found = (self.graph.nodes[i] for i in self._reached(nodes))
+        found = (self.graph.nodes[i] for i in self.graph.reached(nodes))
         return {(n.op, str(n.attrs[0])) for n in found if not n.inputs}
 
     def _start_of(self, p: Learned, ref: Ref, sec: Section) -> str:
         """Copy the start value of a parameter into it, through the inverse of its constraint."""
         name = self.attributes("learned", p.name)
-        leaves = (n for i in self._reached([ref.node]) if not (n := self.graph.nodes[i]).inputs)
+        leaves = (n for i in self.graph.reached([ref.node]) if not (n := self.graph.nodes[i]).inputs)
         if any(n.stage > Stage.SETUP for n in leaves):
             raise UnrollError(
                 "E403", f"'{p.name}' cannot be learned: what it replaces depends on the input or the layer"
@@ -653,28 +659,118 @@ class Module:
 
     def _construct(self, buffers: dict[int, str]) -> str:
         """The method that works out parameters on data, layer by layer."""
+        names = ", ".join(p.name for p in self.constructed)
+        words = ", ".join(self.locals("symbol", s.name) for s in self.problem.inputs)
+        if self.samples is None:
+            args, lines = words, self._construct_at_once(buffers)
+            doc = f"Work out {names} on these data, layer by layer; no batch axes. Returns what the data have become."
+        else:
+            batches = self.locals.fresh("batches")
+            args, lines = f"*{batches}", self._construct_by_batches(buffers, batches, *self.samples)
+            doc = f"Work out {names} on these data, layer by layer. A batch is a tuple of {words}; returns what each has become."
+        text = "\n".join([f'"""{doc}"""', *lines])
+        return f"@torch.no_grad()\ndef construct(self, {args}):\n" + textwrap.indent(text, "    ")
+
+    def _construct_at_once(self, buffers: dict[int, str]) -> list[str]:
         inputs = list(self.problem.inputs)
         lines, sec, states = self._opening(buffers, inputs, self.construct_nodes, start=False)
-        body: list[str] = []
+        body = [*self._layer_of(self.learned, known=True), *self._work_out(sec), *self._layer_of(self.constructed)]
+        body += self._body(sec, states)
+        lines += [self._layers_of_construct(), *_indented(body), f"return {self._answer(states)}"]
+        self.helpers |= sec.used_ops
+        return self._read_sizes(inputs, lines)
+
+    def _construct_by_batches(
+        self, buffers: dict[int, str], batches: str, samples: sp.Symbol, sums: tuple[int, ...]
+    ) -> list[str]:
+        """Per layer: the sums over all batches, the parameters, and the next state of each batch."""
+        inputs = list(self.problem.inputs)
+        names = [self.locals("symbol", s.name) for s in inputs]
+        each = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
+        batch = f"({each})" if len(names) > 1 else each
+        states = {s.symbol.name: self._state_name(s.symbol) for s in self.step.states}
+        state = f"({', '.join(states.values())})" if len(states) > 1 else "".join(states.values())
+        opened = self._squeezed(inputs)
+        like = f"self.{self.attributes('learned', self.constructed[0].name)}"
+        shared = self.section(self._known_in_forward(buffers), like, {*states.values()})
+        given = {i for i, n in self.graph.nodes.items() if n.op == "input"}
+        of_data = {i for i in self.construct_nodes if given & self.graph.reached([i])}
+        lines = self._prologue(shared, self.construct_nodes, without=of_data)
+        all_states, place = shared.fresh("states"), shared.fresh("i")
+
+        starts = [*opened, *self._starts(shared.branch(), states, given=False)]
+        if len(starts) == 1 and len(states) == 1:
+            lines.append(f"{all_states} = [{starts[0].removeprefix(f'{state} = ')} for {each} in {batches}]")
+        else:
+            loop = [f"for {each} in {batches}:", *_indented([*starts, f"{all_states}.append({state})"])]
+            lines += [f"{all_states} = []", *loop]
+        for i, node in self.graph.nodes.items():
+            if node.op in ("state", "counter"):
+                shared.known[i] = Text(states[str(node.attrs[0])], tensor=not node.plain)
+
+        sec = shared.branch()
+        rows = sec.lines_for(map(Ref, sums), keep=sums)
+        totals, adding = list[str](), [*opened]
+        for i in rows:
+            if i in sums:
+                totals.append(shared.fresh(self.graph.names.get(i) or hint(self.graph, i)))
+                adding.append(f"{totals[-1]} += {sec.text(i).code}")
+                shared.known[i] = Text(totals[-1])
+            else:
+                adding.append(sec.assign(i))
+        body = [*self._layer_of(self.learned, known=True), f"{' = '.join(totals)} = 0"]
+        body += [f"for {batch}, {state} in zip({batches}, {all_states}, strict=True):", *_indented(adding)]
+        body += [*self._work_out(shared), *self._layer_of(self.constructed)]
+        last = shared.branch()
+        moved = [*opened, *self._body(last, states), f"{all_states}[{place}] = {state}"]
+        body += [
+            f"for {place}, ({batch}, {state}) in enumerate(zip({batches}, {all_states}, strict=True)):",
+            *_indented(moved),
+        ]
+        answer = self._answer(states)
+        out = all_states if answer == state else f"[{answer} for {state} in {all_states}]"
+        lines += [self._layers_of_construct(), *_indented(body), f"return {out}"]
+        self.helpers |= shared.used_ops
+
+        def size_of(d: sp.Symbol, word: str, axis: int) -> str:
+            if d == samples:
+                return f"sum({word}.shape[{axis}] for {each} in {batches})"
+            return f"{batches}[0][{names.index(word)}].shape[{axis}]"
+
+        return self._read_sizes(inputs, lines, size_of)
+
+    def _layers_of_construct(self) -> str:
+        return f"for layer in range(len(self.{self.attributes('learned', self.constructed[0].name)})):"
+
+    def _work_out(self, sec: Section) -> list[str]:
+        """Store what the parameters of a layer are."""
         goals = {p.name: self.graph.roots["learned", p.name] for p in self.constructed}
-        body += [sec.assign(i) for i in sec.lines_for(goals.values())]
+        lines = [sec.assign(i) for i in sec.lines_for(goals.values())]
         for p in self.constructed:
             value = sec.operand(goals[p.name]).ordered("rc").code
             if p.constraint == "positive":
                 self.helpers.add("softplus_inverse")
                 value = f"softplus_inverse({value})"
-            body.append(f"self.{self.attributes('learned', p.name)}[layer] = {value}")
-        body += [f"{name} = {Text(stack, stack_level(stack)).at(POSTFIX)}[layer]" for name, stack in self._per_layer()]
-        body += self._body(sec, states)
-        first = f"self.{self.attributes('learned', self.constructed[0].name)}"
-        lines += [f"for layer in range(len({first})):", *textwrap.indent("\n".join(body), "    ").split("\n")]
-        lines.append(f"return {self._answer(states)}")
-        self.helpers |= sec.used_ops
-        words = ", ".join(self.locals("symbol", s.name) for s in inputs)
-        names = ", ".join(p.name for p in self.constructed)
-        doc = f'"""Work out {names} on these data, layer by layer; no batch axes. Returns what the data have become."""'
-        lines = [doc, *self._read_sizes(inputs, lines)]
-        return f"@torch.no_grad()\ndef construct(self, {words}):\n" + textwrap.indent("\n".join(lines), "    ")
+            lines.append(f"self.{self.attributes('learned', p.name)}[layer] = {value}")
+        return lines
+
+    def _layer_of(self, learned: Iterable[Learned], known: bool = False) -> list[str]:
+        """Names for the parameters of a layer.  known: those that need no data."""
+        wanted = {self.locals("learned", p.name) for p in learned if not (known and p.constructed)}
+        return [
+            f"{name} = {Text(stack, stack_level(stack)).at(POSTFIX)}[layer]"
+            for name, stack in self._per_layer()
+            if name in wanted
+        ]
+
+    def _squeezed(self, inputs: Iterable[Sym]) -> list[str]:
+        """Axes of size 1 that are not stored, taken away."""
+        return [
+            f"{word} = {word}.squeeze({_tuple(dropped)})"
+            for s in inputs
+            if (dropped := unit_axes(s))
+            for word in [self.locals("symbol", s.name)]
+        ]
 
     def _opening(
         self, buffers: dict[int, str], inputs: list[Sym], nodes: list[int], start: bool = True
@@ -684,30 +780,29 @@ class Module:
         known = self._known_in_forward(buffers)
         like = self.locals("symbol", inputs[0].name) if inputs else f"self.{self._some_tensor(buffers)}"
         sec = self.section(known, like, {*states.values()})
-        lines = [
-            f"{word} = {word}.squeeze({_tuple(dropped)})"
-            for s in inputs
-            if (dropped := unit_axes(s))
-            for word in [self.locals("symbol", s.name)]
-        ]
-        lines += self._prologue(sec, nodes)
+        lines = [*self._squeezed(inputs), *self._prologue(sec, nodes)]
         lines += self._starts(sec, states, start)
         for i, node in self.graph.nodes.items():
             if node.op in ("state", "counter"):
                 known[i] = Text(states[str(node.attrs[0])], tensor=not node.plain)
         return lines, sec, states
 
-    def _read_sizes(self, inputs: list[Sym], lines: list[str]) -> list[str]:
+    def _read_sizes(
+        self,
+        inputs: list[Sym],
+        lines: list[str],
+        size_of: Callable[[sp.Symbol, str, int], str] = lambda d, word, axis: f"{word}.shape[{axis}]",
+    ) -> list[str]:
         """Open sizes that the lines use are read off the inputs, before anything else."""
         first: list[str] = []
         text = "\n".join(line.split("#")[0] for line in "\n".join(lines).split("\n"))
         for d, n in self.problem.dims.items():
             word = self.locals("dim", d.name)
             if n == "dynamic" and re.search(rf"(?<![\w.]){re.escape(word)}\b", text):
-                found = [(s, a) for s in inputs for a in _axes_of(s, d)]
+                found = [(s, a) for s in inputs for a in axes_of(s, d)]
                 if found:
                     s, axis = found[0]
-                    first.append(f"{word} = {self.locals('symbol', s.name)}.shape[{axis}]")
+                    first.append(f"{word} = {size_of(d, self.locals('symbol', s.name), axis)}")
                 else:
                     hint = f"give it a number: dims: {{{d.name}: ...}}"
                     raise UnrollError(
@@ -741,14 +836,14 @@ class Module:
                     pass
         return known
 
-    def _prologue(self, sec: Section, nodes: list[int]) -> list[str]:
+    def _prologue(self, sec: Section, nodes: list[int], without: Collection[int] = ()) -> list[str]:
         """Values that the layers share."""
         ahead = [i for i in self.graph.nodes if self.graph.nodes[i].stage <= Stage.PROLOGUE]
         read = [r.node for i in nodes if self.graph.nodes[i].stage == Stage.BODY for r in self.graph.nodes[i].inputs]
         read += [r.node for (kind, _), r in self.graph.roots.items() if kind == "next"]
         goals = [
             i for i in dict.fromkeys(read)
-            if i in ahead and i not in sec.known
+            if i in ahead and i not in sec.known and i not in without
             and self.graph.nodes[i].op not in ("number", "full") and not self.graph.nodes[i].plain
         ]  # fmt: skip
         lines: list[str] = []
@@ -951,9 +1046,14 @@ def stored_sizes(s: Sym) -> tuple[str, ...]:
     return tuple(map(str, stored_axes(s)))
 
 
-def _axes_of(s: Sym, d: sp.Symbol) -> list[int]:
+def axes_of(s: Sym, d: sp.Symbol) -> list[int]:
+    """Axes of size d of the tensor of an input or variable, counted from the end."""
     sizes = (s.nrows,) if s.rank == 1 else (s.ncols, s.nrows) if s.rank == 2 else ()
     return [i - len(sizes) for i, n in enumerate(sizes) if n == d]
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return textwrap.indent("\n".join(lines), "    ").split("\n")
 
 
 def _tuple(axes: Sequence[int]) -> str:
@@ -1024,7 +1124,7 @@ def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = N
     for s in read:
         for d, word in sizes.items():
             family = [(-len(stored_sizes(s)))] if s.family == d else []
-            axes = _axes_of(s, d) if s.role != "parameter" else [a if s.rank == 1 else -3 - a for a in _axes_of(s, d)]
+            axes = axes_of(s, d) if s.role != "parameter" else [a if s.rank == 1 else -3 - a for a in axes_of(s, d)]
             line = f"{word} = {names('symbol', s.name)}.shape[{(family or axes)[0]}]" if family or axes else ""
             if line and not any(x.startswith(f"{word} = ") for x in lines):
                 lines.append(line)

@@ -768,6 +768,9 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
                 flat.extend(factors)
             case other:
                 flat.append(other)
+    if len(flat) > 1 and any(scalar_factor(f)[1] is not f for f in flat):  # A (s X) = s (A X) for a scalar s
+        outer, inner = zip(*map(scalar_factor, flat), strict=True)
+        return elementwise(sp.Mul(*map(slot, range(len(flat) + 1))), matmul(*inner, coef=c), *outer)
     if len(flat) > 1 and (weighed := _weights(flat[-1], 0)) is not None:  # A (X * r) = (A X) * r for a row r
         return elementwise(slot(0) * slot(1), matmul(*flat[:-1], weighed[0], coef=c), weighed[1])
     if len(flat) > 1 and (weighed := _weights(flat[0], 1)) is not None:  # (c * X) A = c * (X A) for a column c
@@ -788,6 +791,19 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
     if len(factors) == 1:
         return scale(c, factors[0])
     return zeros(*shape) if c == 0 else _intern(Mul, _tidy(c), tuple(factors))
+
+
+def scalar_factor(e: Expr, wanted: Callable[[Expr], bool] = lambda x: not x.is_scalar) -> tuple[Expr, Expr]:
+    """(s, x) with e = s x, s a 1 × 1 expression and x the one argument of a map that is wanted; (1, e) if there is no such."""
+    if not isinstance(e, Map):
+        return eye(1), e
+    own = [i for i, a in enumerate(e.args) if wanted(a)]
+    rest = e.profile / slot(own[0]) if len(own) == 1 else e.profile
+    if len(own) != 1 or rest.has(slot(own[0])) or not all(a.is_scalar for i, a in enumerate(e.args) if i != own[0]):
+        return eye(1), e
+    others = [i for i in range(len(e.args)) if i != own[0]]
+    names = {slot(i): slot(j) for j, i in enumerate(others)}
+    return elementwise(rest.xreplace(names), *(e.args[i] for i in others)), e.args[own[0]]
 
 
 def _weights(e: Expr, axis: Literal[0, 1]) -> tuple[Expr, Expr] | None:

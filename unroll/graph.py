@@ -15,6 +15,7 @@ from typing import Any, assert_never, cast
 import networkx as nx
 import sympy as sp
 
+from unroll.calculus.cones import definite, is_hermitian
 from unroll.errors import UnrollError
 from unroll.expr import (
     ONE,
@@ -109,6 +110,17 @@ class Graph:
 
     def views(self, node: Node) -> tuple[View, ...]:
         return tuple(map(self.view, node.inputs))
+
+    def reached(self, nodes: Iterable[int]) -> set[int]:
+        """Nodes and all that they are computed from."""
+        seen: set[int] = set()
+        stack = list(nodes)
+        while stack:
+            i = stack.pop()
+            if i not in seen:
+                seen.add(i)
+                stack += [r.node for r in self.nodes[i].inputs]
+        return seen
 
     @cached_property
     def users(self) -> dict[int, list[int]]:
@@ -233,7 +245,7 @@ class Builder:
         )  # a buffer would have to be complex: not kept from set-up on
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
         even = all(v.node.symmetric or v.shape == (ONE, ONE) for v in views)
-        symmetric = symmetric or op in OPAQUE or (keeps and even)
+        symmetric = symmetric or op in OPAQUE or (keeps and even) or attrs[:1] == ("symmetric",)
         return self._intern(
             Node(
                 op,
@@ -502,8 +514,8 @@ class Lowering:
         return [p if isinstance(p, Ref) else self.lower(p) for p in parts]
 
     def _inverse(self, x: Expr) -> Ref:
-        ref = self.lower(x)
-        return self.builder.add("inverse", (ref,), "definite" if is_symmetric(x) and definite(x) == 2 else "general")
+        definite_as = "symmetric" if is_symmetric(x) else "hermitian" if is_hermitian(x) else ""
+        return self.builder.add("inverse", (self.lower(x),), definite_as if definite(x) == 2 else "")
 
     def _norm(self, kind: str, axis: int, eps: sp.Expr, x: Ref, weight: Expr, bias: Expr) -> Ref:
         """Weight and bias within the operation where they are vectors of the network, else around it."""
@@ -571,42 +583,6 @@ def _column(e: Expr) -> Expr | None:
             return matmul(*rest, coef=c)
         case _:
             return None
-
-
-def definite(e: Expr) -> int:
-    """2: positive definite whatever the values of its symbols, 1: semidefinite, 0: not known. As its form shows."""
-    match e:
-        case Eye():
-            return 2
-        case Sym(props=props):
-            return 2 if "positive_definite" in props else 1 if "psd" in props else 0
-        case Inverse(x):
-            return 2 * (definite(x) == 2)
-        case Add(terms):
-            grades = [definite(t) for t in terms]
-            return 0 if 0 in grades else max(grades)
-        case Mul(coef, factors):
-            if not coef.is_nonnegative:
-                return 0
-            core = definite(factors[0]) if len(factors) == 1 else _congruence(factors)
-            return core if coef.is_positive else min(core, 1)
-        case FamilySum(_, _, body):
-            return min(definite(body), 1)
-        case Diag(Map(profile, _)):
-            return 2 if profile.is_positive else 1 if profile.is_nonnegative else 0
-        case Hold(x):
-            return definite(x)
-        case _:
-            return 0
-
-
-def _congruence(factors: tuple[Expr, ...]) -> int:
-    """M S M' is semidefinite if S is (or is absent)."""
-    outer = all(a.T is b for a, b in zip(factors, reversed(factors), strict=True))
-    if not outer:
-        return 0
-    middle = factors[len(factors) // 2] if len(factors) % 2 else None
-    return 1 if middle is None or definite(middle) >= 1 else 0
 
 
 # --- Step -> Graph ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import reduce
 from html import escape
 from typing import Any
@@ -91,9 +91,12 @@ def sample(graph: Graph, sizes: Mapping[str, int], seed: int = 0, batch: int = 2
     return out
 
 
-def difference(before: Graph, after: Graph, sizes: Mapping[str, int], seed: int = 0) -> float:
-    """Largest relative difference of any root between two graphs on random leaves."""
+def difference(
+    before: Graph, after: Graph, sizes: Mapping[str, int], seed: int = 0, *, positive: Collection[str] = ()
+) -> float:
+    """Largest relative difference of any root between two graphs on random leaves, those named here without a negative entry."""
     values = sample(before, sizes, seed)
+    values |= {leaf: value.abs() for leaf, value in values.items() if leaf[1] in positive}
     a, b = interpret(before, values, sizes), interpret(after, values, sizes)
     gaps = [float((a[r] - b[r]).abs().max()) / max(1.0, float(a[r].abs().max())) for r in a if a[r].numel()]
     return max(gaps, default=0.0)

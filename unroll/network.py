@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unroll.emit import Program, stored_axes, term_source, term_symbols
+from unroll.emit import Program, axes_of, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
 from unroll.expr import LogDet, Sym, swap, walk
 from unroll.problem import Problem
@@ -115,10 +115,11 @@ class Network(nn.Module):
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             raise self._unsolved(given) from e
 
-    def construct(self, *args: Tensor, **named: Tensor) -> Any:
+    def construct(self, *args: Tensor, batch_size: int | None = None, **named: Tensor) -> Any:
         """Work out, layer by layer, the parameters that depend on data; returns what these data become.
 
         Inputs in order or by name, without batch axes: one set of data, such as (N, d) features and their (K, N) memberships.
+        batch_size: so many samples at a time, which bounds the memory of a layer and changes nothing but rounding.
         Raises UnrollError E404, E408.
         """
         wanted = self.program.construct_inputs
@@ -140,9 +141,8 @@ class Network(nn.Module):
                 raise UnrollError(
                     "E404", f"{name} has shape {tuple(given[name].shape)}: data to construct with have no batch axes"
                 )
-        words = self.program.words
-        out = cast(Any, super()).construct(**{words["symbol", name]: value for name, value in given.items()})
-        bad = [n for n, p in self.named_parameters() if not p.isfinite().all()]
+        out = self._constructed([given[name] for name in wanted], batch_size)
+        bad = [n for n, p in self.named_parameters() if not finite(p)]
         if bad:
             raise UnrollError(
                 "E408",
@@ -152,6 +152,34 @@ class Network(nn.Module):
         _refuse_excluded(self, "data")
         self.built = True
         return out
+
+    def _constructed(self, data: list[Tensor], batch_size: int | None) -> Any:
+        """What `construct` of the text makes of data, cut into batches along the samples."""
+        construct, problem, samples = cast(Any, super()).construct, self.program.problem, self.program.samples
+        if samples is None:
+            if batch_size is not None:
+                hint = "leave batch_size out: a layer needs all samples at once"
+                raise UnrollError("E404", "these data cannot come in batches", hint=hint)
+            return construct(*data)
+        axes = [next(iter(axes_of(s, samples)), None) for s in problem.inputs]
+        counts = {s.name: x.shape[a] for s, x, a in zip(problem.inputs, data, axes, strict=True) if a is not None}
+        count = max(counts.values())
+        if min(counts.values()) != count:
+            have = ", ".join(f"{name} {n}" for name, n in counts.items())
+            raise UnrollError("E404", f"the data to construct with have different numbers of samples: {have}")
+        if batch_size is not None and batch_size < 1:
+            raise UnrollError("E404", f"batch_size is {batch_size}: it is a number of samples")
+        cuts = [
+            x.split(batch_size or max(count, 1), a) if a is not None else None for x, a in zip(data, axes, strict=True)
+        ]
+        number = len(next(c for c in cuts if c is not None))
+        parts = construct(
+            *([c[i] if c is not None else x for x, c in zip(data, cuts, strict=True)] for i in range(number))
+        )
+        output = [axes_of(s, samples)[0] for s in self.program.step.output]
+        if len(output) == 1:
+            return torch.cat(parts, output[0])
+        return tuple(torch.cat(part, a) for a, part in zip(output, zip(*parts, strict=True), strict=True))
 
     def trace(
         self,
@@ -471,14 +499,14 @@ def network(
         if p.constructed and ("learned", p.name) in program.words
     }
     for name, p in net.named_parameters():
-        if name not in waiting and not p.isfinite().all():
+        if name not in waiting and not finite(p):
             raise UnrollError(
                 "E403",
                 f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
             )
     _refuse_excluded(net, "value")
     for name, b in net.named_buffers():
-        if b.is_floating_point() and not b.isfinite().all():
+        if b.is_floating_point() and not finite(b):
             raise UnrollError(
                 "E403",
                 f"'{name}' is not finite for the parameters given",
@@ -487,10 +515,18 @@ def network(
     return net
 
 
+def finite(x: Tensor) -> bool:
+    """Is every entry finite? Without a tensor of answers: parameters may be large."""
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x.detach())
+    return bool(low.isfinite() & high.isfinite())
+
+
 def _refuse_excluded(net: Network, init: str) -> None:
     """Raises UnrollError E403 for a parameter that starts at what it replaces where its constraint excludes that."""
     for record, p in zip(net.learned, net.parameters(), strict=True):
-        if record.init == init and not _holds(record, p.detach().double()):
+        if record.init == init and not _holds(record, p.detach()):
             raise UnrollError(
                 "E403",
                 f"'{record.name}' cannot start at the value that it replaces, which is not "
@@ -502,9 +538,10 @@ def _holds(p: Learned, value: Tensor) -> bool:
     """Is a start value what its parameter is kept to? What is positive by softplus was tried before."""
     match p.constraint:
         case "symmetric":
+            value = value.double()
             return not bool((value - value.mT).abs().max() > 1e-3 * value.abs().max())
         case "unit_columns":
-            return not bool((value.norm(dim=p.column_axis) - 1).abs().max() > 1e-3)
+            return not bool((value.double().norm(dim=p.column_axis) - 1).abs().max() > 1e-3)
         case _:
             return True
 
@@ -624,7 +661,7 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     if net.spec is None or net.spec.sha256 != record["sha256"]:
         raise UnrollError("E405", f"{place / SPEC} is not the spec that these weights belong to")
     net.load_state_dict(state)
-    net.built = all(p.isfinite().all() for p in net.parameters())
+    net.built = all(map(finite, net.parameters()))
     return net
 
 
@@ -646,7 +683,7 @@ def recompile(
     compile_ = cast(Callable[..., Network], unroll.compile)
     net = compile_(spec, dims=dims, parameters=given, scalars=scalars, dtype=_dtype(state, given))
     net.load_state_dict(state)
-    net.built = all(p.isfinite().all() for p in net.parameters())
+    net.built = all(map(finite, net.parameters()))
     return net.train(training)
 
 

@@ -639,6 +639,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("trace_product", _to_scalar, _trace_product_text, _pointwise),
     Operation("inverse", _same, _call("inverse"), _cubic, ("inverse",)),
     Operation("cholesky", _same, _call("cholesky"), _cubic, ("cholesky",)),
+    Operation("cholesky_inverse", _same, _call("cholesky_inverse"), _cubic, ("cholesky_inverse",)),
     Operation("solve", lambda args, attrs: args[1].shape, _solve_text("solve"), _cubic, ("solve",)),
     Operation(
         "cholesky_solve", lambda args, attrs: args[1].shape, _solve_text("cholesky_solve"), _cubic, ("cholesky_solve",)
@@ -721,8 +722,12 @@ HELPERS: dict[str, Helper] = {
     "exact": Helper(_EXACT),
     "inverse": _exact("inverse", "m", "inv(m).", "return torch.linalg.inv(m)"),
     "cholesky": _exact(
-        "cholesky", "s", "Lower L with L L' = s, s symmetric positive definite.", "return torch.linalg.cholesky(s)"
+        "cholesky",
+        "s",
+        "Lower l with l l' = s, s symmetric (Hermitian) positive definite.",
+        "return torch.linalg.cholesky(s)",
     ),
+    "cholesky_inverse": _exact("cholesky_inverse", "l", "inv(l l').", "return torch.cholesky_inverse(l)"),
     "solve": _exact("solve", "m, b", "inv(m) b.", "return torch.linalg.solve(m, b)"),
     "cholesky_solve": _exact("cholesky_solve", "l, b", "inv(l l') b.", "return torch.cholesky_solve(b, l)"),
     "logdet_cholesky": _exact(

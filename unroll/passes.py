@@ -132,7 +132,10 @@ def _hoisted(graph: Graph) -> str:
 
 
 def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
-    """inv(S) @ B -> solve(S, B).  An inverse of something general that the loop reuses stays: it is computed once."""
+    """inv(S) @ B -> solve(S, B), and what stays an inverse of something definite, by its Cholesky factor.
+
+    An inverse of something else that the loop reuses stays: it is computed once.
+    """
     count = 0
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
@@ -142,7 +145,7 @@ def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         coef, *factors = inputs
         for i, f in enumerate(factors):
             inner = b.nodes[f.node]
-            if inner.op != "inverse" or (inner.attrs[0] == "general" and inner.stage < node.stage):
+            if inner.op != "inverse" or (inner.attrs[0] != "symmetric" and inner.stage < node.stage):
                 continue
             count += 1
             matrix = b.flip(inner.inputs[0]) if f.flip else inner.inputs[0]
@@ -153,13 +156,18 @@ def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
             return b.scaled(coef, b.flip(_solve(b, inner.attrs[0], b.flip(matrix), turned)))
         return None
 
-    out = rewrite(graph, rule)
+    def left(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        if node.op != "inverse" or not node.attrs[0]:
+            return None
+        return b.add("cholesky_inverse", (b.add("cholesky", inputs),), *node.attrs)
+
+    out = rewrite(rewrite(graph, rule), left)
     return out, f"{count} inverses times a matrix became solves"
 
 
 def _solve(b: Builder, kind: str, matrix: Ref, factors: list[Ref]) -> Ref:
     side = b.product(b.number(ONE), factors)
-    if kind == "definite":
+    if kind == "symmetric":
         return b.add("cholesky_solve", (b.add("cholesky", (matrix,)), side))
     return b.add("solve", (matrix, side))
 

@@ -6,12 +6,12 @@ singular values and families. What no rule covers is None, never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import sympy as sp
 
+from unroll.calculus.cones import nonnegative, square_root
 from unroll.calculus.gradient import gradient
 from unroll.calculus.scalar import curvature as scalar_curvature
 from unroll.errors import DeriveError
@@ -21,17 +21,13 @@ from unroll.expr import (
     Diagonal,
     Expr,
     Eye,
-    FamilySoftmax,
     FamilySum,
     Hold,
     LogDet,
     LogSumExp,
     Map,
-    Max,
-    Member,
     Mul,
     Op,
-    Softmax,
     Spectral,
     Sum,
     Sym,
@@ -48,6 +44,7 @@ from unroll.expr import (
     largest,
     matmul,
     mentions,
+    scalar_factor,
     scale,
     slot,
     spectral_norm,
@@ -296,14 +293,14 @@ def _weighed(e: Expr, z: Sym, member: str = "") -> _Weighed | None:
     member: an index that nothing from z on to the right in B may depend on, so that units of v are the same columns for every member.
     """
     c, body = split(e)
-    w, inner = _scalar_factor(body, lambda a: isinstance(a, LogDet))
+    w, inner = scalar_factor(body, lambda a: isinstance(a, LogDet))
     match inner:
         case LogDet(Add((Eye(), m))):
             pass
         case _:
             return None
     k, core = split(m)
-    s, product = _scalar_factor(core, lambda a: not a.is_scalar)
+    s, product = scalar_factor(core)
     w, s = scale(c, w), scale(k, s)
     factors = product.factors if isinstance(product, Mul) else ()
     half = len(factors) // 2
@@ -323,65 +320,6 @@ def _weighed(e: Expr, z: Sym, member: str = "") -> _Weighed | None:
     found = scalar_curvature(sp.log(1 + free * slot(0) ** 2), slot(0))
     low, high = (times(times(elementwise(x.subs(free, slot(0)), s), w), _square(norm)) for x in (found.mu, found.L))
     return _Weighed(low, high, v, found.proof, found.reason)
-
-
-def _scalar_factor(e: Expr, wanted: Callable[[Expr], bool]) -> tuple[Expr, Expr]:
-    """(w, x) with e = w x, w a 1 × 1 expression and x the one argument that is wanted."""
-    match e:
-        case Map(profile, args):
-            own = [i for i, a in enumerate(args) if wanted(a)]
-            rest = profile / slot(own[0]) if len(own) == 1 else profile
-            if (
-                len(own) != 1
-                or rest.has(slot(own[0]))
-                or not all(a.is_scalar for i, a in enumerate(args) if i != own[0])
-            ):
-                return eye(1), e
-            others = [i for i in range(len(args)) if i != own[0]]
-            names = {slot(i): slot(j) for j, i in enumerate(others)}
-            return elementwise(rest.xreplace(names), *(args[i] for i in others)), args[own[0]]
-        case _:
-            return eye(1), e
-
-
-def nonnegative(e: Expr) -> bool:
-    """Has e no negative entry, as its form and what is declared show?"""
-    value = as_constant(e)
-    if value is not None:
-        return value.is_nonnegative is True
-    match e:
-        case Sym(props=props):
-            return "positive" in props
-        case Member(of, _) | Transpose(of) | Hold(of) | Diag(of) | Diagonal(of) | Sum(of, _) | Max(of, _):
-            return nonnegative(of)
-        case FamilySum(_, _, body):
-            return nonnegative(body)
-        case Softmax() | FamilySoftmax():
-            return True
-        case Op(name, x) if name != "difference":  # sums and repetitions
-            return nonnegative(x)
-        case Add(terms):
-            return all(map(nonnegative, terms))
-        case Mul(c, factors):
-            return c.is_nonnegative is True and all(map(nonnegative, factors))
-        case Map(profile, args):
-            signs = {
-                slot(i): sp.Symbol(f"_{i}", positive=True) if nonnegative(a) else slot(i) for i, a in enumerate(args)
-            }
-            return swap(profile, signs).is_nonnegative is True  # at 0: its limit
-        case _:
-            return False
-
-
-def square_root(m: Expr) -> tuple[sp.Expr, Expr] | None:
-    """(c, B) with m = c B B', c > 0, from the form of a product that reads the same transposed."""
-    match m:
-        case Mul(c, factors) if c.is_positive and len(factors) % 2 == 0:
-            half = len(factors) // 2
-            left, right = matmul(*factors[:half]), matmul(*factors[half:])
-            return (c, left) if transpose(right) is left else None
-        case _:
-            return None
 
 
 def _quadratic(e: Expr, z: Sym) -> Bounds | None:
