@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import released
 import torch
@@ -90,6 +91,14 @@ def draws(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {k: 0.2 * torch.randn(s, generator=g, dtype=torch.float64) + ("norm.weight" in k) for k, s in shapes.items()}
 
 
+def linear(name: str, ins: int, outs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outs, ins), f"{name}.bias": (outs,)}
+
+
+def norm(name: str, d: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+
+
 def test_released_weights_of_crate_alpha_give_the_released_answer() -> None:
     d, K, s, x = 24, 3, 96, pictures()
     norm = {"norm.weight": (d,), "norm.bias": (d,)}
@@ -118,6 +127,105 @@ def test_released_weights_of_crate_alpha_give_the_released_answer() -> None:
         )  # fmt: skip
     z = released.layer_norm(z[:, 0], w["mlp_head.0.weight"], w["mlp_head.0.bias"])
     assert (net(x) - (z @ w["mlp_head.1.weight"].mT + w["mlp_head.1.bias"])).abs().max() <= EXACT
+    again = unroll.release_weights(net)
+    assert again.keys() == w.keys() and all(torch.equal(again[k], v) for k, v in w.items())
+
+
+def flax_arrays(d: int, K: int, s: int) -> dict[str, Any]:
+    """Nested as the trained networks of CRATE-alpha are; head k of the maps is its own axis, images have channels last."""
+    g, p = np.random.default_rng(6), d // K
+
+    def draw(*shape: int) -> Any:
+        return 0.2 * g.standard_normal(shape)
+
+    def norm() -> dict[str, Any]:
+        return {"scale": 1 + draw(d), "bias": draw(d)}
+
+    block = "MultiHeadDotProductSubspaceAttention_0"
+    layers = {
+        f"encoderblock_{i}": {
+            "LayerNorm_0": norm(), block: {"proj": {"kernel": draw(d, K, p)}, "out": {"kernel": draw(K, p, d)}},
+            "LayerNorm_1": norm(), "OvercompleteISTABlock_0": {"D": draw(d, s), "D1": draw(d, s)},
+        }
+        for i in range(2)
+    }  # fmt: skip
+    return {
+        "embedding": {"kernel": draw(16, 16, 3, d), "bias": draw(d)}, "cls": draw(1, 1, d), "pos_embedding": draw(1, 5, d),
+        "Transformer": layers, "encoder_norm": norm(), "head": {"kernel": draw(d, 7), "bias": draw(7)},
+    }  # fmt: skip
+
+
+def flax_answer(w: dict[str, Any], images: Tensor) -> Tensor:
+    """CRATE-alpha on pictures with channels last; all norms have eps 1e-6."""
+
+    def t(a: Any) -> Tensor:
+        return torch.as_tensor(a, dtype=torch.float64)
+
+    x = images.movedim(1, -1)
+    d = w["cls"].shape[-1]
+    cells = x.reshape(2, 2, 16, 2, 16, 3)  # sample, row, y, column, x, channel
+    z = torch.einsum("brycxh,yxhd->brcd", cells, t(w["embedding"]["kernel"])).flatten(1, 2) + t(w["embedding"]["bias"])
+    z = torch.cat([t(w["cls"]).expand(2, 1, d), z], 1) + t(w["pos_embedding"])
+    for block in w["Transformer"].values():
+        maps, first, second = (
+            block["MultiHeadDotProductSubspaceAttention_0"],
+            block["LayerNorm_0"],
+            block["LayerNorm_1"],
+        )
+        z = released.crate_alpha_block(
+            z, t(first["scale"]), t(first["bias"]), t(maps["proj"]["kernel"]).movedim(1, 0), t(maps["out"]["kernel"]).flatten(0, 1).mT,
+            t(second["scale"]), t(second["bias"]), t(block["OvercompleteISTABlock_0"]["D"]), t(block["OvercompleteISTABlock_0"]["D1"]),
+        )  # fmt: skip
+    z = released.layer_norm(z[:, 0], t(w["encoder_norm"]["scale"]), t(w["encoder_norm"]["bias"]), 1e-6)
+    return z @ t(w["head"]["kernel"]) + t(w["head"]["bias"])
+
+
+def flattened(w: dict[str, Any], before: str = "params/") -> dict[str, Any]:
+    parts = [flattened(v, f"{before}{k}/") if isinstance(v, dict) else {f"{before}{k}": v} for k, v in w.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+
+@pytest.mark.parametrize("form", ["file", "nested", "bare"])
+def test_arrays_of_crate_alpha_in_flax_give_its_answer(form: str, tmp_path: Path) -> None:
+    dims = {"d": 24, "K": 3, "p": 8, "s": 96}
+    net, x = unroll.compile("crate_alpha_flax", dims=dims, dtype=torch.float64, overrides=SMALL), pictures()
+    w = flax_arrays(24, 3, 96)
+    path, state = tmp_path / "checkpoint.npz", {"opt/0/mu": np.zeros(3), "chrono/steps": np.array(7)}
+    np.savez(path, **flattened(w), **state)
+    sources = {"file": path, "nested": {"params": w, "opt": {"count": 7}, "chrono": {}}, "bare": w}
+    report = unroll.restore_weights(net, sources[form])
+    ignored = {"file": set(state), "nested": {"opt/count"}, "bare": set[str]()}
+    assert report.ok and set(report.ignored) == ignored[form]
+    want = flax_answer(w, x)
+    assert (net(x) - want).abs().max() <= EXACT
+    again = unroll.release_weights(net)
+    assert again.keys() == flattened(w, "").keys()
+    assert all(np.array_equal(again[k], v) for k, v in flattened(w, "").items())
+
+
+def test_weights_of_crate_gpt_give_its_answer() -> None:
+    d, K, words = 12, 3, torch.randint(9, (2, 5), generator=torch.Generator().manual_seed(8))
+    block = {
+        **norm("prenorm_1", d),
+        "attn.c_attn.weight": (d, d),
+        **linear("attn.c_proj", d, d),
+        **norm("prenorm_2", d),
+        "ista.weight": (d, d),
+    }
+    shapes = {f"transformer.h.{i}.{k}": v for i in range(2) for k, v in block.items()}
+    w = draws({"transformer.wte.weight": (9, d), "transformer.wpe.weight": (6, d), **shapes})
+    w |= {"lm_head.weight": w["transformer.wte.weight"], "transformer.h.0.attn.bias": torch.ones(1, 1, 6, 6).tril()}
+    overrides = ["unroll.layers=2", "model.embed.vocabulary=9", "model.embed.length=6"]
+    net = unroll.compile("crate_gpt", dims={"d": d, "K": K, "p": d // K}, overrides=overrides, dtype=torch.float64)
+    assert unroll.restore_weights(net, {"model": w, "model_args": {}}).ignored == ("transformer.h.0.attn.bias",)
+    z = w["transformer.wte.weight"][words] + w["transformer.wpe.weight"][:5]
+    for i in range(2):
+        b = released.part(w, f"transformer.h.{i}.")
+        z = released.crate_causal_block(
+            z, norm1_w=b["prenorm_1.weight"], norm1_b=b["prenorm_1.bias"], U=released.bases(b["attn.c_attn.weight"], K),
+            W_out=b["attn.c_proj.weight"], b_out=b["attn.c_proj.bias"], norm2_w=b["prenorm_2.weight"], norm2_b=b["prenorm_2.bias"], D=b["ista.weight"],
+        )  # fmt: skip
+    assert (net(words) - z @ w["lm_head.weight"].mT).abs().max() <= EXACT
 
 
 def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
@@ -174,14 +282,8 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
     found, hidden = net(x, mask)
     assert torch.equal(hidden, mask)
     assert (found - (z @ w["decoder_pred.weight"].mT + w["decoder_pred.bias"])).abs().max() <= EXACT
-
-
-def linear(name: str, ins: int, outs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outs, ins), f"{name}.bias": (outs,)}
-
-
-def norm(name: str, d: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+    again = unroll.release_weights(net)
+    assert again.keys() == w.keys() - set(report.ignored) and all(torch.equal(v, w[k]) for k, v in again.items())
 
 
 def tost_shapes(d: int, K: int, classes: int = 7, layers: int = 2) -> dict[str, tuple[int, ...]]:

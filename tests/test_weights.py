@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -177,7 +179,7 @@ def test_a_tensor_of_which_a_part_is_used_is_told() -> None:
             r"pos_embedding -> positions: '1 n d -> n d' does not fit: n is 7, not 8",
         ),
         ({"pos_embedding": torch.zeros(7, 8)}, r"'1 n d -> n d' does not fit \(7, 8\)"),
-        ({"to_patch.2.bias": torch.zeros(9)}, r"to_patch.2.bias is \(9,\), as embed.bias \(9,\), but that is \(8,\)"),
+        ({"to_patch.2.bias": torch.zeros(9)}, r"to_patch.2.bias is \(9,\), but embed.bias is \(8,\)"),
         ({"to_patch.2.bias": torch.zeros(8, dtype=torch.complex64)}, r"to_patch.2.bias is complex \(8,\)"),
         ({"mlp_head.0.all": torch.tensor(1.0)}, r"mlp_head.0.all is \(\)"),
         (
@@ -277,6 +279,112 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(UnrollError, match="holds no plain weights") as caught:
         restore_weights(model(), tmp_path / "code.pth")
     assert "needs to run code" in caught.value.hint
+
+
+# --- what files may hold ----------------------------------------------------------------------------------------------
+
+
+def test_a_factor_is_undone_when_weights_are_released() -> None:
+    net, theirs = model({**NAMES, "mlp_head.1.bias": {"to": "head.bias", "factor": -4}}), released()
+    restore_weights(net, theirs)
+    assert torch.equal(net.head.bias, -4 * theirs["mlp_head.1.bias"])
+    assert torch.equal(release_weights(net)["mlp_head.1.bias"], theirs["mlp_head.1.bias"])
+    with pytest.raises(SpecError, match="a factor is a number, and not 0"):
+        model({"a": {"to": "head.bias", "factor": 0}})
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_numbers_of_low_precision_are_read_as_they_are(low: torch.dtype) -> None:
+    net, theirs = model(), {k: v.to(low) for k, v in released().items()}
+    assert restore_weights(net, theirs).ok and net.head.bias.dtype == torch.float64
+    assert torch.equal(net.head.bias, theirs["mlp_head.1.bias"].double())
+
+
+def test_arrays_are_read_from_dicts_and_files(tmp_path: Path) -> None:
+    theirs = {k: v.numpy() for k, v in released().items()}
+    np.savez(tmp_path / "weights.npz", **theirs)
+    for source in (theirs, tmp_path / "weights.npz"):
+        net = model()
+        assert restore_weights(net, source).ok and np.array_equal(net.head.bias.detach(), theirs["mlp_head.1.bias"])
+    short = torch.tensor([0.5, -2.0, 3.0, 0.25, 8.0], dtype=torch.bfloat16)  # numpy keeps its bits, not its type
+    net = model()
+    restore_weights(net, theirs | {"mlp_head.1.bias": short.view(torch.int16).numpy().view("V2")})
+    assert torch.equal(net.head.bias, short.double())
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(UnrollError, match="holds no plain weights: Object arrays cannot be loaded"):
+        restore_weights(net, tmp_path / "objects.npz")
+
+
+def test_a_slash_in_a_name_goes_into_nested_dicts() -> None:
+    names = {"net/first/{layer}/map": "body.W", **{k: v for k, v in NAMES.items() if k != "layers.{layer}.fn.weight"}}
+    net, theirs = model(names), released()
+    maps = {str(i): {"map": theirs.pop(f"layers.{i}.fn.weight").T.clone()} for i in range(2)}
+    assert restore_weights(net, {"state_dict": {**theirs, "net": {"first": maps}}}).ok
+    assert torch.equal(net.body.W[1], maps["1"]["map"])
+
+
+def test_the_first_key_that_is_there_and_prefixes_in_any_order() -> None:
+    spec = {**LAYERS, "weights": {"key": ["ema.net", "model"], "strip": ["a.", "b."], "names": {"w": "W"}}}
+    W = torch.randn(2, 8, 8)
+    for source in ({"model": {"a.b.a.w": W}}, {"ema": {"net": {"b.a.w": W}}, "model": {}}, {"w": W}):
+        net: Any = unroll.compile(spec, seed=1, parameters={"D": GIVEN})
+        assert restore_weights(net, source).ok and torch.equal(net.W, W)
+    with pytest.raises(UnrollError, match="there is no 'ema.net' or 'model' in the file") as caught:
+        restore_weights(net, {"net": {"w": W}, "epoch": 3})
+    assert caught.value.hint == "weights: {key: net}"
+
+
+def test_settings_of_a_script_beside_the_weights_do_no_harm(tmp_path: Path) -> None:
+    torch.save({"state_dict": released(), "args": Namespace(lr=0.1)}, tmp_path / "run.pth")
+    assert restore_weights(model(), tmp_path / "run.pth").ok
+
+
+def test_a_prefix_that_the_map_does_not_know_is_named() -> None:
+    with pytest.raises(UnrollError, match="16 not used") as caught:
+        restore_weights(model(), {f"net.back.{k}": v for k, v in released().items()})
+    assert caught.value.hint == "their names begin with 'net.back.': weights: {strip: [net.back.]}"
+    assert not any("loaded" in note for note in caught.value.notes)
+
+
+def test_two_of_theirs_in_one_place_must_agree() -> None:
+    names, theirs = {**NAMES, "tied": "head.bias"}, released()
+    net = model(names)
+    assert restore_weights(net, theirs | {"tied": theirs["mlp_head.1.bias"]}).ok
+    before = net.head.bias.detach().clone()
+    with pytest.raises(UnrollError, match="mlp_head.1.bias and tied go to the same place of head.bias, and differ"):
+        restore_weights(net, theirs | {"tied": before + 1}, strict=False)
+    with pytest.raises(UnrollError, match="two that are named cls_token, but for a prefix, go to the same place"):
+        restore_weights(net, theirs | {"module.cls_token": theirs["cls_token"] + 1})
+    assert torch.equal(net.head.bias, before)
+
+
+@pytest.mark.parametrize(
+    "bias, message",
+    [
+        (torch.zeros(5, dtype=torch.int8), r"mlp_head.1.bias holds torch.int8, head.bias torch.float64"),
+        (torch.tensor([1.0, 2.0, float("nan"), 4.0, float("inf")]), "2 of 5 numbers are not finite"),
+        (np.array(["a"] * 5), "is an array of <U1, which torch does not know"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(bias: Any, message: str) -> None:
+    net = model()
+    before = net.positions.detach().clone()
+    with pytest.raises(UnrollError, match=message):
+        restore_weights(net, released() | {"mlp_head.1.bias": bias}, strict=False)
+    assert torch.equal(net.positions, before)
+
+
+def test_numbers_that_a_narrow_type_cannot_hold_are_refused() -> None:
+    net = model(dtype=torch.float16)
+    with pytest.raises(UnrollError, match="5 of 5 numbers are not finite in torch.float16"):
+        restore_weights(net, released() | {"mlp_head.1.bias": torch.full((5,), 1e6)})
+
+
+def test_a_map_replaces_the_one_that_it_builds_on() -> None:
+    flax = load("crate_alpha_flax").weights
+    assert (
+        flax is not None and flax.sizes == {"h": 16, "w": 16} and not any("transformer.layers" in n for n in flax.names)
+    )
 
 
 # --- axes and parts ---------------------------------------------------------------------------------------------------

@@ -55,10 +55,14 @@ class Report:
     def ok(self) -> bool:
         return not self.unused and not self.missing
 
-    def lines(self) -> Iterator[str]:
-        """The report, a name per line; what did not match first."""
+    def left_over(self) -> Iterator[str]:
+        """What did not match, a name per line."""
         yield from _listed("not in the file", self.missing)
         yield from _listed("in the file, not used", self.unused)
+
+    def lines(self) -> Iterator[str]:
+        """The report, a name per line; what did not match first."""
+        yield from self.left_over()
         yield from _listed("ignored, as the spec says", self.ignored)
         yield from _listed("kept from the spec", self.kept)
         yield from _listed("loaded", [f"{theirs} -> {ours}" for theirs, ours in self.loaded])
@@ -95,8 +99,8 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
                 filling.prefix(report.unused)
                 or "name them under weights: names or ignore, or load what fits with strict=False"
             )
-            raise UnrollError("E421", message, hint=hint, notes=tuple(report.lines()))
-        warnings.warn(f"{message}\n{report}", stacklevel=2)
+            raise UnrollError("E421", message, hint=hint, notes=tuple(report.left_over()))
+        warnings.warn("\n".join([message, *report.left_over()]), stacklevel=2)
     filling.commit()
     return report
 
@@ -257,7 +261,8 @@ class _Filling:
         place = slices(move.into)
         if bool((filled[place] & (target[place] != value)).any()):
             first = next(theirs for theirs, to in self.loaded if to == ours)
-            raise UnrollError("E421", f"{first} and {name} go to the same place of {ours}, and differ")
+            two = f"{first} and {name}" if first != name else f"two that are named {name}, but for a prefix,"
+            raise UnrollError("E421", f"{two} go to the same place of {ours}, and differ")
         target[place] = value
         filled[place] = True
         self.loaded.append((name, ours))
@@ -271,14 +276,15 @@ class _Filling:
             try:
                 value = rearrange(value, move.axes, _sizes(self.net), target.shape) if move.axes else value
             except UnrollError as e:
-                raise UnrollError("E421", f"{name} -> {ours}: {e.message}", hint=e.hint) from None
+                raise UnrollError("E421", f"{name} -> {ours}: {e.message}", hint=e.hint or SIZES) from None
             if value.shape == target.shape:
                 return value
             found = tuple(value.shape)
         kind = "complex " if tensor.is_complex() else ""
-        of = f" ({move.axes})" if move.axes else ""
-        message = f"{name} is {kind}{tuple(tensor.shape)}, as {ours}{of} {found}, but that is {tuple(target.shape)}"
-        raise UnrollError("E421", message, hint='axes: says how theirs are laid out: "(k p) d -> k d p"')
+        as_ours = f", {found} as {ours} ({move.axes or move.part})" if found != tuple(tensor.shape) else ""
+        message = f"{name} is {kind}{tuple(tensor.shape)}{as_ours}, but {ours} is {tuple(target.shape)}"
+        laid_out = 'axes: says how theirs are laid out: "(k p) d -> k d p"'
+        raise UnrollError("E421", message, hint=laid_out if tensor.numel() == target.numel() else SIZES)
 
     def prefix(self, unused: Sequence[str]) -> str:
         """What to write where names of theirs would fit without what they begin with."""
@@ -336,7 +342,8 @@ def _row(ours: str, move: Move, layer: str | None, value: Tensor, name: str) -> 
         return ...
     if not value.ndim or int(layer) >= value.shape[0]:
         depth = f"{value.shape[0]} layers" if value.ndim else "no layers"
-        raise UnrollError("E421", f"{name} is of layer {layer} (from 0), but {ours} has {depth}")
+        hint = f"unroll: {{layers: {int(layer) + 1}}}, or as many as the file has"
+        raise UnrollError("E421", f"{name} is of layer {layer} (from 0), but {ours} has {depth}", hint=hint)
     return int(layer)
 
 
@@ -385,6 +392,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", found)
 
 
+SIZES = "give the spec the sizes of the file, under dims: or model:"
 UNREAD = (
     "read are .safetensors, .npz and files of torch.save; one that needs to run code is not: load it yourself, and give the "
     "dict of its tensors"
@@ -394,8 +402,10 @@ UNREAD = (
 def _reason(e: Exception) -> str:
     """What torch or numpy say, without their advice to run the code."""
     text = str(e)
-    refused = re.search(r"Unsupported global: GLOBAL (\S+)", text)
-    return f"it names {refused[1]}" if refused else quote(text.partition("\n")[0], 100)
+    if refused := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+        return f"it names {refused[1]}"
+    unpickled = re.search(r"WeightsUnpickler error: ([^\n]+)", text)
+    return quote(unpickled[1] if unpickled else re.split(r"\n|\. ", text)[0], 100)
 
 
 def _unwrapped(found: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
