@@ -52,6 +52,7 @@ def main() -> None:
                 "cached, processor s": statistics.median(busy for _, busy in cached),
             }
         )
+        print(*(f"{v:.2f}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
     write("compile_time", rows, repeats=REPEATS, threads=1)
 
 

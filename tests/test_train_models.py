@@ -591,23 +591,32 @@ def test_ctrl_c_and_resume_of_a_model_end_with_the_same_weights(tmp_path, models
     assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
 
 
-def test_the_command_line_trains_goes_on_with_and_measures_a_model(tmp_path, models):
+def test_the_command_line_trains_goes_on_with_and_measures_a_model(tmp_path):
+    """A model of the library as small as it goes, from the first step to the page of its layers."""
     from click.testing import CliRunner
 
     from unroll.cli import cli
 
-    models.case, spec = "characters", tmp_path / "tiny.yaml"
-    spec.write_text(SPEC + SECTIONS["characters"])
     folder, call = str(tmp_path / "run"), CliRunner().invoke
+    small = [
+        "dims.d=8",
+        "dims.K=2",
+        "dims.p=4",
+        "unroll.layers=1",
+        "model.embed.length=16",
+        "data.length=16",
+        "data.characters=20000",
+    ]
     told = [
-        call(cli, ["train", str(spec), "train.steps=10", "--out", folder, "-q"]),
+        call(cli, ["train", "crate_text", *small, "train.steps=10", "train.warmup=2", "--out", folder, "-q"]),
         call(cli, ["train", "--resume", folder, "-q"]),
         call(cli, ["eval", folder]),
         call(cli, ["report", folder, "-o", str(tmp_path / "page.html")]),
     ]
-    assert [each.exit_code for each in told] == [0] * 4
+    assert [each.exit_code for each in told] == [0] * 4, told
     assert all("bits per character" in each.output and "bigram" in each.output for each in told[:3])
-    assert "bigram" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "bigram" in page and "Attention" in page
 
 
 def test_the_characters_are_kept_and_another_text_is_refused(tmp_path, models):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unroll.errors import UnrollError
 from unroll.model.source import Wrapped, wrap
@@ -196,7 +197,7 @@ def model(spec: Spec, body: Network, decoder: Network | None, *, seed: int, dtyp
     wrapped = wrap(spec, body.program, decoder.program if decoder else None)
     made = _mixed(wrapped.source, wrapped.class_name)
     net = made.__new__(made)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         cast(Any, super(Model, net)).__init__()
     net.wrapped, net.spec, net.derivation = wrapped, spec, body.derivation
     net.to(torch.float64).to_empty(device="cpu")  # drawn in float64, so that every type starts at the same values
@@ -207,6 +208,16 @@ def model(spec: Spec, body: Network, decoder: Network | None, *, seed: int, dtyp
     if decoder is not None:
         net.decoder = decoder
     return net
+
+
+class _Undrawn(TorchFunctionMode):
+    """Parts are made without draws of their own: on the meta device the first one of a process imports torch._dynamo, a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
 
 
 def seed_of(seed: int, what: str) -> int:
