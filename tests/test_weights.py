@@ -374,6 +374,12 @@ def test_numbers_that_are_none_are_refused(bias: Any, message: str) -> None:
     assert torch.equal(net.positions, before)
 
 
+def test_a_network_is_no_dict_of_weights() -> None:
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(unroll.UnrollError, match=r"E421.*Linear[\s\S]*state_dict\(\)"):
+        unroll.restore_weights(unroll.compile("crate_tiny", overrides=["unroll.layers=1"]), net)  # type: ignore[arg-type]
+
+
 def test_numbers_that_a_narrow_type_cannot_hold_are_refused() -> None:
     net = model(dtype=torch.float16)
     with pytest.raises(UnrollError, match="5 of 5 numbers are not finite in torch.float16"):

@@ -136,7 +136,7 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
 
 def number(e: sp.Expr) -> Text:
     """A constant as Python text."""
-    if e.is_Integer:
+    if e.is_Integer and abs(e) < 2**63:
         return Text(str(e), POSTFIX if e >= 0 else UNARY, False)
     if e in (sp.oo, -sp.oo):
         return Text("math.inf" if e == sp.oo else "-math.inf", POSTFIX if e == sp.oo else UNARY, False)

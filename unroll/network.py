@@ -191,7 +191,7 @@ class Network(nn.Module):
     ) -> Trace:
         """Run, and keep what every block left. Inputs that only the objective reads may be given by name.
 
-        at: what the objective is evaluated at: the "iterate", or its columns after "layer_norm", "rms_norm" or "sphere".
+        at: what the objective, and every further formula, is evaluated at: the "iterate", or its columns after "layer_norm", "rms_norm" or "sphere".
         parameters: those "given" to the network, or what the "layers" learned in their place.  terms: further formulas, which may
         read learned matrices by name.  Raises UnrollError E404, E406, E408, E409.
         """

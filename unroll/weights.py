@@ -87,6 +87,9 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
     if strict, where a name of theirs or ours is left over; if not strict, that is a warning.
     """
     spec, weights = _weights(net)
+    if not isinstance(source, str | os.PathLike | Mapping):
+        hint = "give its state_dict()" if isinstance(source, nn.Module) else "a file, or a dict of tensors or arrays"
+        raise UnrollError("E421", f"weights are not read from a {type(source).__name__}", hint=hint)
     found = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights)
     filling = _Filling(spec, net)
     for name, value in found.items():

@@ -84,6 +84,10 @@ def _objective(spec: Document, root: Entries) -> Iterator[SpecError]:
     if spec.minimize is not None and spec.maximize is not None:
         where = key_origin(root, ("maximize",)).where()
         yield SpecError("E212", "the spec has both `minimize` and `maximize`", where, "subtract one from the other")
+    for goal in ("minimize", "maximize"):
+        if isinstance(terms := getattr(spec, goal), dict) and "total" in terms:
+            where = key_origin(root, (goal, "total")).where()
+            yield SpecError("E213", "'total' is the sum of all terms", where, "give this term another name")
     if not spec.variables:
         hint = "add  variables: {z: [n]}"
         yield SpecError("E207", "the spec has no variables to minimize over", root.origin.where(), hint)
