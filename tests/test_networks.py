@@ -165,9 +165,11 @@ def test_redunet_is_constructed_and_runs_as_the_released_network() -> None:
     assert torch.allclose(net(x), after, atol=1e-12), "the network on its own data does what was constructed"
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 7, 30, 1000])
-def test_redunet_is_constructed_batch_by_batch(batch_size: int) -> None:
+def test_redunet_is_constructed_batch_by_batch(batch_size: int, soft: bool) -> None:
     x, members = labelled()
+    members = drawn(*members.shape).softmax(0) if soft else members
     net = unroll.compile("redunet", dims={"d": 6, "K": 3}, dtype=torch.float64, overrides=["unroll.layers=4"])
     after = net.construct(X=x, Pi=members, batch_size=batch_size)
     operators, features = released.redunet_construct(x, members.mT, 4, 0.5, 0.1, 500.0, exact=False)
@@ -175,6 +177,7 @@ def test_redunet_is_constructed_batch_by_batch(batch_size: int) -> None:
     for i, (E, C, gamma) in enumerate(operators):
         assert torch.allclose(net.E[i], E, atol=1e-10)
         assert torch.allclose(net.C[i], gamma[:, None, None] * C, atol=1e-10)
+    assert "weighed_product(" in net.source.split("def forward")[0], "samples of other classes are left out"
     with pytest.raises(unroll.UnrollError, match="E404.*Pi 29, X 30"):
         net.construct(X=x, Pi=members[:, 1:], batch_size=batch_size)
     with pytest.raises(unroll.UnrollError, match="E404.*batch_size is 0"):

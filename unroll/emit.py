@@ -318,6 +318,8 @@ def hint(graph: Graph, i: int) -> str:
             joined = "".join(map(word, node.inputs))
         case "scale":
             joined = "_".join(map(word, node.inputs))
+        case "weighed_product":
+            joined = f"{''.join(map(word, node.inputs))}t"
         case "detach":
             joined = word(node.inputs[0])
         case "spectrum":

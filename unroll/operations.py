@@ -172,6 +172,11 @@ def _product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
     return total * prod(families.values())
 
 
+def _weighed_product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    """That of one member: the others weigh nothing, where weights are labels."""
+    return 2 * size(out.shape[0]) * size(out.shape[1]) * size(args[0].shape[1])
+
+
 def _attention_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
     """Two products with the N x N matrix of scores."""
     return 4 * size(out.shape[1]) * entries(out, size)
@@ -381,6 +386,13 @@ def _call(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
         return Text(f"{name}({', '.join(a.text.code for a in args)})")
 
     return text
+
+
+def _weighed_product_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """X diag(w) Y' for every member w; what is stored is the transpose where there are samples."""
+    x, w, y = args
+    x, y = (y, x) if out.batched else (x, y)
+    return Text(f"weighed_product({x.ordered('cr').code}, {w.text.code}, {y.ordered('cr').code})")
 
 
 def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
@@ -613,6 +625,13 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("scale", lambda args, attrs: broadcast(args[0].shape, args[1].shape), _scale_text, _pointwise),
     Operation("product", lambda args, attrs: _product_axes(args[1:], attrs), _leaf_text, _product_cost),
     Operation("matmul", _product_axes, _matmul_text, _product_cost),
+    Operation(
+        "weighed_product",
+        lambda args, attrs: (args[0].shape[0], args[2].shape[0]),
+        _weighed_product_text,
+        _weighed_product_cost,
+        ("weighed_product",),
+    ),
     Operation("contract", _product_axes, lambda out, args, c: einsum(out, args[0], args[1]), _product_cost),
     Operation("prox", _broadcast, _prox_text, _pointwise),
     Operation("detach", _same, lambda out, args, c: args[0].text.then(".detach()"), _free),
@@ -717,6 +736,13 @@ HELPERS: dict[str, Helper] = {
     """Softmax along dim (-1 or -2) of square matrices: what is looked at comes no later than what looks."""
     seen = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
     return x.masked_fill(~(seen.tril() if dim == -1 else seen.triu()), -math.inf).softmax(dim)
+'''
+    ),
+    "weighed_product": Helper(
+        '''def weighed_product(x, weights, y):
+    """X' diag(w) Y for every row w of weights; samples, the rows of X and Y, that weigh 0 are left out."""
+    kept = [w.nonzero().squeeze(-1) for w in weights]
+    return torch.stack([x[i].mT @ (w[i, None] * y[i]) for w, i in zip(weights, kept)])
 '''
     ),
     "exact": Helper(_EXACT),

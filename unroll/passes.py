@@ -417,6 +417,44 @@ def _sum_of(graph: Graph, signal: int, reader: int) -> int | None:
     return after[0] if plain else None
 
 
+def weighed(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """A diag(w) B' for all members w of a family of data, where parameters are worked out on data: what weighs 0 is left out.
+
+    Memberships that are labels are 0 for all classes but one, so the work for all classes is that for one.
+    """
+    called = graph.reached(r.node for (kind, _), r in graph.roots.items() if kind != "learned")
+    apart = {id(node) for i, node in graph.nodes.items() if node.stage == Stage.BODY and i not in called}
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "matmul" or id(node) not in apart:
+            return None
+        left, right = inputs[0], b.flip(inputs[1])  # both with their samples in columns
+        for ref in (left, right):
+            found = _weighed(b, ref)
+            other = right if ref is left else left
+            if found is not None and not b.nodes[other.node].families and node.families == b.nodes[ref.node].families:
+                count += 1
+                w, x = found
+                return b.add("weighed_product", (x, w, other) if ref is left else (other, w, x))
+        return None
+
+    out = rewrite(graph, rule)
+    return out, f"{count} products over data leave out what weighs nothing"
+
+
+def _weighed(b: Builder, ref: Ref) -> tuple[Ref, Ref] | None:
+    """(w, X) for w * X, the columns of X weighed by the members of an input."""
+    node = b.nodes[ref.node]
+    if node.op != "map" or node.attrs[0] != slot(0) * slot(1):
+        return None
+    w, x = sorted(node.inputs, key=lambda r: b.nodes[r.node].op != "input")
+    weights, matrix = b.view(w), b.view(x)
+    fits = weights.shape[1 if ref.flip else 0] == 1 and matrix.shape == node.shape and not matrix.node.families
+    return (w, b.flip(x) if ref.flip else x) if fits and weights.node.op == "input" and weights.node.families else None
+
+
 def outer(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
     """u v' -> u * v': a broadcast, where a product of matrices would be called for every one of a batch."""
     count = 0
@@ -475,6 +513,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("attention", attention),
     ("contract", contract),
     ("parseval", parseval),
+    ("weighed", weighed),
     ("outer", outer),
     ("shared", shared),
 )

@@ -75,6 +75,8 @@ def _adds(node: Node, views: list[View], samples: sp.Symbol) -> bool:
     match node.op:
         case "matmul" | "contract":
             return views[0].shape[1] == samples and all(_axes(v.node, samples) == [samples] for v in views)
+        case "weighed_product":
+            return all(_axes(v.node, samples) == [samples] for v in views) and views[0].shape[1] == samples
         case "sum":
             others = [n for n in views[0].shape if n != samples]
             return node.attrs[0] is None or views[0].shape[node.attrs[0]] == samples or others == [ONE]
