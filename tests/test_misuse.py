@@ -218,6 +218,26 @@ def test_what_is_no_tensor_of_real_numbers_is_refused_in_words():
         unroll.compile("ista", dims={"m": 4, "n": 6})(torch.ones(4), layers=-1)
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_class_without_samples_is_refused_in_words_and_leaves_no_network_built(batch_size: int | None):
+    net = unroll.compile("redunet", dims={"d": 4, "K": 2}, dtype=torch.float64, overrides=["unroll.layers=2"])
+    x = torch.nn.functional.normalize(torch.randn(9, 4, dtype=torch.float64), dim=-1)
+    one, both = torch.ones(9, dtype=torch.float64), torch.rand(2, 9, dtype=torch.float64)
+    net.construct(X=x, Pi=both)
+    with pytest.raises(unroll.UnrollError, match="E408.*\n.*a class without samples"):
+        net.construct(X=x, Pi=torch.stack([one, 0 * one]), batch_size=batch_size)
+    with pytest.raises(unroll.UnrollError, match="E408.*has seen none"):
+        net(x)
+    assert torch.equal(net.construct(X=x, Pi=both), net(x))
+
+
+@pytest.mark.parametrize("batch_size", [2.5, True, "3"])
+def test_a_size_of_batches_that_is_no_number_is_refused(batch_size: Any):
+    net = unroll.compile("redunet", dims={"d": 4, "K": 2}, overrides=["unroll.layers=2"])
+    with pytest.raises(unroll.UnrollError, match="E404.*batch_size is .*: it is a number of samples"):
+        net.construct(X=torch.randn(9, 4), Pi=torch.rand(2, 9), batch_size=batch_size)
+
+
 def test_solve_without_restart_gets_there_too_and_takes_longer():
     g = torch.Generator().manual_seed(0)
     a, x = (torch.randn(*n, generator=g, dtype=torch.float64) for n in ((20, 40), (5, 20)))

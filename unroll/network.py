@@ -155,7 +155,7 @@ class Network(nn.Module):
 
     def _constructed(self, data: list[Tensor], batch_size: int | None) -> Any:
         """What `construct` of the text makes of data, cut into batches along the samples."""
-        construct, problem, samples = cast(Any, super()).construct, self.program.problem, self.program.samples
+        construct, problem, samples = self._worked_out, self.program.problem, self.program.samples
         if samples is None:
             if batch_size is not None:
                 hint = "leave batch_size out: a layer needs all samples at once"
@@ -167,8 +167,8 @@ class Network(nn.Module):
         if min(counts.values()) != count:
             have = ", ".join(f"{name} {n}" for name, n in counts.items())
             raise UnrollError("E404", f"the data to construct with have different numbers of samples: {have}")
-        if batch_size is not None and batch_size < 1:
-            raise UnrollError("E404", f"batch_size is {batch_size}: it is a number of samples")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise UnrollError("E404", f"batch_size is {batch_size!r}: it is a number of samples")
         cuts = [
             x.split(batch_size or max(count, 1), a) if a is not None else None for x, a in zip(data, axes, strict=True)
         ]
@@ -180,6 +180,18 @@ class Network(nn.Module):
         if len(output) == 1:
             return torch.cat(parts, output[0])
         return tuple(torch.cat(part, a) for a, part in zip(output, zip(*parts, strict=True), strict=True))
+
+    def _worked_out(self, *data: Any) -> Any:
+        """`construct` of the text; a network is not built while, or where, that fails."""
+        self.built = False
+        try:
+            return cast(Any, super()).construct(*data)
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
+            raise UnrollError(
+                "E408",
+                "on these data a matrix is not positive definite, or has no inverse",
+                hint="a class without samples, or a step that diverges",
+            ) from e
 
     def trace(
         self,
