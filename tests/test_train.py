@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import unroll
 from unroll.errors import SpecError
 from unroll.spec.schema import Dictionary, Rates, Synthetic, Train
 from unroll.train import losses, metrics
 from unroll.train.data import make_data
 from unroll.train.dictionary import alternate, column_steps, first_atoms, learn_dictionary
 from unroll.train.engine import Stage, fit, parameter_groups, plan, rate, read_rows, read_weights
+from unroll.train.groups import by_kind
 from unroll.train.samples import Shapes, Split
 
 M, N = 8, 16
@@ -220,6 +222,13 @@ def test_matrices_and_scalars_have_their_own_learning_rates(data):
     assert [p.shape for p in groups["scalar"]["params"]] == [net.theta.shape]
     groups = {g["kind"]: g["lr"] for g in parameter_groups(net, Train(lr=Rates(matrices=0.1, scalars=0.2)))}
     assert groups == {"matrix": 0.1, "scalar": 0.2}
+
+
+def test_vectors_of_many_layers_and_heads_are_no_matrices():
+    net = unroll.compile("tost", dims={"d": 8, "K": 2, "p": 4}, overrides=["unroll.layers=3"])
+    kinds = {name: kind for kind, named in by_kind(net).items() for name, _ in named}
+    assert {name for name, kind in kinds.items() if kind == "matrix"} == {"W", "W_out"}
+    assert kinds["offset"] == kinds["layer_scale"] == "vector" and kinds["temperature"] == "scalar"
 
 
 def test_layer_weights_are_normalised_and_refused_when_wrong():

@@ -41,8 +41,8 @@ class Model(nn.Module):
 
     @property
     def learned(self):
-        kinds = {"step": "scalar"}
-        return tuple(SimpleNamespace(kind=kinds.get(name, "matrix")) for name, _ in self.named_parameters())
+        kinds = {"step": "scalar"}  # the others stand around the layers: nothing is derived of them
+        return tuple(SimpleNamespace(kind=kinds.get(name)) for name, _ in self.named_parameters())
 
     def count(self):
         if self.training:

@@ -69,8 +69,11 @@ class Learned:
     where: str = ""
 
     @property
-    def kind(self) -> Literal["scalar", "matrix"]:
-        return "matrix" if len(self.shape) == 2 else "scalar"
+    def kind(self) -> Literal["scalar", "vector", "matrix"]:
+        """scalar: a number of the algorithm, per entry too, or a parameter of no axis."""
+        if not isinstance(self.symbol, Sym) or not self.shape:
+            return "scalar"
+        return "matrix" if len(self.shape) == 2 else "vector"
 
     @property
     def column_axis(self) -> int:

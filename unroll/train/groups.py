@@ -13,8 +13,8 @@ from unroll.train.losses import Net
 
 VECTORS = ("bias", "norm", "position", "scale")
 RULE = (
-    f"a matrix decays: a parameter with two axes longer than 1, without {', '.join(VECTORS)} in its name, "
-    "and not a learned step size or threshold"
+    "a matrix decays: of the layers, what takes the place of a matrix of more than one row and column; around them, a parameter "
+    f"with two axes longer than 1, without {', '.join(VECTORS)} in its name"
 )
 
 
@@ -24,31 +24,25 @@ def rates(settings: Train) -> Rates:
     return lr if isinstance(lr, Rates) else Rates(matrices=lr, scalars=10 * lr)
 
 
-def kind_of(name: str, p: nn.Parameter, derived: bool) -> str:
+def kind_of(name: str, p: nn.Parameter, derived: str | None) -> str:
     """vector: biases, norms, positions, single tokens; scalar: learned step sizes and thresholds; else matrix.
 
-    derived: the derivation calls it a scalar: a number, or one per entry, of all layers or of each.
+    derived: what the derivation says of a parameter of the layers, which has axes for them and for the members of a family too.
     """
-    if any(word in name.lower() for word in VECTORS):
-        return "vector"
-    if derived and p.ndim <= 2:
-        return "scalar"
-    return "vector" if sum(n > 1 for n in p.shape) < 2 else "matrix"
-
-
-def _scalars(net: Net) -> set[int]:
-    """The identities of the parameters that the derivation calls scalars, in the layers of a model too."""
-    layers = [cast(Net, m) for m in losses.module(net).modules() if isinstance(m, Network)] or [net]
-    pairs = (pair for n in layers for pair in zip(n.learned, losses.module(n).parameters(), strict=True))
-    return {id(p) for item, p in pairs if item.kind == "scalar"}
+    if derived is None:
+        vector = any(word in name.lower() for word in VECTORS) or sum(n > 1 for n in p.shape) < 2
+        return "vector" if vector else "matrix"
+    return "vector" if derived == "matrix" and 1 in p.shape[-2:] else derived
 
 
 def by_kind(net: Net) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Names and parameters of each kind, in the order of the network."""
     found: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "vector": [], "scalar": []}
-    scalars = _scalars(net)
+    layers = [cast(Net, m) for m in losses.module(net).modules() if isinstance(m, Network)] or [net]
+    pairs = (pair for n in layers for pair in zip(n.learned, losses.module(n).parameters(), strict=True))
+    derived = {id(p): item.kind for item, p in pairs}
     for name, p in losses.module(net).named_parameters():
-        found[kind_of(name, p, id(p) in scalars)].append((name, p))
+        found[kind_of(name, p, derived.get(id(p)))].append((name, p))
     return found
 
 
