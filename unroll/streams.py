@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import sympy as sp
 
@@ -52,7 +52,7 @@ def _axes(node: Node, samples: sp.Symbol) -> list[sp.Expr]:
     return [n for n in (*node.shape, *(n for _, n in node.families)) if samples in n.free_symbols]
 
 
-def _apart(node: Node, views: list[View], samples: sp.Symbol) -> bool:
+def _apart(node: Node, views: Sequence[View], samples: sp.Symbol) -> bool:
     """Does each sample of the value depend on that sample only?"""
     match node.op:
         case op if op in _EACH:
@@ -70,7 +70,7 @@ def _apart(node: Node, views: list[View], samples: sp.Symbol) -> bool:
             return False
 
 
-def _adds(node: Node, views: list[View], samples: sp.Symbol) -> bool:
+def _adds(node: Node, views: Sequence[View], samples: sp.Symbol) -> bool:
     """Is the value a sum over samples?"""
     match node.op:
         case "matmul" | "contract":

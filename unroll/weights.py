@@ -87,7 +87,7 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
     if strict, where a name of theirs or ours is left over; if not strict, that is a warning.
     """
     spec, weights = _weights(net)
-    if not isinstance(source, str | os.PathLike | Mapping):
+    if not isinstance(source, str | os.PathLike | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # of whom no checker asks
         hint = "give its state_dict()" if isinstance(source, nn.Module) else "a file, or a dict of tensors or arrays"
         raise UnrollError("E421", f"weights are not read from a {type(source).__name__}", hint=hint)
     found = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights)
