@@ -1,6 +1,8 @@
 """From a spec to a run folder: what is in it, what the table says, and going on from it."""
 
 import json
+import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 import unroll
 from unroll.errors import SpecError
 from unroll.network import Network
+from unroll.page import report
 from unroll.spec import load
-from unroll.train import Interrupted, evaluate, resume, train
+from unroll.train import Interrupted, evaluate, resume, train, trained
 from unroll.train.data import make_data
 from unroll.train.run import _read_start, prepare, shapes_of
 
@@ -109,6 +112,61 @@ def test_a_folder_without_a_run_is_refused(tmp_path, call):
     with pytest.raises(SpecError) as caught:
         call(tmp_path, quiet=True)
     assert caught.value.code == "E510"
+
+
+def go_on(folder):
+    return resume(folder, quiet=True)
+
+
+def measure_again(folder):
+    return evaluate(folder, quiet=True)
+
+
+def page(folder):
+    return report(folder, folder.parent / "page.html")
+
+
+DAMAGED = {
+    "run.json": (go_on, measure_again, trained, page),
+    "spec.yaml": (go_on, measure_again, trained),
+    "given.safetensors": (go_on, measure_again, trained, page),
+    "weights.safetensors": (measure_again, trained, page),
+    "table.json": (measure_again, page),
+    "optimum_validation.safetensors": (go_on, measure_again),
+    "metrics.csv": (go_on, page),
+    "checkpoints/last.ckpt": (go_on,),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_a_run_is_named(run, tmp_path, name):
+    """Cut short, or, of the spec, another one."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    whole = (folder / name).read_bytes()
+    end = whole.rindex(b",") if name == "metrics.csv" else len(whole) * 2 // 3
+    cut = whole.replace(b"layers: 3", b"layers: 4") if name == "spec.yaml" else whole[:end]
+    (folder / name).write_bytes(cut)
+    for call in DAMAGED[name]:
+        with pytest.raises(SpecError, match=re.escape(str(folder / name))) as caught:
+            call(folder)
+        assert caught.value.code == "E510" and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "", '{"spec_sha256": "", "dims": 3, "scalars": {}}'])
+def test_a_record_of_something_else_is_refused(run, tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "spec.yaml").write_bytes((run.folder / "spec.yaml").read_bytes())
+    with pytest.raises(SpecError, match=r"run\.json' cannot be read") as caught:
+        resume(tmp_path, quiet=True)
+    assert caught.value.code == "E510"
+
+
+def test_a_run_without_its_weights_is_not_finished(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    with pytest.raises(SpecError, match="is not finished"):
+        evaluate(tmp_path / "run", quiet=True)
 
 
 def test_a_folder_with_a_run_is_not_written_over(run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -278,14 +277,19 @@ def _laws(spec: Spec) -> str:
 
 def _of_run(folder: Path) -> Iterator[Section]:
     from unroll.train.engine import read_rows
+    from unroll.train.stored import read_json, reading
 
-    yield "Training", _training(read_rows(folder / "metrics.csv"))
+    with reading(folder / "metrics.csv"):
+        training = _training(read_rows(folder / "metrics.csv"))
+    yield "Training", training
     if (folder / "table.json").is_file():
-        ended: dict[str, Any] = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        if ended["layers"]:
+        with reading(folder / "table.json"):
+            ended: dict[str, Any] = read_json(folder / "table.json")
             layers = cast(dict[str, list[float | None]], ended["layers"])
-            yield "Layer by layer", _layers(layers, str(ended["reference"]))
-        yield "Closing table", _closing(cast(list[dict[str, Any]], ended["rows"]))
+            by_layer, closing = _layers(layers, str(ended["reference"])), _closing(ended["rows"])
+        if layers:
+            yield "Layer by layer", by_layer
+        yield "Closing table", closing
 
 
 def _training(rows: Sequence[dict[str, float]]) -> str:

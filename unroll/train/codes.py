@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from unroll.errors import SpecError, UnrollError
@@ -19,6 +19,7 @@ from unroll.train.job import Job, build, first_rank, plain_spec
 from unroll.train.losses import Net
 from unroll.train.metrics import flat, nmse
 from unroll.train.samples import Data, Split, Tensors
+from unroll.train.stored import read_tensors
 from unroll.train.table import AGAINST, CODES, Closing, Reference, errors_by_layer, measure, score
 
 TOLERANCE, ITERATIONS = 1e-7, 20_000  # of the converged optimum
@@ -69,7 +70,7 @@ def optimum(job: Job, samples: Split, parameters: Tensors, part: str) -> Tensors
     """{"value.NAME": codes, "objective", "error": (B,), "certified": ()}: solved once in float64 and kept."""
     path = job.folder / f"optimum_{part}.safetensors"
     if path.exists():
-        return load_file(path)
+        return read_tensors(path, "without this file, it is solved again")
     found = solve(
         job.spec,
         *(samples.inputs[name].double() for name in job.spec.inputs),

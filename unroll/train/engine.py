@@ -38,6 +38,7 @@ from unroll.train.groups import parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
 from unroll.train.masked import as_in_training
 from unroll.train.samples import Change, Data, Samples, Split, generator, package
+from unroll.train.stored import reading
 from unroll.train.table import evaluating
 from unroll.train.tasks import Task as Purpose
 from unroll.train.tasks import find_task
@@ -495,8 +496,9 @@ def write_weights(net: nn.Module, path: Path) -> None:
 
 
 def read_weights(net: nn.Module, path: Path) -> None:
-    """The inverse of `write_weights`, in place."""
-    load_model(net, str(path))
+    """The inverse of `write_weights`, in place. Raises SpecError E510."""
+    with reading(path, "unroll train --resume writes the weights of a finished run again"):
+        load_model(net, str(path))
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
@@ -510,10 +512,10 @@ def append_row(path: Path, row: dict[str, float]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv; none if there is no such file."""
+    """The rows of metrics.csv; none if there is no such file. Raises SpecError E510."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with reading(path, "delete the lines that are not whole"), path.open(newline="", encoding="utf-8") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -557,7 +559,7 @@ def fit(
 
     console: where the progress bar is drawn; None: nowhere.
     Raises SpecError E507 (inputs), E508 (loss without its targets), E509 (a value that is not finite), E511 (settings),
-    E512 (the network's answer is none for this loss).
+    E510 (a damaged checkpoint), E512 (the network's answer is none for this loss).
     """
     purpose = find_task(settings, data)
     _check(net, data, settings)
@@ -581,6 +583,9 @@ def fit(
         task = Task(net, settings, plan(settings, net.layers, steps), clock)
         like = next(losses.module(net).parameters())
         batches = Batches(data.train.to(like.dtype), data.change, size, settings.seed, steps, trainer)
+        if resume:
+            with reading(last, "without this file, --resume trains from the start"):
+                torch.load(last, map_location="cpu", weights_only=True)
         trainer.fit(task, batches, ckpt_path=last if resume else None, weights_only=True)
     best = folder / "checkpoints" / "best.safetensors"
     if settings.keep == "best" and best.exists():

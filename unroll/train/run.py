@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unroll.api import build as emit
@@ -46,6 +46,7 @@ from unroll.train.job import Job, build, first_rank, plain_spec
 from unroll.train.losses import Net, Outcome
 from unroll.train.masked import masks
 from unroll.train.samples import Data, Shape, Shapes, Tensors
+from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
 from unroll.whitebox import Batch, Measured, white_box
@@ -114,7 +115,7 @@ def train(
 def resume(folder: str | Path, *, device: str = "auto", devices: int = 1, quiet: bool = False) -> Run:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted.
 
-    Raises SpecError E510 if the folder holds no run.
+    Raises SpecError E510 if the folder holds no run, or a damaged one.
     """
     job = _read_start(Path(folder), None if quiet else Console(stderr=True))
     with _shared(job.folder):
@@ -125,15 +126,14 @@ def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
     """The closing table of a finished run, measured again. Raises SpecError E510 if the folder holds none."""
     from unroll.train.engine import read_weights
 
-    job = _read_start(Path(folder), None if quiet else Console(stderr=True))
-    if not (job.folder / "table.json").is_file():
-        hint = f"unroll train --resume {job.folder}"
-        raise SpecError("E510", f"the run in '{job.folder}' is not finished", hint=hint)
-    ended = json.loads((job.folder / "table.json").read_text(encoding="utf-8"))
+    job = _read_finished(Path(folder), None if quiet else Console(stderr=True), "weights.safetensors", "table.json")
+    with reading(job.folder / "table.json"):
+        ended = read_json(job.folder / "table.json")
+        outcome = Outcome(ended["status"], ended["steps"], ended["seconds"], math.nan)
     data, net = ready(job)
     initial = copy.deepcopy(net)
     read_weights(net, job.folder / "weights.safetensors")
-    return _close(job, data, initial, net, Outcome(ended["status"], ended["steps"], ended["seconds"], math.nan))
+    return _close(job, data, initial, net, outcome)
 
 
 def measure(
@@ -172,11 +172,7 @@ def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
 def _restored(folder: str | Path) -> tuple[Job, Data, nn.Module]:
     from unroll.train.engine import read_weights
 
-    job = _read_start(Path(folder), None)
-    if not (job.folder / "weights.safetensors").is_file():
-        raise SpecError(
-            "E510", f"the run in '{job.folder}' is not finished", hint=f"unroll train --resume {job.folder}"
-        )
+    job = _read_finished(Path(folder), None, "weights.safetensors")
     data, net = ready(job)
     read_weights(net, job.folder / "weights.safetensors")
     return job, data, net.eval()
@@ -241,7 +237,7 @@ def _keep_given(job: Job, net: Net, exact: Tensors) -> Tensors:
 def _keep_meaning(job: Job, data: Data) -> None:
     """What the samples mean, in data.json. Raises SpecError E514 if it is not what it was when the run began."""
     path = job.folder / "data.json"
-    if path.exists() and (odd := _differences(json.loads(path.read_text(encoding="utf-8")), data.kept)):
+    if path.exists() and (odd := _differences(read_json(path), data.kept)):
         message = f"the data are not those that the run in '{job.folder}' began with: {', '.join(odd)} differ"
         raise SpecError("E514", message, hint="bring the data back, or train anew")
     if data.kept and first_rank():
@@ -390,12 +386,25 @@ def _read_start(folder: Path, console: Console | None) -> Job:
     if not (folder / "run.json").is_file():
         hint = "name the folder of a run: runs/<name>/<time>"
         raise SpecError("E510", f"'{folder}' holds no run: there is no run.json in it", hint=hint)
-    started = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    stored = load_file(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
+    with reading(folder / "run.json"):
+        started = read_json(folder / "run.json")
+        sha, dims, scalars = started["spec_sha256"], dict(started["dims"]), dict(started["scalars"])
+    spec = load(folder / "spec.yaml")
+    if spec.sha256 != sha:
+        raise SpecError("E510", f"'{folder / 'spec.yaml'}' is not the spec that this run began with", hint=AGAIN)
+    stored = read_tensors(folder / "given.safetensors") if (folder / "given.safetensors").exists() else {}
     given = {
         name: value.clone() for name, value in stored.items()
     }  # in memory of torch's own: products round by alignment
-    return Job(folder, load(folder / "spec.yaml"), started["dims"], started["scalars"], given, console)
+    return Job(folder, spec, dims, scalars, given, console)
+
+
+def _read_finished(folder: Path, console: Console | None, *files: str) -> Job:
+    """`_read_start` of a run that has left these files. Raises SpecError E510."""
+    job = _read_start(folder, console)
+    if not all((folder / name).is_file() for name in files):
+        raise SpecError("E510", f"the run in '{folder}' is not finished", hint=f"unroll train --resume {folder}")
+    return job
 
 
 def _version(package: str) -> str | None:
