@@ -246,3 +246,57 @@ def test_a_variable_without_axes_and_a_problem_without_inputs(start: float) -> N
     assert float(net()) == pytest.approx(3 - (3 - start) / 8)
     with pytest.raises(UnrollError, match="neither take nor hold a tensor"):
         unroll.compile(spec | {"scalars": {}, "minimize": "0.5*(z - 3)**2"})
+
+
+def tokens(objective: str, tokens: Any = "dynamic", step: Any = 0.1, **parameters: Any) -> dict[str, Any]:
+    return {
+        "dims": {"d": 3, "K": 2, "T": 4, "N": tokens}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]}, "parameters": parameters,
+        "minimize": objective, "unroll": {"algorithm": "gradient_descent", "layers": 2, "step": step, "start": {"Z": "X"}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("objective", "by_hand"),
+    [
+        ("1/2*sumsq(Z - m @ ones(1, N))", lambda z, m, b, s: (z - m).square().sum() / 2),
+        ("1/2*sumsq(Z - running_sum(m @ ones(1, N)))", lambda z, m, b, s: (z - m.expand_as(z).cumsum(0)).square().sum() / 2),
+        ("sum(sum(sin(sum(Z, axis=0) + first(b[k], N).T)) for k in K)", lambda z, m, b, s: (z.sum(1) + torch.nn.functional.pad(b, (0, 6))[:, : len(z)]).sin().sum()),
+        ("1/2*sum(Z**2 @ repeat(s, N))", lambda z, m, b, s: s * z.square().sum() / 2),
+    ],
+    ids=["repeated", "running", "cut", "one entry"],
+)  # fmt: skip
+def test_what_parameters_give_for_as_many_tokens_as_come_is_worked_out_in_the_call(
+    objective: str, by_hand: Any, count: int
+) -> None:
+    given = {"m": ["d"], "b": {"family": "K", "shape": ["T"]}, "s": [1]}
+    net = unroll.compile(tokens(objective, **given), dtype=torch.float64)
+    x = torch.randn(2, count, 3, dtype=torch.float64)
+    want = x
+    for _ in range(2):
+        z = want.clone().requires_grad_()
+        value = sum(by_hand(sample, *(net.given[name] for name in "mbs")) for sample in z)
+        want = want - 0.1 * torch.autograd.grad(value, z)[0]
+    assert torch.allclose(net(x), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", ["dynamic", 5])
+@pytest.mark.parametrize("step", [1, "1/L"])
+def test_a_step_that_replaces_every_token_by_one_value_repeats_it(step: Any, count: Any) -> None:
+    net = unroll.compile(tokens("1/2*sumsq(Z - sum(X, axis=1)/N @ ones(1, N))", count, step), dtype=torch.float64)
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    assert torch.allclose(net(x), x.mean(1, keepdim=True).expand_as(x))
+    with pytest.raises(UnrollError, match="E402.*the same of every Z"):
+        unroll.compile(tokens("1/2*sumsq(Z - m @ ones(1, N))", count, step, m=["d"]))
+
+
+@pytest.mark.parametrize(("n", "times"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_repetition_of_one_entry_and_its_adjoint(n: int, times: int) -> None:
+    sound(
+        dims={"n": n, "T": times},
+        variables={"z": ["n"]},
+        inputs={"x": ["n*T"]},
+        parameters={"A": ["n*T", "n"]},
+        minimize={"f": "1/2*sumsq(x - repeat(z, T)) + 1/2*sumsq(repeat_T(A @ z, T))"},
+        unroll={"algorithm": "gradient_descent", "layers": 2, "step": 0.1},
+    )

@@ -14,7 +14,7 @@ import sympy as sp
 from unroll.derivation import Derivation
 from unroll.derivation import derive as derive_spec
 from unroll.errors import UnrollError, did_you_mean
-from unroll.expr import dim, swap
+from unroll.expr import Sym, dim, swap
 from unroll.problem import Problem, from_spec
 from unroll.spec import Spec, load
 
@@ -120,6 +120,7 @@ def compile_layers(
     _refuse_out_of_bounds(loaded, scalars or {})
     missing = [s.name for s in derivation.problem.parameters if s.name not in given]
     _refuse_too_large(program, missing)
+    _refuse_blind(program)
     drawn = (
         draw(_with_inits(loaded, derivation.problem, program.problem.symbols), program.dims, seed) if missing else {}
     )
@@ -263,6 +264,15 @@ def _refuse_too_large(program: Program, missing: Sequence[str]) -> None:
             f"{name} would have {counts[name]:,} entries; all together may have {MOST_ENTRIES:,}",
             hint="smaller dims, fewer layers, or share: layers",
         )
+
+
+def _refuse_blind(program: Program) -> None:
+    """What a layer makes is as many tensors as come in. Raises UnrollError E402 where it reads nothing of them."""
+    for s in program.step.states:
+        node = program.graph.nodes[program.graph.roots["next", s.symbol.name].node]
+        if isinstance(s.symbol, Sym) and not node.batched:
+            hint = "another step size, or an objective that an input occurs in"
+            raise UnrollError("E402", f"a layer makes the same of every {s.symbol.name}, whatever comes in", hint=hint)
 
 
 def build(derivation: Derivation) -> Program:

@@ -80,12 +80,13 @@ Root = tuple[str, str]
 
 @dataclass(frozen=True)
 class Graph:
-    """nodes in topological order.  names, notes: for readers, by node."""
+    """nodes in topological order.  names, notes: for readers, by node.  open: sizes that each call says."""
 
     nodes: Mapping[int, Node]
     roots: Mapping[Root, Ref]
     names: Mapping[int, str] = field(default_factory=dict[int, str])
     notes: Mapping[int, str] = field(default_factory=dict[int, str])
+    open: frozenset[sp.Symbol] = frozenset()
 
     @cached_property
     def digraph(self) -> nx.DiGraph[int]:
@@ -142,9 +143,10 @@ def axes_text(node: Node) -> str:
 
 
 class Builder:
-    """Makes nodes, each distinct value once."""
+    """Makes nodes, each distinct value once.  open: sizes that each call says."""
 
-    def __init__(self) -> None:
+    def __init__(self, open: Iterable[sp.Symbol] = ()) -> None:
+        self.open = frozenset(open)
         self.nodes: dict[int, Node] = {}
         self.numbers: dict[tuple[Any, ...], int] = {}
         self.names: dict[int, str] = {}
@@ -240,9 +242,9 @@ class Builder:
         if op == "spectrum":
             families[attrs[0]] = half_spectrum(attrs[1])
         shape = BY_NAME[op].axes(views, attrs)
-        least = (
-            Stage.PROLOGUE if op == "spectrum" else Stage.CONSTANT
-        )  # a buffer would have to be complex: not kept from set-up on
+        sized = (*(v.shape for v in views), shape, families.values())
+        late = op == "spectrum" or any(n.free_symbols & self.open for sizes in sized for n in sizes)
+        least = Stage.PROLOGUE if late else Stage.CONSTANT  # no buffer is complex, or as large as a call says
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
         even = all(v.node.symmetric or v.shape == (ONE, ONE) for v in views)
         symmetric = symmetric or op in OPAQUE or (keeps and even) or attrs[:1] == ("symmetric",)
@@ -302,7 +304,7 @@ class Builder:
                 stack.extend(r.node for r in self.nodes[i].inputs)
         nodes = {i: self.nodes[i] for i in sorted(seen)}
         pick: Callable[[dict[int, str]], dict[int, str]] = lambda d: {i: v for i, v in d.items() if i in nodes}
-        return Graph(nodes, dict(roots), pick(self.names), pick(self.notes))
+        return Graph(nodes, dict(roots), pick(self.names), pick(self.notes), self.open)
 
 
 def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
@@ -474,11 +476,10 @@ class Lowering:
     def _add(self, terms: tuple[Expr, ...]) -> Ref:
         """Numbers in front of terms belong to the sum."""
         coefs, refs = list[sp.Expr](), list[Ref]()
-        for term in _unrepeated(terms):
+        left = tuple(t for t in terms if not self._vanishes(split(t)[0].as_coeff_Mul()[1]))
+        for term in _unrepeated(left or terms):
             c, body = split(term)
             value, rest = c.as_coeff_Mul()
-            if self._vanishes(rest) and (refs or term is not terms[-1]):
-                continue
             coefs.append(cast(sp.Expr, value))
             refs.append(self._mul(rest, body.factors if isinstance(body, Mul) else (body,)))
         return self.builder.add("add", refs, tuple(coefs))
@@ -590,7 +591,7 @@ def _column(e: Expr) -> Expr | None:
 
 def lower_step(problem: Problem, step: Step) -> Graph:
     """The whole of a network: start values of parameters and states, one layer, the answer."""
-    b = Builder()
+    b = Builder(d for d, n in problem.dims.items() if n == "dynamic")
     low = Lowering(b, _leaves(problem, b))
     for a in step.definitions:
         ref = low.value(a.value)

@@ -432,10 +432,12 @@ def _shifts_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 
 def _repeat_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    adjoint, (n,) = out.attrs
-    return args[0].text.then(
-        f".unflatten(-1, (-1, {c.size(n)})).sum(-1)" if adjoint else f".repeat_interleave({c.size(n)}, -1)"
-    )
+    (x,), (adjoint, (n,)) = args, out.attrs
+    entries = x.text if "r" in x.tags else x.text.then("[..., None]")  # of one entry there is only the number
+    if not adjoint:
+        found = entries.then(f".repeat_interleave({c.size(n)}, -1)")
+        return found if "r" in out.tags else found.then(".squeeze(-1)")
+    return entries.then(f".unflatten(-1, (-1, {c.size(n)})).sum(-1)" if "r" in out.tags else ".sum(-1)")
 
 
 def _first_text(out: Node, args: Sequence[Operand], c: Context) -> Text:

@@ -83,7 +83,7 @@ def optimise(graph: Graph, sizes: Sizes, check: Callable[[Graph, Graph], None] |
 
 def rewrite(graph: Graph, rule: Rule) -> Graph:
     """Rebuild every node on its new operands, or as `rule` says. Equal values meet, unused ones go."""
-    b, new = Builder(), dict[int, Ref]()
+    b, new = Builder(graph.open), dict[int, Ref]()
     move: Callable[[Ref], Ref] = lambda r: b.flip(new[r.node]) if r.flip else new[r.node]
     for i, node in graph.nodes.items():
         inputs = tuple(map(move, node.inputs))
