@@ -31,7 +31,8 @@ def values(seed: int) -> dict[Sym, Tensor]:
     out: dict[Sym, Tensor] = {}
     for s in SYMBOLS:
         x = torch.randn(int(s.nrows.subs(SIZES)), int(s.ncols.subs(SIZES)), generator=g, dtype=torch.float64)
-        out[s] = x.abs() if "positive" in s.props else (x + x.mT) / 2 if "symmetric" in s.props else x
+        zero = torch.arange(len(x))[:, None] == 0  # what is declared positive may be 0
+        out[s] = x.abs().masked_fill(zero, 0) if "positive" in s.props else (x + x.mT) / 2 if "symmetric" in s.props else x
     return out
 
 
@@ -62,6 +63,7 @@ def test_positive_definite_is_what_the_eigenvalues_say(formula: str, grade: int)
 
 SIGNS = {
     "p": True, "A**2": True, "exp(v)": True, "diag(p) @ abs(A.T)": True, "sum(p) * softmax(v, axis=0)": True, "p/(1 + p)": True,
+    "where(p <= 1, p, 1)": True, "where(p <= 0, -1, 1)": False, "2*sign(p) - 1": False, "sign(p)": True,
     "v": False, "p - 1": False, "A.T @ A @ p": False, "mu*p": False, "log(1 + p) * v": False,
 }  # fmt: skip
 

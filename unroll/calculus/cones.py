@@ -6,6 +6,7 @@ True means proved; False, or 0, only that nothing shows it.
 from __future__ import annotations
 
 import sympy as sp
+from sympy.core.relational import Relational
 
 from unroll.expr import (
     Add,
@@ -56,10 +57,9 @@ def nonnegative(e: Expr) -> bool:
         case Mul(c, factors):
             return c.is_nonnegative is True and all(map(nonnegative, factors))
         case Map(profile, args):
-            signs = {
-                slot(i): sp.Symbol(f"_{i}", positive=True) if nonnegative(a) else slot(i) for i, a in enumerate(args)
-            }
-            return profile.xreplace(signs).is_nonnegative is True  # at 0: its limit
+            sign = "nonnegative" if profile.has(Relational, sp.sign) else "positive"  # at 0, with no jump: the limit
+            signs = {slot(i): sp.Symbol(f"_{i}", **{sign: True}) for i, a in enumerate(args) if nonnegative(a)}
+            return profile.xreplace(signs).is_nonnegative is True
         case _:
             return False
 
