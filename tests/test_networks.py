@@ -118,9 +118,10 @@ def test_the_decoder_is_the_released_layer(shape: tuple[int, ...]) -> None:
     agree(net, drawn(*shape, 12), by_hand)
 
 
+@pytest.mark.parametrize("zeros", [0, 3])
 @pytest.mark.parametrize("shape", TOKENS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_token_statistics_attention_is_the_released_one(shape: tuple[int, ...], causal: bool) -> None:
+def test_token_statistics_attention_is_the_released_one(shape: tuple[int, ...], causal: bool, zeros: int) -> None:
     net = network("tost_causal", **SMALL, T=4) if causal else network("tost")  # shorter and longer texts than T
 
     def by_hand(x: Tensor) -> Tensor:
@@ -136,7 +137,16 @@ def test_token_statistics_attention_is_the_released_one(shape: tuple[int, ...], 
             x = x + n.layer_scale[i] * out
         return x
 
-    agree(net, drawn(*shape, 12), by_hand)
+    x = drawn(*shape, 12)
+    if zeros:  # tokens that put nothing into a sum: its shares are 0, as the released clamp makes them
+        x[..., :zeros, :] = 0
+        with torch.no_grad():
+            net.offset.zero_()
+            net.compress_norm_bias.zero_()
+        assert torch.allclose(net(x), by_hand(x), atol=EXACT)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(net(x).sum(), list(net.parameters())))
+    else:
+        agree(net, x, by_hand)
 
 
 def labelled(m: int = 30, d: int = 6, K: int = 3) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,29 @@ def shown(e: Expr) -> Expr:
     return parse_matrix(text(e), DERIVED)
 
 
+SMALL = {
+    "1/(1e-8 + y**2)": ("1/(1e-08 + y**2)", "10^{-8}"),
+    "1/(2e-8 + 2*y**2)": ("1/2 * (1/(1e-08 + y**2))", "10^{-8}"),
+    "1/(1 + 1e8*y**2)": ("1e-08 * (1/(1e-08 + y**2))", "10^{-8}"),
+    "sqrt(y**2 + 2.5e-9)": ("sqrt(2.5e-09 + y**2)", r"2.5 \cdot 10^{-9}"),
+    "0.1234567*exp(y)": ("0.1234567 * exp(y)", "0.1234567"),
+    "1/(1/2 + y/3)": ("6 * (1/(3 + 2*y))", "6"),
+}
+
+
+@pytest.mark.parametrize(("formula", "printed"), SMALL.items(), ids=SMALL)
+def test_small_numbers_stay_what_was_written(formula: str, printed: tuple[str, str]) -> None:
+    """No factor of 1e8 around what a narrow type has to hold, in any spelling; and no fraction of nine digits."""
+    e = parse_matrix(formula, DERIVED)
+    assert text(e) == printed[0] and printed[1] in latex(e)
+    assert shown(e) is e
+    y = values(SIZES, (), 0)
+    assert torch.allclose(
+        evaluate(e, y, NUMBERS),
+        eval(formula, {"exp": torch.exp, "sqrt": torch.sqrt, "y": evaluate(parse_matrix("y", DERIVED), y, NUMBERS)}),
+    )
+
+
 @pytest.mark.parametrize("block", range(12))
 def test_printed_formulas_parse_to_the_same_object(block: int) -> None:
     """Of what the language can write: text, once read, is printed and read as the same object for ever."""

@@ -843,7 +843,8 @@ def _regrouped(e: Expr, left: bool, right: bool) -> Expr:
 def _unit(e: Add) -> tuple[sp.Expr, Expr]:
     """Pull the common coefficient out of a sum, so that its first term has the number 1: 2 A - 4 B -> 2 (A - 2 B), -A + B -> -(A - B)."""
     coefs = [split(t)[0] for t in e.terms]
-    c = coefs[0].as_coeff_Mul()[0] * common_powers(coefs)
+    first, largest = coefs[0].as_coeff_Mul()[0], max((c.as_coeff_Mul()[0] for c in coefs), key=abs)
+    c = (largest if abs(largest) > LARGE * abs(first) else first) * common_powers(coefs)
     return (c, e) if c == 1 else (c, scale(1 / c, e))
 
 
@@ -1001,9 +1002,16 @@ def _primitive(profile: sp.Expr) -> sp.Expr:
             return e
 
 
+LARGE = 10**4
+"""Whole numbers up to this make one spelling of a sum."""
+
+
 def _content(e: sp.Add) -> tuple[sp.Expr, sp.Expr]:
-    """(c, e / c), c the number and the powers of scalars common to all terms."""
+    """(c, e / c), c the number and the powers of scalars common to all terms: 1/2 + u/3 -> 1/6, 3 + 2 u; but 1e-24 + u stays."""
     number_, rest = e.as_content_primitive()
+    largest = max(abs(t.as_coeff_Mul()[0]) for t in sp.Add.make_args(rest))
+    if largest > LARGE:  # numbers that a narrow type does not hold
+        number_, rest = number_ * largest, sp.Add(*(t / largest for t in sp.Add.make_args(rest)))
     terms = rest.args if isinstance(rest, sp.Add) else (rest,)
     powers = common_powers([t.as_independent(_Leaf, as_Add=False)[0] for t in terms])
     return number_ * powers, (rest if powers == 1 else sp.Add(*(t / powers for t in terms)))

@@ -157,11 +157,28 @@ class _Text(StrPrinter):
     def _print_Or(self, e: Any) -> str:
         return " or ".join(f"({self._print(a)})" for a in e.args)
 
+    def _print_Rational(self, e: Any) -> str:
+        return _decimal(e) or super()._print_Rational(e)
+
     def _print_Infinity(self, e: Any) -> str:
         return "inf"
 
     def _print_Exp1(self, e: Any) -> str:
         return "exp(1)"
+
+
+def _decimal(e: sp.Rational) -> str:
+    """What is shorter than its fraction: 1e-08, not 1/100000000."""
+    short = repr(float(e))
+    return short if e.q > 10**6 and sp.Rational(short) == e else ""
+
+
+class _Latex(LatexPrinter):
+    def _print_Rational(self, e: Any) -> str:
+        digits, _, power = _decimal(e).partition("e")
+        if not power:
+            return digits or super()._print_Rational(e)
+        return ("" if digits == "1" else rf"{digits} \cdot ") + f"10^{{{int(power)}}}"
 
 
 class _Pretty(_Text):
@@ -198,7 +215,7 @@ def _scalar_pretty(e: sp.Expr, names: dict[sp.Symbol, str] | None = None) -> str
 
 def _scalar_latex(e: sp.Expr, names: dict[sp.Symbol, str] | None = None) -> str:
     words = {s: _word_latex(s.name) for s in _free(e) if s.name in GREEK or (s.name.isalpha() and len(s.name) > 1)}
-    return LatexPrinter({"symbol_names": words | (names or {}), "mul_symbol": r"\,"}).doprint(e)
+    return _Latex({"symbol_names": words | (names or {}), "mul_symbol": r"\,"}).doprint(e)
 
 
 def _word_latex(name: str) -> str:
