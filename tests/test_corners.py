@@ -300,3 +300,35 @@ def test_repetition_of_one_entry_and_its_adjoint(n: int, times: int) -> None:
         minimize={"f": "1/2*sumsq(x - repeat(z, T)) + 1/2*sumsq(repeat_T(A @ z, T))"},
         unroll={"algorithm": "gradient_descent", "layers": 2, "step": 0.1},
     )
+
+
+UP_TO = {
+    "a mean": ("1/2*sumsq(sum(Z, axis=1)/N)", 0.1, lambda z: z.mean(0).square().sum() / 2),
+    "a mean, by a step of N": ("1/2*sumsq(sum(Z, axis=1)/N)", "N/4", lambda z: len(z) * z.mean(0).square().sum() / 0.8),
+    "beside a fit": ("1/2*sumsq(Z)/N + 1/2*sumsq(sum(Z, axis=1)/N)", 0.1, lambda z: z.square().sum() / (2 * len(z)) + z.mean(0).square().sum() / 2),
+    "statistics": ("sum(log(1 + sum((M @ Z)**2, axis=1)/N))", 0.1, lambda z, m: (z @ m.mT).square().mean(0).log1p().sum()),
+    "statistics by a product": ("sum(log(1 + (M @ Z)**2 @ ones(N, 1)/N))", 0.1, lambda z, m: (z @ m.mT).square().mean(0).log1p().sum()),
+    "a norm": ("sumsq(Z)/sqrt(1 + sumsq(Z)/N)", 0.1, lambda z: z.square().sum() / (1 + z.square().sum() / len(z)).sqrt()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "step", "by_hand"), UP_TO.values(), ids=UP_TO)
+@pytest.mark.parametrize("count", ["dynamic", 5])
+def test_each_token_follows_the_step_of_the_tokens_up_to_it_and_of_their_number(
+    objective: str, step: Any, by_hand: Any, count: Any
+) -> None:
+    spec = tokens(objective, count, step, **({"M": ["d", "d"]} if "M" in objective else {}))
+    spec["unroll"]["rewrites"] = ["causal(over=N)"]
+    net = unroll.compile(spec, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    want = x
+    for _ in range(2):
+        rows = list[torch.Tensor]()
+        for j in range(5):
+            z = want[: j + 1].clone().requires_grad_()
+            slope = torch.autograd.grad(by_hand(z, *net.given.values()), z)[0]
+            rows.append((z - 0.1 * slope)[j].detach())
+        want = torch.stack(rows)
+    assert torch.allclose(net(x), want, atol=1e-12)
+    if count == "dynamic":
+        assert torch.allclose(net(x[:3]), net(x)[:3], atol=1e-14), "what comes later changes nothing"

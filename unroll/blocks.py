@@ -9,7 +9,7 @@ A spec without `blocks:` is one block. Every departure is kept in `Step.departur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -159,6 +159,8 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         raise e.located(half.where("step" if e.code == "E304" else "algorithm")) from None
     for call in (c for c in calls if c.rewrite.stage == "step"):
         step = _rewritten_step(half, step, call, departures)
+    if half.scheme.gauge is None or half.scheme.gauge.update is None:  # else that stands in front of the step
+        step = _counted(step, calls)
     for call in calls:
         left = call.rewrite.left
         for a in step.assigns:
@@ -192,6 +194,22 @@ def _rewritten_step(half: Half, step: Step, call: Call, departures: list[Departu
     )
     notes = tuple(n for n in step.notes if call.rewrite.kind == "exact" or not n.startswith("monotone"))
     return replace(step, assigns=assigns, notes=notes)
+
+
+def _counted(step: Step, calls: list[Call]) -> Step:
+    """What is in front of the terms of a step, a step size that is a formula included, as the rewrites make it."""
+    values: dict[sp.Symbol, sp.Expr] = {}
+    for a in step.definitions:
+        if isinstance(a.target, sp.Symbol) and not isinstance(a.value, Expr):
+            values[a.target] = swap(a.value, values)
+    for call in (c for c in calls if c.rewrite.rest is not None):
+        rest = cast(Callable[..., Expr], call.rewrite.rest)
+        assigns = (
+            (a, rest(a.value, **call.values, values=values) if isinstance(a.value, Expr) else a.value)
+            for a in step.assigns
+        )
+        step = replace(step, assigns=tuple(a if e is a.value else _renoted(replace(a, value=e)) for a, e in assigns))
+    return step
 
 
 def _departure(applied: rewrites.Applied) -> Departure:

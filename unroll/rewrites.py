@@ -12,7 +12,8 @@ assumption is about. `apply` runs a rule over an expression from the outside in 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -121,7 +122,7 @@ Rule = Callable[[Expr], Site | None]
 @dataclass(frozen=True)
 class Rewrite:
     """rule(arguments) -> what happens at one node. picture, result: before and after. assumes, error: in words. limit(assumption, arguments) -> the stated bound on the
-    relative error, infinite where the assumption fails. left(e, arguments) -> what is still there that the rewrite is to leave none of."""
+    relative error, infinite where the assumption fails. left(e, arguments) -> what is still there that the rewrite is to leave none of. rest(e, arguments, values of scalars) -> e with what is in front of its terms rewritten."""
 
     name: str
     picture: str
@@ -135,6 +136,7 @@ class Rewrite:
     stage: Literal["objective", "step"] = "step"
     limit: Callable[..., float] | None = None
     left: Callable[..., Expr | None] | None = None
+    rest: Callable[..., Expr] | None = None
 
     @property
     def signature(self) -> str:
@@ -719,13 +721,39 @@ def gram_to_softmax(scale: sp.Expr, causal: bool = False) -> Rule:
 
 
 def causal_tokens(over: sp.Expr) -> Rule:
-    """Sums over tokens become running sums: token j sees the tokens up to j."""
+    """Sums over tokens become running sums: token j sees the tokens up to j. What is in front of terms stays: see `counted`."""
 
     def rule(e: Expr) -> Site | None:
-        out = _running(e, over)
-        return Site(e, out) if out is not e else None
+        with suppress(ShapeError):  # no form that it knows: what is left is refused
+            out = _sum_repeated([scale(c, _running(x, over)) for c, x in map(split, terms_of(e))])
+            return Site(e, out) if out is not e else None
+        return None
 
     return rule
+
+
+def terms_of(e: Expr) -> tuple[Expr, ...]:
+    return e.terms if isinstance(e, Add) else (e,)
+
+
+def counted(e: Expr, over: sp.Expr, values: Mapping[sp.Symbol, sp.Expr]) -> Expr:
+    """The number of tokens in front of the terms of e becomes that of the tokens up to each. values: of scalars in their place."""
+    if isinstance(e, Prox):
+        return prox(e.term, e.variable, e.t, counted(e.at, over, values), e.swaps)
+    terms = [(c, x, sp.cancel(swap(c, dict(values)))) for c, x in map(split, terms_of(e))]
+    if not any(number.has(over) for _, _, number in terms):
+        return e
+    return _sum_repeated([_counted(number, x, over) if number.has(over) else scale(c, x) for c, x, number in terms])
+
+
+def _counted(c: sp.Expr, e: Expr, n: sp.Expr) -> Expr:
+    """c e with n in c the number of tokens so far, a row."""
+    return elementwise(c.subs(n, slot(0)) * slot(1), _counts(n), e) if c.has(n) else scale(c, e)
+
+
+def _counts(n: sp.Expr) -> Expr:
+    """1, 2, .. n: how many tokens there are up to each."""
+    return operator("running_sum", ones(1, n))
 
 
 def _running(e: Expr, n: sp.Expr) -> Expr:
@@ -742,6 +770,8 @@ def _running(e: Expr, n: sp.Expr) -> Expr:
             return _running_product(c, factors, n)
         case Softmax(x, axis, False) if same(x.rows, n) and same(x.cols, n):
             return softmax(x, axis, True)
+        case Map(profile, args) if profile.has(n):
+            return elementwise(profile.subs(n, slot(len(args))), *(_running(a, n) for a in args), _counts(n))
         case Map(profile, args):
             return elementwise(profile, *(_running(a, n) for a in args))
         case Add(terms):
@@ -756,11 +786,18 @@ def _running(e: Expr, n: sp.Expr) -> Expr:
 
 
 def looks_ahead(e: Expr, over: sp.Expr) -> Expr | None:
-    """A part of e in which a token sees later ones: a sum over tokens that is neither running nor weighed by causal shares."""
+    """A part of e in which a token sees later ones: a sum over tokens that is neither running nor weighed by causal shares, or
+    their number. What is in front of terms is not looked at: see `counted`."""
+    return next((x for t in terms_of(e) if (x := _ahead(split(t)[1], over)) is not None), None)
+
+
+def _ahead(e: Expr, over: sp.Expr) -> Expr | None:
     across: list[sp.Expr]
     match e:
         case Prox():  # its term is a definition
             return looks_ahead(e.at, over)
+        case Mul(c, _) if c.has(over):
+            across = [over]
         case Sum(x, axis) | LogSumExp(x, axis) | Max(x, axis):
             across = [n for n, a in zip(x.shape, (0, 1), strict=True) if axis in (None, a)]
         case Normalise() | Softmax(causal=False):
@@ -769,11 +806,13 @@ def looks_ahead(e: Expr, over: sp.Expr) -> Expr | None:
             across = list(e.children[0].shape)
         case Mul(_, factors):
             across = [a.cols for a, b in pairwise(factors) if not (_upper(b) or _upper(transpose(a)))]
+        case Map(profile, _) if profile.has(over):
+            across = [over]
         case _:
             across = []
     if any(same(n, over) for n in across):
         return e
-    return next((found for c in e.children if (found := looks_ahead(c, over)) is not None), None)
+    return next((found for c in e.children if (found := _ahead(c, over)) is not None), None)
 
 
 def _upper(e: Expr) -> bool:
@@ -794,14 +833,18 @@ def _sum_repeated(parts: list[Expr]) -> Expr:
 
 
 def _running_product(c: sp.Expr, factors: tuple[Expr, ...], n: sp.Expr) -> Expr:
-    """A @ b with b a column over tokens: the running sum of A * b'.  a @ r with a worked out over tokens, r a row: a * r."""
+    """A @ b with b a column over tokens: the running sum of A * b'.  a @ r with a worked out over tokens, r a row: a * r.
+    A @ (w * B) @ C with w a column: A @ (w * (B @ C))."""
+    for i, f in enumerate(factors[1:-1], 1):
+        if isinstance(f, Map) and not same(f.rows, n) and isinstance(tail := matmul(*factors[i:]), Map):
+            return _counted(c, matmul(*factors[:i], _running(tail, n)), n)
     parts = [_running(f, n) for f in factors]
     if len(factors) >= 2 and same(factors[-1].rows, n) and factors[-1].cols == 1 and same(factors[-2].cols, n):
         weighed = operator("running_sum", elementwise(slot(0) * slot(1), parts[-2], transpose(parts[-1])))
-        return scale(c, _joined(factors[0].rows, *parts[:-2], weighed))
-    if len(factors) == 2 and factors[0].cols == 1 and same(parts[0].cols, n):
-        return elementwise(c * slot(0) * slot(1), *parts)
-    return matmul(*parts, coef=c)
+        return _counted(c, _joined(factors[0].rows, *parts[:-2], weighed), n)
+    if len(factors) > 1 and factors[-1].rows == 1 and same((front := _running(matmul(*factors[:-1]), n)).cols, n):
+        return _counted(c, elementwise(slot(0) * slot(1), front, parts[-1]), n)
+    return _counted(c, matmul(*parts), n)
 
 
 def _neumann_limit(rho: float, order: Any) -> float:
@@ -841,7 +884,7 @@ REWRITES: tuple[Rewrite, ...] = (
     ),
     Rewrite(
         "causal", "sums over tokens", "running sums: a token sees those up to it", "heuristic", "", "each token follows the step of the sequence up to it",
-        "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),), left=looks_ahead,
+        "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),), left=looks_ahead, rest=counted,
     ),
 )  # fmt: skip
 BY_NAME = {r.name: r for r in REWRITES}
