@@ -155,6 +155,28 @@ def test_solve_writes_the_solution(unroll: Unroll, arrays: tuple[Path, Path], tm
     assert abs(gradient).max() <= 0.1 + 1e-5
 
 
+def test_solve_writes_to_the_very_file(unroll: Unroll, arrays: tuple[Path, Path], tmp_path: Path) -> None:
+    x, a = arrays
+    assert unroll("solve", "lasso", "--input", x, "--parameter", f"A={a}", "-o", "solution").code == 0
+    assert (tmp_path / "solution").is_file() and not (tmp_path / "solution.npy").exists()
+
+
+def test_solve_refuses_a_tolerance_that_is_no_number(unroll: Unroll, arrays: tuple[Path, Path]) -> None:
+    x, a = arrays
+    shown = unroll("solve", "lasso", "--input", x, "--parameter", f"A={a}", "--tol", "nan")
+    assert shown.code == 2 and "E407" in shown.err
+
+
+def test_a_folder_is_not_a_spec(unroll: Unroll, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").mkdir()
+    shown = unroll("show", "mine.yaml")
+    assert shown.code == 2 and "'mine.yaml' is a folder" in shown.err and "did you mean" not in shown.err
+
+
+def test_a_key_that_another_form_of_a_section_has_is_not_sent_to_where_it_is(unroll: Unroll) -> None:
+    assert "goes to data.train" not in unroll("show", "crate_digits", "data.train=5").err
+
+
 def test_solve_exits_with_1_before_it_has_converged(unroll: Unroll, arrays: tuple[Path, Path]) -> None:
     x, a = arrays
     assert unroll("solve", "lasso", "--input", x, "--parameter", f"A={a}", "--max-iterations", "1").code == 1
@@ -199,6 +221,9 @@ def test_a_new_spec_shows_checks_compiles_and_trains(unroll: Unroll, tmp_path: P
     assert again.code == 0 and "mine, trained" in again.out
     inside = unroll("eval", "run", "--white-box")
     assert inside.code == 0 and len(inside.out.splitlines()) == 1 + 2 * 3 and "held-out samples" in inside.err
+    rows = unroll("eval", "run", "--white-box", "--json", "--term", "odd=log(-1 - sumsq(z))", "-q").out
+    changes = {r["term"]: r["actual"] for r in json.loads(rows, parse_constant=pytest.fail)}
+    assert changes.pop("odd") is None and None not in changes.values()  # the logarithm of a negative number
     assert unroll("report", "run", "-o", "run.html").code == 0
     assert "<polyline" in (tmp_path / "run.html").read_text(encoding="utf-8")
 
@@ -263,10 +288,14 @@ def test_new_does_not_overwrite_and_wants_a_name(unroll: Unroll, tmp_path: Path)
         (("show", "lista", "unroll.layers=x"), "override:1:15"),
         (("show", "lista", "layers"), "KEY=VALUE"),
         (("solve", "lasso", "--input", "none.npy"), "there is no file 'none.npy'"),
+        (("solve", "lasso", "--input", "a.npy", "--input", "x=b.npy"), "two files for x: 'a.npy' and 'b.npy'"),
+        (("solve", "lasso", "--input", "a.npy", "--max-iterations", "0"), "0 is not in the range"),
+        (("show", "crate_digits", "data.train=5"), "unknown key 'train' in data"),
         (("eval", "."), "there is no run.json"),
         (("eval", ".", "--white-box"), "there is no run.json"),
         (("eval", ".", "--at", "sphere"), "--white-box: add it"),
         (("eval", ".", "--white-box", "--term", "rate"), "--term is NAME=FORMULA"),
+        (("eval", ".", "--white-box", "--term", "a=norm1(z)", "--term", "a=norm2(z)"), "two formulas are called 'a'"),
         (("report", "ista", "--term", "rate=foo(z)"), "unknown function 'foo'"),
         (("train",), "give a SPEC to train"),
         (("train", "--resume", ".", "--seed", "7"), "are those of the run that goes on"),
@@ -354,7 +383,13 @@ def test_list_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("new", "mine", "--folder", "no/such/folder"), ("compile", "lista", "-o", "no/such/folder/net.py")]
+    "words",
+    [
+        ("new", "mine", "--folder", "no/such/folder"),
+        ("compile", "lista", "-o", "no/such/folder/net.py"),
+        ("report", "nothing", "-o", "no/such/folder/r.html"),  # said before the work begins
+        ("solve", "nothing", "--input", "none.npy", "-o", "no/such/folder/z.npy"),
+    ],
 )
 def test_a_place_that_cannot_be_written_is_an_error_of_the_user(unroll: Unroll, words: tuple[str, ...]) -> None:
     shown = unroll(*words)

@@ -5,7 +5,10 @@ Exit status: 0 done, 1 a check failed, 2 what was asked for is wrong, 130 interr
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,14 +112,25 @@ def show(spec: str, overrides: tuple[str, ...], stage: str, latex: bool) -> None
         click.echo(api.stage(spec, stage, overrides=overrides))
 
 
+def _output(about: str, default: Path | None = None) -> Any:
+    """The option -o, tried before the work begins."""
+    kind = click.Path(dir_okay=False, path_type=Path)
+    settings: Any = {"type": kind, "default": default, "show_default": True, "callback": _writable, "help": about}
+    return click.option("-o", "--output", **settings)
+
+
+def _writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    del context, option
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path
+
+
 @cli.command("compile")
 @_settings
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where to write the module; the screen if left out.",
-)
+@_output("Where to write the module; the screen if left out.")
 def compile_(spec: str, overrides: tuple[str, ...], output: Path | None) -> None:
     """Write the PyTorch module, which needs torch only."""
     from unroll import api
@@ -152,16 +166,14 @@ def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     help="Samples (.npy, batch first); NAME= where there are several inputs.",
 )
 @click.option("--parameter", "parameters", multiple=True, metavar="NAME=FILE", help="Value of a parameter (.npy).")
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the solution (.npy)."
-)
+@_output("Where to write the solution (.npy).")
 @click.option(
     "--tol",
     default=1e-8,
     show_default=True,
     help="Largest certified gap or residual, relative to the objective at the start.",
 )
-@click.option("--max-iterations", default=100_000, show_default=True)
+@click.option("--max-iterations", type=click.IntRange(min=1), default=100_000, show_default=True)
 def solve(
     spec: str,
     overrides: tuple[str, ...],
@@ -226,18 +238,26 @@ def _measuring(f: Any) -> Any:
 
 
 def _formulas(terms: tuple[str, ...]) -> dict[str, str]:
-    found = [term.partition("=") for term in terms]
-    for name, _, formula in found:
+    found: dict[str, str] = {}
+    for name, _, formula in (term.partition("=") for term in terms):
         if not (name.isidentifier() and formula):
             raise click.UsageError("--term is NAME=FORMULA, as --term length='sumsq(z)'")
-    return {name: formula for name, _, formula in found}
+        if name in found:
+            raise click.UsageError(f"two formulas are called '{name}'")
+        found[name] = formula
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """null for a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @cli.command("eval")
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--white-box", is_flag=True, help="What each step of each layer does to each term of the objective.")
 @_measuring
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; null where a number is not finite.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Measure a finished run again on its held-out data: its closing table, or, with --white-box, what its layers do.
@@ -256,7 +276,8 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
         from unroll.train.run import measure
 
         found = measure(run, at=at, terms=_formulas(terms), quiet=quiet)
-        click.echo(json.dumps(found.records(), indent=1) if as_json else str(found))
+        rows = [{key: _finite(value) for key, value in row.items()} for row in found.records()]
+        click.echo(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else str(found))
     else:
         from unroll.train import evaluate
 
@@ -265,9 +286,7 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
 
 @cli.command()
 @_settings
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("report.html"), show_default=True
-)
+@_output("Where to write the page.", Path("report.html"))
 @_measuring
 def report(spec: str, overrides: tuple[str, ...], output: Path, at: str, terms: tuple[str, ...]) -> None:
     """One HTML page: the derivation, the laws, the graph, the module; what each layer does to each term, beside what was

@@ -43,15 +43,25 @@ def solve_files(
 ) -> Solution:
     """As `solve`, from and to .npy files named [NAME=]FILE. Raises SpecError E502 to E506 for files, UnrollError E404 for names."""
     spec = read(source, overrides)
-    named = dict(_pair(text, spec.inputs) for text in inputs)
-    given = {name: read_array(Path(file), name) for name, file in (_pair(text, spec.parameters) for text in parameters)}
+    named = _pairs(inputs, spec.inputs)
+    given = {name: read_array(Path(file), name) for name, file in _pairs(parameters, spec.parameters).items()}
     absent = [name for name in spec.inputs if name not in named]
     if absent:
         raise UnrollError("E404", f"the input '{absent[0]}' is missing", hint=f"--input {absent[0]}=FILE")
     arrays = [read_array(Path(named[name]), name).double() for name in spec.inputs]
     found = solve(spec, *arrays, parameters=given, tol=tol, max_iterations=max_iterations, console=Console(stderr=True))
     if output is not None:
-        np.save(output, found.z.numpy())
+        with output.open("wb") as file:  # np.save would add to a name without .npy
+            np.save(file, found.z.numpy())
+    return found
+
+
+def _pairs(texts: Sequence[str], names: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, file in (_pair(text, names) for text in texts):
+        if name in found:
+            raise UnrollError("E404", f"two files for {name}: '{found[name]}' and '{file}'")
+        found[name] = file
     return found
 
 

@@ -50,9 +50,11 @@ def _file(name: str, near: Path, where: Where | None) -> Path:
     for path in (near / name, Path(name)):
         if "\0" not in name and path.is_file():
             return path
+    if "\0" not in name and Path(name).is_dir():
+        raise SpecError("E001", f"'{quote(name)}' is a folder", where, "name the file in it")
     hint = "" if "\0" in name else did_you_mean(Path(name).name, _siblings(Path(name).parent))
     raise SpecError("E001", f"there is no file '{quote(name)}'", where, hint)
 
 
 def _siblings(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*.y*ml")] if folder.is_dir() else []
+    return [path.name for path in folder.glob("*.y*ml") if path.is_file()] if folder.is_dir() else []

@@ -126,7 +126,7 @@ def _tolerance(tol: float | None, dtype: torch.dtype) -> float:
     if tol is None:
         return 1e-8 if dtype == torch.float64 else 1e-5
     least = 50 * torch.finfo(dtype).eps
-    if tol < least:
+    if not tol >= least:  # nan too
         raise UnrollError(
             "E407", f"tol={tol:g} is below what {dtype} can certify, about {least:.0e}", hint="give inputs in float64"
         )

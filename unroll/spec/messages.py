@@ -115,7 +115,7 @@ def _missing(path: Path, key: str, root: Entries) -> SpecError:
 def _unknown(path: Path, root: Entries, model: type[BaseModel]) -> SpecError:
     *parent, key = path
     known = known_keys(model, root, tuple(parent))
-    elsewhere = [".".join(where) for where in known_paths(model) if where[-1] == key]
+    elsewhere = [".".join(where) for where in known_paths(model) if where[-1] == key and where != path]
     hint = did_you_mean(str(key), known) or (f"it goes to {elsewhere[0]}" if elsewhere else "")
     message = f"unknown key '{quote(str(key))}' in {name(tuple(parent))}"
     return SpecError("E201", message, key_origin(root, path).where(), hint, (f"it takes: {', '.join(known)}",))
