@@ -317,7 +317,9 @@ def hint(graph: Graph, i: int) -> str:
         case "matmul" | "contract":
             joined = "".join(map(word, node.inputs))
         case "scale":
-            joined = "_".join(map(word, node.inputs))
+            joined = _joined(map(word, node.inputs))
+        case "map":
+            joined = _of_formula(node.attrs[0], [word(r) for r in node.inputs])
         case "weighed_product":
             joined = f"{''.join(map(word, node.inputs))}t"
         case "detach":
@@ -331,8 +333,28 @@ def hint(graph: Graph, i: int) -> str:
         case "cholesky" | "cholesky_inverse" | "inverse":
             joined = "chol" if node.op == "cholesky" else "inv"
         case _:
-            joined = {"add": "t", "map": "t", "number": "t", "sum": "total"}.get(node.op, node.op)
+            joined = {"add": "t", "number": "t", "sum": "total"}.get(node.op, node.op)
     return joined if len(joined) <= 12 else {"matmul": "p", "scale": "q"}.get(node.op, "t")
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Words that say something, each once."""
+    return "_".join(dict.fromkeys(w for w in words if w != "t")) or "t"
+
+
+def _of_formula(profile: sp.Expr, words: Sequence[str]) -> str:
+    """x**2 -> x_sq, sqrt(x) -> x_root, exp(x) -> x_exp, x * y -> x_y; else t."""
+    core = profile.as_coeff_Mul()[1]
+    match core:
+        case sp.Pow(base=sp.Symbol(), exp=power) if power in (2, sp.Rational(1, 2)):
+            kind = "sq" if power == 2 else "root"
+        case sp.Function(args=(sp.Symbol(),)) | sp.exp(args=(sp.Symbol(),)):
+            kind = type(core).__name__.lower()
+        case sp.Mul() if all(x.is_Symbol for x in core.args):
+            return _joined(words)
+        case _:
+            return "t"
+    return f"{words[0]}_{kind}" if words[0] != "t" else kind
 
 
 # --- the module -------------------------------------------------------------------------------------------------------

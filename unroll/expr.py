@@ -966,6 +966,10 @@ def elementwise(profile: Any, *args: Expr) -> Expr:
                 return sp.Add(*map(inline, inner), *([inline(add(*rest))] if rest else []))
             case Mul(c, _) if c != 1:
                 return c * inline(split(e)[1])
+            case Mul(_, (*front, Ones(one, _))) if one == 1 and front:  # a column, repeated: a map does so by itself
+                return inline(matmul(*front))
+            case Mul(_, (Ones(_, one), *rest)) if one == 1 and rest:
+                return inline(matmul(*rest))
             case Add() if (unit := _unit(e))[0] != 1:
                 return unit[0] * inline(unit[1])
             case _:
