@@ -332,3 +332,15 @@ def test_each_token_follows_the_step_of_the_tokens_up_to_it_and_of_their_number(
     assert torch.allclose(net(x), want, atol=1e-12)
     if count == "dynamic":
         assert torch.allclose(net(x[:3]), net(x)[:3], atol=1e-14), "what comes later changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("inside", "smooth"),
+    [("1 + sum(Z**2, axis=0)", True), ("1 + sum(abs(X), axis=0) + sum(exp(Z), axis=0)", True), ("sum(Z**2, axis=0)", False), ("1 + sum(Z, axis=0)", False)],
+)  # fmt: skip
+def test_a_root_has_a_gradient_where_what_is_under_it_is_known_to_stay_above_0(inside: str, smooth: bool) -> None:
+    spec = tokens(f"sum(sqrt({inside})) + 1/2*sumsq(Z - X)", 4)
+    if smooth:
+        return sound(**spec)
+    with pytest.raises(UnrollError, match="E303.*is not smooth"):
+        unroll.derive(spec)

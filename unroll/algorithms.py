@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import sympy as sp
 
 from unroll.calculus import curvature
+from unroll.calculus.cones import nonnegative
 from unroll.calculus.curvature import Bounds
 from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
@@ -186,9 +187,12 @@ def _part(name: str, e: Expr, z: Sym) -> Part:
 
 def _differentiable(e: Expr, z: Sym) -> bool:
     """Has e a gradient everywhere (in its domain), though no Lipschitz constant is known for it?"""
-    maps = [x for x in walk(e) if isinstance(x, Map) and depends(x, z)]
-    if any(kinked(x.profile, frozenset(slot(i) for i, a in enumerate(x.args) if depends(a, z))) for x in maps):
-        return False
+    for x in walk(e):
+        if isinstance(x, Map) and depends(x, z):
+            signed = {slot(i): sp.Symbol(f"_{i}", nonnegative=True) for i, a in enumerate(x.args) if nonnegative(a)}
+            moving = [slot(i) for i, a in enumerate(x.args) if depends(a, z)]
+            if kinked(x.profile.xreplace(signed), frozenset(signed.get(s, s) for s in moving)):
+                return False
     try:
         gradient(e, z)
     except DeriveError:
