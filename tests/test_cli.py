@@ -300,6 +300,7 @@ def test_new_does_not_overwrite_and_wants_a_name(unroll: Unroll, tmp_path: Path)
         (("train",), "give a SPEC to train"),
         (("train", "--resume", ".", "--seed", "7"), "are those of the run that goes on"),
         (("train", "lista_patches", "-q", "--devices", "0"), "E511"),
+        (("train", "lista_patches", "-q", "--devices", "9999"), "this machine has no 9999 of auto"),
         (("train", "lista_patches", "-q", "--device", "gpux"), "there is no device 'gpux'"),
         (("train", "lasso", "-q"), "section"),
         (("frob",), "No such command 'frob'"),

@@ -102,15 +102,13 @@ def _of_layers(spec: Spec, asked: Asked) -> Iterator[Section]:
 
     from unroll.api import compile_layers
 
-    open_sizes = {d: TOKENS for d, n in spec.dims.items() if not isinstance(n, int)}
-    sizes = {d: n for d, n in open_sizes.items() if spec.dims[d] != "dynamic"}
-    net = compile_layers(spec, dims=sizes, dtype=torch.float64)
+    unsaid = {d: TOKENS for d, n in spec.dims.items() if not isinstance(n, int) and n != "dynamic"}
+    net = compile_layers(spec, dims=unsaid, dtype=torch.float64)
     if not net.built or not net.inputs:
         return
-    symbols, generator = net.program.problem.symbols, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     batch: dict[str, torch.Tensor] = {}
-    for name in net.program.problem.symbols:
-        s = symbols[name]
+    for name, s in net.program.problem.symbols.items():
         if s.role == "input":
             sizes = [TOKENS if n is None else n for n in net.program.tensor_sizes(s)]
             drawn = torch.randn(SAMPLES, *sizes, generator=generator, dtype=torch.float64)

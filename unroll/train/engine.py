@@ -707,7 +707,18 @@ def place(device: str, devices: int) -> tuple[str, int | list[int], int]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local:
         return accelerator, local, int(os.environ["WORLD_SIZE"]) // local
+    if devices > (there := _there(accelerator)):
+        raise SpecError("E511", f"this machine has no {devices} of {device}", hint=f"--devices {there}")
     return accelerator, [int(number)] if number else devices, 1
+
+
+def _there(accelerator: str) -> int:
+    """How many devices of a kind there are; processes, where that is the processor."""
+    if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()):
+        return torch.cuda.device_count()
+    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
+        return 1
+    return os.cpu_count() or 1
 
 
 @contextmanager
