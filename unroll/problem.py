@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 import sympy as sp
 
@@ -131,7 +132,8 @@ def _size(entry: int | str, names: Mapping[str, Value], where: Where) -> sp.Expr
 def _declared(spec: Spec, section: str, s: Sym) -> str:
     where = spec.key_where(section, s.name)
     sizes = [*([s.family] if s.family is not None else []), *s.shape[: s.rank]]
-    return f"[{', '.join(map(str, sizes))}] on line {where.line}"
+    of = "" if where.file == spec.file else f" of {PurePath(where.file).name}"
+    return f"[{', '.join(map(str, sizes))}] on line {where.line}{of}"
 
 
 def _macros(spec: Spec) -> dict[str, Macro]:
