@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -233,13 +234,36 @@ def measured() -> str:
     rows += [(f"`{row['command']}`", f"{row['median s']:.2f} s") for row in imports if "unroll" in row["command"]]
     for kind in ("cold", "cached"):
         seconds = [float(row[f"{kind}, processor s"]) for row in compiled]
-        rows.append((f"`unroll.compile` of a shipped spec, {kind}", f"{min(seconds):.2f} to {max(seconds):.2f} s"))
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, {statistics.median(seconds):.2f} s in the median"
+        rows.append((f"`unroll.compile` of a shipped spec, {kind}; the longest draws its parameters", spread))
+    rows += _speed(found)
     rows += [
         (f"NMSE of noiseless codes at depth 16, m = 250, n = 500: {row['network']}", f"{row['NMSE (mean dB)']:.1f} dB")
         for row in found["sparse_coding"]
     ]
     rows += _white_box(found)
     return table("what | measured", iter(rows))
+
+
+def _speed(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    """Networks against what experts write by hand."""
+    for row in (r for r in found["crate_speed"] if r["module"] == "emitted"):
+        ratio = row["ratio to by hand, explicit attention"]
+        yield (
+            f"CRATE-T, {row['what']}, batch {row['batch']}: emitted / a module written by hand",
+            f"{ratio:.2f} of its time",
+        )
+    construct = [r for r in found["redunet_construct"] if r["module"] == "emitted"]
+    ratios = [r["ratio to by hand, explicit inverses"] for r in construct]
+    yield (
+        f"ReduNet built from data, d = {', '.join(str(r['d']) for r in construct)}: emitted / a loop of explicit inverses",
+        f"{min(ratios):.2f} to {max(ratios):.2f} of its time",
+    )
+    mixers = found["token_mixers"]
+    for name in ("softmax, explicit", "attention_only, emitted", "tost, emitted"):
+        own = [r for r in mixers if r["mixer"] == name and r["what"] == "forward and backward"]
+        last = max(own, key=lambda r: r["N"])
+        yield f"{name}, forward and backward, {last['N']:,} tokens", f"{last['ms'] / 1e3:.2f} s, {last['MB']:,.0f} MB"
 
 
 def _white_box(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:

@@ -69,6 +69,13 @@ def test_any_leading_axes_come_back():
     assert found.z.shape == (2, 3, 40) and found.objective.shape == (2, 3)
 
 
+def test_inputs_that_are_no_numbers_are_named() -> None:
+    x = torch.ones(3, 16, dtype=torch.float64)
+    x[1, 2] = torch.nan
+    with pytest.raises(UnrollError, match="E404.*1 of 48 entries of x are not finite"):
+        solve("lasso", x, dims={"m": 16, "n": 8}, parameters={"A": torch.eye(16, 8, dtype=torch.float64)})
+
+
 def test_a_tolerance_that_float32_cannot_certify_is_refused():
     A, x = draw(20, 40, 3)
     with pytest.raises(UnrollError, match="E407"):

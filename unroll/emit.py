@@ -310,7 +310,7 @@ def hint(graph: Graph, i: int) -> str:
             if not node.inputs and node.op not in ("number", "eye", "full")
             else hint(graph, ref.node)
         )
-        return f"{own}t" if ref.flip and len(node.tags) > 1 else own
+        return f"{own}t" if ref.flip and {"r", "c"} <= {*node.tags} else own
 
     node = graph.nodes[i]
     match node.op:

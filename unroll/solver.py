@@ -21,7 +21,7 @@ from unroll.algorithms import ALGORITHMS, classify
 from unroll.api import Source, compile_layers, read
 from unroll.certificate import duality_gap
 from unroll.errors import SpecError, UnrollError
-from unroll.network import Network
+from unroll.network import Network, finite
 from unroll.problem import from_spec
 from unroll.spec import Spec, load
 
@@ -96,6 +96,10 @@ def solve(
         raise UnrollError(
             "E404", f"{spec.title} has {len(spec.inputs)} inputs ({', '.join(spec.inputs)}); {len(inputs)} were given"
         )
+    bad = [(name, x) for name, x in zip(spec.inputs, inputs, strict=True) if not finite(x)]
+    if bad:
+        name, x = bad[0]
+        raise UnrollError("E404", f"{int((~x.isfinite()).sum()):,} of {x.numel():,} entries of {name} are not finite")
     like = inputs[0] if inputs else torch.empty(())
     tol = _tolerance(tol, like.dtype)
     net = compile_layers(
