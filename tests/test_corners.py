@@ -344,3 +344,20 @@ def test_a_root_has_a_gradient_where_what_is_under_it_is_known_to_stay_above_0(i
         return sound(**spec)
     with pytest.raises(UnrollError, match="E303.*is not smooth"):
         unroll.derive(spec)
+
+
+@pytest.mark.parametrize("gauge", [{"update": "1/N"}, {"residual": "1 - 1/N"}])
+def test_a_gauge_that_counts_all_tokens_is_refused_in_a_causal_step(gauge: dict[str, str]) -> None:
+    spec = {
+        "objective": "o", "dims": {"d": 4, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]},
+        "minimize": {"f": "1/N*sum(log(1 + sum(Z**2, axis=1)))"},
+        "unroll": {
+            "algorithm": "gradient_descent", "layers": 2, "step": 0.1, "start": {"Z": "X"}, "rewrites": ["causal(over=N)"],
+            "gauge": {"update": "0.1"},
+        },
+    }  # fmt: skip
+    net, x = unroll.compile(spec, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    assert torch.allclose(net(x)[:4], net(x[:4]), atol=1e-12)
+    spec["unroll"]["gauge"] = gauge
+    with pytest.raises(unroll.SpecError, match=r"E309.*1/N is not what causal"):
+        unroll.compile(spec)

@@ -73,6 +73,10 @@ class Half:
     def algorithm(self) -> str:
         return (self.block.algorithm if self.block else cast(Unroll, self.scheme).algorithm) or ""
 
+    def calls(self, scope: Scope) -> list[Call]:
+        """Its rewrites, read."""
+        return [rewrites.read(t, scope, self.place("rewrites", i)) for i, t in enumerate(self.scheme.rewrites)]
+
     def place(self, *key: str | int) -> Place:
         return place_of(self.spec, *self.path, *key)
 
@@ -147,7 +151,7 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
 
 def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[Departure], Problem]:
     """The algorithm on a problem in one variable, rewritten as asked; and that problem."""
-    calls = [rewrites.read(t, scope, half.place("rewrites", i)) for i, t in enumerate(half.scheme.rewrites)]
+    calls = half.calls(scope)
     departures: list[Departure] = []
     for call in (c for c in calls if c.rewrite.stage == "objective"):
         problem = _rewritten_objective(half, problem, call, departures)
@@ -685,6 +689,11 @@ def _weight(half: Half, key: str, written: str, scope: Scope, like: Sym) -> Valu
     if isinstance(value, Expr) and value.shape not in ((like.rows, sp.Integer(1)), (sp.Integer(1), sp.Integer(1))):
         hint = f"a number, or a vector of {like.rows} entries"
         raise SpecError("E131", f"{key}: {written} is {show_shape(value.shape)}", place(0, len(written)), hint)
+    weighed = _weighed(value, like)
+    for call in half.calls(scope):
+        if call.rewrite.rest is not None and call.rewrite.rest(weighed, **call.values, values={}) is not weighed:
+            hint = "put it into step: , where the rewrite sees it"
+            raise SpecError("E309", f"{key}: {written} is not what {call.text} leaves", place(0, len(written)), hint)
     return value
 
 

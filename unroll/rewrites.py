@@ -883,7 +883,7 @@ REWRITES: tuple[Rewrite, ...] = (
         "Yu et al. 2023, arXiv:2306.01129", gram_to_softmax, (Argument("scale", "number", ONE), Argument("causal", "flag", False)),
     ),
     Rewrite(
-        "causal", "sums over tokens", "running sums: a token sees those up to it", "heuristic", "", "each token follows the step of the sequence up to it",
+        "causal", "sums over tokens", "running sums: a token sees those up to it", "heuristic", "", "each token follows the step of the sequence up to it; of a sum within a sum, that up to the inner token",
         "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", causal_tokens, (Argument("over", "number", optional=False),), left=looks_ahead, rest=counted,
     ),
 )  # fmt: skip
