@@ -32,7 +32,9 @@ def values(seed: int) -> dict[Sym, Tensor]:
     for s in SYMBOLS:
         x = torch.randn(int(s.nrows.subs(SIZES)), int(s.ncols.subs(SIZES)), generator=g, dtype=torch.float64)
         zero = torch.arange(len(x))[:, None] == 0  # what is declared positive may be 0
-        out[s] = x.abs().masked_fill(zero, 0) if "positive" in s.props else (x + x.mT) / 2 if "symmetric" in s.props else x
+        out[s] = (
+            x.abs().masked_fill(zero, 0) if "positive" in s.props else (x + x.mT) / 2 if "symmetric" in s.props else x
+        )
     return out
 
 
