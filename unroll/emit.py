@@ -732,25 +732,13 @@ class Module:
             if node.op in ("state", "counter"):
                 shared.known[i] = Text(states[str(node.attrs[0])], tensor=not node.plain)
 
-        sec = shared.branch()
-        rows = sec.lines_for(map(Ref, sums), keep=sums)
-        totals, adding = list[str](), [*opened]
-        for i in rows:
-            if i in sums:
-                totals.append(shared.fresh(self.graph.names.get(i) or hint(self.graph, i)))
-                adding.append(f"{totals[-1]} += {sec.text(i).code}")
-                shared.known[i] = Text(totals[-1])
-            else:
-                adding.append(sec.assign(i))
+        both = f"zip({batches}, {all_states}, strict=True)"
+        totals, adding = self._adding(shared, sums)
         body = [*self._layer_of(self.learned, known=True), f"{' = '.join(totals)} = 0"]
-        body += [f"for {batch}, {state} in zip({batches}, {all_states}, strict=True):", *_indented(adding)]
+        body += [f"for {batch}, {state} in {both}:", *_indented([*opened, *adding])]
         body += [*self._work_out(shared), *self._layer_of(self.constructed)]
-        last = shared.branch()
-        moved = [*opened, *self._body(last, states), f"{all_states}[{place}] = {state}"]
-        body += [
-            f"for {place}, ({batch}, {state}) in enumerate(zip({batches}, {all_states}, strict=True)):",
-            *_indented(moved),
-        ]
+        moving = [*opened, *self._body(shared.branch(), states), f"{all_states}[{place}] = {state}"]
+        body += [f"for {place}, ({batch}, {state}) in enumerate({both}):", *_indented(moving)]
         answer = self._answer(states)
         out = all_states if answer == state else f"[{answer} for {state} in {all_states}]"
         lines += [self._layers_of_construct(), *_indented(body), f"return {out}"]
@@ -762,6 +750,18 @@ class Module:
             return f"{batches}[0][{names.index(word)}].shape[{axis}]"
 
         return self._read_sizes(inputs, lines, size_of)
+
+    def _adding(self, shared: Section, sums: tuple[int, ...]) -> tuple[list[str], list[str]]:
+        """The names of sums, which are known from here on, and the lines that add a batch to them."""
+        sec, names, lines = shared.branch(), list[str](), list[str]()
+        for i in sec.lines_for(map(Ref, sums), keep=sums):
+            if i not in sums:
+                lines.append(sec.assign(i))
+                continue
+            names.append(shared.fresh(self.graph.names.get(i) or hint(self.graph, i)))
+            lines.append(f"{names[-1]} += {sec.text(i).code}")
+            shared.known[i] = Text(names[-1])
+        return names, lines
 
     def _layers_of_construct(self) -> str:
         return f"for layer in range(len(self.{self.attributes('learned', self.constructed[0].name)})):"
