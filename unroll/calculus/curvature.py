@@ -127,7 +127,7 @@ def bounds(e: Expr, z: Sym) -> Bounds | None:
         case Sum(Map() as inner, None):
             return _elementwise(inner.profile, inner, z) or _quadratic(e, z)
         case Map() if e.is_scalar:
-            return _elementwise(e.profile, e, z) or _radial(e, z) or _over_columns(e, z)
+            return _elementwise(e.profile, e, z) or _radial(e, z) or _over_columns(e, z) or _times_data(e, z)
         case LogSumExp(x, None) | Sum(LogSumExp(x, _), None):
             norm = operator_norm(x, z)  # diag(p) - p p' <= 1/2 by Gershgorin
             return (
@@ -169,6 +169,18 @@ def _scaled(c: sp.Expr, b: Bounds) -> Bounds:
         return Bounds(scale(c, b.high), scale(c, b.low), b.proof, b.reason)
     widest = scale(sp.Abs(c), b.lipschitz)
     return Bounds(scale(-1, widest), widest, b.proof, f"{b.reason}, sign of {c} unknown")
+
+
+def _times_data(e: Map, z: Sym) -> Bounds | None:
+    """w f(z), w a number made of data."""
+    w, inner = scalar_factor(e, lambda a: depends(a, z))
+    found = bounds(inner, z) if inner is not e and not depends(w, z) else None
+    if found is None:
+        return None
+    if nonnegative(w):
+        return Bounds(times(w, found.low), times(w, found.high), found.proof, found.reason)
+    widest = times(elementwise(sp.Abs(slot(0)), w), found.lipschitz)
+    return Bounds(scale(-1, widest), widest, found.proof, f"{found.reason}, sign of {text(w)} unknown")
 
 
 def _together(parts: list[Bounds | None]) -> Bounds | None:
