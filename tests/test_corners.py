@@ -361,3 +361,20 @@ def test_a_gauge_that_counts_all_tokens_is_refused_in_a_causal_step(gauge: dict[
     spec["unroll"]["gauge"] = gauge
     with pytest.raises(unroll.SpecError, match=r"E309.*1/N is not what causal"):
         unroll.compile(spec)
+
+
+@pytest.mark.parametrize("term", ["group_norm(Z, axis=0)", "group_norm(Z, axis=1)", "norm_fro(Z)"])
+def test_a_length_of_zero_has_a_gradient(term: str) -> None:
+    """0, one of the subgradients, where the root of a sum of squares gives nan; elsewhere that of lengths taken one by one."""
+    spec = {
+        "objective": "o", "dims": {"n": 3, "N": 4}, "variables": {"Z": ["n", "N"]}, "inputs": {"X": ["n", "N"]},
+        "minimize": {"f": term, "g": "1/2*sumsq(Z - X)"}, "unroll": {"algorithm": "proximal_gradient", "layers": 1, "step": 0.1},
+    }  # fmt: skip
+    net = unroll.compile(spec, dtype=torch.float64)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for z in (torch.zeros_like(x), x):
+        ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+        found = torch.autograd.grad(net.objective(Z=ours, X=x)["f"], ours)[0]
+        parts = [theirs.flatten()] if "axis" not in term else theirs.unbind(0 if "axis=0" in term else 1)
+        want = torch.autograd.grad(sum(p.norm() for p in parts), theirs)[0]  # type: ignore[arg-type]
+        assert torch.allclose(found, want, atol=1e-12)

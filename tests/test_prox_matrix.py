@@ -135,6 +135,8 @@ CONVEX: dict[str, tuple[Case, list[Case]]] = {
     "lam*norm1(q) + mu*norm2(q) + r/2*sumsq(q)": (lambda z, a: lam * cp.norm1(z) + mu * cp.norm(z) + r / 2 * cp.sum_squares(z), []),
     "lam*group_norm(Z, axis=1)": (lambda z, a: lam * cp.sum(cp.norm(z, 2, axis=1)), []),
     "lam*group_norm(Z, axis=0)": (lambda z, a: lam * cp.sum(cp.norm(z, 2, axis=0)), []),
+    "lam*group_norm(Z - C, axis=1)": (lambda z, a: lam * cp.sum(cp.norm(z - a["C"], 2, axis=1)), []),
+    "lam*group_norm(C - 2*Z, axis=0) + mu/2*sumsq(Z)": (lambda z, a: lam * cp.sum(cp.norm(a["C"] - 2 * z, 2, axis=0)) + mu / 2 * cp.sum_squares(z), []),
     "lam*group_norm(Z, axis=1) + mu*norm1(Z)": (lambda z, a: lam * cp.sum(cp.norm(z, 2, axis=1)) + mu * cp.sum(cp.abs(z)), []),
     "lam*group_norm(Z, axis=0); Z >= 0": (lambda z, a: lam * cp.sum(cp.norm(z, 2, axis=0)), [lambda z, a: z >= 0]),
     "lam*norm_inf(q)": (lambda z, a: lam * cp.norm_inf(z), []),

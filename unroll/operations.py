@@ -319,6 +319,14 @@ def _reduction(method: str) -> Callable[[Node, Sequence[Operand], Context], Text
     return text
 
 
+def _length_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """sqrt of the sum of squares. attrs: axis."""
+    (x,) = args
+    if x.tags == out.tags:
+        return x.text.then(".abs()")
+    return Text(f"torch.linalg.vector_norm({x.text.code}, dim={_over(out, x)})")
+
+
 def _softmax_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """attrs: axis, causal."""
     axis, causal = out.attrs
@@ -638,6 +646,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("prox", _broadcast, _prox_text, _pointwise),
     Operation("detach", _same, lambda out, args, c: args[0].text.then(".detach()"), _free),
     Operation("sum", _along, _reduction("sum"), _pointwise),
+    Operation("length", _along, _length_text, _pointwise),
     Operation("logsumexp", _along, _reduction("logsumexp"), _pointwise),
     Operation("max", _along, _reduction("amax"), _pointwise),
     Operation("softmax", _same, _softmax_text, _pointwise),

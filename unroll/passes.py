@@ -505,6 +505,42 @@ def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref
     return swap(profile, {slot(i): slot(j) for j, i in enumerate(kept)}), tuple(refs[i] for i in kept)
 
 
+def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """sqrt(sum(x**2)), of which nothing else reads the sum -> the length of x, which has a gradient at 0 too."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "map":
+            return None
+        for i, ref in enumerate(node.inputs):
+            s = slot(i)
+            profile = cast(sp.Expr, node.attrs[0].xreplace({sp.sqrt(s): LENGTH, 1 / sp.sqrt(s): 1 / LENGTH}))
+            if profile.has(s) or not _adds_squares(graph, ref):
+                continue
+            count += 1
+            summed = b.nodes[inputs[i].node]
+            length = b.add("length", b.nodes[summed.inputs[0].node].inputs, *summed.attrs)
+            length = b.flip(length) if inputs[i].flip else length
+            return b.map(swap(profile, {LENGTH: s}), (*inputs[:i], length, *inputs[i + 1 :]))
+        return None
+
+    out = rewrite(graph, rule)
+    return out, f"{count} roots of sums of squares became lengths"
+
+
+LENGTH = sp.Dummy("length", positive=True)
+
+
+def _adds_squares(graph: Graph, ref: Ref) -> bool:
+    """Is it a sum of x**2 that has one reader?"""
+    node = graph.nodes[ref.node]
+    if node.op != "sum" or len(graph.users[ref.node]) != 1 or node.inputs[0].flip:
+        return False
+    square = graph.nodes[node.inputs[0].node]
+    return square.op == "map" and square.attrs[0] == slot(0) ** 2
+
+
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("solves", solves),
@@ -516,4 +552,5 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("weighed", weighed),
     ("outer", outer),
     ("shared", shared),
+    ("lengths", lengths),
 )

@@ -11,7 +11,7 @@ from unroll.graph import ELEMENTWISE, Graph
 from unroll.operations import WHOLE, Node, Stage, View
 
 _EACH = (*ELEMENTWISE, "detach", "conjugate", "family_sum", "family_logsumexp", "family_softmax")
-_ALONG = ("sum", "max", "logsumexp", "softmax", "running_sum", "norm")
+_ALONG = ("sum", "length", "max", "logsumexp", "softmax", "running_sum", "norm")
 _COLUMNS = ("project", "spectrum", "signal", "energy", "frequency_sum", "solve", "cholesky_solve")
 
 

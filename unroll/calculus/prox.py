@@ -197,10 +197,10 @@ class Parts:
                 return self._with_set(name, params)
             case Indicator("affine", (a, b), x) if isinstance(a, Expr) and x is z:
                 return replace(self, sets=(*self.sets, ("affine", (a, b))))
-            case Sum(Map(p, (Sum(Map(q, (x,)), axis),)), None) if x is z and q == slot(0) ** 2:
-                return replace(self, radial=(*self.radial, (c * _root(p), axis, zeros(*z.shape))))
-            case Map(p, (Sum(Map(q, (x,)), None),)) if q == slot(0) ** 2 and (shift := _translation(x, z)) is not None:
-                return replace(self, radial=(*self.radial, (c * _root(p), None, shift)))
+            case Sum(Map(p, (Sum(Map(q, (x,)), axis),)), None) if q == slot(0) ** 2 and _scaled(x, z):
+                return self._with_length(c * _root(p), axis, x, z)
+            case Map(p, (Sum(Map(q, (x,)), None),)) if q == slot(0) ** 2 and _scaled(x, z):
+                return self._with_length(c * _root(p), None, x, z)
             case Sum(Map() as inner, None):
                 return self._with_entries(c, inner, e, z)
             case Map() if z.is_scalar:
@@ -213,6 +213,14 @@ class Parts:
                 return replace(self, peak=(*self.peak, c))
             case _:
                 return self._with_smooth(e, z)
+
+    def _with_length(self, h: sp.Expr, axis: Axis, x: Expr, z: Sym) -> Parts:
+        """h of the length of x = k z + b: that of |k| |z + b/k|."""
+        at = _affine_entry(x, z)
+        assert at is not None
+        k, rest = at
+        shift = zeros(*z.shape) if rest is None else scale(1 / k, rest)
+        return replace(self, radial=(*self.radial, (swap(h, {slot(0): sp.Abs(k) * slot(0)}), axis, shift)))
 
     def _with_set(self, name: str, params: tuple[sp.Expr | Expr, ...]) -> Parts:
         match name, params:
@@ -303,9 +311,10 @@ def _orthonormal_rows(m: Expr) -> bool:
             return False
 
 
-def _translation(x: Expr, z: Sym) -> Expr | None:
+def _scaled(x: Expr, z: Sym) -> bool:
+    """Is x = k z + b, k a number that is not 0?"""
     at = _affine_entry(x, z)
-    return None if at is None or abs(at[0]) != 1 else scale(at[0], at[1]) if at[1] is not None else zeros(*z.shape)
+    return at is not None and at[0].is_zero is False
 
 
 def _left_factor(term: Expr, z: Sym) -> Expr | None:
