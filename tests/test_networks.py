@@ -257,6 +257,39 @@ def test_what_mixes_samples_is_constructed_at_once_or_as_if(mixed: str, in_batch
             net.construct(X=x, batch_size=2)
 
 
+@pytest.mark.parametrize(
+    ("inside", "in_batches"),
+    [
+        ("sphere", True),
+        ("simplex", True),
+        ("nonneg", True),
+        ("unit_columns", True),
+        ("orthogonal", False),
+        ("stiefel", False),
+        ("ball2(1)", False),
+        ("ball1(1)", False),
+    ],
+)
+def test_a_projection_of_all_samples_together_is_constructed_at_once(inside: str, in_batches: bool) -> None:
+    """The step of every layer is taken from the layers as they run: on all samples at once."""
+    spec = {
+        "objective": "o", "dims": {"d": 4, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]},
+        "minimize": {"f": "-logdet(I(d) + Z @ Z.T)"}, "constraints": [f"Z in {inside}"],
+        "unroll": {
+            "algorithm": "projected_gradient", "layers": 2, "step": 0.1, "start": {"Z": "X"},
+            "learn": {"E": {"replaces": "inv(I(d) + Z @ Z.T)", "init": "data"}},
+        },
+    }  # fmt: skip
+    net, x = unroll.compile(spec, dtype=torch.float64), drawn(3, 4)
+    after = net.construct(X=x)
+    assert torch.allclose(net(x), after, atol=1e-12)
+    if in_batches:
+        assert torch.allclose(net.construct(X=x, batch_size=1), after, atol=1e-12)
+    else:
+        with pytest.raises(unroll.UnrollError, match="E404.*batches"):
+            net.construct(X=x, batch_size=1)
+
+
 def test_the_exact_flow_is_projected_ascent_and_rises() -> None:
     x, members = labelled()
     net = unroll.compile(

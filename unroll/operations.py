@@ -568,6 +568,8 @@ def _number_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 WHOLE = ("ball1", "ball2", "sparse")
 """Sets that take a matrix as one long vector; the others take each column, or the matrix."""
+COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns")
+"""Sets that a matrix is in if each of its columns is."""
 
 
 def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:

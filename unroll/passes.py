@@ -514,9 +514,11 @@ def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         if node.op != "map":
             return None
         for i, ref in enumerate(node.inputs):
+            if not _adds_squares(graph, ref):
+                continue
             s = slot(i)
             profile = cast(sp.Expr, node.attrs[0].xreplace({sp.sqrt(s): LENGTH, 1 / sp.sqrt(s): 1 / LENGTH}))
-            if profile.has(s) or not _adds_squares(graph, ref):
+            if profile.has(s):
                 continue
             count += 1
             summed = b.nodes[inputs[i].node]

@@ -8,7 +8,7 @@ import sympy as sp
 
 from unroll.expr import ONE
 from unroll.graph import ELEMENTWISE, Graph
-from unroll.operations import WHOLE, Node, Stage, View
+from unroll.operations import COLUMNWISE, Node, Stage, View
 
 _EACH = (*ELEMENTWISE, "detach", "conjugate", "family_sum", "family_logsumexp", "family_softmax")
 _ALONG = ("sum", "length", "max", "logsumexp", "softmax", "running_sum", "norm")
@@ -62,7 +62,7 @@ def _apart(node: Node, views: Sequence[View], samples: sp.Symbol) -> bool:
         case op if op in _ALONG:
             axis = node.attrs[1] if op == "norm" else node.attrs[0]
             return axis is not None and views[0].shape[axis] != samples
-        case "project" if node.attrs[0] in (*WHOLE, "affine"):
+        case "project" if node.attrs[0] not in COLUMNWISE:
             return False
         case op if op in _COLUMNS:
             return node.shape[1] == samples and all(v.shape[1] == samples or not _axes(v.node, samples) for v in views)
