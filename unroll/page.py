@@ -207,11 +207,10 @@ def _attention(found: Sequence[AttentionMap], grid: tuple[int, int] | None) -> s
         if m.layer in chosen and not any(_twins(m, other) for other in shown):
             shown.append(m)
     notes = [f"One sample, layers {', '.join(map(str, chosen))} of {layers[-1]}."]
-    notes += [f"The first {MOST_HEADS} heads." for _ in range(any(m.weights.shape[-3] > MOST_HEADS for m in shown))]
-    notes += [
-        f"The first {MOST_TOKENS} rows and columns."
-        for _ in range(any(max(m.weights.shape[-2:]) > MOST_TOKENS for m in shown))
-    ]
+    if any(m.weights.shape[-3] > MOST_HEADS for m in shown):
+        notes.append(f"The first {MOST_HEADS} heads.")
+    if any(max(m.weights.shape[-2:]) > MOST_TOKENS for m in shown):
+        notes.append(f"The first {MOST_TOKENS} rows and columns.")
     if any(m.over == "tokens" for m in shown):
         notes.append("Row i of a head says how much token i takes from each, and sums to 1.")
     if any(m.over == "members" for m in shown):
