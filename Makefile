@@ -35,7 +35,7 @@ bench: $(MARK)dev  ## measure what the README claims; writes benchmarks/results/
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 goldens: $(MARK)dev  ## write the texts in tests/goldens/ anew: read the difference before you commit it
-	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens
+	$(BIN)/python -m pytest tests/derivation/test_goldens.py --update-goldens
 
 clean:  ## remove what was made, the environment too
 	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,13 +15,14 @@ import sys
 
 from _record import write
 
-from unroll import library
+from unroll.spec import library
 
 REPEATS = 3
 CODE = """
 import json, sys, time
 import networkx, pydantic, sympy, torch, unroll
-from unroll import api, network
+from unroll import api
+from unroll.network import network
 from unroll.spec import load
 torch.set_num_threads(1)
 times = []

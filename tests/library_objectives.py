@@ -9,8 +9,8 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.expr import Sym
-from unroll.problem import Problem, from_spec
+from unroll.language.expr import Sym
+from unroll.language.problem import Problem, from_spec
 from unroll.spec import load
 
 FOLDER = Path(__file__).parents[1] / "objectives"

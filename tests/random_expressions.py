@@ -10,7 +10,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.expr import (
+from unroll.language.expr import (
     Expr,
     Sym,
     add,
@@ -45,7 +45,7 @@ from unroll.expr import (
     transpose,
     zeros,
 )  # fmt: skip
-from unroll.problem import Problem
+from unroll.language.problem import Problem
 
 M, N, T, K = dim("m"), dim("n"), dim("T"), dim("K")
 LAM = scalar("lam", positive=True)

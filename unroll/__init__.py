@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from unroll.api import compile, derive, loss, prox, save
     from unroll.errors import DeriveError, SpecError, UnrollError
     from unroll.files import restore
-    from unroll.laws import check
-    from unroll.losses import Loss
+    from unroll.laws.laws import check
     from unroll.model.module import Model
-    from unroll.network import Network
-    from unroll.page import report
-    from unroll.solver import solve
+    from unroll.model.weights import release_weights, restore_weights
+    from unroll.model.whitebox import white_box
+    from unroll.network.loss import Loss
+    from unroll.network.network import Network
+    from unroll.pages.page import report
+    from unroll.solver.solve import solve
     from unroll.spec import load
-    from unroll.weights import release_weights, restore_weights
-    from unroll.whitebox import white_box
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,9 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 _HOME = {
-    "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network", "load": "spec",
-    "Loss": "losses", "Model": "model.module", "release_weights": "weights", "restore_weights": "weights",
-    "check": "laws", "solve": "solver", "white_box": "whitebox", "report": "page",
+    "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network.network", "load": "spec",
+    "Loss": "network.loss", "Model": "model.module", "release_weights": "model.weights", "restore_weights": "model.weights",
+    "check": "laws.laws", "solve": "solver.solve", "white_box": "model.whitebox", "report": "pages.page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "files", "save": "api",
 }  # fmt: skip
 

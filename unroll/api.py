@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import sympy as sp
 
-from unroll.derivation import Derivation
-from unroll.derivation import derive as derive_spec
+from unroll.derivation.derive import Derivation
+from unroll.derivation.derive import derive as derive_spec
 from unroll.errors import UnrollError, did_you_mean
-from unroll.expr import Sym, dim, swap
-from unroll.problem import Problem, from_spec
+from unroll.language.expr import Sym, dim, swap
+from unroll.language.problem import Problem, from_spec
 from unroll.spec import Spec, load
 
 if TYPE_CHECKING:
     import torch
 
     from unroll.calculus.prox_scalar import ScalarProx
-    from unroll.emit import Program
-    from unroll.losses import Loss
+    from unroll.emit.emit import Program
     from unroll.model.module import Model
-    from unroll.network import Network
+    from unroll.network.loss import Loss
+    from unroll.network.network import Network
 
 Source = str | Path | Mapping[str, Any] | Spec
 """A path, a name of the library, YAML text, a dict, or a loaded spec."""
@@ -109,7 +109,7 @@ def compile_layers(
     """
     import torch
 
-    from unroll.network import draw, network
+    from unroll.network.network import draw, network
 
     loaded = read(spec, overrides)
     loaded = loaded if loaded.model is None else loaded.layers()
@@ -152,8 +152,8 @@ def loss(
     """
     import torch
 
-    from unroll import losses
-    from unroll.network import draw
+    from unroll.network import loss as losses
+    from unroll.network.network import draw
 
     loaded = read(spec, overrides)
     given = {name: _tensor(name, value) for name, value in (parameters or {}).items()}
@@ -277,7 +277,7 @@ def _refuse_blind(program: Program) -> None:
 
 def build(derivation: Derivation) -> Program:
     """Graph, passes and source. Raises UnrollError E402 for a size without a value."""
-    from unroll import emit
+    from unroll.emit import emit
 
     spec, problem = derivation.spec, derivation.problem
     sizes = {d.name: n for d, n in problem.dims.items() if isinstance(n, int)}
@@ -353,7 +353,7 @@ def stage(spec: Source, name: str, *, dims: Mapping[str, int] | None = None, ove
                 f"{a.target.name} <- {a.value}" for a in (*derivation.step.definitions, *derivation.step.assigns)
             )
         case "graph":
-            from unroll.interpret import graph_text
+            from unroll.emit.interpret import graph_text
 
             program = build(derivation)
             return "\n".join([graph_text(program.graph), "", "passes:", *(f"  {line}" for line in program.log)])
@@ -378,14 +378,14 @@ def _source(spec: Spec, dims: Mapping[str, int] | None) -> str:
 
 def _loss_source(spec: Spec, dims: Mapping[str, int] | None) -> str:
     """What is emitted for an objective that is not unrolled: the objective itself."""
-    from unroll import losses
+    from unroll.network import loss as losses
 
     return losses.recipe(from_spec(spec, dims), spec.title, origin=_origin(spec)).written.source
 
 
 def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
-    from unroll.expr import show_shape
-    from unroll.show import text
+    from unroll.language.expr import show_shape
+    from unroll.language.show import text
 
     problem = from_spec(spec, dims)
     rows = [f"{s.role:10} {s.name:8} {show_shape(s.shape)}" for s in problem.symbols.values()]
@@ -409,8 +409,8 @@ def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: 
     """
 
     from unroll.calculus.prox_scalar import derive_prox
-    from unroll.expr import Expr, number, scalar
-    from unroll.parse import Scope, parse
+    from unroll.language.expr import Expr, number, scalar
+    from unroll.language.parse import Scope, parse
 
     u = sp.Symbol("u", real=True)
     names: dict[str, Any] = {name: scalar(name, positive=value > 0) for name, value in scalars.items()}
@@ -423,7 +423,7 @@ def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: 
 
 def parse_entry(formula: str, scope: Any, parse: Any) -> sp.Expr:
     """A formula in u as a SymPy profile, `where` included."""
-    from unroll.expr import Expr, Map, Mul, as_constant, slot, symbol
+    from unroll.language.expr import Expr, Map, Mul, as_constant, slot, symbol
 
     z = symbol("u", 1, 1, "variable", 0)
     value = parse(formula, replace(scope, names={**scope.names, "u": z}))

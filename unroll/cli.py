@@ -66,8 +66,7 @@ def list_(kind: str | None, as_json: bool) -> None:
 def _entries(kind: str) -> dict[str, str]:
     match kind:
         case "objectives" | "specs" | "presets":
-            from unroll import library
-            from unroll.spec import loader, nodes
+            from unroll.spec import library, loader, nodes
 
             found: dict[str, str] = {}
             for name in library.names(kind):
@@ -76,20 +75,20 @@ def _entries(kind: str) -> dict[str, str]:
                 found[name] = str(tree.get("about", ""))
             return found
         case "functions":
-            from unroll.functions import ELEMENTWISE, FUNCTIONS
+            from unroll.language.functions import ELEMENTWISE, FUNCTIONS
 
             own = {f"{f.name}({', '.join('uv'[: f.arity])})": f"elementwise: {f.about}" for f in ELEMENTWISE}
             return {**{f.signature: f.about for f in FUNCTIONS}, **own}
         case "sets":
-            from unroll.functions import SETS
+            from unroll.language.functions import SETS
 
             return {s.name + (f"({', '.join(s.kinds)})" if s.kinds else ""): s.about for s in SETS}
         case "algorithms":
-            from unroll.algorithms import ALGORITHMS
+            from unroll.derivation.algorithms import ALGORITHMS
 
             return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in ALGORITHMS}
         case "rewrites":
-            from unroll.rewrites import REWRITES
+            from unroll.derivation.rewrites import REWRITES
 
             return {r.signature: f"{r.kind}: {r.picture} -> {r.result}  [{r.source}]" for r in REWRITES}
         case _:
@@ -148,7 +147,7 @@ def compile_(spec: str, overrides: tuple[str, ...], output: Path | None) -> None
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Test every law on this spec: gradient, prox, curvature, step, initialisation, emission. Exit status 1 if one fails."""
-    from unroll.laws import check as run
+    from unroll.laws.laws import check as run
 
     report = run(spec, overrides=overrides)
     click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) if as_json else str(report))
@@ -291,7 +290,7 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
 def report(spec: str, overrides: tuple[str, ...], output: Path, at: str, terms: tuple[str, ...]) -> None:
     """One HTML page: the derivation, the laws, the graph, the module; what each layer does to each term, beside what was
     predicted; where attention looks; and of a run its curves. SPEC may be the folder of a run."""
-    from unroll.page import report as write
+    from unroll.pages.page import report as write
 
     write(spec, output, overrides=overrides, at=at, terms=_formulas(terms))
     click.echo(f"wrote {output}", err=True)

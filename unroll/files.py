@@ -12,12 +12,12 @@ from rich.console import Console
 
 from unroll.api import Source, read
 from unroll.errors import UnrollError
-from unroll.solver import Solution, solve
+from unroll.solver.solve import Solution, solve
 from unroll.train.data import read_array
 
 if TYPE_CHECKING:
     from unroll.model.module import Model
-    from unroll.network import Network
+    from unroll.network.network import Network
 
 
 def restore(folder: str | os.PathLike[str]) -> Network | Model:
@@ -26,7 +26,7 @@ def restore(folder: str | os.PathLike[str]) -> Network | Model:
         from unroll.train import trained
 
         return trained(Path(folder))
-    from unroll.network import restore as read_folder
+    from unroll.network.network import restore as read_folder
 
     return read_folder(folder)
 

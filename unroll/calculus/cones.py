@@ -8,7 +8,7 @@ from __future__ import annotations
 import sympy as sp
 from sympy.core.relational import Relational
 
-from unroll.expr import (
+from unroll.language.expr import (
     Add,
     Diag,
     Diagonal,

@@ -15,7 +15,7 @@ from unroll.calculus.cones import nonnegative, square_root
 from unroll.calculus.gradient import gradient
 from unroll.calculus.scalar import curvature as scalar_curvature
 from unroll.errors import DeriveError
-from unroll.expr import (
+from unroll.language.expr import (
     Add,
     Diag,
     Diagonal,
@@ -55,7 +55,7 @@ from unroll.expr import (
     walk,
     zeros,
 )  # fmt: skip
-from unroll.show import text
+from unroll.language.show import text
 
 NOTHING = zeros(1, 1)
 

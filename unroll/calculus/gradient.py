@@ -13,7 +13,7 @@ from typing import assert_never, cast
 import sympy as sp
 
 from unroll.errors import DeriveError
-from unroll.expr import (
+from unroll.language.expr import (
     Add,
     Axis,
     Diag,
@@ -78,7 +78,7 @@ from unroll.expr import (
     walk,
     zeros,
 )  # fmt: skip
-from unroll.show import text
+from unroll.language.show import text
 
 
 def gradient(e: Expr, wrt: Sym) -> Expr:

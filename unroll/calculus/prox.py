@@ -23,7 +23,7 @@ import sympy as sp
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_scalar import ScalarProx, derive_prox
 from unroll.errors import DeriveError
-from unroll.expr import (
+from unroll.language.expr import (
     Add,
     Axis,
     Expr,
@@ -59,7 +59,7 @@ from unroll.expr import (
     walk,
     zeros,
 )  # fmt: skip
-from unroll.show import text
+from unroll.language.show import text
 
 U = sp.Symbol("u", real=True)
 PROJECTED = ("simplex", "ball1", "sphere", "psd", "orthogonal", "stiefel", "unit_columns", "sparse", "rank_at_most")

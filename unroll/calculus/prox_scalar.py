@@ -21,10 +21,10 @@ from unroll.calculus.pieces import Piece, Profile, limit, split
 from unroll.calculus.roots import Root, stationary
 from unroll.calculus.scalar import REALS, Curvature, as_ends, curvature_of, scalars, undecided, with_order
 from unroll.calculus.signs import Signs, Undecided
+from unroll.calculus.torch_functions import source_of
 from unroll.calculus.torch_text import plain, quadratic_root, stable
 from unroll.errors import DeriveError
-from unroll.runtime import source_of
-from unroll.show import latex
+from unroll.language.show import latex
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unroll.derivation.step import Learned
 from unroll.errors import UnrollError
 from unroll.model.source import Wrapped, wrap
-from unroll.network import Network, load, recompile, write
+from unroll.network.network import Network, load, recompile, write
+from unroll.network.trace import Trace
 from unroll.spec import Spec
 from unroll.spec.schema import TokenEmbed
-from unroll.step import Learned
-from unroll.trace import Trace
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -127,7 +127,7 @@ class Model(nn.Module):
     @staticmethod
     def restore(folder: str | os.PathLike[str]) -> Model:
         """The model that `save` wrote. Raises UnrollError E405."""
-        from unroll.network import restore
+        from unroll.network.network import restore
 
         found = cast(nn.Module, restore(folder))
         if not isinstance(found, Model):

@@ -8,7 +8,7 @@ import textwrap
 import tokenize
 from dataclasses import dataclass
 
-from unroll.emit import Names, Program, commented, remark
+from unroll.emit.emit import Names, Program, commented, remark
 from unroll.errors import UnrollError
 from unroll.model import parts
 from unroll.model.parts import Held, Part

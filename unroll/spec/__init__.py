@@ -16,9 +16,8 @@ from typing import Any, Self, cast
 import yaml
 from pydantic import BaseModel, PrivateAttr, ValidationError
 
-from unroll import library
 from unroll.errors import SpecError, Where, did_you_mean, quote
-from unroll.spec import loader
+from unroll.spec import library, loader
 from unroll.spec.consistency import contradictions
 from unroll.spec.messages import known_paths, to_spec_error
 from unroll.spec.nodes import (

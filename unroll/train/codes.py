@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from unroll.errors import SpecError, UnrollError
-from unroll.solver import solve
+from unroll.solver.solve import solve
 from unroll.spec.schema import Train
 from unroll.train import losses
 from unroll.train.job import Job, build, first_rank, plain_spec

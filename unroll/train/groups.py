@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from unroll.network import Network
+from unroll.network.network import Network
 from unroll.spec.schema import Rates, Train
 from unroll.train import losses
 from unroll.train.losses import Net

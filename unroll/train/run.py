@@ -35,7 +35,8 @@ from unroll.api import build as emit
 from unroll.api import derive
 from unroll.errors import SpecError
 from unroll.model.module import Model
-from unroll.network import network
+from unroll.model.whitebox import Batch, Measured, white_box
+from unroll.network.network import network
 from unroll.spec import Spec, load
 from unroll.spec.schema import Dictionary
 from unroll.train import losses, plots
@@ -49,7 +50,6 @@ from unroll.train.samples import Data, Shape, Shapes, Tensors
 from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
-from unroll.whitebox import Batch, Measured, white_box
 
 PACKAGES = ("unroll-compiler", "torch", "lightning", "numpy", "sympy", "scikit-learn", "safetensors")
 SHARED = "UNROLL_RUN_FOLDER"

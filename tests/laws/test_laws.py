@@ -1,0 +1,129 @@
+"""`unroll check` on every entry of the library: all laws hold; and on a broken derivation: a law says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import unroll
+from unroll.derivation.derive import derive
+from unroll.language.expr import scale
+from unroll.laws import laws
+from unroll.spec import library, load
+
+ALTERNATING = ("dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino")
+"""Objectives in several variables: their laws are those of the specs that use them, or of losses (test_losses.py)."""
+CONSTRAINED = (
+    "ball_denoising",
+    "box_least_squares",
+    "rate_reduction",
+    "mcr2",
+    "fourth_power",
+    "kurtosis",
+    "principal_subspace",
+    "nonnegative_least_squares",
+    "simplex_least_squares",
+)
+STEPS: dict[str, Any] = {
+    name: 0.01
+    for name in (
+        "poisson_regression",
+        "rate_reduction",
+        "mcr2",
+        "mcr2_regularised",
+        "token_statistics",
+        "token_energy",
+        "subspace_mixture",
+        "fourth_power",
+        "kurtosis",
+    )
+}
+"""Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
+
+
+STARTS = {
+    "kurtosis": {"u": 1},
+    "rate_reduction": {"Z": 1},
+    "mcr2": {"Z": 1},
+    "shift_rate_reduction": {"Z": 1},
+    "shift_rate_reduction_2d": {"Z": 1},
+}
+"""Where 0 has no nearest point of the constraint."""
+
+
+def one_network(objective: str, algorithm: str, **unrolled: Any) -> dict[str, Any]:
+    open_dims = {
+        d: 4 + i
+        for i, (d, n) in enumerate(load(library.find(objective, ("objectives",))).dims.items())
+        if not isinstance(n, int)
+    }
+    return {
+        "use": objective,
+        "dims": open_dims,
+        "unroll": {
+            "algorithm": algorithm,
+            "layers": 4,
+            "step": STEPS.get(objective, "1/L"),
+            "start": STARTS.get(objective, {}),
+            **unrolled,
+        },
+    }
+
+
+def assert_holds(found: laws.Check) -> None:
+    assert len(found.rows) >= 3
+    assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("name", library.names("specs"))
+def test_laws_hold_for_every_spec(name):
+    assert_holds(unroll.check(name, overrides=["unroll.layers=4"]))
+
+
+SMOOTH = ("ridge", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy")
+
+
+@pytest.mark.parametrize("name", [n for n in library.names("objectives") if n not in ALTERNATING])
+def test_laws_hold_for_every_objective(name):
+    algorithm = (
+        "projected_gradient" if name in CONSTRAINED else "gradient_descent" if name in SMOOTH else "proximal_gradient"
+    )
+    assert_holds(unroll.check(one_network(name, algorithm)))
+    if name not in STEPS and name not in SMOOTH:
+        assert_holds(unroll.check(one_network(name, "fista", momentum="chambolle_dossal(4)")))
+
+
+@pytest.mark.parametrize("preset", library.names("presets"))
+@pytest.mark.parametrize("algorithm", ["proximal_gradient", "fista"])
+def test_laws_hold_for_every_preset(preset, algorithm):
+    assert_holds(unroll.check(one_network("lasso", algorithm, parametrisation=preset)))
+
+
+def broken(law: Any, parts: Any) -> str:
+    d = derive(load(one_network("lasso", "proximal_gradient")), {"m": 5, "n": 7})
+    (half,) = d.halves
+    d.__dict__["halves"] = (replace(half, parts=parts(half.parts)),)
+    return next(law(d, laws.Sample(d, seed=0))).verdict
+
+
+def test_a_constant_that_is_too_small_is_found():
+    def halve(parts):
+        first, *rest = parts
+        return (replace(first, smooth=replace(first.smooth, high=scale(0.5, first.smooth.high))), *rest)
+
+    assert broken(laws.lipschitz, parts=halve) == "BROKEN"
+    assert broken(laws.lipschitz, parts=lambda parts: parts) == "holds"
+
+
+def test_an_emitted_module_that_is_not_the_mathematics_is_found(monkeypatch):
+    true = laws.by_hand
+    monkeypatch.setattr(laws, "by_hand", lambda *args: {z: [1.001 * x for x in xs] for z, xs in true(*args).items()})
+    assert broken(laws.emitted, parts=lambda parts: parts) == "BROKEN"
+
+
+def test_a_gradient_with_the_wrong_sign_is_found(monkeypatch):
+    true = laws.gradient
+    monkeypatch.setattr(laws, "gradient", lambda e, z: scale(-1, true(e, z)))
+    assert broken(laws.gradients, parts=lambda parts: parts) == "BROKEN"

@@ -1,0 +1,282 @@
+"""Graphs and passes: every value as the mathematics says, every pass does what it claims."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import networkx as nx
+import pytest
+import sympy as sp
+import torch
+from random_expressions import (
+    DIMS,
+    LAM,
+    SYMBOLS,
+    A,
+    G,
+    K,
+    M,
+    N,
+    Q,
+    Random,
+    T,
+    U,
+    V,
+    W,
+    X,
+    Y,
+    Z,
+    problem,
+    stored,
+    values,
+)
+from torch import Tensor
+
+from unroll.emit import emit
+from unroll.emit.interpret import difference, graph_text, mermaid, svg
+from unroll.language.expr import (
+    Expr,
+    add,
+    diag,
+    elementwise,
+    eye,
+    family_sum,
+    indicator,
+    inverse,
+    logdet,
+    matmul,
+    member,
+    project,
+    scale,
+    slot,
+    total,
+    transpose,
+)  # fmt: skip
+from unroll.lower.graph import Graph, axes_text, lower_terms
+from unroll.lower.operations import Stage
+from unroll.lower.passes import PASSES, Optimised, Sizes, optimise, verify
+from unroll.network.evaluate import evaluate
+from unroll.network.network import load
+
+SHAPES = (
+    {"m": 3, "n": 4, "T": 2, "K": 3},
+    {"m": 1, "n": 4, "T": 3, "K": 1},
+    {"m": 5, "n": 1, "T": 1, "K": 2},
+    {"m": 2, "n": 2, "T": 2, "K": 2},
+)
+BATCHES = ((), (3,), (2, 3), (0,))
+
+
+def compiled(e: Expr, dims: dict[str, int]) -> Optimised:
+    return optimise(lower_terms(problem({"e": e}, dims)), Sizes({d: dims[d.name] for d in DIMS}, 1))
+
+
+def emitted(e: Expr, dims: dict[str, int], given: dict) -> Tensor:
+    """The value of the emitted text, in mathematical layout."""
+    p, graph = problem({"e": e}, dims), compiled(e, dims).graph
+    function = load(emit.objective(p, graph), "test")["objective"]
+    found = function(*(stored(s, given[s]) for s in (*p.variables, *p.inputs, *p.parameters)), 0.3)["e"]
+    found = torch.as_tensor(found, dtype=torch.float64)
+    tags = [t for t in graph.view(graph.roots["term", "e"]).tags if t in ("r", "c")]
+    if tags == ["c", "r"]:
+        return found.mT
+    return found if len(tags) == 2 else found.unsqueeze(-2 if tags == ["c"] else -1) if tags else found[..., None, None]
+
+
+def exact(e: Expr, dims: dict[str, int], given: dict) -> Tensor:
+    return evaluate(e, given, {LAM: 0.3, **{d: dims[d.name] for d in DIMS}})
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_emitted_text_has_the_value_that_the_mathematics_says(block: int) -> None:
+    compared = 0
+    for seed in range(40 * block, 40 * block + 40):
+        draw, dims, batch = Random(seed), SHAPES[seed % 4], BATCHES[(seed // 4) % 4]
+        e = draw.expr(draw.size(), draw.size(), 3)
+        given = values(dims, batch, seed)
+        want = exact(e, dims, given)
+        found = emitted(e, dims, given)
+        assert found.shape[-2:] == want.shape[-2:], (seed, e)
+        if bool(want.isfinite().all()) and want.numel():
+            compared += 1
+            size = max(1.0, float(want.abs().max()))
+            assert float((found - want).abs().max()) <= 1e-10 * size, (seed, e)
+    assert compared > 20
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_gradients_flow_through_emitted_text_as_through_the_definition(block: int) -> None:
+    compared = 0
+    for seed in range(20 * block, 20 * block + 20):
+        draw, dims = Random(seed), SHAPES[0]
+        e = total(elementwise(sp.sin(slot(0)), draw.expr(N, T, 2)))
+        given = values(dims, (2,), seed)
+        leaves = {s: v.clone().requires_grad_() for s, v in given.items()}
+        want, found = exact(e, dims, leaves).sum(), emitted(e, dims, leaves).sum()
+        if not want.requires_grad:
+            assert not found.requires_grad
+            continue
+        tensors = list(leaves.values())
+        for a, b in zip(
+            *(torch.autograd.grad(v, tensors, allow_unused=True, materialize_grads=True) for v in (want, found)),
+            strict=True,
+        ):
+            if bool(a.isfinite().all()):
+                compared += 1
+                assert float((a - b).abs().max()) <= 1e-9 * max(1.0, float(a.abs().max())), (seed, e)
+    assert compared > 50
+
+
+SETS = (
+    ("nonneg", Z, ()), ("box", Z, (sp.Rational(-1, 4), sp.Rational(1, 4))), ("simplex", Z, ()), ("simplex", Q, ()),
+    ("ball1", Z, (LAM,)), ("ball1", Q, (LAM,)), ("ball2", Z, (LAM,)), ("ball_inf", Z, (LAM,)), ("sphere", Z, ()),
+    ("sphere", Q, ()), ("unit_columns", Z, ()), ("stiefel", Z, ()), ("orthogonal", G, ()), ("psd", G, ()),
+    ("sparse", Z, (sp.Integer(2),)), ("sparse", Q, (sp.Integer(2),)), ("rank_at_most", Z, (sp.Integer(1),)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, x, params", SETS, ids=lambda p: str(p))
+def test_projections_are_those_of_the_definition_and_lie_in_their_set(name: str, x: Expr, params: tuple) -> None:
+    dims = SHAPES[0]
+    nearest = project(name, x, *params)
+    for batch in BATCHES:
+        given = values(dims, batch, 1)
+        if x is Z or batch != (0,):
+            found, want = emitted(nearest, dims, given), exact(nearest, dims, given) if batch != (0,) else given[x]
+            assert found.shape == want.shape
+        if batch != (0,):
+            assert float((found - want).abs().max()) < 1e-9
+            inside = emitted(indicator(name, x, *params), dims, {**given, x: found})
+            outside = emitted(indicator(name, x, *params), dims, {**given, x: 20 * given[x]})
+            assert bool((inside == 0).all()) and bool((outside == torch.inf).all())
+
+
+def test_an_affine_set_is_where_the_equation_holds() -> None:
+    dims, given = SHAPES[0], values(SHAPES[0], (3,), 0)
+    inside = emitted(indicator("affine", Q, A, Y), dims, {**given, Y: given[A] @ given[Q]})
+    assert bool((inside == 0).all())
+    assert bool((emitted(indicator("affine", Q, A, Y), dims, given) == torch.inf).all())
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def ops(graph: Graph, op: str) -> int:
+    return sum(n.op == op for n in graph.nodes.values())
+
+
+def test_a_product_and_its_transpose_are_one_value() -> None:
+    graph = compiled(add(matmul(A, Z), transpose(matmul(transpose(Z), transpose(A)))), SHAPES[0]).graph
+    assert ops(graph, "matmul") == 1
+
+
+def test_a_gram_matrix_is_known_to_be_symmetric() -> None:
+    graph = compiled(matmul(transpose(A), A, Z), {**SHAPES[0], "m": 50}).graph
+    assert [n.symmetric for n in graph.nodes.values() if n.op == "matmul" and n.stage == Stage.SETUP] == [True]
+
+
+@pytest.mark.parametrize("m, n, reused", [(50, 10, True), (10, 50, False)])
+def test_a_chain_is_multiplied_in_the_cheapest_order(m: int, n: int, reused: bool) -> None:
+    graph = compiled(matmul(transpose(A), A, Q), {**SHAPES[0], "m": m, "n": n}).graph
+    assert any(v.op == "matmul" and v.stage == Stage.SETUP for v in graph.nodes.values()) == reused
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_positive_definite_inverse_becomes_a_cholesky_solve(side: str) -> None:
+    s = add(eye(N), scale(LAM, matmul(transpose(A), A)))
+    e = matmul(inverse(s), Q) if side == "left" else matmul(transpose(Q), inverse(s))
+    graph = compiled(add(total(e), logdet(s)), SHAPES[0]).graph
+    assert (ops(graph, "cholesky"), ops(graph, "cholesky_solve"), ops(graph, "inverse")) == (1, 1, 0)
+
+
+def test_an_inverse_that_may_be_indefinite_is_solved_without_cholesky() -> None:
+    graph = compiled(matmul(inverse(add(eye(N), scale(-LAM, matmul(Z, transpose(Z))))), Q), SHAPES[0]).graph
+    assert (ops(graph, "cholesky"), ops(graph, "solve")) == (0, 1)
+
+
+def test_a_sum_over_a_family_is_one_contraction() -> None:
+    u = member(U, "k")
+    e = family_sum("k", K, matmul(u, transpose(u), X))
+    optimised = compiled(e, SHAPES[0])
+    assert ops(optimised.graph, "family_sum") == 0
+    assert "for" not in emit.objective(problem({"e": e}, SHAPES[0]), optimised.graph)
+
+
+def test_a_diagonal_matrix_is_never_built_beside_a_product() -> None:
+    graph = compiled(matmul(A, diag(W), Q), SHAPES[0]).graph
+    assert ops(graph, "diag") == 0
+
+
+def test_the_graph_is_a_networkx_dag_with_named_axes() -> None:
+    graph = compiled(matmul(A, Z), SHAPES[0]).graph
+    g = graph.digraph
+    assert nx.is_directed_acyclic_graph(g)
+    assert {d["axes"] for _, d in g.nodes(data=True)} >= {"... T n", "m n", "... T m"}
+
+
+def test_verification_refuses_a_graph_with_wrong_axes() -> None:
+    graph = compiled(matmul(A, Z), SHAPES[0]).graph
+    i, node = next((i, n) for i, n in graph.nodes.items() if n.op == "matmul")
+    from dataclasses import replace
+
+    broken = Graph({**graph.nodes, i: replace(node, shape=(N, T))}, graph.roots)
+    with pytest.raises(AssertionError, match="please report"):
+        verify(broken)
+
+
+def test_axes_are_named_as_they_are_stored() -> None:
+    graph = lower_terms(problem({"e": add(*(total(elementwise(slot(0) ** 2, s)) for s in (X, V, A)))}, SHAPES[0]))
+    named = {n.attrs[0]: axes_text(n) for n in graph.nodes.values() if n.op in ("input", "given")}
+    assert named == {"X": "... T m", "v": "... n", "A": "m n"}
+    assert len(SYMBOLS) == 9 and M in DIMS
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_no_pass_changes_a_value(block: int) -> None:
+    for seed in range(1000 + 15 * block, 1000 + 15 * block + 15):
+        draw, dims = Random(seed), SHAPES[seed % 4]
+        graph = lower_terms(problem({"e": total(elementwise(sp.tanh(slot(0)), draw.expr(N, T, 3)))}, dims))
+        gaps: list[float] = []
+        optimise(graph, Sizes({d: dims[d.name] for d in DIMS}, 8), lambda a, b: gaps.append(difference(a, b, dims)))  # noqa: B023
+        assert len(gaps) == len(PASSES) and max(gaps) < 1e-10, seed
+
+
+def test_a_pass_that_changes_a_value_is_caught() -> None:
+    one, two = (compiled(scale(c, matmul(A, Z)), SHAPES[0]).graph for c in (2, 3))
+    assert difference(one, two, SHAPES[0]) > 0.1
+    assert difference(one, one, SHAPES[0]) == 0
+
+
+def test_graphs_are_shown_as_text_mermaid_and_svg() -> None:
+    graph = compiled(add(matmul(A, Z), scale(LAM, X)), SHAPES[0]).graph
+    shown = graph_text(graph)
+    assert "once per call" in shown and "A @ Z" in shown and "... T m" in shown
+    assert mermaid(graph).count("-->") >= 4
+    root = ElementTree.fromstring(svg(graph))
+    assert len(root.findall("{http://www.w3.org/2000/svg}rect")) == sum(
+        n.stage != Stage.CONSTANT for n in graph.nodes.values()
+    )
+
+
+def test_a_column_times_a_row_is_a_broadcast() -> None:
+    e = matmul(Q, transpose(W))
+    optimised = compiled(e, SHAPES[0])
+    assert ops(optimised.graph, "matmul") == 0
+    given = values(SHAPES[0], (2, 3), 0)
+    assert torch.allclose(emitted(e, SHAPES[0], given), given[Q] @ given[W].mT, atol=1e-12)
+
+
+def test_a_formula_within_another_is_computed_once() -> None:
+    square = elementwise(slot(0) ** 2, Z)
+    e = elementwise(slot(0) / (1 + slot(1)), square, total(square, 1))
+    text = emit.objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
+    assert text.count(".square()") == 1
+    given = values(SHAPES[0], (3,), 0)
+    squared = given[Z] ** 2
+    assert torch.allclose(emitted(e, SHAPES[0], given), squared / (1 + squared.sum(-1, keepdim=True)), atol=1e-12)
+
+
+def test_heads_are_laid_out_token_by_token() -> None:
+    e = family_sum("k", K, elementwise(sp.sin(slot(0)), total(matmul(transpose(member(U, "k")), X))))
+    text = emit.objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
+    assert 'einsum("...' in text, "what has batch axes comes first"

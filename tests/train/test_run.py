@@ -1,0 +1,200 @@
+"""From a spec to a run folder: what is in it, what the table says, and going on from it."""
+
+import json
+import re
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import unroll
+from unroll.errors import SpecError
+from unroll.network.network import Network
+from unroll.pages.page import report
+from unroll.spec import load
+from unroll.train import Interrupted, evaluate, resume, train, trained
+from unroll.train.data import make_data
+from unroll.train.run import _read_start, prepare, shapes_of
+
+torch.set_num_threads(1)
+
+SPEC = """
+name: tiny
+use: lasso
+dims: {m: 8, n: 16}
+unroll: {algorithm: proximal_gradient, layers: 3, parametrisation: lista}
+data: {source: synthetic, train: 256, validation: 64, sparsity: 0.2}
+train: {loss: objective, epochs: 3, batch: 32, precision: float64}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(SPEC, out=tmp_path_factory.mktemp("runs") / "tiny", quiet=True)
+
+
+def test_a_run_folder_holds_all_that_was_promised(run):
+    names = {path.name for path in run.folder.iterdir()}
+    assert names >= {
+        "spec.yaml",
+        "run.json",
+        "weights.safetensors",
+        "metrics.csv",
+        "curves.png",
+        "table.json",
+        "checkpoints",
+    }
+    assert (run.folder / "checkpoints" / "last.ckpt").exists() and not list(run.folder.rglob("*.part"))
+    assert json.loads((run.folder / "run.json").read_text())["versions"]["torch"] == torch.__version__
+    assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run.status, run.steps) == ("done", 24)
+
+
+def test_the_table_ranks_training_above_no_training_and_nothing_above_the_optimum(run):
+    untrained, fista, trained, best = run.table
+    assert trained.objective < untrained.objective and fista.objective < untrained.objective
+    assert best.gap == 0 <= min(row.gap for row in run.table)
+    assert "untrained (= proximal_gradient, 3 iterations)" in str(run) and "NMSE (sum ratio)" in str(run)
+    assert json.loads((run.folder / "table.json").read_text())["rows"][2]["objective"] == trained.objective
+
+
+def test_the_untrained_row_is_the_iteration_written_by_hand(run):
+    given, held = run.net.given["A"], load_file(run.folder / "optimum_validation.safetensors")
+    step = 1 / torch.linalg.matrix_norm(given, 2) ** 2
+    spec = load(run.folder / "spec.yaml")
+    x = make_data(spec.data, shapes_of(spec, {}), {"A": given}).validation.inputs["x"]
+    z = torch.zeros(len(x), 16, dtype=torch.float64)
+    for _ in range(3):
+        v = z - step * (z @ given.mT - x) @ given
+        z = v.sign() * (v.abs() - step * 0.1).clamp_min(0)
+    value = (x - z @ given.mT).square().sum(1) / 2 + 0.1 * z.abs().sum(1)
+    assert run.table[0].objective == pytest.approx(value.mean().item(), rel=1e-9)
+    assert run.table[0].gap == pytest.approx((value - held["objective"]).mean().item(), rel=1e-6)
+
+
+def test_measuring_a_run_again_gives_the_same_table(run):
+    again = evaluate(run.folder, quiet=True)
+    rows = [[(r.nmse, r.nmse_mean_db, r.objective, r.gap, r.f1) for r in each.table[:3]] for each in (run, again)]
+    assert rows[0] == [pytest.approx(row, rel=1e-12) for row in rows[1]]
+
+
+def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(run, tmp_path, monkeypatch):
+    forward, calls = Network.forward, []
+
+    def forward_once_interrupted(self, *args, **start):
+        calls.append(self.training)
+        if calls.count(True) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *args, **start)
+
+    monkeypatch.setattr(Network, "forward", forward_once_interrupted)
+    with pytest.raises(Interrupted, match=r"saved after \d+ steps; go on with\s+unroll train --resume"):
+        train(SPEC, out=tmp_path / "cut", quiet=True)
+    monkeypatch.setattr(Network, "forward", forward)
+    assert not (tmp_path / "cut" / "weights.safetensors").exists()
+    resume(tmp_path / "cut", quiet=True)
+    whole, cut = (load_file(folder / "weights.safetensors") for folder in (run.folder, tmp_path / "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_a_dictionary_is_learned_when_the_spec_asks_and_kept(tmp_path):
+    spec = SPEC.replace("sparsity: 0.2", "sparsity: 0.2, dictionary: {learn: A, rounds: 3, batch: 64}")
+    found = train(spec, overrides=["train.epochs=1"], out=tmp_path / "run", quiet=True)
+    A = load_file(tmp_path / "run" / "given.safetensors")["A"]
+    assert torch.equal(A, found.net.given["A"]) and torch.allclose(A.norm(dim=0), torch.ones(16, dtype=A.dtype))
+
+
+@pytest.mark.parametrize("call", [resume, evaluate])
+def test_a_folder_without_a_run_is_refused(tmp_path, call):
+    with pytest.raises(SpecError) as caught:
+        call(tmp_path, quiet=True)
+    assert caught.value.code == "E510"
+
+
+def go_on(folder):
+    return resume(folder, quiet=True)
+
+
+def measure_again(folder):
+    return evaluate(folder, quiet=True)
+
+
+def page(folder):
+    return report(folder, folder.parent / "page.html")
+
+
+DAMAGED = {
+    "run.json": (go_on, measure_again, trained, page),
+    "spec.yaml": (go_on, measure_again, trained),
+    "given.safetensors": (go_on, measure_again, trained, page),
+    "weights.safetensors": (measure_again, trained, page),
+    "table.json": (measure_again, page),
+    "optimum_validation.safetensors": (go_on, measure_again),
+    "metrics.csv": (go_on, page),
+    "checkpoints/last.ckpt": (go_on,),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_a_run_is_named(run, tmp_path, name):
+    """Cut short, or, of the spec, another one."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    whole = (folder / name).read_bytes()
+    end = whole.rindex(b",") if name == "metrics.csv" else len(whole) * 2 // 3
+    cut = whole.replace(b"layers: 3", b"layers: 4") if name == "spec.yaml" else whole[:end]
+    (folder / name).write_bytes(cut)
+    for call in DAMAGED[name]:
+        with pytest.raises(SpecError, match=re.escape(str(folder / name))) as caught:
+            call(folder)
+        assert caught.value.code == "E510" and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "", '{"spec_sha256": "", "dims": 3, "scalars": {}}'])
+def test_a_record_of_something_else_is_refused(run, tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "spec.yaml").write_bytes((run.folder / "spec.yaml").read_bytes())
+    with pytest.raises(SpecError, match=r"run\.json' cannot be read") as caught:
+        resume(tmp_path, quiet=True)
+    assert caught.value.code == "E510"
+
+
+def test_a_run_without_its_weights_is_not_finished(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    with pytest.raises(SpecError, match="is not finished"):
+        evaluate(tmp_path / "run", quiet=True)
+
+
+def test_a_folder_with_a_run_is_not_written_over(run):
+    with pytest.raises(SpecError, match="holds a run already"):
+        train(SPEC, out=run.folder, quiet=True)
+
+
+def test_a_spec_without_data_is_refused(tmp_path):
+    text = "\n".join(line for line in SPEC.splitlines() if not line.startswith("data:"))
+    with pytest.raises(SpecError, match="has no section 'data:'"):
+        train(text, out=tmp_path / "run", quiet=True)
+
+
+def test_a_resumed_run_in_float32_sees_the_same_samples(tmp_path):
+    """The matrix that made them is kept as it was, not as the network rounds it."""
+    train(SPEC, overrides=["train.precision=float32", "train.epochs=1"], out=tmp_path / "run", quiet=True)
+    job = _read_start(tmp_path / "run", None)
+    again, first = prepare(job)[0], prepare(replace(job, given={}))[0]
+    assert again.train.inputs["x"].dtype == torch.float32
+    assert torch.equal(again.train.inputs["x"], first.train.inputs["x"])
+
+
+def test_the_network_of_a_run_comes_back_from_its_folder(tmp_path):
+    spec = {
+        "use": "lasso", "dims": {"m": 6, "n": 8}, "unroll": {"algorithm": "proximal_gradient", "layers": 2, "parametrisation": "lista"},
+        "data": {"source": "synthetic", "train": 64, "validation": 16}, "train": {"steps": 3, "batch": 16},
+    }  # fmt: skip
+    run = train(spec, out=tmp_path / "run", quiet=True)
+    net = unroll.restore(tmp_path / "run")
+    x = torch.randn(3, 6)
+    assert torch.equal(net(x), run.net(x))

@@ -1,0 +1,757 @@
+"""Spec -> Step: the parts of a layer, one after the other.
+
+    block = terms of the objective, one variable, an algorithm       -> its iteration (algorithms.py)
+            surrogate, rewrites, gauge, norm                          -> declared departures from it
+            steps, start, output                                      -> how often it runs, from where, and what it leaves
+
+A spec without `blocks:` is one block. Every departure is kept in `Step.departures`, with the places where it applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import sympy as sp
+
+from unroll.derivation import algorithms, rewrites
+from unroll.derivation.algorithms import LIPSCHITZ, STEP, Options, state_of
+from unroll.derivation.rewrites import Call
+from unroll.derivation.step import LAYER, Assign, Departure, State, Step
+from unroll.errors import DeriveError, SpecError, Where, did_you_mean
+from unroll.language.expr import (
+    Add,
+    Expr,
+    Prox,
+    Sym,
+    add,
+    constant,
+    depends,
+    elementwise,
+    noise,
+    normalise,
+    prox,
+    scalar,
+    scale,
+    show_shape,
+    slot,
+    split,
+    substitute,
+    substitute_scalars,
+    swap,
+    symbol,
+    zeros,
+)  # fmt: skip
+from unroll.language.functions import Value, as_expr
+from unroll.language.parse import Place, Scope, parse, parse_constraint
+from unroll.language.problem import Problem, place_of, tensor
+from unroll.language.show import text
+from unroll.spec import Spec
+from unroll.spec.schema import Block, Gauge, Normalise, Scheme, Unroll
+
+LAYERS = sp.Symbol("layers", integer=True, positive=True)
+"""How many layers there are, in schedules."""
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Half:
+    """One block as a spec writes it. path: where in the spec."""
+
+    name: str
+    path: Path
+    scheme: Scheme
+    spec: Spec
+    problem: Problem
+
+    @property
+    def block(self) -> Block | None:
+        return self.scheme if isinstance(self.scheme, Block) else None
+
+    @property
+    def algorithm(self) -> str:
+        return (self.block.algorithm if self.block else cast(Unroll, self.scheme).algorithm) or ""
+
+    def calls(self, scope: Scope) -> list[Call]:
+        """Its rewrites, read."""
+        return [rewrites.read(t, scope, self.place("rewrites", i)) for i, t in enumerate(self.scheme.rewrites)]
+
+    def place(self, *key: str | int) -> Place:
+        return place_of(self.spec, *self.path, *key)
+
+    def where(self, *key: str | int) -> Where:
+        return self.spec.origin(*self.path, *key).where()
+
+    def named(self, s: sp.Symbol) -> sp.Symbol:
+        """The scalar `step` or `L` of this block."""
+        return scalar(f"{s.name}_{self.name}", positive=True) if self.name else s
+
+
+def derive(problem: Problem, spec: Spec) -> Step:
+    """One layer as the spec describes it. Raises SpecError E303 (does not fit), E304 (no step size), E308 to E310 (blocks, rewrites)."""
+    unrolled = spec.unroll
+    if unrolled is None:
+        hint = "add a section 'unroll:' with algorithm and layers, or unroll.solve it"
+        raise SpecError("E303", f"{spec.title} says what to minimise, not how", hint=hint)
+    if unrolled.blocks and unrolled.algorithm is not None:
+        hint = "each block has its own algorithm"
+        raise SpecError(
+            "E310", "the spec names an algorithm beside its blocks", spec.key_where("unroll", "algorithm"), hint
+        )
+    starts = {name: algorithms.parse_start(problem, spec, name) for name in unrolled.start}
+    step = _alternating(problem, spec, unrolled) if unrolled.blocks else _single(problem, spec, unrolled)
+    _own_scalars(step, problem, spec)
+    step = replace(step, states=tuple(_started(s, starts) for s in step.states))
+    return _scheduled(step, problem, spec, unrolled)
+
+
+def _own_scalars(step: Step, problem: Problem, spec: Spec) -> None:
+    """Numbers that the algorithm works out (a step size, a momentum) are not named as a scalar of the problem is."""
+    made = {
+        s.name
+        for s in (*(a.target for a in (*step.definitions, *step.assigns)), *(s.symbol for s in step.states))
+        if isinstance(s, sp.Symbol)
+    }
+    for s in problem.scalars:
+        if s.name in made:
+            hint = "every name means one thing: choose another one"
+            raise SpecError(
+                "E213", f"'{s.name}' is a number that the algorithm works out", spec.key_where("scalars", s.name), hint
+            )
+
+
+def _started(s: State, starts: dict[str, Expr]) -> State:
+    return replace(s, start=starts[s.symbol.name]) if s.symbol.name in starts else s
+
+
+# --- one part ---------------------------------------------------------------------------------------------------------
+
+
+def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
+    """The whole objective by one algorithm; what it carries besides the variable goes from layer to layer."""
+    half = Half("", ("unroll",), unrolled, spec, problem)
+    if len(problem.variables) > 1:
+        names = ", ".join(z.name for z in problem.variables)
+        hint = "write blocks: one for each variable, with over: NAME"
+        raise SpecError(
+            "E303",
+            f"{half.algorithm} minimises over one variable; this problem has {names}",
+            half.where("algorithm"),
+            hint,
+        )
+    step, found, problem = _iteration(half, problem, problem.scope)
+    step = replace(step, subproblems=(("", problem),), departures=tuple(found))
+    if not (unrolled.gauge or unrolled.normalise):
+        return step
+    (z,) = problem.variables
+    assigns, more = _framed(half, step, z, z, problem.scope, None)
+    return replace(step, assigns=assigns, departures=(*found, *more))
+
+
+def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[Departure], Problem]:
+    """The algorithm on a problem in one variable, rewritten as asked; and that problem."""
+    calls = half.calls(scope)
+    departures: list[Departure] = []
+    for call in (c for c in calls if c.rewrite.stage == "objective"):
+        problem = _rewritten_objective(half, problem, call, departures)
+    record = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
+    options = Options(half.scheme.step, half.scheme.momentum, half.place("step"))
+    try:
+        step = algorithms.build(record, problem, options)
+    except DeriveError as e:
+        raise e.located(half.where("step" if e.code == "E304" else "algorithm")) from None
+    for call in (c for c in calls if c.rewrite.stage == "step"):
+        step = _rewritten_step(half, step, call, departures)
+    if half.scheme.gauge is None or half.scheme.gauge.update is None:  # else that stands in front of the step
+        step = _counted(step, calls)
+    for call in calls:
+        left = call.rewrite.left
+        for a in step.assigns:
+            if left is not None and isinstance(a.value, Expr) and (found := left(a.value, **call.values)) is not None:
+                raise rewrites.unfinished(call, found)
+    return step, departures, problem
+
+
+def _rewritten_objective(half: Half, problem: Problem, call: Call, departures: list[Departure]) -> Problem:
+    terms: dict[str, Expr] = {}
+    sites: list[rewrites.Applied] = []
+    for name, e in problem.terms.items():
+        terms[name], applied = rewrites.apply(call, e, half.name)
+        sites += [applied] if applied.sites else []
+    if not sites:
+        raise rewrites.missed(call, add(*problem.terms.values()))
+    joined = replace(sites[0], sites=tuple(s for a in sites for s in a.sites))
+    departures.append(_departure(joined))
+    return replace(problem, terms=terms)
+
+
+def _rewritten_step(half: Half, step: Step, call: Call, departures: list[Departure]) -> Step:
+    found = [rewrites.apply(call, a.value, half.name) if isinstance(a.value, Expr) else None for a in step.assigns]
+    sites = tuple(s for f in found if f is not None for s in f[1].sites)
+    if not sites:
+        raise rewrites.missed(call, next(a.value for a in step.assigns if isinstance(a.value, Expr)))
+    applied = next(f[1] for f in found if f is not None)
+    departures.append(_departure(replace(applied, sites=tuple(dict.fromkeys(sites)))))
+    assigns = tuple(
+        a if f is None else _renoted(replace(a, value=f[0])) for a, f in zip(step.assigns, found, strict=True)
+    )
+    notes = tuple(n for n in step.notes if call.rewrite.kind == "exact" or not n.startswith("monotone"))
+    return replace(step, assigns=assigns, notes=notes)
+
+
+def _counted(step: Step, calls: list[Call]) -> Step:
+    """What is in front of the terms of a step, a step size that is a formula included, as the rewrites make it."""
+    values: dict[sp.Symbol, sp.Expr] = {}
+    for a in step.definitions:
+        if isinstance(a.target, sp.Symbol) and not isinstance(a.value, Expr):
+            values[a.target] = swap(a.value, values)
+    for call in (c for c in calls if c.rewrite.rest is not None):
+        rest = cast(Callable[..., Expr], call.rewrite.rest)
+        assigns = (
+            (a, rest(a.value, **call.values, values=values) if isinstance(a.value, Expr) else a.value)
+            for a in step.assigns
+        )
+        step = replace(step, assigns=tuple(a if e is a.value else _renoted(replace(a, value=e)) for a, e in assigns))
+    return step
+
+
+def _departure(applied: rewrites.Applied) -> Departure:
+    record = applied.rewrite
+    says = {
+        "exact": "exact",
+        "bounded": f"assumes {record.assumes}; {record.error}",
+        "heuristic": f"heuristic: {record.error}",
+    }[record.kind]
+    return Departure(applied.title, applied.block, record.kind, says, applied)
+
+
+def _renoted(a: Assign) -> Assign:
+    return replace(a, note=f"{a.target.name} <- {text(a.value)}") if a.note and isinstance(a.value, Expr) else a
+
+
+# --- several parts ----------------------------------------------------------------------------------------------------
+
+
+def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
+    halves = [Half(b.block, ("unroll", "blocks", i), b, spec, problem) for i, b in enumerate(unrolled.blocks)]
+    _whole(halves, problem, spec)
+    states = {z: state_of(z) for z in problem.variables}
+    definitions: list[Assign] = []
+    assigns: list[Assign] = []
+    departures: list[Departure] = []
+    notes: list[str] = []
+    subproblems: list[tuple[str, Problem]] = []
+    for half in halves:
+        part = _part(half)
+        definitions += part.definitions
+        assigns += part.assigns
+        departures += part.departures
+        notes += [f"{half.name}: {n}" for n in part.notes if not n.startswith("monotone")]
+        subproblems += part.subproblems
+    first = tuple(State(s, zeros(*z.shape)) for z, s in states.items())
+    return Step(
+        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)), tuple(definitions), first, tuple(assigns), tuple(states.values()),
+        notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems),
+    )  # fmt: skip
+
+
+def _whole(halves: list[Half], problem: Problem, spec: Spec) -> None:
+    """Every block has a name of its own, every term of the objective a block."""
+    names = [h.name for h in halves]
+    for h in halves:
+        if names.count(h.name) > 1:
+            raise SpecError(
+                "E310", f"two blocks are called '{h.name}'", h.where("block"), "every block has a name of its own"
+            )
+        taken = [
+            *(h.block.terms if h.block else ()),
+            *(h.block.surrogate.replaces if h.block and h.block.surrogate else ()),
+        ]
+        for name in taken:
+            if name not in problem.terms:
+                hint = did_you_mean(name, problem.terms) or f"terms: {', '.join(problem.terms)}"
+                raise SpecError("E310", f"the objective has no term '{name}'", h.where("block"), hint)
+    named = {
+        t
+        for h in halves
+        if h.block
+        for t in (*h.block.terms, *(h.block.surrogate.replaces if h.block.surrogate else ()))
+    }
+    if all(h.block and h.block.terms for h in halves if h.algorithm):
+        for name in problem.terms:
+            if name not in named:
+                hint = f"add terms: [{name}] to one of them"
+                raise SpecError("E310", f"no block takes the term '{name}'", spec.key_where("unroll", "blocks"), hint)
+
+
+def _part(half: Half) -> Step:
+    """One block, as a step whose assignments carry its name."""
+    problem, block = half.problem, half.block
+    assert block is not None
+    v = _about(half, block)
+    if block.algorithm is None:
+        return _declared(half, block, v)
+    own = _own_variable(half, block)
+    z = own or v
+    entry = symbol(_free_name(problem, f"{v.name}0"), v.nrows, v.ncols, "state", v.rank)
+    scope = replace(problem.scope, names={**problem.scope.names, entry.name: entry, **({own.name: own} if own else {})})
+    sub, departures = _subproblem(half, block, z, v, scope)
+    step, found, sub = _iteration(half, sub, scope)
+    step = _renamed(step, half, state_of(z))
+    assigns, more = _framed(half, step, z, v, scope, entry)
+    tied, definitions = _where_known(step.definitions, {s.name for s in (*problem.variables, entry)})
+    others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not z}
+    parts = [replace(_held(a, others), block=half.name) for a in (*tied, *assigns)]
+    return replace(
+        step,
+        definitions=tuple(definitions),
+        assigns=tuple(parts),
+        departures=(*departures, *found, *more),
+        subproblems=((half.name, sub),),
+    )
+
+
+def _declared(half: Half, block: Block, v: Sym) -> Step:
+    """A block that no objective gives: norm and output, as they are written. Raises SpecError E310 for what is of an algorithm."""
+    if block.output is None:
+        hint = "name its algorithm, or write what it leaves: output: Z + D @ Z0"
+        raise SpecError(
+            "E310", f"the block '{half.name}' has neither an algorithm nor an output", half.where("block"), hint
+        )
+    problem = half.problem
+    for key in ("terms", "variable", "surrogate", "constraint", "start", "gauge", "rewrites", "momentum"):
+        if getattr(block, key):
+            raise SpecError(
+                "E310",
+                f"{key}: is of an algorithm, and the block '{half.name}' has none",
+                half.spec.key_where(*half.path, key),
+                "leave it out",
+            )
+    entry = symbol(_free_name(problem, f"{v.name}0"), v.nrows, v.ncols, "state", v.rank)
+    scope = replace(problem.scope, names={**problem.scope.names, entry.name: entry})
+    raw = state_of(v)
+    empty = Step("", (), (), (), (raw,))
+    assigns, found = _framed(half, empty, v, v, scope, entry)
+    others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not v}
+    said = Departure(
+        "output",
+        half.name,
+        "choice",
+        f"{v.name} becomes {' '.join(block.output.split())}: not derived from the objective",
+    )
+    sub = replace(
+        problem,
+        variables=(v,),
+        inputs=(*problem.inputs, *(s for s in problem.variables if s is not v)),
+        terms={},
+        scope=scope,
+    )
+    parts = tuple(replace(_held(a, others), block=half.name) for a in assigns)
+    return replace(empty, assigns=parts, departures=(*found, said), subproblems=((half.name, sub),))
+
+
+def _held(a: Assign, others: Mapping[Expr, Expr]) -> Assign:
+    """Other variables at the value that they have now."""
+    return _renoted(replace(a, value=substitute(a.value, others))) if isinstance(a.value, Expr) else a
+
+
+def _about(half: Half, block: Block) -> Sym:
+    """The variable of the problem that the block changes."""
+    problem = half.problem
+    if block.over is not None:
+        found = next((z for z in problem.variables if z.name == block.over), None)
+        if found is None:
+            raise SpecError(
+                "E310",
+                f"'{block.over}' is not a variable",
+                half.where("over"),
+                did_you_mean(block.over, [z.name for z in problem.variables]),
+            )
+        return found
+    variable, *others = problem.variables
+    if others:
+        hint = f"add over: {variable.name}"
+        raise SpecError(
+            "E310", f"the block '{half.name}' does not say which variable it is about", half.where("block"), hint
+        )
+    return variable
+
+
+def _own_variable(half: Half, block: Block) -> Sym | None:
+    if not block.variable:
+        if block.output is not None:
+            hint = "leave it out, or give the block a variable of its own"
+            raise SpecError(
+                "E310",
+                f"the block '{half.name}' leaves its variable; it has no other output",
+                half.where("output"),
+                hint,
+            )
+        return None
+    if len(block.variable) > 1 or block.output is None:
+        what = (
+            "one variable of its own"
+            if len(block.variable) > 1
+            else "an output: what becomes of the problem's variable"
+        )
+        raise SpecError(
+            "E310",
+            f"the block '{half.name}' needs {what}",
+            half.spec.key_where(*half.path, "variable"),
+            "output: D @ A",
+        )
+    ((name, record),) = block.variable.items()
+    where = half.spec.key_where(*half.path, "variable", name)
+    if name in half.problem.scope.names:
+        raise SpecError("E213", f"'{name}' is already declared", where, "every name means one thing")
+    return tensor(name, record, "variable", half.problem.scope.names, where)
+
+
+def _free_name(problem: Problem, name: str) -> str:
+    return name if name not in problem.scope.names else _free_name(problem, name + "_")
+
+
+def _subproblem(half: Half, block: Block, z: Sym, v: Sym, scope: Scope) -> tuple[Problem, list[Departure]]:
+    """minimise over z the terms that the block takes, all else held as it is."""
+    problem, costs = half.problem, dict[str, Expr]()
+    replaced = block.surrogate.replaces if block.surrogate else ()
+    for name, e in problem.costs.items():
+        wanted = name in block.terms if block.terms else depends(e, z)
+        if not wanted or name in replaced:
+            continue
+        if not depends(e, z):
+            raise SpecError(
+                "E310",
+                f"the term '{name}' does not depend on {z.name}",
+                half.where("terms"),
+                f"leave it to a block over another variable than {z.name}",
+            )
+        costs[name] = e
+    departures: list[Departure] = []
+    if block.surrogate is not None:
+        costs["surrogate"], departures = _surrogate(half, block, scope)
+    if block.constraint is not None:
+        costs["constraint"] = parse_constraint(block.constraint, scope, half.place("constraint"))
+        if z is v:
+            departures.append(
+                Departure("constraint", half.name, "choice", f"{block.constraint} is added to the objective")
+            )
+    others = tuple(s for s in problem.variables if s is not z)
+    return replace(
+        problem, variables=(z,), inputs=(*problem.inputs, *others), terms=costs, sign=1, scope=scope
+    ), departures
+
+
+def _surrogate(half: Half, block: Block, scope: Scope) -> tuple[Expr, list[Departure]]:
+    written = block.surrogate
+    assert written is not None
+    place = half.place("surrogate", "by")
+    e = as_expr(parse(written.by, scope, place))
+    if not e.is_scalar:
+        raise SpecError(
+            "E133", f"the surrogate is {show_shape(e.shape)}; an objective is a scalar", place(0, len(written.by))
+        )
+    assumes = rewrites.read(written.assumes, scope, half.place("surrogate", "assumes"))
+    assumption = rewrites.assumption(assumes)
+    site = rewrites.Site(e, e, assumption)
+    applied = rewrites.Applied(assumes.rewrite, assumes.values, half.name, (site,))
+    said = f"{' and '.join(written.replaces)} replaced by {written.by.strip()}; assumes {assumes.text}, {assumes.rewrite.assumes}"
+    return scale(half.problem.sign, e), [Departure("surrogate", half.name, "heuristic", said, applied)]
+
+
+def _renamed(step: Step, half: Half, variable: Sym) -> Step:
+    """Everything but the variable gets the name of its block: step -> step_compress."""
+    numbers = {s: half.named(s) for s in (STEP, LIPSCHITZ)}
+    local = [s.symbol for s in step.states if s.symbol is not variable] + [
+        a.target for a in step.assigns if a.target is not variable
+    ]
+    numbers |= {s: sp.Symbol(f"{s.name}_{half.name}", **s.assumptions0) for s in local if isinstance(s, sp.Symbol)}
+    tensors: dict[Expr, Expr] = {
+        s: symbol(f"{s.name}_{half.name}", s.nrows, s.ncols, s.role, s.rank, s.family, s.props)
+        for s in local
+        if isinstance(s, Sym)
+    }
+
+    def moved(value: Expr | sp.Expr) -> Expr | sp.Expr:
+        if isinstance(value, Expr):
+            return substitute(substitute_scalars(value, numbers), tensors)
+        return swap(value, numbers)
+
+    def target(s: Sym | sp.Symbol) -> Sym | sp.Symbol:
+        return cast(Sym, tensors.get(s, s)) if isinstance(s, Sym) else numbers.get(s, s)
+
+    def assign(a: Assign) -> Assign:
+        return _renoted(Assign(target(a.target), moved(a.value), a.note))
+
+    return replace(
+        step,
+        definitions=tuple(map(assign, step.definitions)),
+        states=tuple(State(target(s.symbol), moved(s.start)) for s in step.states),
+        assigns=tuple(map(assign, step.assigns)),
+    )
+
+
+def _where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[Assign], list[Assign]]:
+    """Definitions that depend on the state are worked out in every layer, the others once."""
+    inside: list[Assign] = []
+    once: list[Assign] = []
+    changing: set[sp.Basic] = set()
+    for a in definitions:
+        symbols = {s.name for s in a.value.symbols} if isinstance(a.value, Expr) else set[str]()
+        free = a.value.scalars if isinstance(a.value, Expr) else a.value.free_symbols
+        if symbols & moving or free & changing or LAYER in free:
+            changing.add(cast(sp.Symbol, a.target))
+            inside.append(a)
+        else:
+            once.append(a)
+    return inside, once
+
+
+# --- the frame of an iteration: norm, start, repetitions, gauge, output -----------------------------------------------
+
+
+def _framed(
+    half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | None
+) -> tuple[tuple[Assign, ...], list[Departure]]:
+    """The iteration with what comes before and after it. z: the block's variable, v: the problem's."""
+    block, record = half.block, half.scheme.normalise
+    raw, inner = state_of(v), state_of(z)
+    departures: list[Departure] = []
+    assigns: list[Assign] = []
+    entered: Expr = raw
+    if record is not None and record.when == "before":
+        entered = normalised(record, raw)
+        departures.append(_norm_departure(half, record, v))
+    if entry is not None:
+        assigns.append(Assign(entry, entered, "" if entered is raw else f"{entry.name} <- {text(entered)}"))
+        entered = entry
+    start = _start(half, z, v, entered, scope) if block is not None else entered
+    count = block.steps if block is not None else 1
+    if half.scheme.gauge is not None:
+        _one_assignment(half, step, count)
+    now: dict[Expr, Expr] = (
+        {
+            s.symbol: substitute(as_expr(s.start), {inner: start}) if s.symbol is not inner else start
+            for s in step.states
+            if isinstance(s.symbol, Sym)
+        }
+        if block is not None
+        else {inner: start}
+    )
+    if block is not None:
+        assigns += [Assign(s.symbol, s.start, "") for s in step.states if isinstance(s.symbol, sp.Symbol)]
+    for k in range(count):
+        for a in step.assigns:
+            value = (
+                substitute(a.value, now)
+                if isinstance(a.value, Expr)
+                else a.value.subs(LAYER, k)
+                if block is not None
+                else a.value
+            )
+            if half.scheme.gauge is not None and isinstance(value, Expr):
+                value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
+                departures += said if k == 0 else []
+            assigns.append(_renoted(Assign(a.target, value, a.note)))
+            if isinstance(a.target, Sym):
+                now.pop(a.target, None)
+    if block is not None and block.output is not None:
+        place = half.place("output")
+        value = as_expr(parse(block.output, scope, place))
+        if value.shape != v.shape:
+            raise SpecError(
+                "E131",
+                f"the output is {show_shape(value.shape)}, {v.name} is {show_shape(v.shape)}",
+                place(0, len(block.output)),
+            )
+        value = substitute(value, {z: inner, v: raw})
+        assigns.append(Assign(raw, value, f"{v.name} <- {text(value)}"))
+    assigns, noted = _with_noise(half, assigns, raw)
+    departures += noted
+    if record is not None and record.when == "after":
+        value = normalised(record, raw)
+        departures.append(_norm_departure(half, record, v))
+        assigns.append(Assign(raw, value, f"{v.name} <- {text(value)}"))
+    return tuple(assigns), departures
+
+
+def _with_noise(half: Half, assigns: list[Assign], raw: Sym) -> tuple[list[Assign], list[Departure]]:
+    """Dropout and drop path on what the block adds to the variable."""
+    written = [(kind, getattr(half.scheme, kind)) for kind in ("dropout", "drop_path")]
+    asked = [(kind, text, _rate(half, kind)) for kind, text in written if text.strip() != "0"]
+    if not asked:
+        return assigns, []
+    at = max(i for i, a in enumerate(assigns) if a.target is raw)
+    value = as_expr(assigns[at].value)
+    terms = value.terms if isinstance(value, Add) else (value,)
+    carried, moved = [t for t in terms if split(t)[1] is raw], [t for t in terms if split(t)[1] is not raw]
+    if not carried or not moved:
+        kind = asked[0][0]
+        raise SpecError(
+            "E310",
+            f"{kind} leaves out what a block adds to its variable; this block carries nothing over",
+            half.spec.key_where(*half.path, kind),
+            "gauge: {residual: 1}, or an output such as Z + D @ A",
+        )
+    update = add(*moved)
+    for kind, _, rate in asked:
+        update = noise(kind, rate, update)
+    fresh = _renoted(replace(assigns[at], value=add(*carried, update)))
+    said = [
+        Departure(kind, half.name, "choice", f"{text.strip()} of the update, while training") for kind, text, _ in asked
+    ]
+    return [*assigns[:at], fresh, *assigns[at + 1 :]], said
+
+
+def _rate(half: Half, kind: str) -> sp.Expr:
+    place, scope = half.place(kind), half.problem.scope
+    layers = cast(int, cast(Unroll, half.spec.unroll).layers)
+    value = parse(
+        getattr(half.scheme, kind), replace(scope, names={**scope.names, "layer": LAYER, "layers": LAYERS}), place
+    )
+    value = value.subs(LAYERS, layers) if not isinstance(value, Expr) else value
+    most = None if isinstance(value, Expr) or value.free_symbols - {LAYER} else value.subs(LAYER, layers - 1)
+    if most is None or not 0 <= most < 1:
+        raise SpecError(
+            "E205",
+            f"{kind} is a share from 0 up to but not including 1, a function of the layer at most",
+            place(0, 1),
+            "drop_path: 0.1 * layer / layers",
+        )
+    return cast(sp.Expr, value)
+
+
+def normalised(record: Normalise, e: Expr) -> Expr:
+    return normalise(record.kind, 0 if record.axis == "columns" else 1, record.eps, e)
+
+
+def _norm_departure(half: Half, record: Normalise, v: Sym) -> Departure:
+    what = "columns" if record.axis == "columns" else "rows"
+    return Departure(
+        "normalise", half.name, "choice", f"{record.kind} of the {what} of {v.name} {record.when} the step"
+    )
+
+
+def _start(half: Half, z: Sym, v: Sym, entered: Expr, scope: Scope) -> Expr:
+    block = half.block
+    assert block is not None
+    if block.start is None:
+        return entered if z is v else zeros(*z.shape)
+    place = half.place("start")
+    value = parse(block.start, scope, place)
+    e = constant(value, *z.shape) if not isinstance(value, Expr) else value
+    if e.shape != z.shape:
+        raise SpecError(
+            "E131", f"the start is {show_shape(e.shape)}, {z.name} is {show_shape(z.shape)}", place(0, len(block.start))
+        )
+    if depends(e, z) and z is not v:
+        raise SpecError("E310", f"the start of {z.name} depends on {z.name}", place(0, len(block.start)))
+    return substitute(e, {v: state_of(v)})
+
+
+def _one_assignment(half: Half, step: Step, count: int) -> None:
+    if count > 1 or sum(isinstance(a.target, Sym) for a in step.assigns) > 1:
+        raise SpecError(
+            "E310",
+            "a gauge weighs the parts of one step; this block takes several",
+            half.spec.key_where(*half.path, "gauge"),
+            "gauge needs steps: 1 and an algorithm without memory",
+        )
+
+
+def _gauged(half: Half, gauge: Gauge, value: Expr, start: Expr, raw: Sym, scope: Scope) -> tuple[Expr, list[Departure]]:
+    """a z + c B -> residual z + update B, inside the prox where there is one."""
+    if isinstance(value, Prox):
+        inside, said = _gauged(half, gauge, value.at, start, raw, scope)
+        return prox(value.term, value.variable, value.t, inside, value.swaps), said
+    terms = value.terms if isinstance(value, Add) else (value,)
+    carried = [t for t in terms if split(t)[1] is start]
+    rest = [t for t in terms if split(t)[1] is not start]
+    said: list[Departure] = []
+    kept: list[Expr] = list(carried)
+    moved = add(zeros(*value.shape), *rest)
+    if gauge.residual is not None:
+        weight = _weight(half, "residual", gauge.residual, scope, raw)
+        kept = [_weighed(weight, raw)]
+        was = split(carried[0])[0] if carried else sp.Integer(0)
+        said.append(Departure("gauge", half.name, "choice", f"residual: {gauge.residual} in place of {was}"))
+    if gauge.update is not None:
+        c, body = _common(moved)
+        moved = _weighed(_weight(half, "update", gauge.update, scope, raw), body)
+        said.append(Departure("gauge", half.name, "choice", f"update: {gauge.update} in place of {c}"))
+    return add(zeros(*value.shape), *kept, moved), said
+
+
+def _weight(half: Half, key: str, written: str, scope: Scope, like: Sym) -> Value:
+    place = half.place("gauge", key)
+    value = parse(written, scope, place)
+    if isinstance(value, Expr) and value.shape not in ((like.rows, sp.Integer(1)), (sp.Integer(1), sp.Integer(1))):
+        hint = f"a number, or a vector of {like.rows} entries"
+        raise SpecError("E131", f"{key}: {written} is {show_shape(value.shape)}", place(0, len(written)), hint)
+    weighed = _weighed(value, like)
+    for call in half.calls(scope):
+        if call.rewrite.rest is not None and call.rewrite.rest(weighed, **call.values, values={}) is not weighed:
+            hint = "put it into step: , where the rewrite sees it"
+            raise SpecError("E309", f"{key}: {written} is not what {call.text} leaves", place(0, len(written)), hint)
+    return value
+
+
+def _weighed(weight: Value, e: Expr) -> Expr:
+    return elementwise(slot(0) * slot(1), weight, e) if isinstance(weight, Expr) else scale(weight, e)
+
+
+def _common(e: Expr) -> tuple[sp.Expr, Expr]:
+    """(c, B) with e = c B: the coefficient of its only term, or what all of its terms share."""
+    if not isinstance(e, Add):
+        return split(e)
+    coefs = [split(t)[0] for t in e.terms]
+    c = coefs[0]
+    if not all((k / c).is_number for k in coefs):
+        c = rewrites.common_factor(coefs)
+    return c, scale(1 / c, e)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
+    """Scalars that are functions of the layer, put in."""
+    if not unrolled.schedule:
+        return step
+    values: dict[sp.Symbol, sp.Expr] = {}
+    known = {s.name: s for s in problem.scalars}
+    for name, written in unrolled.schedule.items():
+        place = place_of(spec, "unroll", "schedule", name)
+        if name not in known:
+            raise SpecError(
+                "E310",
+                f"'{name}' is not a scalar",
+                spec.key_where("unroll", "schedule", name),
+                did_you_mean(name, known),
+            )
+        value = parse(
+            written, replace(problem.scope, names={**problem.scope.names, "layer": LAYER, "layers": LAYERS}), place
+        )
+        if isinstance(value, Expr):
+            raise SpecError(
+                "E132",
+                f"a schedule is a number in each layer; {written} is {show_shape(value.shape)}",
+                place(0, len(written)),
+            )
+        values[known[name]] = value.subs(LAYERS, unrolled.layers) if isinstance(unrolled.layers, int) else value
+
+    def put(a: Assign) -> Assign:
+        value = substitute_scalars(a.value, values) if isinstance(a.value, Expr) else swap(a.value, values)
+        return _renoted(replace(a, value=value))
+
+    inside, once = _where_known([put(a) for a in step.definitions], set())
+    return replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
+
+
+def affine_norms(spec: Spec) -> dict[str, bool]:
+    """Block -> has its norm a weight and bias to learn?"""
+    unrolled = spec.unroll
+    assert unrolled is not None
+    schemes = {b.block: b.normalise for b in unrolled.blocks} if unrolled.blocks else {"": unrolled.normalise}
+    return {name: record is not None and record.affine and record.kind != "sphere" for name, record in schemes.items()}

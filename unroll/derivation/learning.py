@@ -1,0 +1,725 @@
+"""Learning: a free parameter takes the place of a derived sub-expression and starts at its value.
+
+    structural   the sub-expression stands in the step as it is (its transpose too): step * A.T in z + step * A.T @ (x - A @ z)
+    algebraic    it is there once products are expanded: I - step * A.T @ A in z - step * A.T @ A @ z + step * A.T @ x
+    scalar       a product of scalars in a coefficient or in the derived prox: step * lam in the threshold
+
+What is not found is an error that shows the step, never a parameter that does nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import sympy as sp
+
+from unroll.calculus.prox import derive as derive_prox
+from unroll.derivation.algorithms import LIPSCHITZ, MOMENTUM, STEP, state_of
+from unroll.derivation.blocks import affine_norms
+from unroll.derivation.rewrites import Applied, circulant_block, rewritten
+from unroll.derivation.step import LAYER, Assign, Constraint, Departure, Learned, Step
+from unroll.errors import SpecError, Where, did_you_mean
+from unroll.language.expr import (
+    Add,
+    Expr,
+    Eye,
+    FamilySum,
+    Map,
+    Mul,
+    Noise,
+    Normalise,
+    Op,
+    Prox,
+    Signal,
+    Sym,
+    add,
+    as_constant,
+    bound_indices,
+    elementwise,
+    expand,
+    eye,
+    family_sum,
+    free_indices,
+    is_symmetric,
+    matmul,
+    member,
+    normalise,
+    ones,
+    operator,
+    prox,
+    rebuild,
+    rename_index,
+    scalar,
+    scale,
+    show_shape,
+    split,
+    substitute,
+    substitute_scalars,
+    symbol,
+    transform,
+    transpose,
+    walk,
+    zeros,
+)  # fmt: skip
+from unroll.language.functions import Value, as_expr
+from unroll.language.parse import parse_member
+from unroll.language.problem import Problem, place_of
+from unroll.language.show import text
+from unroll.spec import Spec
+from unroll.spec.schema import Learn
+
+PLACES = ("gradient", "prox", "output")
+"""Where an occurrence may be: in the gradient step (all that is fed to the prox), in the prox itself, or first of all factors."""
+
+Word = tuple[Expr, ...]
+ANY = "*"
+"""Index of frequencies in a pattern: no name that a spec can write."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One entry of `learn:`, read. index, size: of a family, of which `value` is the member `index`.
+
+    rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
+    commutes with cyclic shifts: its axes of places. The parameter is then `kernel`, the first columns of that matrix, real.
+    """
+
+    name: str
+    record: Learn
+    value: Value
+    where: Where
+    block: str
+    index: str = ""
+    size: sp.Expr | None = None
+    rewrites: tuple[Applied, ...] = ()
+    sizes: tuple[sp.Expr, ...] = ()
+    kernel: Expr | None = None
+
+    def rewritten(self) -> _Wanted:
+        """The entry as the exact rewrites of its block make it, if they do."""
+        if not isinstance(self.value, Expr):
+            return self
+        value = rewritten(self.value, self.rewrites)
+        c, body = split(value)
+        match body:
+            case Op("shifts", kernel, False, sizes) if (block := circulant_block(body, sizes, ANY)) is not None:
+                return replace(self, value=scale(c, block), sizes=sizes, kernel=scale(c, kernel))
+            case _:
+                return self if value is self.value else replace(self, value=value)
+
+    def at(self, index: str, frequency: str) -> Expr:
+        """The pattern for other names of its indices."""
+        assert isinstance(self.value, Expr)
+        e = rename_index(self.value, self.index, index) if self.index else self.value
+        return rename_index(e, ANY, frequency)
+
+    def parameter(self, s: Sym, index: str, frequency: str) -> Expr:
+        """What takes its place, s the parameter."""
+        own = member(s, index) if self.index else s
+        block = circulant_block(operator("shifts", own, sizes=self.sizes), self.sizes, frequency) if self.sizes else own
+        assert block is not None
+        return block
+
+
+def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
+    """The step with learned parameters in place. Raises SpecError E305 (not found), E306 (a constraint that does not apply)."""
+    unrolled = spec.unroll
+    assert unrolled is not None
+    schemes = [
+        ("", ("unroll",), unrolled),
+        *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks)),
+    ]
+    wanted = [_read(name, step, problem, spec, block, path) for block, path, scheme in schemes for name in scheme.learn]
+    _once(wanted, step, spec)
+    for w in sorted(
+        wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True
+    ):  # what is larger takes its words first
+        step = _replace(step, w)
+    step = _affine(step, spec)
+    for block, path, scheme in schemes:
+        for name in scheme.keep:
+            step = replace(
+                step, learned=(*step.learned, _kept(name, step, problem, spec, block, (*path, "keep", name)))
+            )
+    for block, path, scheme in schemes:
+        for name in scheme.estimate:
+            step = _estimated(step, problem, spec, block, (*path, "estimate", name))
+    order = [w.name for w in wanted]
+    rank = {name: i for i, name in enumerate(order)}
+    learned = tuple(sorted(step.learned, key=lambda p: rank.get(p.name.removesuffix("_bias"), len(order))))
+    return _without_unused(replace(step, learned=learned))
+
+
+def _once(wanted: list[_Wanted], step: Step, spec: Spec) -> None:
+    """Every parameter has a name of its own: not that of another, of a weight of a norm, or of what any block works out."""
+    taken = {a.target.name for a in (*step.definitions, *step.assigns)} | {s.symbol.name for s in step.states}
+    taken |= {
+        f"{block}_norm_{part}".removeprefix("_")
+        for block, has in affine_norms(spec).items()
+        if has
+        for part in ("weight", "bias")
+    }
+    for w in wanted:
+        own = {w.name, *([f"{w.name}_bias"] if w.record.bias else [])}
+        if own & taken:
+            raise SpecError(
+                "E306",
+                f"'{min(own & taken)}' is already the name of something else",
+                w.where,
+                "choose another name for the parameter",
+            )
+        taken |= own
+
+
+def _affine(step: Step, spec: Spec) -> Step:
+    """Weight and bias of every norm that has them, starting at 1 and 0."""
+    affine, learned = affine_norms(spec), list(step.learned)
+
+    def freed(a: Assign) -> Assign:
+        if not affine.get(a.block) or not isinstance(a.value, Expr):
+            return a
+        prefix = f"{a.block}_norm" if a.block else "norm"
+
+        def rule(e: Expr) -> Expr | None:
+            if not isinstance(e, Normalise):
+                return None
+            n = e.shape[e.axis]
+            free = [symbol(f"{prefix}_{part}", n, 1, "learned") for part in ("weight", "bias")]
+            starts = (ones(n), zeros(n))
+            known = {p.name for p in learned}
+            learned.extend(
+                Learned(s.name, s, v, (n,), True, text=text(v))
+                for s, v in zip(free, starts, strict=True)
+                if s.name not in known
+            )
+            weight, bias = free if e.axis == 0 else map(transpose, free)
+            return normalise(e.kind, e.axis, e.eps, e.x, weight, bias)
+
+        value = transform(a.value, rule)
+        return a if value is a.value else replace(a, value=value, note=_note(replace(a, value=value)))
+
+    assigns = tuple(map(freed, step.assigns))
+    return replace(step, assigns=assigns, learned=tuple(learned))
+
+
+def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple[str | int, ...]) -> Step:
+    """An input that is not known when the network runs, replaced by a formula of what is."""
+    name, where = str(path[-1]), spec.key_where(*path)
+    given = next((s for s in problem.inputs if s.name == name), None)
+    if given is None:
+        raise SpecError(
+            "E306", f"'{name}' is not an input", where, did_you_mean(name, [s.name for s in problem.inputs])
+        )
+    scope = replace(problem.scope, names={**_names(step, problem, block), **{p.name: p.symbol for p in step.learned}})
+    written = cast(str, spec.at(*path))
+    value, index, size = parse_member(written, scope, place_of(spec, *path))
+    e = rewritten(as_expr(value), _exact(step, block))
+    if e.shape != given.shape or size != given.family:
+        hint = "a family is estimated member by member: f(C[k]) for k in K" if given.family is not None else ""
+        raise SpecError(
+            "E131", f"the estimate of {name} is {show_shape(e.shape)}, {name} is {show_shape(given.shape)}", where, hint
+        )
+
+    def put(a: Assign) -> Assign:
+        if not isinstance(a.value, Expr) or (block and a.block != block) or given not in a.value.symbols:
+            return a
+        swaps: dict[Expr, Expr] = (
+            {member(given, i): rename_index(e, index, i) for i in _indices(a.value)}
+            if given.family is not None
+            else {given: e}
+        )
+        fresh = substitute(a.value, swaps)
+        return replace(a, value=fresh, note=_note(replace(a, value=fresh)))
+
+    early = [a.value for a in step.definitions] + [s.start for s in step.states]
+    if any(isinstance(e, Expr) and given in e.symbols for e in early):
+        hint = "an estimate is made anew in each layer, from the state"
+        raise SpecError("E306", f"{name} cannot be estimated: it is read before the first layer", where, hint)
+    assigns = tuple(map(put, step.assigns))
+    if assigns == step.assigns:
+        raise SpecError("E305", f"the step does not read {name}, so there is nothing to estimate", where)
+    said = Departure("estimate", block, "heuristic", f"{name} is estimated by {written.strip()}")
+    return replace(step, assigns=assigns, departures=(*step.departures, said), estimated=(*step.estimated, name))
+
+
+def _kept(name: str, step: Step, problem: Problem, spec: Spec, block: str, path: tuple[str | int, ...]) -> Learned:
+    """A quantity that takes the place of nothing: it is worked out on data, for estimates."""
+    names, written = _names(step, problem, block), cast(str, spec.at(*path))
+    if name in names or name in {p.name for p in step.learned}:
+        raise SpecError(
+            "E306", f"'{name}' is already the name of something else", spec.key_where(*path), "choose another name"
+        )
+    value, _, size = parse_member(written, replace(problem.scope, names=names), place_of(spec, *path))
+    e = as_expr(value)
+    rank = 0 if e.is_scalar else 1 if e.cols == 1 else 2
+    return Learned(
+        name,
+        symbol(name, *e.shape, "learned", rank, size),
+        e,
+        e.shape[:rank],
+        True,
+        "none",
+        written,
+        "data",
+        constructed=True,
+    )
+
+
+def _indices(e: Expr) -> list[str]:
+    """All indices of families in e, bound or free."""
+    return sorted(bound_indices(e) | free_indices(e))
+
+
+def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where) -> None:
+    """A scalar may be repeated over the entries of the variable of its block, and over nothing else."""
+    sizes = {**{d.name: d for d in problem.dims}, **{str(d): d for d in z.shape}}
+    shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape or ()]
+    if shape and shape != [z.rows]:
+        raise SpecError(
+            "E306",
+            f"the shape of {name} is not that of {z.name}",
+            where,
+            f"shape: [{z.rows}] gives every entry of {z.name} its own",
+        )
+
+
+def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
+    """What names mean in a block: states in the place of variables, its own step size, what it defines."""
+    own = {
+        s.name: s
+        for a in step.assigns
+        if a.block == block and isinstance(a.value, Expr)
+        for s in (a.target, *a.value.symbols)
+        if isinstance(s, Sym)
+    }
+    states = {s.name: s for z in problem.variables for s in [state_of(z)]}
+    suffix = f"_{block}" if block else ""
+    numbers = {s.name: scalar(s.name + suffix, positive=True) for s in (STEP, LIPSCHITZ)}
+    return {**own, **problem.scope.names, **states, **numbers, "momentum": MOMENTUM, "layer": LAYER}
+
+
+def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: tuple[str | int, ...]) -> _Wanted:
+    path = (*at, "learn", name)
+    record = cast(Learn, spec.at(*path))
+    names = _names(step, problem, block)
+    where = spec.key_where(*path)
+    z = next((p.variables[0] for b, p in step.subproblems if b == block), problem.variables[0])
+    _shape_fits(name, record, problem, z, where)
+    if name in names:
+        raise SpecError(
+            "E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter"
+        )
+    scope, place = replace(problem.scope, names=names), place_of(spec, *path, "replaces")
+    family = names.get(record.replaces.strip())
+    index, size = "", None
+    if isinstance(family, Sym) and family.family is not None:  # the whole family by its name
+        value, index, size = cast(Value, member(family, "k")), "k", family.family
+    else:
+        value, index, size = parse_member(record.replaces, scope, place)
+        value = as_expr(value) if size is not None else value
+    if isinstance(value, Expr) and (c := as_constant(value)) is not None and value.is_scalar:
+        value = c
+    if not isinstance(value, Expr) and value.is_number:
+        raise SpecError(
+            "E306",
+            f"{name} takes the place of a number, {value}, which has no place of its own in a step",
+            where,
+            "name the scalar or the product that it belongs to",
+        )
+    if MOMENTUM in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(
+        a.target == MOMENTUM for a in step.assigns
+    ):
+        hint = "learn the step or a matrix; momentum follows its schedule"
+        raise SpecError(
+            "E307", "learning the momentum is not built yet: it starts at another value in each layer", where, hint
+        )
+    if record.where is not None and record.where not in PLACES:
+        raise SpecError(
+            "E306",
+            f"'{record.where}' is not a place in a step",
+            spec.key_where(*path, "where"),
+            f"places: {', '.join(PLACES)}",
+        )
+    if record.bias and record.where != "output":
+        raise SpecError(
+            "E306",
+            f"{name} can have a bias only where it is the first factor",
+            spec.key_where(*path, "bias"),
+            "add where: output, or put a vector into the objective",
+        )
+    return _Wanted(name, record, value, spec.origin(*path, "replaces").where(), block, index, size, _exact(step, block))
+
+
+def _exact(step: Step, block: str) -> tuple[Applied, ...]:
+    """The exact rewrites of a block, through which entries and estimates are read too."""
+    found = (d.applied for d in step.departures if d.block == block and d.kind == "exact")
+    return tuple(a for a in found if a is not None and a.rewrite.stage == "step")
+
+
+def _size(w: _Wanted) -> tuple[int, int]:
+    if not isinstance(w.value, Expr):
+        return (0, len(w.value.free_symbols))
+    words = _words(w.value)
+    return (len(words), max(len(f) for _, f in words))
+
+
+def _replace(step: Step, w: _Wanted) -> Step:
+    """Raises SpecError E305 where neither the entry as written nor as rewritten occurs."""
+    other = w.rewritten()
+    found = _replaced(step, w) or (_replaced(step, other) if other is not w else None)
+    if found is None:
+        body = "; ".join(
+            f"{_name(a.target)} = {text(expand(a.value) if isinstance(a.value, Expr) else a.value)}"
+            for a in step.assigns
+            if not w.block or a.block == w.block
+        )
+        raise SpecError(
+            "E305", f"{w.record.replaces.strip()} does not occur in the step" + (f" ({w.record.where})" if w.record.where else ""), w.where,
+            "it must be a sub-expression of the step, up to expanding products", (f"the step: {body}",),
+        )  # fmt: skip
+    return found
+
+
+def _replaced(step: Step, w: _Wanted) -> Step | None:
+    learned = _learned(w)
+    swap = _swap_matrix if isinstance(w.value, Expr) else _swap_scalar
+    mine = [not w.block or a.block == w.block for a in step.assigns]
+    assigns = tuple(
+        replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True)
+    )
+    if all(a.value is b.value or a.value == b.value for a, b in zip(assigns, step.assigns, strict=True)):
+        return None
+    _has_start(w, step)
+    assigns = tuple(replace(a, note=_note(a)) for a in assigns)
+    return replace(step, assigns=assigns, learned=(*step.learned, *learned))
+
+
+def _name(target: Sym | sp.Symbol) -> str:
+    return target.name
+
+
+def _note(a: Assign) -> str:
+    return f"{_name(a.target)} <- {text(a.value)}" if a.note and isinstance(a.value, Expr) else a.note
+
+
+def _has_start(w: _Wanted, step: Step) -> None:
+    """What a parameter takes the place of has a value before the network runs, or the spec says where its start comes from."""
+    record, value = w.record, w.value
+    if not isinstance(value, Expr):
+        return
+    moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
+    depends_on = sorted(s.name for s in value.symbols if (s.role == "state" and s.name in moving) or s.role == "input")
+    if depends_on and record.init == "value":
+        hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
+        raise SpecError(
+            "E306",
+            f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at",
+            w.where,
+            hint,
+        )
+    if record.init == "data" and record.share != "none":
+        raise SpecError(
+            "E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'"
+        )
+
+
+def _learned(w: _Wanted) -> tuple[Learned, ...]:
+    """The parameter, and its bias if it has one."""
+    record, value = w.record, w.value if w.kernel is None else w.kernel
+    per_layer = record.share == "none"
+    if not isinstance(value, Expr):
+        shape = tuple(
+            sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True)
+            for n in record.shape or ()
+        )
+        s = scalar(w.name, positive=bool(value.is_positive) or record.positive)
+        return (
+            Learned(w.name, s, value, shape, per_layer, _constraint(w), record.replaces, record.init, record.scale),
+        )
+    if record.shape is not None:
+        raise SpecError(
+            "E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'"
+        )
+    rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
+    s = symbol(w.name, *value.shape, "learned", rank, w.size)
+    found = Learned(
+        w.name,
+        s,
+        value,
+        value.shape[:rank],
+        per_layer,
+        _constraint(w),
+        record.replaces,
+        record.init,
+        record.scale,
+        record.init == "data",
+        record.where or "",
+    )
+    if not record.bias:
+        return (found,)
+    n = value.rows
+    return found, Learned(
+        f"{w.name}_bias", symbol(f"{w.name}_bias", n, 1, "learned"), zeros(n), (n,), per_layer, text=f"zeros({n})"
+    )
+
+
+def _constraint(w: _Wanted) -> Constraint:
+    record, value = w.record, w.value
+    said: dict[Constraint, bool] = {
+        "positive": record.positive,
+        "symmetric": record.symmetric,
+        "unit_columns": record.columns == "unit",
+    }
+    asked: list[Constraint] = [constraint for constraint, holds in said.items() if holds]
+    if len(asked) > 1:
+        raise SpecError("E306", f"{w.name} has two constraints, {' and '.join(asked)}; one can be kept", w.where)
+    match asked:
+        case ["symmetric"] if not isinstance(value, Expr) or value.rows != value.cols or value.is_scalar:
+            raise SpecError("E306", f"{w.name} cannot be symmetric: it is not a square matrix", w.where)
+        case ["unit_columns"] if not isinstance(value, Expr) or value.rows == 1:
+            raise SpecError("E306", f"{w.name} has no columns: it is a number or a row", w.where)
+        case ["positive"] if record.init == "zeros":
+            raise SpecError("E306", f"{w.name} cannot be positive: it starts at 0", w.where)
+        case ["positive"] if not isinstance(value, Expr) and value.is_nonpositive:
+            raise SpecError("E306", f"{w.name} cannot be positive: it starts at {value}", w.where)
+        case _:
+            return asked[0] if asked else "none"
+
+
+# --- matrices ---------------------------------------------------------------------------------------------------------
+
+
+def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | sp.Expr:
+    assert isinstance(w.value, Expr) and isinstance(learned.symbol, Sym)
+    if not isinstance(value, Expr) or w.record.where == "prox":
+        return value
+    into = learned.symbol
+
+    def pairs(e: Expr) -> list[tuple[Expr, Expr]]:
+        """(pattern, parameter), for every name that the index of a family, or that of frequencies, has in e."""
+        names = _indices(e) if w.index else [""]
+        frequencies = sorted({x.index for x in walk(e) if isinstance(x, Signal)}) if w.sizes else [""]
+        return [(w.at(i, f), w.parameter(into, i, f)) for i in names for f in frequencies if i != f or not i]
+
+    def inside(e: Expr) -> Expr:
+        """The pattern lives in what is fed to the prox, not in the term that the prox belongs to."""
+        if isinstance(e, Prox):
+            return prox(e.term, e.variable, e.t, inside(e.at), e.swaps)
+        if w.record.where == "output":
+            return outermost(e, pairs(e), symbol(f"{w.name}_bias", into.rows, 1, "learned") if w.record.bias else None)
+        for pattern, parameter in pairs(e):
+            found = structural(e, pattern, parameter)
+            e = algebraic(e, pattern, parameter) if found is e and not w.index else found
+        return e
+
+    return inside(value)
+
+
+def outermost(e: Expr, pairs: list[tuple[Expr, Expr]], bias: Sym | None) -> Expr:
+    """The pattern replaced where it is the first factor of a term; `bias` is added there, once for a whole family."""
+    match e:
+        case Add(terms):
+            return add(*(outermost(t, pairs, bias) for t in terms))
+        case FamilySum(i, n, body):
+            inner = outermost(body, pairs, None)
+            return e if inner is body else _biased(family_sum(i, n, inner), bias)
+        case Map() | Noise():
+            return rebuild(e, tuple(outermost(a, pairs, bias) for a in e.children))
+        case Mul(c, (first, *rest)):
+            for pattern, into in pairs:
+                k, body = split(pattern)
+                factors = body.factors if isinstance(body, Mul) else (body,)
+                if e.factors[: len(factors)] == factors and _divides(k, c):
+                    return _biased(scale(c / k, matmul(into, *e.factors[len(factors) :])), bias)
+            if not rest or first.is_scalar:
+                return scale(c, outermost(first, pairs, bias)) if not rest else e
+            return e
+        case _:
+            return next((_biased(into, bias) for pattern, into in pairs if e is pattern), e)
+
+
+def _biased(e: Expr, bias: Sym | None) -> Expr:
+    """A x + b in every column."""
+    return e if bias is None else add(e, matmul(bias, ones(1, e.cols)))
+
+
+def structural(e: Expr, pattern: Expr, into: Expr) -> Expr:
+    """Every occurrence of `pattern` as it is written, and transposed, replaced by `into`."""
+    swaps = [(pattern, into)] + ([] if is_symmetric(pattern) else [(transpose(pattern), transpose(into))])
+
+    def rule(node: Expr) -> Expr | None:
+        for p, x in swaps:
+            if node is p:
+                return x
+            if isinstance(node, Mul) and (found := _in_product(node, p, x)) is not None:
+                return rule(found) or found
+        return None
+
+    return transform(e, rule)
+
+
+def _in_product(node: Mul, pattern: Expr, into: Expr) -> Expr | None:
+    """c * ... F1 F2 ... with the factors of the pattern in a row, and its coefficient in c."""
+    c, body = split(pattern)
+    factors = body.factors if isinstance(body, Mul) else (body,)
+    if c != 1 and _divides(c, node.coef):  # its coefficient stands before a linear map
+        for i, f in enumerate(node.factors):
+            inner = scale(node.coef, f.children[0]) if isinstance(f, FamilySum | Signal | Op) else None
+            found = _in_product(inner, pattern, into) if isinstance(inner, Mul) else None
+            if found is not None:
+                return matmul(*node.factors[:i], rebuild(f, (found,)), *node.factors[i + 1 :])
+    if isinstance(body, Eye):
+        if c == 1 or not _divides(c, node.coef) or node.rows != body.n:
+            return None
+        return matmul(into, *node.factors, coef=node.coef / c)
+    if not _divides(c, node.coef):
+        return None
+    n = len(factors)
+    for i in range(len(node.factors) - n + 1):
+        if node.factors[i : i + n] == factors:
+            return matmul(eye(node.rows), *node.factors[:i], into, *node.factors[i + n :], coef=node.coef / c)
+    return None
+
+
+def _divides(c: sp.Expr, coef: sp.Expr) -> bool:
+    """Is coef = c * (something without the symbols of c)?"""
+    return not (coef / c).free_symbols & c.free_symbols
+
+
+def _words(e: Expr) -> list[tuple[sp.Expr, Word]]:
+    """The terms of an expanded matrix polynomial: coefficient and factors; the identity is the empty word."""
+    out: list[tuple[sp.Expr, Word]] = []
+    whole = expand(e)
+    for t in whole.terms if isinstance(whole, Add) else (whole,):
+        c, body = split(t)
+        out.append((c, () if isinstance(body, Eye) else body.factors if isinstance(body, Mul) else (body,)))
+    return out
+
+
+def algebraic(e: Expr, pattern: Expr, into: Expr) -> Expr:
+    """Division of matrix polynomials: sum of a * P w_i S over the words w_i of the pattern becomes a * P @ into @ S."""
+    words = _words(pattern)
+    if len(words) < 2:  # one product: it is there once e is expanded, or not at all
+        flat = expand(e)
+        found_in = structural(flat, pattern, into)
+        return e if found_in is flat else found_in
+    lead_c, lead = max(words, key=lambda cw: len(cw[1]))
+    terms = dict((f, c) for c, f in _words(e))
+    found = list[Expr]()
+    for whole, c in list(terms.items()):
+        for i in range(len(whole) - len(lead) + 1):
+            if whole[i : i + len(lead)] != lead or whole not in terms:
+                continue
+            a, before, after = c / lead_c, whole[:i], whole[i + len(lead) :]
+            needed = {(*before, *w, *after): a * k for k, w in words}
+            if all(sp.expand(terms.get(f, sp.Integer(0)) - k) == 0 for f, k in needed.items()):
+                for f in needed:
+                    del terms[f]
+                found.append(matmul(eye(e.rows), *before, into, *after, coef=a))
+    if not found:
+        return e
+    rest = [scale(c, matmul(*f) if f else eye(e.rows)) for f, c in terms.items()]
+    return add(*found, *rest)
+
+
+# --- scalars ----------------------------------------------------------------------------------------------------------
+
+
+def _swap_scalar(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | sp.Expr:
+    assert isinstance(w.value, sp.Expr) and isinstance(learned.symbol, sp.Symbol)
+    old, new, place = w.value, learned.symbol, w.record.where
+    if not isinstance(value, Expr):
+        return value.subs(old, new)
+
+    def coefficient(c: sp.Expr) -> sp.Expr:
+        if isinstance(c, sp.Add):
+            return sp.Add(*map(coefficient, c.args))
+        return (
+            c.subs(old, new)
+            if old.is_Symbol
+            else c / old * new
+            if _divides(old, c) and old.free_symbols <= c.free_symbols
+            else c
+        )
+
+    def rule(node: Expr) -> Expr | None:
+        match node:
+            case Mul(c, factors) if place != "prox":
+                return matmul(*factors, coef=coefficient(c))
+            case Map(profile, args) if place != "prox":
+                return elementwise(profile.subs(old, new), *args)
+            case _:
+                return None
+
+    def inside(e: Expr) -> Expr:
+        if isinstance(e, Prox):
+            at = inside(e.at)
+            return (
+                _swap_in_prox(prox(e.term, e.variable, e.t, at, e.swaps), old, new)
+                if place != "gradient"
+                else prox(e.term, e.variable, e.t, at, e.swaps)
+            )
+        return transform(e, rule)
+
+    return inside(value)
+
+
+def _swap_in_prox(e: Expr, old: sp.Expr, new: sp.Symbol) -> Expr:
+    """The scalar replaced in the derived formula, if it is there: `step * lam` is the threshold of prox of step * lam * |.|_1."""
+    assert isinstance(e, Prox)
+    if old.is_Symbol:
+        swaps = tuple((a.subs(old, new), b) for a, b in e.swaps)
+        return prox(substitute_scalars(e.term, {old: new}), e.variable, e.t.subs(old, new), e.at, swaps)
+    fresh = prox(e.term, e.variable, e.t, e.at, (*e.swaps, (old, new)))
+    assert isinstance(fresh, Prox)
+    if not any(_occurs(old, x) for x in walk(_derived(e))):
+        return e
+    return fresh if any(new in _scalars(x) for x in walk(_derived(fresh))) else e
+
+
+def _derived(e: Prox) -> Expr:
+    return derive_prox(e.term, e.variable, e.t, e.at, e.swaps).step
+
+
+def _occurs(product: sp.Expr, e: Expr) -> bool:
+    """Is the product a part of a product in the derived scalar prox of e?"""
+    found = getattr(e, "prox", None)
+    wanted = product.as_powers_dict()
+    factors = [m.as_powers_dict() for x in (found.expressions() if found is not None else ()) for m in x.atoms(sp.Mul)]
+    return any(all(f.get(base, 0) / power >= 1 for base, power in wanted.items()) for f in factors)
+
+
+def _scalars(e: Expr) -> set[sp.Symbol]:
+    found = getattr(e, "prox", None)
+    return set(e.scalars) | (set(found.scalars) if found is not None else set())
+
+
+# --- what is no longer needed -----------------------------------------------------------------------------------------
+
+
+def used_scalars(e: Expr) -> set[sp.Symbol]:
+    """Scalars of an expression, those of derived proxes in it included."""
+    out: set[sp.Symbol] = set(e.scalars)
+    for node in walk(e):
+        if isinstance(node, Prox):
+            step = derive_prox(node.term, node.variable, node.t, node.at, node.swaps).step
+            own = set().union(*(_scalars(x) for x in walk(step)))
+            out = (out - set(node.term.scalars) - node.t.free_symbols) | own | set(node.at.scalars)
+    return out
+
+
+def _without_unused(step: Step) -> Step:
+    """Assignments to numbers that nothing reads any more (a momentum counter once momentum is learned) are dropped."""
+    read = set[sp.Basic]().union(*(used_scalars(a.value) for a in step.assigns if isinstance(a.value, Expr)))
+    numbers = [a for a in step.assigns if isinstance(a.target, sp.Symbol)]
+    for _ in numbers:  # what a number that is read needs is read too
+        values = [a.value for a in numbers if a.target in read]
+        read |= set[sp.Basic]().union(*(used_scalars(v) if isinstance(v, Expr) else v.free_symbols for v in values))
+    kept = [a for a in step.assigns if isinstance(a.target, Sym) or a.target in read]
+    targets = {a.target for a in kept}
+    return replace(
+        step,
+        assigns=tuple(kept),
+        states=tuple(s for s in step.states if isinstance(s.symbol, Sym) or s.symbol in targets),
+    )

@@ -1,0 +1,109 @@
+"""One iteration of an algorithm, and what of it is learned: the record that passes from the mathematics to the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy as sp
+
+from unroll.language.expr import Expr, Sym
+from unroll.language.problem import Problem
+
+Constraint = Literal["none", "positive", "symmetric", "unit_columns"]
+LAYER = sp.Symbol("layer", integer=True, nonnegative=True)
+"""Index of the layer, from 0, in schedules."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A quantity carried from layer to layer. A SymPy symbol is a plain number without batch axes (a momentum counter)."""
+
+    symbol: Sym | sp.Symbol
+    start: Expr | sp.Expr
+
+
+@dataclass(frozen=True)
+class Assign:
+    """target <- value. In a step, assignments run in order; later ones see the new value of a target.
+
+    block: the part of the layer that it belongs to; "" where a layer has one part.
+    """
+
+    target: Sym | sp.Symbol
+    value: Expr | sp.Expr
+    note: str
+    block: str = ""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What a spec asked for that is not the algorithm on the objective: named, with what it assumes and how far it may be off."""
+
+    name: str
+    block: str
+    kind: Literal["exact", "bounded", "heuristic", "choice"]
+    says: str
+    applied: Any = None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A free parameter in the place of a derived sub-expression; it starts at the value of `replaces`.
+
+    symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
+    matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
+    where: "output", "gradient" or "prox" if it was asked for at such places only.
+    """
+
+    name: str
+    symbol: Sym | sp.Symbol
+    replaces: Expr | sp.Expr
+    shape: tuple[sp.Expr, ...]
+    per_layer: bool
+    constraint: Constraint = "none"
+    text: str = ""
+    init: str = "value"
+    scale: float = 1.0
+    constructed: bool = False
+    where: str = ""
+
+    @property
+    def kind(self) -> Literal["scalar", "vector", "matrix"]:
+        """scalar: a number of the algorithm, per entry too, or a parameter of no axis."""
+        if not isinstance(self.symbol, Sym) or not self.shape:
+            return "scalar"
+        return "matrix" if len(self.shape) == 2 else "vector"
+
+    @property
+    def column_axis(self) -> int:
+        """The axis of what is stored that runs down a column."""
+        return -2 if self.kind == "matrix" else -1
+
+    @property
+    def family(self) -> sp.Expr | None:
+        """How many of them there are, where it takes the place of a family."""
+        return self.symbol.family if isinstance(self.symbol, Sym) else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iteration.
+
+    definitions: scalars with a derived value, such as step = 1 / |A|^2, in order; they depend on no state.
+    states: start values.  assigns: the body of a layer.  output: the states that are the answer, one per variable.
+    blocks: names of the parts of a layer, in order; none where it has one part.  estimated: inputs that a formula
+    has taken the place of.  departures: what is not the exact algorithm.  subproblems: what each block minimises, in one variable.
+    """
+
+    algorithm: str
+    definitions: tuple[Assign, ...]
+    states: tuple[State, ...]
+    assigns: tuple[Assign, ...]
+    output: tuple[Sym, ...]
+    learned: tuple[Learned, ...] = ()
+    notes: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    estimated: tuple[str, ...] = ()
+    departures: tuple[Departure, ...] = ()
+    subproblems: tuple[tuple[str, Problem], ...] = ()

@@ -1,0 +1,1641 @@
+"""Matrix expressions: a small closed set of frozen, hash-consed, shape-checked nodes in one normal form.
+
+Everything is a matrix (rows, cols): a vector is a column (n, 1), a scalar is (1, 1). Dims and coefficients are SymPy
+expressions. Two expressions are equal exactly when they are the same object, so `is`, `==` and dictionaries are cheap.
+
+Only the smart constructors (lower case: `add`, `matmul`, `elementwise`, ...) build nodes. They keep the normal form:
+
+    add        flat, like terms merged, zeros gone, terms in a fixed order
+    matmul     flat list of factors with one scalar coefficient, identities gone, signs of sums pulled out
+    transpose  pushed down to symbols
+    elementwise  one node `Map` with a SymPy profile in the placeholders _0, _1, ...; nested maps are composed
+    reductions   linear ones distribute over sums and let coefficients out
+
+    leaves       Sym, Member, Eye, Ones, Zero
+    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise, Normalise, Prox, ProxMap, SpectralProx, Project
+    families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
+    scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from typing import Any, Literal, TypeVar, assert_never, cast
+
+import sympy as sp
+
+from unroll.errors import DeriveError
+
+Role = Literal["variable", "input", "parameter", "state", "learned"]
+Norm = Literal["layer_norm", "rms_norm", "sphere"]
+Axis = Literal[0, 1] | None
+Shape = tuple[sp.Expr, sp.Expr]
+ONE = sp.Integer(1)
+
+
+class ShapeError(ValueError):
+    """Shapes that do not fit; the parser adds the place in the spec."""
+
+
+# --- dims, scalars and placeholders -----------------------------------------------------------------------------------
+
+
+@cache
+def dim(name: str) -> sp.Symbol:
+    """A size: a positive integer."""
+    return sp.Symbol(name, integer=True, positive=True)
+
+
+@cache
+def scalar(name: str, positive: bool = False) -> sp.Symbol:
+    """A real scalar of the problem, such as a weight or a step size."""
+    return sp.Symbol(name, positive=True) if positive else sp.Symbol(name, real=True)
+
+
+@cache
+def slot(i: int) -> sp.Symbol:
+    """Placeholder of the i-th argument in the profile of a `Map`."""
+    return sp.Symbol(f"_{i}", real=True)
+
+
+class _Leaf(sp.Symbol):
+    """Placeholder of an innermost argument while maps are composed."""
+
+
+@cache
+def _leaf(i: int) -> sp.Symbol:
+    """The i-th placeholder. Not a new Dummy: SymPy remembers what it knows of a name."""
+    return _Leaf(f"_leaf{i}", real=True)
+
+
+def same(a: sp.Expr, b: sp.Expr) -> bool:
+    """Are two sizes equal as formulas?"""
+    return a == b or sp.expand(a - b) == 0
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+_interned: dict[tuple[Any, ...], Expr] = {}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Expr:
+    """A matrix expression. `rows`, `cols` are SymPy expressions; nodes are interned, so identity is equality."""
+
+    @cached_property
+    def shape(self) -> Shape:
+        raise AssertionError("every node defines its shape")
+
+    @property
+    def rows(self) -> sp.Expr:
+        return self.shape[0]
+
+    @property
+    def cols(self) -> sp.Expr:
+        return self.shape[1]
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.shape == (ONE, ONE)
+
+    @cached_property
+    def children(self) -> tuple[Expr, ...]:
+        found: list[Expr] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Expr):
+                found.append(value)
+            elif isinstance(value, tuple):
+                found.extend(v for v in cast(tuple[Any, ...], value) if isinstance(v, Expr))
+        return tuple(found)
+
+    @cached_property
+    def key(self) -> str:
+        """Total, reproducible order of expressions: simple before compound, then by text."""
+        parts = [_key(getattr(self, f.name)) for f in fields(self)]
+        return f"{len(_LEVELS) - _LEVELS.get(type(self).__name__, 0):02d}{type(self).__name__}({','.join(parts)})"
+
+    @cached_property
+    def symbols(self) -> frozenset[Sym]:
+        """All matrix symbols, families included."""
+        own = frozenset({self}) if isinstance(self, Sym) else frozenset[Sym]()
+        return own.union(*(c.symbols for c in self.children))
+
+    @cached_property
+    def scalars(self) -> frozenset[sp.Symbol]:
+        """All scalar symbols in coefficients and profiles (not sizes in shapes, not placeholders)."""
+        own: set[sp.Symbol] = set()
+        for f in fields(self):
+            own |= _scalar_symbols(getattr(self, f.name))
+        return frozenset(s for s in own if not s.name.startswith("_")).union(*(c.scalars for c in self.children))
+
+    def __repr__(self) -> str:
+        from unroll.language.show import text
+
+        return text(self)
+
+    def __copy__(self) -> Expr:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expr:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _intern, (type(self), *(getattr(self, f.name) for f in fields(self)))
+
+    # The operators of the language, so that Python users can write what a spec writes.
+    def __add__(self, other: Expr | sp.Expr | float) -> Expr:
+        return add(self, _like(other, self))
+
+    def __radd__(self, other: sp.Expr | float) -> Expr:
+        return add(_like(other, self), self)
+
+    def __sub__(self, other: Expr | sp.Expr | float) -> Expr:
+        return add(self, scale(-1, _like(other, self)))
+
+    def __rsub__(self, other: sp.Expr | float) -> Expr:
+        return add(_like(other, self), scale(-1, self))
+
+    def __neg__(self) -> Expr:
+        return scale(-1, self)
+
+    def __matmul__(self, other: Expr) -> Expr:
+        return matmul(self, other)
+
+    def __mul__(self, other: Expr | sp.Expr | float) -> Expr:
+        return times(self, other) if isinstance(other, Expr) else scale(other, self)
+
+    def __rmul__(self, other: sp.Expr | float) -> Expr:
+        return scale(other, self)
+
+    @property
+    def T(self) -> Expr:
+        return transpose(self)
+
+
+def _key(value: Any) -> str:
+    if isinstance(value, Expr):
+        return value.key
+    if isinstance(value, tuple):
+        return "(" + ",".join(_key(v) for v in cast(tuple[Any, ...], value)) + ")"
+    return str(value)
+
+
+def _scalar_symbols(value: Any) -> set[sp.Symbol]:
+    if isinstance(value, sp.Basic):
+        return {s for s in value.free_symbols if isinstance(s, sp.Symbol)}
+    if isinstance(value, tuple):
+        return set[sp.Symbol]().union(*(_scalar_symbols(v) for v in cast(tuple[Any, ...], value)))
+    return set()
+
+
+def _like(value: Expr | sp.Expr | float, e: Expr) -> Expr:
+    return value if isinstance(value, Expr) else constant(value, *e.shape)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sym(Expr):
+    """A named matrix. `rank`: how it was declared, 0 scalar, 1 vector, 2 matrix; `family`: size of its index set, or None."""
+
+    name: str
+    nrows: sp.Expr
+    ncols: sp.Expr
+    role: Role
+    rank: int = 2
+    family: sp.Expr | None = None
+    props: frozenset[str] = frozenset()
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.nrows, self.ncols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Member(Expr):
+    """U[k]: one member of a family; `index` is bound by the `FamilySum` around it."""
+
+    of: Sym
+    index: str
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.of.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Eye(Expr):
+    """I(n). Eye(1) is the number 1."""
+
+    n: sp.Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.n, self.n
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ones(Expr):
+    nrows: sp.Expr
+    ncols: sp.Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.nrows, self.ncols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Zero(Expr):
+    nrows: sp.Expr
+    ncols: sp.Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.nrows, self.ncols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Expr):
+    """Sum of at least two terms of one shape, in the order of their keys."""
+
+    terms: tuple[Expr, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.terms[0].shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mul(Expr):
+    """coef * F1 @ F2 @ ...: at least one factor, none of them a `Mul`; one factor only if coef is not 1."""
+
+    coef: sp.Expr
+    factors: tuple[Expr, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.factors[0].rows, self.factors[-1].cols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transpose(Expr):
+    """Transpose of a node through which it cannot be pushed."""
+
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.cols, self.x.rows
+
+
+class _Keeping(Expr):
+    """What is as large as its child x."""
+
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Inverse(_Keeping):
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Map(Expr):
+    """Elementwise: entry (i, j) is profile(_0, _1, ...) at the entries of the arguments; a size-1 axis is repeated."""
+
+    profile: sp.Expr
+    args: tuple[Expr, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        return broadcast(*(a.shape for a in self.args))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diag(Expr):
+    """diag(v): the square matrix with the vector v on its diagonal."""
+
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.rows, self.x.rows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagonal(Expr):
+    """diagonal(M): the diagonal of a square matrix, as a column."""
+
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.rows, ONE
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Softmax(_Keeping):
+    """exp(x) / sum of exp(x) along `axis` (0: down the columns). causal: entry i counts only for i <= j, j the column (axis 0)
+    or row (axis 1)."""
+
+    x: Expr
+    axis: Literal[0, 1]
+    causal: bool = False
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralMap(_Keeping):
+    """U diag(h(s)) V' for x = U diag(s) V', h the profile in _0."""
+
+    profile: sp.Expr
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Op(Expr):
+    """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours,
+    `running_sum` sums each row from its start (its adjoint: to its end), `repeat` writes each entry of a column T times,
+    `first` keeps the first T entries of a column, 0 after its last (its adjoint: as many as it had), `shifts` gives all T cyclic shifts of each column. sizes: of the axes of the T places, which cycle; a column is channels by places.
+    """
+
+    name: str
+    x: Expr
+    adjoint: bool = False
+    sizes: tuple[sp.Expr, ...] = ()
+
+    @cached_property
+    def shape(self) -> Shape:
+        return operator_shape(self.name, self.x.shape, self.adjoint, self.sizes)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(Expr):
+    """The frequency `index` of the orthonormal Fourier transform over places: real c T rows become c complex ones."""
+
+    index: str
+    sizes: tuple[sp.Expr, ...]
+    x: Expr
+    conjugate: bool = False
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.x.rows / sp.Mul(*self.sizes), self.x.cols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Signal(Expr):
+    """The inverse of Spectrum: c complex rows at each frequency `index` become c T rows, of which the real part is taken."""
+
+    index: str
+    sizes: tuple[sp.Expr, ...]
+    body: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.body.rows * sp.Mul(*self.sizes), self.body.cols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Hold(_Keeping):
+    """stop_gradient(x): the value of x, a constant for every derivative."""
+
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Normalise(_Keeping):
+    """Columns (axis 0) or rows (axis 1) of x normalised, entry by entry scaled by `weight` and moved by `bias` (as long as they are).
+
+    layer_norm: (x - mean) / sqrt(variance + eps).  rms_norm: x / sqrt(mean of squares + eps).  sphere: x / max(norm, eps).
+    """
+
+    kind: Norm
+    axis: Literal[0, 1]
+    eps: sp.Expr
+    x: Expr
+    weight: Expr
+    bias: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Noise(_Keeping):
+    """x, of which training leaves out a share `rate` by chance: single entries (dropout), or all of a sample (drop_path)."""
+
+    kind: Literal["dropout", "drop_path"]
+    rate: sp.Expr
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prox(Expr):
+    """argmin over `variable` of t * term + |variable - at|^2 / 2. `swaps`: scalar sub-expressions of the derived formula that
+    parameters have taken the place of."""
+
+    term: Expr
+    variable: Sym
+    t: sp.Expr
+    at: Expr
+    swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.at.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProxMap(Expr):
+    """A derived scalar prox applied elementwise to args[0]. Its further scalars are SymPy symbols, except that `slots`
+    (ordered scalar names) take the values of args[1:]. A size-1 axis is repeated."""
+
+    prox: Any
+    args: tuple[Expr, ...]
+    slots: tuple[sp.Symbol, ...] = ()
+
+    @cached_property
+    def shape(self) -> Shape:
+        return broadcast(*(a.shape for a in self.args))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralProx(_Keeping):
+    """U diag(prox(s)) V' for x = U diag(s) V', `prox` a derived scalar prox whose scalars are SymPy symbols."""
+
+    prox: Any
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Project(_Keeping):
+    """Nearest point of a set that no scalar prox gives (simplex, stiefel, ...): an operation of the runtime."""
+
+    set: str
+    params: tuple[sp.Expr | Expr, ...]
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FamilySum(Expr):
+    """sum(body for index in size)."""
+
+    index: str
+    size: sp.Expr
+    body: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.body.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FamilyLogSumExp(Expr):
+    """logsumexp(body for index in size), entry by entry."""
+
+    index: str
+    size: sp.Expr
+    body: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.body.shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FamilySoftmax(_Keeping):
+    """exp(x) over the sum of exp(x) of all members of `index`, which stays free; entry by entry."""
+
+    index: str
+    size: sp.Expr
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Expr):
+    """Sum of all entries (axis None), of each column (0: gives a row) or of each row (1: gives a column)."""
+
+    x: Expr
+    axis: Axis = None
+
+    @cached_property
+    def shape(self) -> Shape:
+        return reduced(self.x.shape, self.axis)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogSumExp(Expr):
+    x: Expr
+    axis: Axis = None
+
+    @cached_property
+    def shape(self) -> Shape:
+        return reduced(self.x.shape, self.axis)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Max(Expr):
+    """Largest entry."""
+
+    x: Expr
+    axis: Axis = None
+
+    @cached_property
+    def shape(self) -> Shape:
+        return reduced(self.x.shape, self.axis)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _ToScalar(Expr):
+    @cached_property
+    def shape(self) -> Shape:
+        return ONE, ONE
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace(_ToScalar):
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogDet(_ToScalar):
+    """log det of a symmetric positive definite matrix."""
+
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectral(_ToScalar):
+    """Sum of h(s_i) over the singular values of x, h the profile in _0."""
+
+    profile: sp.Expr
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralNorm(_ToScalar):
+    """Largest singular value."""
+
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Indicator(_ToScalar):
+    """0 where x lies in the set, infinite elsewhere. `params`: SymPy scalars or matrices of the set."""
+
+    set: str
+    params: tuple[sp.Expr | Expr, ...]
+    x: Expr
+
+
+Node = (
+    Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+)  # fmt: skip
+
+_LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}
+
+
+def _intern(cls: type[Expr], *args: Any) -> Any:
+    key = (cls, *args)
+    found = _interned.get(key)
+    if found is None:
+        found = _interned[key] = cls(*args)
+    return found
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def broadcast(*shapes: Shape) -> Shape:
+    """The common shape, size-1 axes repeated. Raises ShapeError."""
+    out: list[sp.Expr] = [ONE, ONE]
+    for shape in shapes:
+        for i in (0, 1):
+            if out[i] == 1:
+                out[i] = shape[i]
+            elif shape[i] != 1 and not same(out[i], shape[i]):
+                raise ShapeError(f"{show_shape(shapes[0])} against {show_shape(shape)}")
+    return out[0], out[1]
+
+
+def reduced(shape: Shape, axis: Axis) -> Shape:
+    return (ONE if axis in (None, 0) else shape[0], ONE if axis in (None, 1) else shape[1])
+
+
+def show_shape(shape: Shape) -> str:
+    """(n, 1) -> 'n', (1, 1) -> 'a scalar', (m, n) -> 'm × n'."""
+    rows, cols = shape
+    if cols == 1:
+        return "a scalar" if rows == 1 else f"{rows} × 1"
+    return f"{rows} × {cols}"
+
+
+# --- constructors: leaves ---------------------------------------------------------------------------------------------
+
+
+def symbol(
+    name: str, rows: Any, cols: Any = 1, role: Role = "parameter", rank: int | None = None, family: Any = None, props: Iterable[str] = ()
+) -> Sym:  # fmt: skip
+    """A named matrix, vector (cols 1) or family of matrices."""
+    rows, cols = sp.sympify(rows), sp.sympify(cols)
+    rank = (1 if cols == 1 else 2) if rank is None else rank
+    return _intern(Sym, name, rows, cols, role, rank, None if family is None else sp.sympify(family), frozenset(props))
+
+
+def member(of: Sym, index: str) -> Expr:
+    assert of.family is not None
+    return _intern(Member, of, index)
+
+
+def eye(n: Any) -> Expr:
+    return _intern(Eye, sp.sympify(n))
+
+
+def ones(rows: Any, cols: Any = 1) -> Expr:
+    rows, cols = sp.sympify(rows), sp.sympify(cols)
+    return eye(1) if rows == cols == 1 else _intern(Ones, rows, cols)
+
+
+def zeros(rows: Any, cols: Any = 1) -> Expr:
+    return _intern(Zero, sp.sympify(rows), sp.sympify(cols))
+
+
+def constant(value: Any, rows: Any = 1, cols: Any = 1) -> Expr:
+    """The matrix all of whose entries are `value`."""
+    return scale(value, ones(rows, cols))
+
+
+def as_constant(e: Expr) -> sp.Expr | None:
+    """The value c of an expression that is c in every entry, else None."""
+    match e:
+        case Zero():
+            return sp.Integer(0)
+        case Ones():
+            return ONE
+        case Eye(n) if n == 1:
+            return ONE
+        case Mul(c, (f,)):
+            return None if as_constant(f) is None else c
+        case _:
+            return None
+
+
+# --- constructors: sums and products ----------------------------------------------------------------------------------
+
+
+def split(e: Expr) -> tuple[sp.Expr, Expr]:
+    """e = c * body with body free of a coefficient."""
+    match e:
+        case Mul(c, (f,)):
+            return c, f
+        case Mul(c, factors):
+            return c, (e if c == 1 else _intern(Mul, ONE, factors))
+        case _:
+            return ONE, e
+
+
+def add(*terms: Expr) -> Expr:
+    """Sum; like terms merged. Raises ShapeError."""
+    assert terms
+    shape = terms[0].shape
+    merged: dict[Expr, sp.Expr] = {}
+    for term in terms:
+        if not (same(term.rows, shape[0]) and same(term.cols, shape[1])):
+            raise ShapeError(f"{show_shape(shape)} and {show_shape(term.shape)} cannot be added")
+        for t in term.terms if isinstance(term, Add) else (term,):
+            if not isinstance(t, Zero):
+                c, body = split(t)
+                merged[body] = merged.get(body, sp.Integer(0)) + c
+    parts = [scale(c, body) for body, c in sorted(merged.items(), key=lambda kv: kv[0].key) if _tidy(c) != 0]
+    if not parts:
+        return zeros(*shape)
+    return parts[0] if len(parts) == 1 else _intern(Add, tuple(parts))
+
+
+def _tidy(c: sp.Expr) -> sp.Expr:
+    return c if c.is_Atom or c.is_Mul else sp.expand(c)
+
+
+def scale(c: Any, e: Expr) -> Expr:
+    """c * e, c a SymPy scalar or a number."""
+    c = number(c)
+    if c == 0 or isinstance(e, Zero):
+        return zeros(*e.shape)
+    if c == 1:
+        return e
+    match e:
+        case Add(terms):
+            return add(*(scale(c, t) for t in terms))
+        case Mul(d, factors):
+            c = _tidy(c * d)
+            if c == 1 and len(factors) == 1:
+                return factors[0]
+            return zeros(*e.shape) if c == 0 else _intern(Mul, c, factors)
+        case _:
+            return _intern(Mul, c, (e,))
+
+
+def number(c: Any) -> sp.Expr:
+    """A SymPy scalar; decimal numbers become the fraction that was written (0.1 -> 1/10)."""
+    if isinstance(c, sp.Float | float):
+        return sp.Rational(str(c)) if sp.sympify(c).is_finite else sp.sympify(c)
+    return sp.sympify(c)
+
+
+def swap(c: sp.Expr, values: Mapping[Any, Any]) -> sp.Expr:
+    """c with symbols replaced, all at once."""
+    return cast(sp.Expr, cast(Any, c).subs(values, simultaneous=True))
+
+
+def matmul(*parts: Expr, coef: Any = 1) -> Expr:
+    """coef * A @ B @ ... Raises ShapeError where inner sizes differ."""
+    assert parts
+    for a, b in itertools.pairwise(parts):
+        if not same(a.cols, b.rows):
+            raise ShapeError(f"{show_shape(a.shape)} times {show_shape(b.shape)}: {a.cols} is not {b.rows}")
+    shape = parts[0].rows, parts[-1].cols
+    c, flat = number(coef), list[Expr]()
+    for i, part in enumerate(parts):
+        if isinstance(part, Zero):
+            return zeros(*shape)
+        match _regrouped(part, i > 0, i + 1 < len(parts)):
+            case Mul(d, factors):
+                c *= d
+                flat.extend(factors)
+            case other:
+                flat.append(other)
+    if len(flat) > 1 and any(scalar_factor(f)[1] is not f for f in flat):  # A (s X) = s (A X) for a scalar s
+        outer, inner = zip(*map(scalar_factor, flat), strict=True)
+        return elementwise(sp.Mul(*map(slot, range(len(flat) + 1))), matmul(*inner, coef=c), *outer)
+    if len(flat) > 1 and (weighed := _weights(flat[-1], 0)) is not None:  # A (X * r) = (A X) * r for a row r
+        return elementwise(slot(0) * slot(1), matmul(*flat[:-1], weighed[0], coef=c), weighed[1])
+    if len(flat) > 1 and (weighed := _weights(flat[0], 1)) is not None:  # (c * X) A = c * (X A) for a column c
+        return elementwise(slot(0) * slot(1), matmul(weighed[0], *flat[1:], coef=c), weighed[1])
+    factors = list[Expr]()
+    for f in flat:
+        if isinstance(f, Eye):
+            continue
+        if isinstance(f, Add) and len(flat) > 1:
+            d, f = _unit(f)
+            c *= d
+        if factors and _cancel(factors[-1], f):
+            factors.pop()
+        else:
+            factors.append(f)
+    if not factors:
+        return scale(c, eye(shape[0]))
+    if len(factors) == 1:
+        return scale(c, factors[0])
+    return zeros(*shape) if c == 0 else _intern(Mul, _tidy(c), tuple(factors))
+
+
+def scalar_factor(e: Expr, wanted: Callable[[Expr], bool] = lambda x: not x.is_scalar) -> tuple[Expr, Expr]:
+    """(s, x) with e = s x, s a 1 × 1 expression and x the one argument of a map that is wanted; (1, e) if there is no such."""
+    if not isinstance(e, Map):
+        return eye(1), e
+    own = [i for i, a in enumerate(e.args) if wanted(a)]
+    rest = e.profile / slot(own[0]) if len(own) == 1 else e.profile
+    if len(own) != 1 or rest.has(slot(own[0])) or not all(a.is_scalar for i, a in enumerate(e.args) if i != own[0]):
+        return eye(1), e
+    others = [i for i in range(len(e.args)) if i != own[0]]
+    names = {slot(i): slot(j) for j, i in enumerate(others)}
+    return elementwise(rest.xreplace(names), *(e.args[i] for i in others)), e.args[own[0]]
+
+
+def _weights(e: Expr, axis: Literal[0, 1]) -> tuple[Expr, Expr] | None:
+    """(X, w) for X * w entry by entry, w of size 1 along `axis`, where it is repeated."""
+    if not isinstance(e, Map) or e.shape[axis] == 1:
+        return None
+    wide = [i for i, a in enumerate(e.args) if a.shape[axis] != 1]
+    rest = e.profile / slot(wide[0]) if wide else e.profile
+    if (
+        len(wide) != 1
+        or rest.has(slot(wide[0]))
+        or e.args[wide[0]].shape != e.shape
+        or isinstance(e.args[wide[0]], Ones)
+    ):
+        return None
+    others = [a for i, a in enumerate(e.args) if i != wide[0]]
+    if all(a.is_scalar for a in others):
+        return None
+    names = {slot(i): slot(j) for j, i in enumerate(i for i in range(len(e.args)) if i != wide[0])}
+    return e.args[wide[0]], elementwise(rest.xreplace(names), *others)
+
+
+def _regrouped(e: Expr, left: bool, right: bool) -> Expr:
+    """(A X) * r before another factor is A (X * r), c * (X A) after one is (c * X) A: products have one form however they are grouped."""
+    coef, body = split(e)
+    for axis, beside in ((0, right), (1, left)):
+        weighed = _weights(body, axis) if beside else None  # type: ignore[arg-type]
+        if weighed is not None and isinstance(weighed[0], Mul) and len(weighed[0].factors) > 1:
+            k, factors = weighed[0].coef, weighed[0].factors
+            at = -1 if axis == 0 else 0
+            inner = elementwise(slot(0) * slot(1), factors[at], weighed[1])
+            rest = (*factors[:-1], inner) if axis == 0 else (inner, *factors[1:])
+            return _intern(Mul, _tidy(coef * k), rest)
+    return e
+
+
+def _unit(e: Add) -> tuple[sp.Expr, Expr]:
+    """Pull the common coefficient out of a sum, so that its first term has the number 1: 2 A - 4 B -> 2 (A - 2 B), -A + B -> -(A - B)."""
+    coefs = [split(t)[0] for t in e.terms]
+    first, largest = coefs[0].as_coeff_Mul()[0], max((c.as_coeff_Mul()[0] for c in coefs), key=abs)
+    c = (largest if abs(largest) > LARGE * abs(first) else first) * common_powers(coefs)
+    return (c, e) if c == 1 else (c, scale(1 / c, e))
+
+
+def common_powers(coefs: Iterable[sp.Expr]) -> sp.Expr:
+    """The powers of symbols (and of sums) in every coefficient: 2 a b, a^2 -> a."""
+    powers: list[Mapping[sp.Expr, Any]] = [c.as_coeff_Mul()[1].as_powers_dict() for c in coefs]
+    shared = set[sp.Expr].union(*(set(p) for p in powers)) - {ONE}
+    least = {base: [p.get(base, sp.Integer(0)) for p in powers] for base in shared}
+    return sp.Mul(*(base ** min(found) for base, found in least.items() if all(x.is_Rational for x in found)))
+
+
+def _cancel(a: Expr, b: Expr) -> bool:
+    return (isinstance(a, Inverse) and a.x is b) or (isinstance(b, Inverse) and b.x is a)
+
+
+def times(a: Expr, b: Expr) -> Expr:
+    """Elementwise product; a scalar may meet anything."""
+    return elementwise(slot(0) * slot(1), a, b)
+
+
+def transpose(e: Expr) -> Expr:
+    """e.T, pushed inwards as far as it goes."""
+    if e.is_scalar:
+        return e
+    match e:
+        case Transpose(x):
+            return x
+        case Eye() | Diag():
+            return e
+        case Ones():
+            return ones(e.cols, e.rows)
+        case Zero():
+            return zeros(e.cols, e.rows)
+        case Add(terms):
+            return add(*map(transpose, terms))
+        case Mul(c, factors):
+            return matmul(*map(transpose, reversed(factors)), coef=c)
+        case Inverse(x):
+            return inverse(transpose(x))
+        case Map(profile, args):
+            return elementwise(profile, *map(transpose, args))
+        case Softmax(x, axis, causal):
+            return softmax(transpose(x), 1 - axis, causal)
+        case FamilySoftmax(i, n, x):
+            return family_softmax(i, n, transpose(x))
+        case FamilyLogSumExp(i, n, body):
+            return family_logsumexp(i, n, transpose(body))
+        case Noise(kind, rate, x):
+            return noise(kind, rate, transpose(x))
+        case Normalise(kind, axis, eps, x, weight, bias):
+            return normalise(kind, 1 - axis, eps, transpose(x), transpose(weight), transpose(bias))
+        case Sum(x, axis) if axis is not None:
+            return total(transpose(x), 1 - axis)
+        case LogSumExp(x, axis) if axis is not None:
+            return logsumexp(transpose(x), 1 - axis)
+        case Max(x, axis) if axis is not None:
+            return largest(transpose(x), 1 - axis)
+        case SpectralMap(h, x):
+            return spectral_map(h, transpose(x))
+        case FamilySum(i, n, body):
+            return family_sum(i, n, transpose(body))
+        case Hold(x):
+            return hold(transpose(x))
+        case Sym(props=props) if "symmetric" in props:
+            return e
+        case _:
+            return _intern(Transpose, e)
+
+
+def inverse(e: Expr) -> Expr:
+    """inv(e) of a square matrix. Raises ShapeError."""
+    square(e, "inv")
+    match e:
+        case Eye():
+            return e
+        case Inverse(x):
+            return x
+        case Mul(c, (x,)):
+            return scale(1 / c, inverse(x))
+        case Zero():
+            raise ShapeError("a zero matrix has no inverse")
+        case _ if e.is_scalar:
+            return elementwise(1 / slot(0), e)
+        case _:
+            return _intern(Inverse, e)
+
+
+def square(e: Expr, who: str) -> None:
+    if not same(e.rows, e.cols):
+        raise ShapeError(f"{who} needs a square matrix, this one is {show_shape(e.shape)}")
+
+
+def is_symmetric(e: Expr) -> bool:
+    """Is e equal to its transpose, as its form shows?"""
+    return transpose(e) is e
+
+
+# --- constructors: elementwise ----------------------------------------------------------------------------------------
+
+
+def elementwise(profile: Any, *args: Expr) -> Expr:
+    """The map with SymPy `profile` in slot(0), slot(1), ..., normalised: nested maps composed, constants and coefficients
+    absorbed, arguments distinct and ordered, sums split into terms (so no profile is a sum)."""
+    shape = broadcast(*(a.shape for a in args))
+    profile = number(profile)
+    flat: dict[Expr, sp.Symbol] = {}
+
+    def inline(e: Expr) -> sp.Expr:
+        value = as_constant(e)
+        if value is not None:
+            return value
+        match e:
+            case Map(p, inner):
+                return cast(sp.Expr, p.xreplace({slot(i): inline(a) for i, a in enumerate(inner)}))
+            case Add(terms) if inner := [
+                t for t in terms if isinstance(split(t)[1], Map) or as_constant(t) is not None
+            ]:
+                rest = [t for t in terms if t not in inner]
+                return sp.Add(*map(inline, inner), *([inline(add(*rest))] if rest else []))
+            case Mul(c, _) if c != 1:
+                return c * inline(split(e)[1])
+            case Mul(_, (*front, Ones(one, _))) if one == 1 and front:  # a column, repeated: a map does so by itself
+                return inline(matmul(*front))
+            case Mul(_, (Ones(_, one), *rest)) if one == 1 and rest:
+                return inline(matmul(*rest))
+            case Add() if (unit := _unit(e))[0] != 1:
+                return unit[0] * inline(unit[1])
+            case _:
+                return flat.setdefault(e, _leaf(len(flat)))
+
+    profile = profile.xreplace({slot(i): inline(a) for i, a in enumerate(args)})
+    return _mapped(_primitive(_plain_conditions(profile)), {s: e for e, s in flat.items()}, shape)
+
+
+def _plain_conditions(profile: sp.Expr) -> sp.Expr:
+    """if-then-else of conditions (SymPy makes them of branches on branches) by `and` and `or`."""
+    if not profile.has(sp.ITE):
+        return profile
+    return cast(sp.Expr, profile.replace(sp.ITE, lambda p, a, b: sp.Or(sp.And(p, a), sp.And(sp.Not(p), b))))
+
+
+def _primitive(profile: sp.Expr) -> sp.Expr:
+    """One spelling where a sum meets a coefficient: 1/(4 + 4 u) -> 1/4 * 1/(1 + u), (a + a u) w -> a (1 + u) w, a (1 + u) -> a + a u."""
+    if profile.is_Atom or not profile.has(sp.Add):
+        return profile
+    args = tuple(map(_primitive, cast(tuple[sp.Expr, ...], profile.args)))
+    e = profile if args == profile.args else profile.func(*args)
+    match e:
+        case sp.Pow(base=base, exp=exponent) if isinstance(base, sp.Add) and not exponent.has(_Leaf):
+            c, rest = _content(base)
+            return e if c == 1 else sp.Pow(c, exponent) * sp.Pow(rest, exponent)
+        case sp.Mul():
+            fixed, moving = e.as_independent(_Leaf, as_Add=False)
+            if isinstance(moving, sp.Add):
+                return sp.Add(*(fixed * t for t in moving.args))
+            parts = [_content(x) if isinstance(x, sp.Add) else (ONE, x) for x in sp.Mul.make_args(moving)]
+            return e if all(c == 1 for c, _ in parts) else sp.Mul(fixed, *(c * x for c, x in parts))
+        case _:
+            return e
+
+
+LARGE = 10**4
+"""Whole numbers up to this make one spelling of a sum."""
+
+
+def _content(e: sp.Add) -> tuple[sp.Expr, sp.Expr]:
+    """(c, e / c), c the number and the powers of scalars common to all terms: 1/2 + u/3 -> 1/6, 3 + 2 u; but 1e-24 + u stays."""
+    number_, rest = e.as_content_primitive()
+    largest = max(abs(t.as_coeff_Mul()[0]) for t in sp.Add.make_args(rest))
+    if largest > LARGE:  # numbers that a narrow type does not hold
+        number_, rest = number_ * largest, sp.Add(*(t / largest for t in sp.Add.make_args(rest)))
+    terms = rest.args if isinstance(rest, sp.Add) else (rest,)
+    powers = common_powers([t.as_independent(_Leaf, as_Add=False)[0] for t in terms])
+    return number_ * powers, (rest if powers == 1 else sp.Add(*(t / powers for t in terms)))
+
+
+def _mapped(profile: sp.Expr, named: dict[sp.Symbol, Expr], shape: Shape) -> Expr:
+    used = sorted((s for s in named if s in profile.free_symbols), key=lambda s: named[s].key)
+    if not used:
+        return constant(profile, *shape)
+    full = broadcast(*(named[s].shape for s in used)) == shape
+    if full and (linear := _linear(profile, used, named, shape)) is not None:
+        return linear
+    c, core = profile.as_independent(*used, as_Add=False)
+    if isinstance(core, sp.Add):
+        return add(*(_mapped(c * t, named, shape) for t in core.args))
+    args = tuple(named[s] for s in used)
+    if not full:
+        args = (*args, ones(*shape))  # only its shape counts
+    core = core.xreplace({s: slot(i) for i, s in enumerate(used)})
+    return scale(c, _intern(Map, core, args))
+
+
+def _linear(profile: sp.Expr, used: list[sp.Symbol], named: dict[sp.Symbol, Expr], shape: Shape) -> Expr | None:
+    """a*x + b*y + c as a sum of scaled terms, if the profile is that and every argument has the full shape."""
+    if not profile.is_polynomial(*used) or any(named[s].shape != shape for s in used):
+        return None
+    poly = sp.Poly(profile, *used)
+    if poly.total_degree() > 1:
+        return None
+    terms = [scale(poly.coeff_monomial(s), named[s]) for s in used]
+    return add(*terms, constant(poly.coeff_monomial(1), *shape))
+
+
+# --- constructors: everything else ------------------------------------------------------------------------------------
+
+
+def _distribute(make: Callable[[Expr], Expr], e: Expr) -> Expr | None:
+    """Push a linear map through sums and coefficients, or None at the bottom."""
+    match e:
+        case Add(terms):
+            return add(*map(make, terms))
+        case Mul(c, _) if c != 1:
+            return scale(c, make(split(e)[1]))
+        case _:
+            return None
+
+
+def total(e: Expr, axis: Axis = None) -> Expr:
+    """Sum of entries, over everything or along an axis."""
+    if axis is not None and e.shape[axis] == 1:
+        return e
+    if e.is_scalar:
+        return e
+    pushed = _distribute(lambda x: total(x, axis), e)
+    if pushed is not None:
+        return pushed
+    if (
+        axis is None
+        and isinstance(e, Map | Transpose)
+        and transpose(e).key.count("Transpose(") < e.key.count("Transpose(")
+    ):
+        return total(transpose(e))
+    out = reduced(e.shape, axis)
+    match e:
+        case Map(profile, args) if axis is None and all(a.is_scalar or isinstance(a, Ones) for a in args):
+            return scale(e.rows * e.cols, elementwise(profile, *(a for a in args if a.is_scalar)))
+        case Zero():
+            return zeros(*out)
+        case Ones():
+            count = e.rows * e.cols if axis is None else e.shape[axis]
+            return constant(count, *out)
+        case Eye() | Diag() if axis is None:
+            return trace(e)
+        case FamilySum(i, n, body):
+            return family_sum(i, n, total(body, axis))
+        case _:
+            return _intern(Sum, e, axis)
+
+
+def trace(e: Expr) -> Expr:
+    """Trace of a square matrix, products rotated to one cyclic order."""
+    square(e, "trace")
+    if e.is_scalar:
+        return e
+    pushed = _distribute(trace, e)
+    if pushed is not None:
+        return pushed
+    match e:
+        case Zero():
+            return zeros(1, 1)
+        case Eye(n):
+            return constant(n)
+        case Diag(v):
+            return total(v)
+        case Transpose(x):
+            return trace(x)
+        case FamilySum(i, n, body):
+            return family_sum(i, n, trace(body))
+        case Mul(_, factors):
+            turned = [matmul(*factors[i:], *factors[:i]) for i in range(len(factors))]
+            turned = [t for t in turned if (isinstance(t, Mul) and t.coef == 1) or t.is_scalar] or [e]
+            best = min(turned, key=lambda t: (not t.is_scalar, t.key))
+            return best if best.is_scalar else _intern(Trace, best)
+        case _:
+            return _intern(Trace, e)
+
+
+def logdet(e: Expr) -> Expr:
+    """log det of a symmetric positive definite matrix. Raises ShapeError for one that is not symmetric."""
+    square(e, "logdet")
+    if isinstance(e, Eye):
+        return zeros(1, 1)
+    if e.is_scalar and not complex_valued(e):
+        return elementwise(sp.log(slot(0)), e)
+    if not is_symmetric(e) and transpose(conjugated(e)) is not e:
+        raise ShapeError("logdet needs a symmetric positive definite matrix, and the form of this one is not symmetric")
+    c, body = split(e)
+    return add(constant(e.rows * sp.log(c)), logdet(body)) if c != 1 else _intern(LogDet, e)
+
+
+def logsumexp(e: Expr, axis: Axis = None) -> Expr:
+    return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else _intern(LogSumExp, e, axis)
+
+
+def softmax(e: Expr, axis: int, causal: bool = False) -> Expr:
+    """Shares along an axis. Raises ShapeError for a causal one of a matrix that is not square."""
+    if causal:
+        square(e, "a causal softmax")
+    return ones(*e.shape) if e.shape[axis] == 1 else _intern(Softmax, e, axis, causal)
+
+
+def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = None, bias: Expr | None = None) -> Expr:
+    """Columns (axis 0) or rows (axis 1) normalised; without weight and bias: no more than that. Raises ShapeError."""
+    length = (e.rows, ONE) if axis == 0 else (ONE, e.cols)
+    weight, bias = ones(*length) if weight is None else weight, zeros(*length) if bias is None else bias
+    for part in (weight, bias):
+        if not all(map(same, part.shape, length)):
+            raise ShapeError(f"a weight of a norm is {show_shape(length)}, not {show_shape(part.shape)}")
+    if e.shape[axis] == 1:  # of single entries
+        u, w, b, eps = slot(0), slot(1), slot(2), number(eps)
+        alone = {
+            "layer_norm": sp.Integer(0) * u,
+            "rms_norm": u / sp.sqrt(u**2 + eps),
+            "sphere": u / sp.Max(sp.Abs(u), eps),
+        }[kind]
+        return elementwise(alone * w + b, e, weight, bias)
+    return _intern(Normalise, kind, axis, number(eps), e, weight, bias)
+
+
+def largest(e: Expr, axis: Axis = None) -> Expr:
+    return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else _intern(Max, e, axis)
+
+
+def diag(v: Expr) -> Expr:
+    if v.cols != 1:
+        raise ShapeError(
+            f"diag needs a vector, this is {show_shape(v.shape)}; diagonal(M) takes the diagonal of a matrix"
+        )
+    pushed = _distribute(diag, v)
+    if pushed is not None:
+        return pushed
+    match v:
+        case Ones(n, _):
+            return eye(n)
+        case Zero(n, _):
+            return zeros(n, n)
+        case _:
+            return v if v.is_scalar else _intern(Diag, v)
+
+
+def diagonal(e: Expr) -> Expr:
+    square(e, "diagonal")
+    pushed = _distribute(diagonal, e)
+    if pushed is not None:
+        return pushed
+    match e:
+        case Eye(n):
+            return ones(n)
+        case Zero(n, _):
+            return zeros(n)
+        case Diag(v):
+            return v
+        case Transpose(x):
+            return diagonal(x)
+        case _:
+            return e if e.is_scalar else _intern(Diagonal, e)
+
+
+def spectral(profile: Any, e: Expr) -> Expr:
+    """Sum of profile(s_i) over singular values; profile(0) must be 0 or the count of singular values would matter."""
+    profile = number(profile)
+    if profile == slot(0) ** 2:
+        return total(elementwise(profile, e))
+    c, core = profile.as_independent(slot(0), as_Add=False)
+    if isinstance(e, Transpose):
+        e = e.x
+    return scale(c, _intern(Spectral, core, e))
+
+
+def spectral_map(profile: Any, e: Expr) -> Expr:
+    profile = number(profile)
+    c, core = profile.as_independent(slot(0), as_Add=False)
+    if core == slot(0):
+        return scale(c, e)
+    if isinstance(e, Transpose):
+        return transpose(spectral_map(profile, e.x))
+    return scale(c, _intern(SpectralMap, core, e))
+
+
+def spectral_norm(e: Expr) -> Expr:
+    """Largest singular value."""
+    c, body = split(e)
+    if c != 1:
+        return scale(sp.Abs(c), spectral_norm(body))
+    match e:
+        case Eye():
+            return eye(1)
+        case Transpose(x):
+            return spectral_norm(x)
+        case Mul(_, (a, b)) if a is transpose(b):  # |B'B| = |B|^2
+            return elementwise(slot(0) ** 2, spectral_norm(min(a, b, key=lambda x: isinstance(x, Transpose))))
+        case _ if 1 in e.shape:
+            return elementwise(sp.sqrt(slot(0)), total(elementwise(slot(0) ** 2, e)))
+        case Diag(v):
+            return largest(elementwise(sp.Abs(slot(0)), v))
+        case _:
+            return _intern(SpectralNorm, e)
+
+
+def noise(kind: str, rate: Any, e: Expr) -> Expr:
+    """e with a part left out by chance while training."""
+    return e if number(rate) == 0 else _intern(Noise, kind, number(rate), e)
+
+
+def operator_shape(name: str, shape: Shape, adjoint: bool = False, sizes: tuple[sp.Expr, ...] = ()) -> Shape:
+    """Shape of the value of a linear operator. Raises ShapeError."""
+    rows, cols = shape
+    match name:
+        case "difference":
+            return rows + (1 if adjoint else -1), cols
+        case "shifts":
+            multiple(rows, sizes)
+            return rows, multiple(cols, sizes) if adjoint else cols * sp.Mul(*sizes)
+        case "repeat":
+            return multiple(rows, sizes) if adjoint else rows * sp.Mul(*sizes), cols
+        case "first":
+            return sizes[0], cols
+        case _:
+            return shape
+
+
+def multiple(n: sp.Expr, sizes: tuple[sp.Expr, ...]) -> sp.Expr:
+    """n / (the number of places). Raises ShapeError where that is not known to be a whole number."""
+    found = sp.cancel(n / sp.Mul(*sizes))
+    if found.is_integer is not True:
+        raise ShapeError(
+            f"{n} is not a multiple of {sp.Mul(*sizes)}: channels by places are declared as a product, as in [c*T, N]"
+        )
+    return found
+
+
+def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ...] = ()) -> Expr:
+    """A named linear operator applied to a matrix. Raises ShapeError."""
+    shape = operator_shape(name, e.shape, adjoint, sizes)
+    if isinstance(e, Zero):
+        return zeros(*shape)
+    if (sizes and name != "first" and sp.Mul(*sizes) == 1) or (name == "running_sum" and e.cols == 1):
+        return e
+    if name == "first" and same(e.rows, sizes[0]):
+        return e
+    if name == "first" and e.rows == 1 and e is not eye(ONE):
+        return matmul(operator(name, eye(ONE), sizes=sizes), e)
+    return _distribute(lambda x: operator(name, x, adjoint, sizes), e) or _intern(Op, name, e, adjoint, sizes)
+
+
+def spectrum(index: str, sizes: tuple[sp.Expr, ...], e: Expr, conjugate: bool = False) -> Expr:
+    """The frequency `index` of a real matrix, channels by places down its columns. Raises ShapeError."""
+    rows = multiple(e.rows, sizes)
+    if isinstance(e, Zero):
+        return zeros(rows, e.cols)
+    if sp.Mul(*sizes) == 1:
+        return e
+    match e:
+        case Signal(i, s, body) if s == sizes:
+            fresh = rename_index(body, i, index)
+            return conjugated(fresh) if conjugate else fresh
+        case Mul(c, (*front, Diag() as last)) if front:
+            return matmul(spectrum(index, sizes, matmul(*front, coef=c), conjugate), last)
+        case _:
+            return _distribute(lambda x: spectrum(index, sizes, x, conjugate), e) or _intern(
+                Spectrum, index, sizes, e, conjugate
+            )
+
+
+def signal(index: str, sizes: tuple[sp.Expr, ...], body: Expr) -> Expr:
+    """The real matrix with this body at every frequency; real factors to the right of all that depends on it stand outside."""
+    if isinstance(body, Zero):
+        return zeros(body.rows * sp.Mul(*sizes), body.cols)
+    if sp.Mul(*sizes) == 1:
+        return body
+    match body:
+        case Spectrum(i, s, x, False) if i == index and s == sizes:
+            return x
+        case Mul(c, (*front, last)) if front and not mentions(last, index):
+            return matmul(signal(index, sizes, matmul(*front, coef=c)), last)
+        case _:
+            return _distribute(lambda x: signal(index, sizes, x), body) or _intern(Signal, index, sizes, body)
+
+
+def conjugated(e: Expr) -> Expr:
+    """The complex conjugate."""
+    match e:
+        case Spectrum(i, sizes, x, conjugate):
+            return spectrum(i, sizes, x, not conjugate)
+        case Signal():
+            return e
+        case _:
+            return rebuild(e, tuple(map(conjugated, e.children)))
+
+
+def complex_valued(e: Expr) -> bool:
+    """Does e depend on a frequency?"""
+    return isinstance(e, Spectrum) or (not isinstance(e, Signal | LogDet) and any(map(complex_valued, e.children)))
+
+
+def family_sum(index: str, size: Any, body: Expr) -> Expr:
+    """sum(body for index in size). An index that the body binds again is renamed, so nested sums have distinct ones."""
+    size = sp.sympify(size)
+    if not mentions(body, index):
+        return scale(size, body)
+    if index in (taken := bound_indices(body)):
+        index, body = (fresh := fresh_index(index, taken | free_indices(body))), rename_index(body, index, fresh)
+    return _distribute(lambda x: family_sum(index, size, x), body) or _intern(FamilySum, index, size, body)
+
+
+def family_logsumexp(index: str, size: Any, body: Expr) -> Expr:
+    """log of sum(exp(body) for index in size)."""
+    size = sp.sympify(size)
+    if not mentions(body, index):
+        return add(body, constant(sp.log(size), *body.shape))
+    if index in (taken := bound_indices(body)):
+        index, body = (fresh := fresh_index(index, taken | free_indices(body))), rename_index(body, index, fresh)
+    return _intern(FamilyLogSumExp, index, size, body)
+
+
+def family_softmax(index: str, size: Any, e: Expr) -> Expr:
+    """Shares among the members of a family: exp(e) / sum(exp(e) for index in size), still a function of the index."""
+    size = sp.sympify(size)
+    return _intern(FamilySoftmax, index, size, e) if mentions(e, index) else constant(1 / size, *e.shape)
+
+
+def mentions(e: Expr, index: str) -> bool:
+    """Does e contain a member with this free index?"""
+    match e:
+        case Member(_, i):
+            return i == index
+        case Spectrum(i, _, _, _) if i == index:
+            return True
+        case FamilySum(i, _, _) | FamilyLogSumExp(i, _, _) | Signal(i, _, _) if i == index:
+            return False
+        case _:
+            return any(mentions(c, index) for c in e.children)
+
+
+def bound_indices(e: Expr) -> frozenset[str]:
+    """The indices of all sums over families in e."""
+    return frozenset(x.index for x in walk(e) if isinstance(x, FamilySum | FamilyLogSumExp | Signal))
+
+
+def free_indices(e: Expr) -> frozenset[str]:
+    return frozenset(x.index for x in walk(e) if isinstance(x, Member | Spectrum) and mentions(e, x.index))
+
+
+def fresh_index(index: str, taken: frozenset[str]) -> str:
+    return index if index not in taken else fresh_index(f"{index}_", taken)
+
+
+def rename_index(e: Expr, old: str, new: str) -> Expr:
+    """e with its free index `old` called `new`; a sum that binds `new` gets another index first."""
+    if old == new or not mentions(e, old):
+        return e
+    match e:
+        case Member(of, _):
+            return member(of, new)
+        case FamilySum(i, n, body) | FamilyLogSumExp(i, n, body) if i == new:
+            fresh = fresh_index(i, free_indices(body) | bound_indices(body) | {old, new})
+            make = family_sum if isinstance(e, FamilySum) else family_logsumexp
+            return make(fresh, n, rename_index(rename_index(body, i, fresh), old, new))
+        case Signal(i, sizes, body) if i == new:
+            fresh = fresh_index(i, free_indices(body) | bound_indices(body) | {old, new})
+            return signal(fresh, sizes, rename_index(rename_index(body, i, fresh), old, new))
+        case Spectrum(i, sizes, x, conjugate):
+            return spectrum(new if i == old else i, sizes, rename_index(x, old, new), conjugate)
+        case FamilySoftmax(i, n, x):
+            return family_softmax(new if i == old else i, n, rename_index(x, old, new))
+        case _:
+            return rebuild(e, tuple(rename_index(c, old, new) for c in e.children))
+
+
+def hold(e: Expr) -> Expr:
+    return _distribute(hold, e) or (e if isinstance(e, Eye | Ones | Zero | Hold) else _intern(Hold, e))
+
+
+def indicator(name: str, e: Expr, *params: Any) -> Expr:
+    """0 on the set, infinity outside."""
+    return _intern(Indicator, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), e)
+
+
+def prox(term: Expr, variable: Sym, t: Any, at: Expr, swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()) -> Expr:
+    """argmin over `variable` of t * term + |variable - at|^2 / 2."""
+    return _intern(Prox, term, variable, number(t), at, swaps)
+
+
+def prox_map(p: Any, slots: tuple[sp.Symbol, ...], *args: Expr) -> Expr:
+    """A scalar prox record applied elementwise to args[0]; args[1:] are the values of the scalars in `slots`."""
+    return _intern(ProxMap, p, args, slots)
+
+
+def spectral_prox(p: Any, x: Expr) -> Expr:
+    """A scalar prox record applied to the singular values of x."""
+    return _intern(SpectralProx, p, x)
+
+
+def project(name: str, x: Expr, *params: Any) -> Expr:
+    """The nearest point of the named set."""
+    return _intern(Project, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), x)
+
+
+# --- traversal --------------------------------------------------------------------------------------------------------
+
+
+def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
+    """The same operation on other children (in the order of `e.children`), normalised again."""
+    if all(a is b for a, b in zip(parts, e.children, strict=True)):
+        return e
+    match cast(Node, e):
+        case Sym() | Eye() | Ones() | Zero():
+            return e
+        case Member(_, index):
+            of = parts[0]
+            return member(of, index) if isinstance(of, Sym) and of.family is not None else of
+        case Add():
+            return add(*parts)
+        case Mul(c, _):
+            return matmul(*parts, coef=c)
+        case Transpose():
+            return transpose(parts[0])
+        case Inverse():
+            return inverse(parts[0])
+        case Map(profile, _):
+            return elementwise(profile, *parts)
+        case Diag():
+            return diag(parts[0])
+        case Diagonal():
+            return diagonal(parts[0])
+        case Softmax(_, axis, causal):
+            return softmax(parts[0], axis, causal)
+        case Noise(kind, rate, _):
+            return noise(kind, rate, parts[0])
+        case Normalise(kind, axis, eps, _, _, _):
+            return normalise(kind, axis, eps, *parts)
+        case FamilyLogSumExp(i, n, _):
+            return family_logsumexp(i, n, parts[0])
+        case FamilySoftmax(i, n, _):
+            return family_softmax(i, n, parts[0])
+        case SpectralMap(h, _):
+            return spectral_map(h, parts[0])
+        case Op(name, _, adjoint, sizes):
+            return operator(name, parts[0], adjoint, sizes)
+        case Spectrum(i, sizes, _, conjugate):
+            return spectrum(i, sizes, parts[0], conjugate)
+        case Signal(i, sizes, _):
+            return signal(i, sizes, parts[0])
+        case Hold():
+            return hold(parts[0])
+        case Prox(_, _, t, _, swaps):
+            term, variable, at = parts
+            assert isinstance(variable, Sym)
+            return prox(term, variable, t, at, swaps)
+        case ProxMap(p, _, slots):
+            return prox_map(p, slots, *parts)
+        case SpectralProx(p, _):
+            return spectral_prox(p, parts[0])
+        case Project(name, params, _):
+            fresh = iter(parts)
+            params = tuple(next(fresh) if isinstance(p, Expr) else p for p in params)
+            return project(name, next(fresh), *params)
+        case FamilySum(i, n, _):
+            return family_sum(i, n, parts[0])
+        case Sum(_, axis):
+            return total(parts[0], axis)
+        case LogSumExp(_, axis):
+            return logsumexp(parts[0], axis)
+        case Max(_, axis):
+            return largest(parts[0], axis)
+        case Trace():
+            return trace(parts[0])
+        case LogDet():
+            return logdet(parts[0])
+        case Spectral(h, _):
+            return spectral(h, parts[0])
+        case SpectralNorm():
+            return spectral_norm(parts[0])
+        case Indicator(name, params, _):
+            fresh = iter(parts)
+            params = tuple(next(fresh) if isinstance(p, Expr) else p for p in params)
+            return indicator(name, next(fresh), *params)
+        case _ as never:
+            assert_never(never)
+
+
+E = TypeVar("E", bound=Expr)
+
+
+def transform(e: Expr, rule: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] | None = None) -> Expr:
+    """Rewrite bottom-up: children first, then `rule` on the rebuilt node (None: leave it)."""
+    memo = {} if memo is None else memo
+    if e not in memo:
+        fresh = rebuild(e, tuple(transform(c, rule, memo) for c in e.children))
+        changed = rule(fresh)
+        memo[e] = fresh if changed is None else changed
+    return memo[e]
+
+
+def substitute(e: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
+    """Replace whole nodes (symbols, usually) by expressions."""
+    return transform(e, mapping.get)
+
+
+def substitute_scalars(e: Expr, mapping: Mapping[Any, Any]) -> Expr:
+    """Replace SymPy symbols in coefficients, profiles, parameters and sizes."""
+    if not mapping:
+        return e
+    put: Callable[[Any], sp.Expr] = lambda x: swap(number(x), mapping)
+
+    def rule(node: Expr) -> Expr | None:
+        match node:
+            case Mul(c, factors):
+                return matmul(*factors, coef=put(c))
+            case Map(profile, args):
+                return elementwise(put(profile), *args)
+            case SpectralMap(h, x):
+                return spectral_map(put(h), x)
+            case Spectral(h, x):
+                return spectral(put(h), x)
+            case Eye(n):
+                return eye(put(n))
+            case Ones(r, c):
+                return ones(put(r), put(c))
+            case Zero(r, c):
+                return zeros(put(r), put(c))
+            case Sym():
+                return symbol(
+                    node.name, put(node.nrows), put(node.ncols), node.role, node.rank,
+                    None if node.family is None else put(node.family), node.props,
+                )  # fmt: skip
+            case FamilySum(i, n, body):
+                return family_sum(i, put(n), body)
+            case FamilyLogSumExp(i, n, body):
+                return family_logsumexp(i, put(n), body)
+            case FamilySoftmax(i, n, x):
+                return family_softmax(i, put(n), x)
+            case Noise(kind, rate, x):
+                return noise(kind, put(rate), x)
+            case Op(name, x, adjoint, sizes) if sizes:
+                return operator(name, x, adjoint, tuple(map(put, sizes)))
+            case Spectrum(i, sizes, x, conjugate):
+                return spectrum(i, tuple(map(put, sizes)), x, conjugate)
+            case Signal(i, sizes, body):
+                return signal(i, tuple(map(put, sizes)), body)
+            case Normalise(kind, axis, eps, x, weight, bias):
+                return normalise(kind, axis, put(eps), x, weight, bias)
+            case Indicator(name, params, x):
+                return indicator(name, x, *(p if isinstance(p, Expr) else put(p) for p in params))
+            case Prox(term, variable, t, at, swaps):
+                return prox(term, variable, put(t), at, tuple((put(a), b) for a, b in swaps))
+            case _:
+                return None
+
+    return transform(e, rule)
+
+
+def depends(e: Expr, on: Sym) -> bool:
+    return on in e.symbols
+
+
+def walk(e: Expr) -> Iterable[Expr]:
+    """Every distinct sub-expression, children before parents."""
+    seen: dict[Expr, None] = {}
+    stack: list[tuple[Expr, bool]] = [(e, False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            seen[node] = None
+        elif node not in seen:
+            stack.append((node, True))
+            stack.extend((c, False) for c in reversed(node.children))
+    return list(seen)
+
+
+def expand(e: Expr) -> Expr:
+    """Products distributed over sums, everywhere outside nonlinear nodes: equal matrix polynomials become one object."""
+    match e:
+        case Add(terms):
+            return add(*map(expand, terms))
+        case Mul(c, factors):
+            words: list[tuple[sp.Expr, tuple[Expr, ...]]] = [(c, ())]
+            for f in factors:
+                f = expand(f)
+                options = [split(t) for t in (f.terms if isinstance(f, Add) else (f,))]
+                words = [(a * b, (*w, x)) for a, w in words for b, x in options]
+            return add(*(matmul(*w, coef=a) for a, w in words))
+        case _:
+            return e
+
+
+def require_scalar(e: Expr) -> None:
+    if not e.is_scalar:
+        raise DeriveError(
+            "E133",
+            f"an objective must be a scalar, this is {show_shape(e.shape)}",
+            hint="sum(...) or sumsq(...) makes a scalar",
+        )

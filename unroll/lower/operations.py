@@ -1,0 +1,931 @@
+"""Tensor operations: what a graph is made of.
+
+A `Node` has a mathematical shape (rows, cols), like every expression, and a place where it is stored:
+
+    with batch axes      (*, families, cols, rows)      a column (*, families, rows)
+    without              (families, rows, cols)         a column (families, rows)
+
+An axis of size 1 is not stored, so a column and the row that is its transpose are one tensor, and a matrix and its
+transpose differ by `.mT` only. A `Ref` is a node or its transpose. Operations are an open set: one record each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from math import prod
+from typing import Any
+
+import sympy as sp
+
+from unroll.language.expr import ONE, Shape, broadcast, operator_shape, slot
+from unroll.lower.scalar_text import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
+
+Tags = tuple[str, ...]
+"""Stored axes in order: "*" all batch axes, "r" rows, "c" columns, anything else the index of a family."""
+
+
+class Stage(IntEnum):
+    """When a value is known. Setup: from problem parameters alone. Prologue: once per call. Body: per layer."""
+
+    CONSTANT = 0
+    SETUP = 1
+    PROLOGUE = 2
+    BODY = 3
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A node, or its transpose."""
+
+    node: int
+    flip: bool = False
+
+    @property
+    def T(self) -> Ref:
+        return Ref(self.node, not self.flip)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One tensor operation. families: (index, size) of every free family index. plain: a Python number."""
+
+    op: str
+    inputs: tuple[Ref, ...]
+    attrs: tuple[Any, ...]
+    shape: Shape
+    batched: bool = False
+    families: tuple[tuple[str, sp.Expr], ...] = ()
+    stage: Stage = Stage.CONSTANT
+    plain: bool = False
+    symmetric: bool = False
+
+    @property
+    def tags(self) -> Tags:
+        """Stored axes."""
+        rows = () if self.shape[0] == 1 else ("r",)
+        cols = () if self.shape[1] == 1 else ("c",)
+        matrix = cols + rows if self.batched else rows + cols
+        return (("*",) if self.batched else ()) + tuple(k for k, _ in self.families) + matrix
+
+
+@dataclass(frozen=True)
+class View:
+    """A ref with its node: the operand of an operation."""
+
+    node: Node
+    flip: bool
+
+    @property
+    def shape(self) -> Shape:
+        rows, cols = self.node.shape
+        return (cols, rows) if self.flip else (rows, cols)
+
+    @property
+    def tags(self) -> Tags:
+        turn = {"r": "c", "c": "r"} if self.flip else {}
+        return tuple(turn.get(t, t) for t in self.node.tags)
+
+
+@dataclass(frozen=True)
+class Operand(View):
+    """A view with its text."""
+
+    text: Text
+
+    @property
+    def turned(self) -> Operand:
+        """The transpose."""
+        return Operand(self.node, not self.flip, self.text)
+
+    def ordered(self, order: str) -> Text:
+        """The text with its two matrix axes in this order, "rc" or "cr" """
+        both = "r" in self.tags and "c" in self.tags
+        stored = "".join(t for t in self.tags if t in "rc")
+        return self.text.then(".mT") if both and stored != order and not self.node.symmetric else self.text
+
+    def aligned(self, tags: Tags) -> Text:
+        """The text with axes of size 1 where it lacks one of `tags`, so that it broadcasts against them."""
+        text = self.ordered("".join(t for t in tags if t in ("r", "c")) or "rc") if len(self.tags) > 1 else self.text
+        if self.node.plain or not self.tags:
+            return text
+        own = [t for t in tags if t in self.tags]
+        inner = tags[tags.index(own[0]) + 1 :] if own else ()
+        parts = [":" if t in self.tags else "None" for t in inner]
+        if "None" not in parts:
+            return text
+        while parts and parts[0] == ":" and own[0] == "*":
+            parts.pop(0)
+        return text.then(f"[{', '.join(['...' if own[0] == '*' else ':', *parts])}]")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the text of an operation may need besides its operands."""
+
+    size: Callable[[sp.Expr], str]
+    like: str  # a tensor whose dtype and device new ones take
+    function: Callable[[Any], str]  # name of a record's function in the module
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kind of tensor operation.
+
+    axes(inputs, attrs) -> shape.  text(out, operands, context) -> Python.  cost(out, inputs, sizes) -> floating-point
+    operations of one sample.  helpers: module-level functions that the text calls.
+    """
+
+    name: str
+    axes: Callable[[Sequence[View], tuple[Any, ...]], Shape]
+    text: Callable[[Node, Sequence[Operand], Context], Text]
+    cost: Callable[[Node, Sequence[View], Callable[[sp.Expr], int]], int]
+    helpers: tuple[str, ...] = ()
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+Sizes = Callable[[sp.Expr], int]
+
+
+def entries(v: Node | View, size: Sizes) -> int:
+    node = v.node if isinstance(v, View) else v
+    return size(node.shape[0]) * size(node.shape[1]) * prod(size(n) for _, n in node.families)
+
+
+def _pointwise(out: Node, args: Sequence[View], size: Sizes) -> int:
+    return max((entries(a, size) for a in (out, *args)), default=1)
+
+
+def _free(out: Node, args: Sequence[View], size: Sizes) -> int:
+    return 0
+
+
+def _product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    """2 m k n per product, left to right."""
+    parts = args[1:] if out.op == "product" else args
+    families = {k: size(n) for a in parts for k, n in a.node.families}
+    rows, total = size(parts[0].shape[0]), 0
+    for b in parts[1:]:
+        total += 2 * rows * size(b.shape[0]) * size(b.shape[1])
+    return total * prod(families.values())
+
+
+def _weighed_product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    """That of one member: the others weigh nothing, where weights are labels."""
+    return 2 * size(out.shape[0]) * size(out.shape[1]) * size(args[0].shape[1])
+
+
+def _attention_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    """Two products with the N x N matrix of scores."""
+    return 4 * size(out.shape[1]) * entries(out, size)
+
+
+def _cubic(out: Node, args: Sequence[View], size: Sizes) -> int:
+    n = size(args[0].shape[0])
+    return n**2 * max(n, entries(out, size) // max(n, 1)) * prod(size(k) for _, k in out.families)
+
+
+# --- axes -------------------------------------------------------------------------------------------------------------
+
+
+def _same(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return args[0].shape
+
+
+def _broadcast(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return broadcast(*(a.shape for a in args)) if args else (ONE, ONE)
+
+
+def _given(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return attrs[-2], attrs[-1]
+
+
+def _to_scalar(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return ONE, ONE
+
+
+def _along(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0].shape
+    return (ONE if attrs[0] in (None, 0) else rows, ONE if attrs[0] in (None, 1) else cols)
+
+
+def _product_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return args[0].shape[0], args[-1].shape[1]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _map_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """Elementwise formula attrs[0] in slots."""
+    return formula(out.attrs[0], {slot(i): a.aligned(out.tags) for i, a in enumerate(args)})
+
+
+def _add_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs[0]: the numbers in front of the terms."""
+    parts = sorted(zip(out.attrs[0], args, strict=True), key=lambda p: bool(p[0] < 0))
+    texts: list[str] = []
+    for i, (coef, arg) in enumerate(parts):
+        text, minus = arg.aligned(out.tags), coef < 0
+        size = abs(coef)
+        body = Text(f"{number(size).at(PRODUCT)} * {text.at(UNARY)}", PRODUCT) if size != 1 else text
+        if i:
+            texts.append(f" {'-' if minus else '+'} {body.at(PRODUCT)}")
+        else:
+            texts.append(f"-{body.at(UNARY)}" if minus else body.at(SUM))
+    return Text("".join(texts), SUM, not out.plain)
+
+
+def _matmul_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """a @ b. With batch axes the stored tensors are transposed, so the product is b.T @ a.T."""
+    a, b = args
+    if (short := _weighed_sum(a, b) or _weighed_sum(b.turned, a.turned)) is not None:
+        return short
+    if a.node.families or b.node.families or a.shape[1] == 1:
+        return einsum(out, a, b)
+    if not out.batched:
+        return _at(a.ordered("rc"), b.ordered("rc"))
+    thin_a, thin_b = a.shape[0] == 1, b.shape[1] == 1
+    match a.node.batched, b.node.batched:
+        case True, True if thin_a and thin_b:
+            return Text(f"torch.linalg.vecdot({a.text.code}, {b.text.code})")
+        case True, True if thin_b:
+            return _at(b.text.then("[..., None, :]"), a.ordered("cr")).then(".squeeze(-2)")
+        case True, True if thin_a:
+            return _at(b.ordered("cr"), a.text.then("[..., None]")).then(".squeeze(-1)")
+        case True, False if thin_a:
+            return _at(a.text, b.ordered("rc"))
+        case _:
+            return _at(b.ordered("cr"), a.ordered("cr"))
+
+
+def _weighed_sum(a: Operand, v: Operand) -> Text | None:
+    """A v for every one of a family and a batch: columns of A weighed and added, cheaper than a call for each."""
+    thin = v.shape[1] == 1 and 1 not in a.shape
+    if not (thin and a.node.batched and v.node.batched and v.node.families and a.node.families == v.node.families):
+        return None
+    weighed = f"{a.text.at(PRODUCT)} * {v.turned.aligned(a.tags).at(UNARY)}"
+    return Text(f"({weighed}).sum({_axis(a, 'c')})")
+
+
+def _at(a: Text, b: Text) -> Text:
+    return Text(f"{a.at(PRODUCT)} @ {b.at(UNARY)}", PRODUCT)
+
+
+def einsum(out: Node, a: Operand, b: Operand) -> Text:
+    """The general contraction, one letter per axis; an index missing from the result is summed over.
+
+    What has batch axes comes first: the result is then laid out token by token, features together, as it is stored.
+    """
+    turns = ({"r": "i", "c": "k"}, {"r": "k", "c": "j"}, {"r": "i", "c": "j"})
+    families = list(dict.fromkeys(k for x in (a, b) for k, _ in x.node.families))
+    letters = dict(zip(families, "hgfedcba", strict=False))
+
+    def word(tags: Tags, turn: Mapping[str, str]) -> str:
+        return "".join("..." if t == "*" else turn.get(t) or letters[t] for t in tags)
+
+    words = [(word(a.tags, turns[0]), a), (word(b.tags, turns[1]), b)]
+    (first, x), (second, y) = sorted(words, key=lambda w: not w[1].node.batched)
+    return Text(f'torch.einsum("{first},{second}->{word(out.tags, turns[2])}", {x.text.code}, {y.text.code})')
+
+
+def _scale_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    coef, x = (a.aligned(out.tags) for a in args)
+    return Text(f"{coef.at(PRODUCT)} * {x.at(UNARY)}", PRODUCT, not out.plain)
+
+
+def _prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"{c.function(out.attrs[0])}({', '.join(a.aligned(out.tags).code for a in args)})")
+
+
+def _axis(x: View, tag: str) -> int:
+    """Position of an axis, counted from the end."""
+    return x.tags.index(tag) - len(x.tags)
+
+
+def _over(out: Node, x: Operand) -> str:
+    """The axes that a reduction removes, as an argument."""
+    axes = tuple(_axis(x, t) for t in x.tags if t in "rc" and t not in out.tags)
+    return str(axes[0]) if len(axes) == 1 else str(axes)
+
+
+def _reduction(method: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        (x,) = args
+        return x.text if x.tags == out.tags else x.text.then(f".{method}({_over(out, x)})")
+
+    return text
+
+
+def _length_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """sqrt of the sum of squares. attrs: axis."""
+    (x,) = args
+    if x.tags == out.tags:
+        return x.text.then(".abs()")
+    return Text(f"torch.linalg.vector_norm({x.text.code}, dim={_over(out, x)})")
+
+
+def _softmax_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: axis, causal."""
+    axis, causal = out.attrs
+    dim = _axis(args[0], "rc"[axis])
+    return Text(f"causal_softmax({args[0].text.code}, {dim})") if causal else args[0].text.then(f".softmax({dim})")
+
+
+def _norm_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: kind, axis, eps, and whether weight and bias are among the operands."""
+    kind, axis, eps, affine = out.attrs
+    x, n = args[0], out.shape[axis]
+    last = x.tags[-1] == "rc"[axis]
+    code = x.text if last else x.text.then(".mT")
+    weights = [a.text.code for a in args[1:]] if affine else []
+    match kind:
+        case "layer_norm":
+            call = f"F.layer_norm({', '.join([code.code, f'({c.size(n)},)', *(weights or ['None', 'None']), number(eps).code])})"
+        case "rms_norm":
+            call = (
+                f"F.rms_norm({', '.join([code.code, f'({c.size(n)},)', *(weights[:1] or ['None']), number(eps).code])})"
+            )
+            call += f" + {weights[1]}" if weights else ""
+        case _:
+            call = f"F.normalize({code.code}, dim=-1, eps={number(eps).code})"
+            call += f" * {weights[0]} + {weights[1]}" if weights else ""
+    text = Text(call, POSTFIX if kind == "layer_norm" or not weights else SUM)
+    return text if last else text.then(".mT")
+
+
+def _over_family(method: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """attrs[0]: the index."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        return args[0].text.then(f".{method}({_axis(args[0], out.attrs[0])})")
+
+    return text
+
+
+def _attention_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """V softmax(scale V'V) for V = args[0], tokens its columns. attrs: causal."""
+    v, scale = args
+    code = v.ordered("cr").code
+    mask = ", is_causal=True" if out.attrs[0] else ""
+    return Text(f"F.scaled_dot_product_attention({code}, {code}, {code}{mask}, scale={scale.text.code})")
+
+
+def _drop_path_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """The axes after the batch axes stay or go together."""
+    x, rate = args
+    own = sum(t != "*" for t in x.tags)
+    return Text(f"drop_path({x.text.code}, {rate.text.code}, {own}, self.training)")
+
+
+def _running_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: axis, adjoint."""
+    (x,) = args
+    axis, adjoint = _axis(x, "rc"[out.attrs[0]]), out.attrs[1]
+    return x.text.then(f".flip({axis}).cumsum({axis}).flip({axis})" if adjoint else f".cumsum({axis})")
+
+
+def _call(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """A function of square or orientation-free matrices, stored as they are."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        return Text(f"{name}({', '.join(a.text.code for a in args)})")
+
+    return text
+
+
+def _weighed_product_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """X diag(w) Y' for every member w; what is stored is the transpose where there are samples."""
+    x, w, y = args
+    x, y = (y, x) if out.batched else (x, y)
+    return Text(f"weighed_product({x.ordered('cr').code}, {w.text.code}, {y.ordered('cr').code})")
+
+
+def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """inv(S) @ B for the factor or matrix args[0] and B = args[1]."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        s, b = args
+        lead = tuple(t for t in out.tags if t not in ("r", "c"))
+        side = b.aligned((*lead, *(t for t in ("r", "c") if t in b.tags))) if lead else b.ordered("rc")
+        column = out.shape[1] == 1
+        side = side.then("[..., None]") if column else side
+        call = Text(f"{name}({s.aligned((*lead, 'r', 'c')).code}, {side.code})")
+        return call.then(".squeeze(-1)") if column else call.then(".mT") if out.batched else call
+
+    return text
+
+
+def _spectral_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """A function of singular values: attrs[0] is the profile in slot(0), further operands are its scalars."""
+
+    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+        x, *scalars = args
+        names = {slot(0): Text("s"), **{slot(i + 1): a.text for i, a in enumerate(scalars)}}
+        return Text(f"{name}({x.text.code}, lambda s: {formula(out.attrs[0], names).code})")
+
+    return text
+
+
+def _shifts_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: adjoint, sizes. Columns last but one, their channels by places last."""
+    (x,) = args
+    adjoint, sizes = out.attrs
+    code = x.ordered("cr") if "c" in x.tags else x.text.then(".unsqueeze(-2)")
+    call = Text(f"{'shifts_adjoint' if adjoint else 'shifts'}({', '.join([code.code, *map(c.size, sizes)])})")
+    call = call if "c" in out.tags else call.then(".squeeze(-2)")
+    return call if out.batched or "c" not in out.tags else call.then(".mT")
+
+
+def _repeat_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,), (adjoint, (n,)) = args, out.attrs
+    entries = x.text if "r" in x.tags else x.text.then("[..., None]")  # of one entry there is only the number
+    if not adjoint:
+        found = entries.then(f".repeat_interleave({c.size(n)}, -1)")
+        return found if "r" in out.tags else found.then(".squeeze(-1)")
+    return entries.then(f".unflatten(-1, (-1, {c.size(n)})).sum(-1)" if "r" in out.tags else ".sum(-1)")
+
+
+def _first_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,), (_, (n,)) = args, out.attrs
+    entries = x.text.code if "r" in x.tags else f"{c.like}.new_ones(1)"  # of one entry there is only the number 1
+    found = Text(f"F.pad({entries}, (0, {c.size(n)} - {c.size(x.shape[0])}))")  # fewer than none: cut
+    return found if "r" in out.tags else found.then(".squeeze(-1)")
+
+
+def _transform_axes(node: Node, frequency: str) -> tuple[int, int, int]:
+    """Of a value at all frequencies, its channels stored even if there is one: the axis of channels, of frequencies, and
+    that of channels by places in the signal, all from the end."""
+    matrix = tuple(t for t in ("c", "r") if t == "r" or node.shape[1] != 1)
+    families = [k for k, _ in node.families]
+    tags = (*families, *(matrix if node.batched else reversed(matrix)))
+    rest = [t for t in tags if t != frequency]
+    return tags.index("r") - len(tags), tags.index(frequency) - len(tags), rest.index("r") - len(rest)
+
+
+def _spectrum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: index, sizes."""
+    (x,), (index, sizes) = args, out.attrs
+    channels, frequencies, places = _transform_axes(out, index)
+    call = Text(
+        f"spectrum({x.ordered('cr' if out.batched else 'rc').code}, {places}, {frequencies}, {', '.join(map(c.size, sizes))})"
+    )
+    return call if "r" in out.tags else call.then(f".squeeze({channels})")
+
+
+def _signal_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (v,), (index, sizes) = args, out.attrs
+    channels, frequencies, places = _transform_axes(replace(v.node, shape=v.shape), index)
+    code = v.ordered("cr" if out.batched else "rc")
+    code = code if "r" in v.tags else code.then(f".unsqueeze({channels})")
+    return Text(f"signal({code.code}, {frequencies}, {places}, {', '.join(map(c.size, sizes))})")
+
+
+def _logdet_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    code = x.text if "r" in x.tags else x.text.then("[..., None, None]")
+    return Text(f"logdet_hermitian({code.code})")
+
+
+def _energy_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    code = x.text if "r" in x.tags else x.text.then("[..., None]")
+    return Text(f"energy({code.code}, {_axis(x, 'r') if 'r' in x.tags else -1})")
+
+
+def _frequency_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,), (index, sizes) = args, out.attrs
+    return Text(f"frequency_sum({x.text.code}, {_axis(x, index)}, {', '.join(map(c.size, sizes))})")
+
+
+def _spectrum_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0].shape
+    return sp.cancel(rows / sp.Mul(*attrs[1])), cols
+
+
+def _signal_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0].shape
+    return rows * sp.Mul(*attrs[1]), cols
+
+
+def _operator_axes(name: str) -> Callable[[Sequence[View], tuple[Any, ...]], Shape]:
+    return lambda args, attrs: operator_shape(name, args[0].shape, *attrs)
+
+
+def _difference_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,) = args
+    axis, adjoint = _axis(x, "r"), out.attrs[1]
+    if not adjoint:
+        return x.text.then(f".diff(dim={axis})")
+    before, after = ("0, 0, 1, 0", "0, 0, 0, 1") if axis == -2 else ("1, 0", "0, 1")
+    return Text(f"F.pad({x.text.code}, ({before})) - F.pad({x.text.code}, ({after}))", SUM)
+
+
+def _eye_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"torch.eye({c.size(out.shape[0])}, dtype={c.like}.dtype, device={c.like}.device)")
+
+
+def _full_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    sizes = ", ".join(c.size(n) for n in out.shape if n != 1)
+    kind = "zeros" if out.attrs[0] == 0 else "ones"
+    return Text(f"{c.like}.new_{kind}({sizes or '()'})")
+
+
+def _diag_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"torch.diag_embed({args[0].text.code})")
+
+
+def _diagonal_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return args[0].text.then(".diagonal(dim1=-2, dim2=-1)")
+
+
+def _trace_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return args[0].text.then(".diagonal(dim1=-2, dim2=-1).sum(-1)")
+
+
+def _trace_product_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """trace(A @ B) = sum of A * B.T."""
+    a, b = args
+    letters = ({"r": "i", "c": "j"}, {"r": "j", "c": "i"})
+    families = dict(zip(dict.fromkeys(k for x in (a, b) for k, _ in x.node.families), "hgfedcba", strict=False))
+    words = [
+        "".join("..." if t == "*" else m.get(t) or families[t] for t in x.tags)
+        for x, m in zip(args, letters, strict=True)
+    ]
+    result = "".join("..." if t == "*" else families[t] for t in out.tags)
+    return Text(f'torch.einsum("{words[0]},{words[1]}->{result}", {a.text.code}, {b.text.code})')
+
+
+def _leaf_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    raise AssertionError("leaves are named by whoever prints the graph")
+
+
+def _number_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return number(out.attrs[0])
+
+
+WHOLE = ("ball1", "ball2", "sparse")
+"""Sets that take a matrix as one long vector; the others take each column, or the matrix."""
+COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns")
+"""Sets that a matrix is in if each of its columns is."""
+
+
+def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:
+    """The nearest point of a set, the last axis along the columns of x."""
+    x, *params = args
+    code = x.ordered("cr")
+    bounds = ["" if p.node.op == "number" and p.node.attrs[0].is_infinite else p.aligned(x.tags).code for p in params]
+    match name:
+        case "nonneg":
+            return code.then(".clamp_min(0)")
+        case "box":
+            return code.then("".join(f".clamp_{m}({b})" for m, b in zip(("min", "max"), bounds, strict=True) if b))
+        case "ball_inf":
+            return code.then(f".clamp_min(-{params[0].text.at(POWER)}).clamp_max({bounds[0]})")
+        case "orthogonal":
+            name = "stiefel"
+        case _:
+            pass
+    if name in WHOLE and len([t for t in x.tags if t in "rc"]) == 2:
+        call = Text(f"project_{name}({', '.join([code.then('.flatten(-2)').code, *bounds])})")
+        return call.then(f".unflatten(-1, {code.then('.shape[-2:]').code})")
+    return Text(f"project_{name}({', '.join([code.code, *bounds])})")
+
+
+def _project_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    text = _nearest(out, args, out.attrs[0])
+    return text if out.batched or len(out.tags) < 2 else text.then(".mT")
+
+
+def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """0 within rounding of the set, infinite outside: a point of the set is its own nearest point."""
+    x = args[0]
+    axes = tuple(range(-len([t for t in x.tags if t in "rc"]), 0))
+    if out.attrs[0] == "affine":  # operands: A @ x and b
+        return Text(f"indicator({x.text.code}, {args[1].aligned(x.tags).code}, {axes})")
+    return Text(f"indicator({x.ordered('cr').code}, {_nearest(out, args, out.attrs[0]).code}, {axes})")
+
+
+def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    x, *scalars = args
+    arguments = ", ".join(["s", *(a.text.code for a in scalars)])
+    return Text(f"spectral_map({x.text.code}, lambda s: {c.function(out.attrs[0])}({arguments}))")
+
+
+def helpers_of(node: Node) -> tuple[str, ...]:
+    """Module-level functions that the text of a node calls."""
+    if node.op == "softmax" and node.attrs[1]:
+        return ("causal_softmax",)
+    if node.op in ("project", "indicator"):
+        name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
+        return (*BY_NAME[node.op].helpers, *((f"project_{name}",) if f"project_{name}" in HELPERS else ()))
+    return BY_NAME[node.op].helpers
+
+
+LEAVES = ("given", "scalar", "learned", "input", "start", "state", "counter", "layer", "dim")
+"""What a graph reads: attrs are (name, rows, cols)."""
+
+OPERATIONS: tuple[Operation, ...] = (
+    *(Operation(name, _given, _leaf_text, _free) for name in LEAVES),
+    Operation("number", _to_scalar, _number_text, _free),
+    Operation("eye", _given, _eye_text, _free),
+    Operation("full", _given, _full_text, _free),
+    Operation("map", _broadcast, _map_text, _pointwise),
+    Operation("add", _broadcast, _add_text, _pointwise),
+    Operation("scale", lambda args, attrs: broadcast(args[0].shape, args[1].shape), _scale_text, _pointwise),
+    Operation("product", lambda args, attrs: _product_axes(args[1:], attrs), _leaf_text, _product_cost),
+    Operation("matmul", _product_axes, _matmul_text, _product_cost),
+    Operation(
+        "weighed_product",
+        lambda args, attrs: (args[0].shape[0], args[2].shape[0]),
+        _weighed_product_text,
+        _weighed_product_cost,
+        ("weighed_product",),
+    ),
+    Operation("contract", _product_axes, lambda out, args, c: einsum(out, args[0], args[1]), _product_cost),
+    Operation("prox", _broadcast, _prox_text, _pointwise),
+    Operation("detach", _same, lambda out, args, c: args[0].text.then(".detach()"), _free),
+    Operation("sum", _along, _reduction("sum"), _pointwise),
+    Operation("length", _along, _length_text, _pointwise),
+    Operation("logsumexp", _along, _reduction("logsumexp"), _pointwise),
+    Operation("max", _along, _reduction("amax"), _pointwise),
+    Operation("softmax", _same, _softmax_text, _pointwise),
+    Operation("family_sum", _same, _over_family("sum"), _pointwise),
+    Operation("family_logsumexp", _same, _over_family("logsumexp"), _pointwise),
+    Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
+    Operation("norm", _same, _norm_text, _pointwise),
+    Operation(
+        "dropout",
+        _same,
+        lambda out, args, c: Text(f"F.dropout({args[0].text.code}, {args[1].text.code}, self.training)"),
+        _pointwise,
+    ),
+    Operation("drop_path", _same, _drop_path_text, _pointwise, ("drop_path",)),
+    Operation("running_sum", _same, _running_text, _pointwise),
+    Operation("attention", _same, _attention_text, _attention_cost),
+    Operation("diag", lambda args, attrs: (args[0].shape[0], args[0].shape[0]), _diag_text, _pointwise),
+    Operation("diagonal", lambda args, attrs: (args[0].shape[0], ONE), _diagonal_text, _pointwise),
+    Operation("trace", _to_scalar, _trace_text, _pointwise),
+    Operation("trace_product", _to_scalar, _trace_product_text, _pointwise),
+    Operation("inverse", _same, _call("inverse"), _cubic, ("inverse",)),
+    Operation("cholesky", _same, _call("cholesky"), _cubic, ("cholesky",)),
+    Operation("cholesky_inverse", _same, _call("cholesky_inverse"), _cubic, ("cholesky_inverse",)),
+    Operation("solve", lambda args, attrs: args[1].shape, _solve_text("solve"), _cubic, ("solve",)),
+    Operation(
+        "cholesky_solve", lambda args, attrs: args[1].shape, _solve_text("cholesky_solve"), _cubic, ("cholesky_solve",)
+    ),
+    Operation("logdet_cholesky", _to_scalar, _call("logdet_cholesky"), _pointwise, ("logdet_cholesky",)),
+    Operation("spectral_norm", _to_scalar, _call("spectral_norm"), _cubic, ("spectral_norm",)),
+    Operation("spectral_sum", _to_scalar, _spectral_text("spectral_sum"), _cubic, ("spectral_sum",)),
+    Operation(
+        "spectral_map", lambda args, attrs: args[0].shape, _spectral_text("spectral_map"), _cubic, ("spectral_map",)
+    ),
+    Operation(
+        "difference",
+        lambda args, attrs: (args[0].shape[0] + (1 if attrs[1] else -1), args[0].shape[1]),
+        _difference_text,
+        _pointwise,
+    ),
+    Operation("shifts", _operator_axes("shifts"), _shifts_text, _pointwise, ("shifts", "shifts_adjoint")),
+    Operation("repeat", _operator_axes("repeat"), _repeat_text, _pointwise),
+    Operation("first", _operator_axes("first"), _first_text, _pointwise),
+    Operation("spectrum", _spectrum_axes, _spectrum_text, _pointwise, ("spectrum",)),
+    Operation("signal", _signal_axes, _signal_text, _pointwise, ("signal",)),
+    Operation("energy", lambda args, attrs: (ONE, args[0].shape[1]), _energy_text, _pointwise, ("energy",)),
+    Operation("frequency_sum", _same, _frequency_sum_text, _pointwise, ("frequency_sum",)),
+    Operation("conjugate", _same, lambda out, args, c: args[0].text.then(".conj()"), _free),
+    Operation("logdet_hermitian", _to_scalar, _logdet_text, _cubic, ("logdet_hermitian",)),
+    Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
+    Operation("project", _same, _project_text, _pointwise),
+    Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
+)
+BY_NAME = {op.name: op for op in OPERATIONS}
+
+
+# --- helpers: functions that emitted text calls -----------------------------------------------------------------------
+
+_EXACT = '''def exact(f):
+    """Linear algebra in float32 or better, under autocast too."""
+
+    @functools.wraps(f)
+    def run(*args):
+        x = next(a for a in args if isinstance(a, torch.Tensor))
+        low = (torch.float16, torch.bfloat16)
+        wide = [a.float() if isinstance(a, torch.Tensor) and a.dtype in low else a for a in args]
+        with torch.autocast(x.device.type, enabled=False):
+            return f(*wide).to(x.dtype)
+
+    return run
+'''
+
+
+@dataclass(frozen=True)
+class Helper:
+    """Source text of a function, and the helpers it calls."""
+
+    source: str
+    needs: tuple[str, ...] = ()
+
+
+def _exact(name: str, args: str, doc: str, body: str) -> Helper:
+    lines = body.replace("\n", "\n    ")
+    return Helper(f'@exact\ndef {name}({args}):\n    """{doc}"""\n    {lines}\n', ("exact",))
+
+
+HELPERS: dict[str, Helper] = {
+    "drop_path": Helper(
+        '''def drop_path(x, rate, axes, training):
+    """x, or 0, for each sample by chance, scaled so that its mean stays (Huang et al. 2016, arXiv:1603.09382). axes: those of a sample."""
+    if not training or rate == 0:
+        return x
+    kept = torch.empty(x.shape[: x.ndim - axes] + (1,) * axes, dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
+    return x * kept / (1 - rate)
+'''
+    ),
+    "causal_softmax": Helper(
+        '''def causal_softmax(x, dim):
+    """Softmax along dim (-1 or -2) of square matrices: what is looked at comes no later than what looks."""
+    seen = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
+    return x.masked_fill(~(seen.tril() if dim == -1 else seen.triu()), -math.inf).softmax(dim)
+'''
+    ),
+    "weighed_product": Helper(
+        '''def weighed_product(x, weights, y):
+    """X' diag(w) Y for every row w of weights; samples, the rows of X and Y, that weigh 0 are left out."""
+    kept = [w.nonzero().squeeze(-1) for w in weights]
+    return torch.stack([x[i].mT @ (w[i, None] * y[i]) for w, i in zip(weights, kept)])
+'''
+    ),
+    "exact": Helper(_EXACT),
+    "inverse": _exact("inverse", "m", "inv(m).", "return torch.linalg.inv(m)"),
+    "cholesky": _exact(
+        "cholesky",
+        "s",
+        "Lower l with l l' = s, s symmetric (Hermitian) positive definite.",
+        "return torch.linalg.cholesky(s)",
+    ),
+    "cholesky_inverse": _exact("cholesky_inverse", "l", "inv(l l').", "return torch.cholesky_inverse(l)"),
+    "solve": _exact("solve", "m, b", "inv(m) b.", "return torch.linalg.solve(m, b)"),
+    "cholesky_solve": _exact("cholesky_solve", "l, b", "inv(l l') b.", "return torch.cholesky_solve(b, l)"),
+    "logdet_cholesky": _exact(
+        "logdet_cholesky", "l", "log det(l l').", "return 2 * l.diagonal(dim1=-2, dim2=-1).log().sum(-1)"
+    ),
+    "logdet_hermitian": Helper(
+        '''def logdet_hermitian(m):
+    """log det of Hermitian positive definite matrices."""
+    return 2 * torch.linalg.cholesky(m).diagonal(dim1=-2, dim2=-1).real.log().sum(-1)
+'''
+    ),
+    "places": Helper(
+        '''def places(sizes):
+    """Every place of a grid, the last axis first."""
+    return [p for n in sizes[:1] for k in range(n) for p in ([(k, *q) for q in places(sizes[1:])])] if sizes else [()]
+'''
+    ),
+    "shifts": Helper(
+        '''def shifts(x, *sizes):
+    """All cyclic shifts of every row, channels by places: one row for each."""
+    x, axes = x.unflatten(-1, (-1, *sizes)), tuple(range(-len(sizes), 0))
+    return torch.stack([x.roll(s, axes).flatten(-len(sizes) - 1) for s in places(sizes)], -2).flatten(-3, -2)
+''',
+        ("places",),
+    ),
+    "shifts_adjoint": Helper(
+        '''def shifts_adjoint(y, *sizes):
+    """Rows that are cyclic shifts of one another, moved back and summed: the adjoint of shifts."""
+    moves, axes = places(sizes), tuple(range(-len(sizes), 0))
+    y = y.unflatten(-1, (-1, *sizes)).unflatten(-2 - len(sizes), (-1, len(moves)))
+    return sum(part.roll([-n for n in s], axes) for part, s in zip(y.unbind(-2 - len(sizes)), moves)).flatten(-len(sizes) - 1)
+''',
+        ("places",),
+    ),
+    "spectrum": Helper(
+        '''def spectrum(x, dim, to, *sizes):
+    """Orthonormal Fourier transform over places: axis dim, channels by places, keeps the channels; the frequencies become axis to.
+
+    Of frequencies that are conjugate to one another, one is kept.
+    """
+    x = (x if x.dtype == torch.float64 else x.float()).unflatten(dim, (-1, *sizes))
+    axes = tuple(range(dim - len(sizes) + 1, dim + 1))
+    return torch.fft.rfftn(x, dim=axes, norm="ortho").flatten(axes[0], dim).movedim(dim, to)
+'''
+    ),
+    "energy": Helper(
+        '''def energy(x, dim):
+    """Sum of |x|^2 along an axis."""
+    return (x.real.square() + x.imag.square()).sum(dim)
+'''
+    ),
+    "frequency_sum": Helper(
+        '''def frequency_sum(x, dim, *sizes):
+    """Sum of a real function over all frequencies, from its values at those that spectrum keeps."""
+    n = sizes[-1]
+    x = x.movedim(dim, -1).unflatten(-1, (-1, n // 2 + 1))
+    alone = x[..., 0] if n % 2 else x[..., 0] + x[..., n // 2]  # the others stand for two
+    return (2 * x.sum(-1) - alone).sum(-1)
+'''
+    ),
+    "signal": Helper(
+        '''def signal(v, of, dim, *sizes):
+    """The inverse of spectrum: the frequencies, axis of, go back into axis dim."""
+    v = v.movedim(of, dim).unflatten(dim, (*sizes[:-1], sizes[-1] // 2 + 1))
+    axes = tuple(range(dim - len(sizes) + 1, dim + 1))
+    return torch.fft.irfftn(v, s=sizes, dim=axes, norm="ortho").flatten(axes[0] - 1, dim)
+'''
+    ),
+    "spectral_norm": _exact(
+        "spectral_norm",
+        "m",
+        "Largest singular value, from the Gram matrix of the smaller side.",
+        "gram = m @ m.mT if m.shape[-2] <= m.shape[-1] else m.mT @ m\n"
+        "return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()",
+    ),
+    "spectral_sum": _exact(
+        "spectral_sum",
+        "x, h",
+        "Sum of h over the singular values; those that only rounding tells from 0 are 0.",
+        "s = torch.linalg.svdvals(x)\nleast = s.amax(-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(s.dtype).eps\nreturn h(torch.where(s > least, s, 0)).sum(-1)",
+    ),
+    "spectral_map": _exact(
+        "spectral_map",
+        "x, h",
+        "U h(S) V' for x = U S V'.",
+        "u, s, v = torch.linalg.svd(x, full_matrices=False)\nreturn (u * h(s).unsqueeze(-2)) @ v",
+    ),
+    "softplus_inverse": Helper(
+        'def softplus_inverse(y):\n    """x with softplus(x) = y > 0."""\n    return y + torch.log(-torch.expm1(-y))\n'
+    ),
+    "indicator": Helper(
+        '''def indicator(x, nearest, axes):
+    """0 where x is, up to rounding, its nearest point of the set; infinite elsewhere."""
+    gap, size = (x - nearest).abs(), x.abs()
+    gap, size = (gap.amax(axes), size.amax(axes)) if axes else (gap, size)
+    inside = gap <= torch.finfo(x.dtype).eps ** (2 / 3) * size.clamp_min(1)
+    return torch.zeros_like(gap).masked_fill(~inside, math.inf)
+'''
+    ),
+    "project_simplex": Helper(
+        '''def project_simplex(v):
+    """Nearest point with entries >= 0 that sum to 1 (Held, Wolfe & Crowder 1974, doi:10.1007/BF01580223)."""
+    u = v.sort(dim=-1, descending=True).values
+    shift = (u.cumsum(-1) - 1) / torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
+    last = (u > shift).sum(-1, keepdim=True).sub(1).clamp_min(0)
+    return (v - shift.gather(-1, last)).clamp_min(0)
+'''
+    ),
+    "project_ball1": Helper(
+        '''def project_ball1(v, r):
+    """Nearest point whose absolute values sum to at most r (Duchi et al. 2008, doi:10.1145/1390156.1390191)."""
+    u = v.abs().sort(dim=-1, descending=True).values
+    shift = (u.cumsum(-1) - r) / torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
+    last = (u > shift).sum(-1, keepdim=True).sub(1).clamp_min(0)
+    return v.sign() * (v.abs() - shift.gather(-1, last).clamp_min(0)).clamp_min(0)
+'''
+    ),
+    "project_ball2": Helper(
+        '''def project_ball2(v, r):
+    """Nearest point of length at most r."""
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return torch.where(length > r, v * (r / length), v)
+'''
+    ),
+    "project_sphere": Helper(
+        '''def project_sphere(v):
+    """Nearest point of length 1."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+'''
+    ),
+    "project_unit_columns": Helper(
+        '''def project_unit_columns(v):
+    """Nearest point whose columns (here: the last axis) have length at most 1."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1)
+'''
+    ),
+    "project_psd": _exact(
+        "project_psd",
+        "m",
+        "Nearest symmetric positive semidefinite matrix.",
+        "w, q = torch.linalg.eigh((m + m.mT) / 2)\nreturn (q * w.clamp_min(0).unsqueeze(-2)) @ q.mT",
+    ),
+    "project_stiefel": _exact(
+        "project_stiefel",
+        "m",
+        "Nearest matrix with orthonormal columns: the polar factor.",
+        "u, _, v = torch.linalg.svd(m, full_matrices=False)\nreturn u @ v",
+    ),
+    "project_sparse": Helper(
+        '''def project_sparse(v, s):
+    """Nearest point with at most s entries that are not zero: the s largest."""
+    keep = v.abs().topk(s, dim=-1).indices
+    return torch.zeros_like(v).scatter(-1, keep, v.gather(-1, keep))
+'''
+    ),
+    "project_rank_at_most": _exact(
+        "project_rank_at_most",
+        "m, r",
+        "Nearest matrix of rank at most r.",
+        "u, s, v = torch.linalg.svd(m, full_matrices=False)\nreturn (u[..., :r] * s[..., None, :r]) @ v[..., :r, :]",
+    ),
+}

@@ -1,0 +1,558 @@
+"""Graph -> Graph: exact passes. Each says in one line what it did, and the graph is verified before and after.
+
+solves      inv(S) @ B becomes a solve; by Cholesky where S is positive definite
+gram        products distribute over sums where that is cheaper: A'(A z - x) -> (A'A) z - A'x
+order       the order of multiplication with the least work, given sizes, depth and what can be done once
+attention   V softmax(scale V' V) is one fused operation
+contract    a sum over a family of products is one contraction
+parseval    lengths of signals, and their weighed sums over a family, are taken per frequency: no signal is needed then
+outer       a column times a row is an elementwise product, each repeated along the other
+shared      a formula that contains another one reads its value
+hoist       what does not depend on the layer leaves the loop (read off the stages)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import networkx as nx
+import sympy as sp
+
+from unroll.language.expr import ONE, same, slot, swap
+from unroll.lower.graph import Builder, Graph
+from unroll.lower.operations import BY_NAME, Node, Ref, Stage, View
+
+Rule = Callable[[Builder, Node, tuple[Ref, ...]], Ref | None]
+BATCH = 64
+"""Samples that share work done once per call, when costs are compared."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers for every size, an open one counted as `BATCH`; depth of the network."""
+
+    dims: Mapping[sp.Symbol, int]
+    layers: int
+
+    def __call__(self, n: sp.Expr) -> int:
+        return _size(n, tuple(sorted(self.dims.items(), key=str)))
+
+    def weight(self, node: Node | Stage, batched: bool = True) -> float:
+        """How often a value is computed per sample."""
+        stage, batched = (node.stage, node.batched) if isinstance(node, Node) else (node, batched)
+        once = 1.0 if batched else 1 / BATCH
+        return {Stage.CONSTANT: 0.0, Stage.SETUP: 1e-6, Stage.PROLOGUE: once, Stage.BODY: self.layers * once}[stage]
+
+
+@cache
+def _size(n: sp.Expr, dims: tuple[tuple[sp.Symbol, int], ...]) -> int:
+    still_open = {s: BATCH for s in n.free_symbols - {d for d, _ in dims}}
+    return int(swap(n, {**dict(dims), **still_open}))
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """A graph and what each pass did to it."""
+
+    graph: Graph
+    log: tuple[str, ...]
+
+
+def optimise(graph: Graph, sizes: Sizes, check: Callable[[Graph, Graph], None] | None = None) -> Optimised:
+    """All passes in order. check(before, after) is called after each, to compare values."""
+    verify(graph)
+    log = [f"value numbering: {len(graph.nodes)} distinct values"]
+    for name, run in PASSES:
+        before = graph
+        graph, did = run(graph, sizes)
+        verify(graph, like=before)
+        if check is not None:
+            check(before, graph)
+        if not did.startswith("0 "):
+            log.append(f"{name}: {did}")
+    log.append(f"hoist: {_hoisted(graph)}")
+    log.append(f"cost: {work(graph, sizes):,} floating-point operations per layer and sample")
+    return Optimised(graph, tuple(log))
+
+
+# --- frame ------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(graph: Graph, rule: Rule) -> Graph:
+    """Rebuild every node on its new operands, or as `rule` says. Equal values meet, unused ones go."""
+    b, new = Builder(graph.open), dict[int, Ref]()
+    move: Callable[[Ref], Ref] = lambda r: b.flip(new[r.node]) if r.flip else new[r.node]
+    for i, node in graph.nodes.items():
+        inputs = tuple(map(move, node.inputs))
+        ref = rule(b, node, inputs)
+        new[i] = (b.add(node.op, inputs, *node.attrs) if inputs else b.copy(node)) if ref is None else ref
+        if not new[i].flip:
+            b.carry(new[i].node, graph.names.get(i), graph.notes.get(i))
+    return b.graph({root: move(ref) for root, ref in graph.roots.items()})
+
+
+def verify(graph: Graph, like: Graph | None = None) -> None:
+    """No cycles, operands before results, axes as the records say, roots as they were. Else it is our own bug."""
+    assert nx.is_directed_acyclic_graph(graph.digraph), "internal error, please report: the graph has a cycle"
+    seen: set[int] = set()
+    for i, node in graph.nodes.items():
+        assert all(r.node in seen for r in node.inputs), f"internal error, please report: operand of {i} is missing"
+        seen.add(i)
+        if node.inputs:
+            shape = BY_NAME[node.op].axes(graph.views(node), node.attrs)
+            assert all(map(same, shape, node.shape)), f"internal error, please report: {node.op} has axes {node.shape}"
+    if like is not None:
+        assert graph.roots.keys() == like.roots.keys(), "internal error, please report: a pass lost a root"
+        for root, ref in graph.roots.items():
+            now, was = graph.view(ref), like.view(like.roots[root])
+            assert all(map(same, now.shape, was.shape)), f"internal error, please report: {root} changed axes"
+
+
+def cost(graph: Graph, sizes: Sizes) -> float:
+    """Work per sample over the whole depth."""
+    return sum(sizes.weight(n) * BY_NAME[n.op].cost(n, graph.views(n), sizes) for n in graph.nodes.values())
+
+
+def work(graph: Graph, sizes: Sizes) -> int:
+    """Floating-point operations of one layer on one sample."""
+    body = (n for n in graph.nodes.values() if n.stage == Stage.BODY)
+    return sum(BY_NAME[n.op].cost(n, graph.views(n), sizes) for n in body)
+
+
+def _hoisted(graph: Graph) -> str:
+    ahead = [n for n in graph.nodes.values() if n.inputs and not n.plain and Stage.CONSTANT < n.stage < Stage.BODY]
+    setup = sum(n.stage == Stage.SETUP for n in ahead)
+    return f"{setup} values computed once when set up, {len(ahead) - setup} once per call"
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """inv(S) @ B -> solve(S, B), and what stays an inverse of something definite, by its Cholesky factor.
+
+    An inverse of something else that the loop reuses stays: it is computed once.
+    """
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "product" or len(inputs) < 3:
+            return None
+        coef, *factors = inputs
+        for i, f in enumerate(factors):
+            inner = b.nodes[f.node]
+            if inner.op != "inverse" or (inner.attrs[0] != "symmetric" and inner.stage < node.stage):
+                continue
+            count += 1
+            matrix = b.flip(inner.inputs[0]) if f.flip else inner.inputs[0]
+            before, after = factors[:i], factors[i + 1 :]
+            if after:
+                return b.product(coef, (*before, _solve(b, inner.attrs[0], matrix, after)))
+            turned = [b.flip(x) for x in reversed(before)]
+            return b.scaled(coef, b.flip(_solve(b, inner.attrs[0], b.flip(matrix), turned)))
+        return None
+
+    def left(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        if node.op != "inverse" or not node.attrs[0]:
+            return None
+        return b.add("cholesky_inverse", (b.add("cholesky", inputs),), *node.attrs)
+
+    out = rewrite(rewrite(graph, rule), left)
+    return out, f"{count} inverses times a matrix became solves"
+
+
+def _solve(b: Builder, kind: str, matrix: Ref, factors: list[Ref]) -> Ref:
+    side = b.product(b.number(ONE), factors)
+    if kind == "symmetric":
+        return b.add("cholesky_solve", (b.add("cholesky", (matrix,)), side))
+    return b.add("solve", (matrix, side))
+
+
+def gram(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """Distribute a product over one sum at a time, as long as the whole becomes cheaper."""
+    done, best = 0, cost(order(graph, sizes)[0], sizes)
+    improved = True
+    while improved:
+        improved = False
+        for trial in _distributed(graph):
+            price = cost(order(trial, sizes)[0], sizes)
+            if price < best:
+                graph, best, done, improved = trial, price, done + 1, True
+                break
+    return graph, f"{done} products distributed over sums, cheaper at these sizes and depth"
+
+
+def _distributed(graph: Graph) -> Iterator[Graph]:
+    """The graphs in which one product of the layer is distributed over a sum that nothing else reads."""
+    for node in graph.nodes.values():
+        if node.op == "product" and node.stage == Stage.BODY:
+            for j, ref in enumerate(node.inputs[1:], start=1):
+                inner = graph.nodes[ref.node]
+                repeats = any(v.shape != inner.shape for v in graph.views(inner))  # a vector that stands for its copies
+                if inner.op == "add" and not repeats and len(graph.users[ref.node]) == 1:
+                    yield flatten(rewrite(graph, _distribute(node, j)))
+
+
+def _distribute(target: Node, j: int) -> Rule:
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        if node is not target:
+            return None
+        inner = b.nodes[inputs[j].node]
+        turn: Callable[[Ref], Ref] = b.flip if inputs[j].flip else lambda r: r
+        parts = [_flat(b, inputs[0], inputs[1:j], turn(term), inputs[j + 1 :]) for term in inner.inputs]
+        return b.add("add", parts, inner.attrs[0])
+
+    return rule
+
+
+def _flat(b: Builder, coef: Ref, before: tuple[Ref, ...], term: Ref, after: tuple[Ref, ...]) -> Ref:
+    """coef * before @ term @ after, products in the term opened."""
+    node = b.nodes[term.node]
+    middle = (term,)
+    if node.op == "product":
+        coef = b.map(slot(0) * slot(1), (coef, node.inputs[0]))
+        middle = tuple(b.flip(r) for r in reversed(node.inputs[1:])) if term.flip else node.inputs[1:]
+    return b.product(coef, (*before, *middle, *after))
+
+
+def flatten(graph: Graph) -> Graph:
+    """Sums of sums that nobody else reads are one sum."""
+    users = graph.users
+    rooted = {r.node for r in graph.roots.values()}
+    once = {graph.nodes[i] for i, who in users.items() if len(who) == 1 and i not in rooted}
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        if node.op != "add":
+            return None
+        coefs, refs = list[sp.Expr](), list[Ref]()
+        for old, ref, c in zip(node.inputs, inputs, node.attrs[0], strict=True):
+            inner = b.nodes[ref.node]
+            if inner.op == "add" and graph.nodes[old.node] in once:
+                coefs += [c * d for d in inner.attrs[0]]
+                refs += [b.flip(r) for r in inner.inputs] if ref.flip else inner.inputs
+            else:
+                coefs.append(c)
+                refs.append(ref)
+        return b.add("add", refs, tuple(coefs))
+
+    return rewrite(graph, rule)
+
+
+def order(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """Matrix-chain order by dynamic programming; a coefficient goes to the factor that is known first."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "product":
+            return None
+        coef, *factors = inputs
+        count += len(factors) > 2
+        return _multiply(b, coef, tuple(factors), sizes)
+
+    out = rewrite(graph, rule)
+    return out, f"{count} chains of three or more factors put in the cheapest order"
+
+
+def _multiply(b: Builder, coef: Ref, factors: tuple[Ref, ...], sizes: Sizes) -> Ref:
+    """coef * the product, as binary products."""
+    views = [b.view(f) for f in factors]
+    n = len(views)
+    best: dict[tuple[int, int], tuple[float, int]] = {(i, i): (0.0, i) for i in range(n)}
+    for length in range(2, n + 1):
+        for i in range(n - length + 1):
+            j = i + length - 1
+            here = sizes.weight(
+                max(v.node.stage for v in views[i : j + 1]), any(v.node.batched for v in views[i : j + 1])
+            )
+            families = {k: sizes(m) for v in views[i : j + 1] for k, m in v.node.families}
+            once = here * sp.prod(list(families.values())) if families else here
+            options = [
+                (best[i, k][0] + best[k + 1, j][0] + float(once) * _flops(views[i], views[k], views[j], sizes), -k)
+                for k in range(i, j)
+            ]
+            price, k = min(options)
+            best[i, j] = price, -k
+
+    def build(i: int, j: int) -> Ref:
+        if i == j:
+            return factors[i]
+        k = best[i, j][1]
+        return b.add("matmul", (build(i, k), build(k + 1, j)))
+
+    c = b.nodes[coef.node]
+    if c.op == "number" or c.shape != (ONE, ONE):
+        return b.scaled(coef, build(0, n - 1))
+
+    def weighted(i: int, j: int) -> Ref:
+        """The coefficient goes down to the side that is known earlier, if the coefficient is known by then."""
+        whole = max(v.node.stage for v in views[i : j + 1])
+        if i < j:
+            k = best[i, j][1]
+            left, right = (max(v.node.stage for v in views[p : q + 1]) for p, q in ((i, k), (k + 1, j)))
+            if max(min(left, right), c.stage) < whole and not c.batched:
+                if left <= right:
+                    return b.add("matmul", (weighted(i, k), build(k + 1, j)))
+                return b.add("matmul", (build(i, k), weighted(k + 1, j)))
+        return b.scaled(coef, build(i, j))
+
+    return weighted(0, n - 1)
+
+
+def _flops(left: View, inner: View, right: View, sizes: Sizes) -> int:
+    return 2 * sizes(left.shape[0]) * sizes(inner.shape[1]) * sizes(right.shape[1])
+
+
+def contract(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """sum over k of A[k] @ B[k]: one contraction over k and the inner axis."""
+    count = 0
+    single = {id(graph.nodes[i]) for i, users in graph.users.items() if len(users) == 1}
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "family_sum":
+            return None
+        (ref,) = inputs
+        inner = b.nodes[ref.node]
+        if inner.op != "matmul" or id(graph.nodes[node.inputs[0].node]) not in single:
+            return None
+        count += 1
+        out = b.add("contract", inner.inputs, node.attrs[0])
+        return b.flip(out) if ref.flip else out
+
+    out = rewrite(graph, rule)
+    return out, f"{count} family sums fused with their product"
+
+
+def attention(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """V softmax(scale V' V) -> one fused operation, which never holds the scores."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "matmul":
+            return None
+        v, weights = inputs
+        shares = b.nodes[weights.node]
+        if shares.op != "softmax" or shares.attrs[0] != (1 if weights.flip else 0):
+            return None
+        found = _scores(b, shares.inputs[0], v)
+        if found is None or not b.nodes[v.node].batched:
+            return None
+        count += 1
+        return b.add("attention", (v, found), shares.attrs[1])
+
+    out = rewrite(graph, rule)
+    return out, f"{count} products V softmax(V'V) fused"
+
+
+def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:
+    """The scale of scores = scale * V' V."""
+    node = b.nodes[scores.node]
+    if node.op == "matmul":
+        return b.number(ONE) if node.inputs == (b.flip(v), v) else None
+    if node.op == "scale":
+        return node.inputs[0] if _scores(b, node.inputs[1], v) is not None else None
+    if node.op == "add" and len(node.inputs) == 1:
+        return b.number(node.attrs[0][0]) if _scores(b, node.inputs[0], v) is not None else None
+    return None
+
+
+def parseval(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """Signals of which only lengths and weighed sums over a family are read stay spectra: |F x| = |x|, and F is linear."""
+    lengths, sums, count = set[int](), set[int](), 0
+    rooted = {r.node for r in graph.roots.values()}
+    for i, node in graph.nodes.items():
+        readers = graph.users[i]
+        if node.op != "signal" or i in rooted or not readers:
+            continue
+        ends = [_length_of(graph, i, j) or _sum_of(graph, i, j) for j in readers]
+        if all(ends) and any(graph.nodes[j].op == "family_sum" for j in ends if j):
+            count += 1
+            lengths |= {id(graph.nodes[j]) for j in ends if j and graph.nodes[j].op == "sum"}
+            sums |= {id(graph.nodes[j]) for j in ends if j and graph.nodes[j].op == "family_sum"}
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        if id(node) in lengths:
+            squares = b.nodes[inputs[0].node]
+            found = b.nodes[squares.inputs[0].node]
+            return b.add("frequency_sum", (b.add("energy", found.inputs),), *found.attrs)
+        if id(node) in sums:
+            weighed = b.nodes[inputs[0].node]
+            k = next(k for k, r in enumerate(weighed.inputs) if b.nodes[r.node].op == "signal")
+            found = b.nodes[weighed.inputs[k].node]
+            parts = (*weighed.inputs[:k], found.inputs[0], *weighed.inputs[k + 1 :])
+            total = b.add("family_sum", (b.add("map", parts, *weighed.attrs),), *node.attrs)
+            return b.add("signal", (total,), *found.attrs)
+        return None
+
+    return rewrite(graph, rule), f"{count} signals stay spectra, their lengths and sums taken there"
+
+
+def _length_of(graph: Graph, signal: int, reader: int) -> int | None:
+    """The sum over rows of the squares of a signal, the reader."""
+    node, after = graph.nodes[reader], graph.users[reader]
+    if node.op != "map" or node.attrs[0] != slot(0) ** 2 or node.inputs != (Ref(signal),) or len(after) != 1:
+        return None
+    end = graph.nodes[after[0]]
+    return after[0] if end.op == "sum" and end.attrs[0] == 0 and end.inputs == (Ref(reader),) else None
+
+
+def _sum_of(graph: Graph, signal: int, reader: int) -> int | None:
+    """The sum over a family of a signal whose columns are weighed, the reader."""
+    node, after = graph.nodes[reader], graph.users[reader]
+    if node.op != "map" or node.attrs[0] != slot(0) * slot(1) or node.inputs.count(Ref(signal)) != 1 or len(after) != 1:
+        return None
+    weights = graph.view(next(r for r in node.inputs if r != Ref(signal)))
+    end = graph.nodes[after[0]]
+    plain = (
+        end.op == "family_sum"
+        and end.inputs == (Ref(reader),)
+        and not (weights.node.op == "signal" or weights.shape[0] != 1)
+    )
+    return after[0] if plain else None
+
+
+def weighed(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """A diag(w) B' for all members w of a family of data, where parameters are worked out on data: what weighs 0 is left out.
+
+    Memberships that are labels are 0 for all classes but one, so the work for all classes is that for one.
+    """
+    called = graph.reached(r.node for (kind, _), r in graph.roots.items() if kind != "learned")
+    apart = {id(node) for i, node in graph.nodes.items() if node.stage == Stage.BODY and i not in called}
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "matmul" or id(node) not in apart:
+            return None
+        left, right = inputs[0], b.flip(inputs[1])  # both with their samples in columns
+        for ref in (left, right):
+            found = _weighed(b, ref)
+            other = right if ref is left else left
+            if found is not None and not b.nodes[other.node].families and node.families == b.nodes[ref.node].families:
+                count += 1
+                w, x = found
+                return b.add("weighed_product", (x, w, other) if ref is left else (other, w, x))
+        return None
+
+    out = rewrite(graph, rule)
+    return out, f"{count} products over data leave out what weighs nothing"
+
+
+def _weighed(b: Builder, ref: Ref) -> tuple[Ref, Ref] | None:
+    """(w, X) for w * X, the columns of X weighed by the members of an input."""
+    node = b.nodes[ref.node]
+    if node.op != "map" or node.attrs[0] != slot(0) * slot(1):
+        return None
+    w, x = sorted(node.inputs, key=lambda r: b.nodes[r.node].op != "input")
+    weights, matrix = b.view(w), b.view(x)
+    fits = weights.shape[1 if ref.flip else 0] == 1 and matrix.shape == node.shape and not matrix.node.families
+    return (w, b.flip(x) if ref.flip else x) if fits and weights.node.op == "input" and weights.node.families else None
+
+
+def outer(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """u v' -> u * v': a broadcast, where a product of matrices would be called for every one of a batch."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "matmul" or node.symmetric or b.view(inputs[0]).shape[1] != 1:
+            return None
+        count += 1
+        return b.map(slot(0) * slot(1), inputs)
+
+    out = rewrite(graph, rule)
+    return out, f"{count} products of a column and a row became broadcasts"
+
+
+def shared(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """f(x) beside g(f(x), y) is computed once: value numbering of formulas within formulas."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "map":
+            return None
+        for i, other in b.nodes.items():
+            found = _within(other, node, inputs) if other.op == "map" and other.shape != (ONE, ONE) else None
+            if found is not None:
+                count += 1
+                return b.map(*_pruned(found, (*inputs, Ref(i))))
+        return None
+
+    out = rewrite(graph, rule)
+    return out, f"{count} formulas read one that is known"
+
+
+def _within(part: Node, whole: Node, inputs: tuple[Ref, ...]) -> sp.Expr | None:
+    """The formula of `whole`, a function of `inputs`, with a further slot for `part`, if it contains that."""
+    if not set(part.inputs) <= set(inputs):
+        return None
+    inner = swap(part.attrs[0], {slot(k): slot(inputs.index(r)) for k, r in enumerate(part.inputs)})
+    outer: sp.Expr = whole.attrs[0]
+    found = cast(sp.Expr, outer.xreplace({inner: slot(len(inputs))}))
+    return None if found == outer or inner == outer else found
+
+
+def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref, ...]]:
+    """A formula without the slots that it does not read."""
+    kept = [i for i in range(len(refs)) if profile.has(slot(i))]
+    return swap(profile, {slot(i): slot(j) for j, i in enumerate(kept)}), tuple(refs[i] for i in kept)
+
+
+def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """sqrt(sum(x**2)), of which nothing else reads the sum -> the length of x, which has a gradient at 0 too."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "map":
+            return None
+        for i, ref in enumerate(node.inputs):
+            if not _adds_squares(graph, ref):
+                continue
+            s = slot(i)
+            profile = cast(sp.Expr, node.attrs[0].xreplace({sp.sqrt(s): LENGTH, 1 / sp.sqrt(s): 1 / LENGTH}))
+            if profile.has(s):
+                continue
+            count += 1
+            summed = b.nodes[inputs[i].node]
+            length = b.add("length", b.nodes[summed.inputs[0].node].inputs, *summed.attrs)
+            length = b.flip(length) if inputs[i].flip else length
+            return b.map(swap(profile, {LENGTH: s}), (*inputs[:i], length, *inputs[i + 1 :]))
+        return None
+
+    out = rewrite(graph, rule)
+    return out, f"{count} roots of sums of squares became lengths"
+
+
+LENGTH = sp.Dummy("length", positive=True)
+
+
+def _adds_squares(graph: Graph, ref: Ref) -> bool:
+    """Is it a sum of x**2 that has one reader?"""
+    node = graph.nodes[ref.node]
+    if node.op != "sum" or len(graph.users[ref.node]) != 1 or node.inputs[0].flip:
+        return False
+    square = graph.nodes[node.inputs[0].node]
+    return square.op == "map" and square.attrs[0] == slot(0) ** 2
+
+
+Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("solves", solves),
+    ("gram", gram),
+    ("order", order),
+    ("attention", attention),
+    ("contract", contract),
+    ("parseval", parseval),
+    ("weighed", weighed),
+    ("outer", outer),
+    ("shared", shared),
+    ("lengths", lengths),
+)

@@ -1,0 +1,556 @@
+"""Weights from elsewhere: the section `weights:` of a spec, read in both directions.
+
+restore_weights(net, "released.pth")    their names, axes and parts -> our parameters; tells what did not match
+release_weights(net)                    the inverse: a dict under their names
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unroll.errors import SpecError, UnrollError, did_you_mean, quote
+from unroll.model.module import Model
+from unroll.network.network import Network, draw
+from unroll.spec import Spec
+from unroll.spec.schema import Move, Weights
+
+LAYER = "{layer}"
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that are learned: they come with the weights, as parameters do."""
+SHOWN = 40
+"""Names of a kind that a report lists."""
+Net = Network | Model
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every name. ok: nothing was left over on either side.
+
+    loaded: (theirs, ours).  ignored: theirs, not needed as the spec says.  unused: theirs, with no place.
+    missing: ours, without a value (or parts of them), or with one of chance.  kept: our constants, as the spec says.
+    """
+
+    loaded: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    unused: tuple[str, ...]
+    missing: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.unused and not self.missing
+
+    def left_over(self) -> Iterator[str]:
+        """What did not match, a name per line."""
+        yield from _listed("not in the file", self.missing)
+        yield from _listed("in the file, not used", self.unused)
+
+    def lines(self) -> Iterator[str]:
+        """The report, a name per line; what did not match first."""
+        yield from self.left_over()
+        yield from _listed("ignored, as the spec says", self.ignored)
+        yield from _listed("kept from the spec", self.kept)
+        yield from _listed("loaded", [f"{theirs} -> {ours}" for theirs, ours in self.loaded])
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def _listed(title: str, names: Sequence[str]) -> Iterator[str]:
+    if names:
+        yield f"{title}: {len(names)}"
+        yield from (f"  {name}" for name in names[:SHOWN])
+        if len(names) > SHOWN:
+            yield f"  and {len(names) - SHOWN} more"
+
+
+def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> Report:
+    """Load released weights, named as the section `weights:` of the network's spec says; all of them, or none.
+
+    source: a .safetensors or .npz file, a file of torch.save (read without running code), or a dict of tensors or arrays.
+    Raises UnrollError E421 where a shape or a type does not fit, where two of theirs differ in one place of ours, and,
+    if strict, where a name of theirs or ours is left over; if not strict, that is a warning.
+    """
+    spec, weights = _weights(net)
+    if not isinstance(source, str | os.PathLike | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # of whom no checker asks
+        hint = "give its state_dict()" if isinstance(source, nn.Module) else "a file, or a dict of tensors or arrays"
+        raise UnrollError("E421", f"weights are not read from a {type(source).__name__}", hint=hint)
+    found = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights)
+    filling = _Filling(spec, net)
+    for name, value in found.items():
+        filling.take(_stripped(name, weights), value, found)
+    report = filling.report(weights)
+    if not report.ok:
+        message = f"the weights do not match {spec.title}: {len(report.missing)} missing, {len(report.unused)} not used"
+        if strict:
+            hint = (
+                filling.prefix(report.unused)
+                or "name them under weights: names or ignore, or load what fits with strict=False"
+            )
+            raise UnrollError("E421", message, hint=hint, notes=tuple(report.left_over()))
+        warnings.warn("\n".join([message, *report.left_over()]), stacklevel=2)
+    filling.commit()
+    return report
+
+
+def release_weights(net: Net) -> dict[str, Tensor]:
+    """Our weights under their names: what `restore_weights` would read. Raises UnrollError E421."""
+    spec, weights = _weights(net)
+    values = {name: _outside(net, name, tensor.detach()) for name, tensor in net.state_dict().items()}
+    pieces: dict[str, list[tuple[Move, Tensor]]] = {}
+    for pattern, moves in weights.names.items():
+        for i, move in enumerate(moves):
+            for name, ours, at in _expanded(pattern, move, values, spec, i):
+                value = values[ours][at] if at is not None else values[ours]
+                piece = _cut(ours, value, move.into)
+                if move.axes:
+                    left, right = move.axes.split("->")
+                    piece = rearrange(piece, f"{right} -> {left}", _sizes(net))
+                piece = piece / move.factor if move.factor != 1 else piece
+                pieces.setdefault(name, []).append((move, piece))
+    return {name: _assembled(found) for name, found in pieces.items()}
+
+
+def _assembled(pieces: list[tuple[Move, Tensor]]) -> Tensor:
+    """One tensor from its parts."""
+    (move, first), *_ = pieces
+    if not move.part:
+        return first.clone()
+    spans = [[_span(s, n) for s, n in zip(_padded(m.part, t.ndim), t.shape, strict=True)] for m, t in pieces]
+    shape = [max(stop for _, stop in axis) for axis in zip(*spans, strict=True)]
+    out = first.new_zeros(shape)
+    for (_, tensor), span in zip(pieces, spans, strict=True):
+        out[tuple(slice(a, b) for a, b in span)] = tensor
+    return out
+
+
+def _padded(part: str, ndim: int) -> tuple[slice, ...]:
+    found = slices(part)
+    return (*found, *[slice(None)] * (ndim - len(found)))
+
+
+def _span(s: slice, size: int) -> tuple[int, int]:
+    start = s.start or 0
+    return start, start + size
+
+
+# --- the network's side -----------------------------------------------------------------------------------------------
+
+
+def _weights(net: Net) -> tuple[Spec, Weights]:
+    spec = cast("Spec | None", net.spec)
+    if spec is None or spec.weights is None:
+        raise UnrollError(
+            "E421", "the spec says nothing about weights from elsewhere", hint="add  weights: {names: {..}}"
+        )
+    return spec, spec.weights
+
+
+def _sizes(net: Net) -> dict[str, int]:
+    """Of axes that shapes leave open: what the map says, and the sizes of the spec."""
+    return {**(net.sizes if isinstance(net, Model) else net.program.dims), **_weights(net)[1].sizes}
+
+
+def _constraint(net: Net, name: str) -> str:
+    """That of a learned parameter; "none" for all others."""
+    for prefix, inner in _networks(net).items():
+        for (own, _), p in zip(inner.named_parameters(), inner.learned, strict=True):
+            if prefix + own == name:
+                return p.constraint
+    return "none"
+
+
+def _outside(net: Net, name: str, stored: Tensor) -> Tensor:
+    """The value of a parameter from what is stored."""
+    return nn.functional.softplus(stored) if _constraint(net, name) == "positive" else stored
+
+
+def _inside(net: Net, name: str, value: Tensor) -> Tensor:
+    """The inverse of `_outside`."""
+    return value + torch.log(-torch.expm1(-value)) if _constraint(net, name) == "positive" else value
+
+
+def _constants(net: Net) -> set[str]:
+    """Buffers that the spec says, which no file may set."""
+    return {n for n, _ in net.named_buffers() if n.split(".")[-1] not in STATISTICS}
+
+
+def _networks(net: Net) -> dict[str, Network]:
+    """The layers by the prefix of their names."""
+    return {f"{k}.": n for k, n in net.networks.items()} if isinstance(net, Model) else {"": net}
+
+
+def _drawn(net: Net) -> set[str]:
+    """Constants that would be others for another seed: those that change when what was drawn is drawn anew."""
+    found: set[str] = set()
+    for prefix, inner in _networks(net).items():
+        program, words = inner.program, inner.program.words
+        if not inner.drawn:
+            continue
+        before = {n: inner.state_dict()[n] for n, _ in inner.named_buffers() if n in inner.state_dict()}
+        for seed in (0, 1):  # at least one of them is not the network's
+            probe, other = copy.deepcopy(inner), draw(program.problem, program.dims, seed)
+            values: dict[str, Any] = {**inner.given, **inner.scalars, **{n: other[n] for n in inner.drawn}}
+            cast(Any, probe).initialise(**{words["symbol", n]: values[n] for n in program.initialise_arguments})
+            found |= {prefix + n for n, b in before.items() if not torch.equal(b, probe.get_buffer(n))}
+    return found
+
+
+@dataclass
+class _Filling:
+    """Our tensors, filled one after the other with theirs; nothing of the network changes before `commit`."""
+
+    spec: Spec
+    net: Net
+    values: dict[str, Tensor] = field(init=False)
+    filled: dict[str, Tensor] = field(init=False)
+    loaded: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    left: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        state = self.net.state_dict()
+        self.values = {n: _outside(self.net, n, t.detach()).cpu().clone() for n, t in state.items()}
+        self.filled = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self.values.items()}
+        assert self.spec.weights is not None
+        self.moves = [(_regex(pattern), pattern, moves) for pattern, moves in self.spec.weights.names.items()]
+
+    def take(self, name: str, value: Any, beside: Mapping[str, Any]) -> None:
+        """Put a tensor of theirs where it goes. Raises UnrollError E421 where it does not fit."""
+        assert self.spec.weights is not None
+        if not isinstance(value, Tensor | _Array) and _matches(name, self.spec.weights.ignore):
+            self.left.append(name)
+            return
+        tensor = _tensor(name, value, beside)
+        used = torch.zeros(tensor.shape, dtype=torch.bool)
+        before = len(self.loaded)
+        for regex, pattern, moves in self.moves:
+            if match := regex.fullmatch(name):
+                layer = match.groupdict().get("layer")
+                for i, move in enumerate(moves):
+                    used[self._put(name, tensor, pattern, move, i, layer)] = True
+        if len(self.loaded) == before or not used.all():
+            self.left.append(
+                name if len(self.loaded) == before else f"{name} ({int((~used).sum()):,} of {used.numel():,} numbers)"
+            )
+
+    def _put(self, name: str, tensor: Tensor, pattern: str, move: Move, i: int, layer: str | None) -> tuple[slice, ...]:
+        ours = _target(self.spec, pattern, i, move.to, layer, self.values)
+        if ours in _constants(self.net):
+            where = self.spec.origin(*_path(self.spec, pattern, i)).where()
+            hint = "learn it, or give it to compile: parameters={..}"
+            raise SpecError("E421", f"'{ours}' is a constant of the spec, which a file cannot set", where, hint)
+        into = _row(ours, move, layer, self.values[ours], name)
+        target, filled = self.values[ours][into], self.filled[ours][into]
+        value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
+        value = _converted(name, ours, value, target) * move.factor
+        if _constraint(self.net, ours) == "positive" and not bool((value > 0).all()):
+            hint = "leave positive: out of learn:"
+            raise UnrollError("E421", f"{name} -> {ours}: numbers that the spec keeps positive are not", hint=hint)
+        place = slices(move.into)
+        if bool((filled[place] & (target[place] != value)).any()):
+            first = next(theirs for theirs, to in self.loaded if to == ours)
+            two = f"{first} and {name}" if first != name else f"two that are named {name}, but for a prefix,"
+            raise UnrollError("E421", f"{two} go to the same place of {ours}, and differ")
+        target[place] = value
+        filled[place] = True
+        self.loaded.append((name, ours))
+        return slices(move.part)
+
+    def _fitted(self, name: str, ours: str, tensor: Tensor, move: Move, target: Tensor) -> Tensor:
+        """Theirs in the shape of ours."""
+        found = tuple(tensor.shape)
+        if len(slices(move.part)) <= tensor.ndim and tensor.is_complex() == target.is_complex():
+            value = tensor[slices(move.part)]
+            try:
+                value = rearrange(value, move.axes, _sizes(self.net), target.shape) if move.axes else value
+            except UnrollError as e:
+                raise UnrollError("E421", f"{name} -> {ours}: {e.message}", hint=e.hint or SIZES) from None
+            if value.shape == target.shape:
+                return value
+            found = tuple(value.shape)
+        kind = "complex " if tensor.is_complex() else ""
+        as_ours = f", {found} as {ours} ({move.axes or move.part})" if found != tuple(tensor.shape) else ""
+        message = f"{name} is {kind}{tuple(tensor.shape)}{as_ours}, but {ours} is {tuple(target.shape)}"
+        laid_out = 'axes: says how theirs are laid out: "(k p) d -> k d p"'
+        raise UnrollError("E421", message, hint=laid_out if tensor.numel() == target.numel() else SIZES)
+
+    def prefix(self, unused: Sequence[str]) -> str:
+        """What to write where names of theirs would fit without what they begin with."""
+        for name in unused:
+            for end in re.finditer(r"[./]", name):
+                first, rest = name[: end.end()], name[end.end() :]
+                if any(regex.fullmatch(rest) for regex, _, _ in self.moves):
+                    return f"their names begin with '{first}': weights: {{strip: [{first}]}}"
+        return ""
+
+    def report(self, weights: Weights) -> Report:
+        constants = _constants(self.net)
+        ignored = tuple(n for n in self.left if _matches(n, weights.ignore))
+        missing = [_lacking(n, f) for n, f in self.filled.items() if n not in constants and not f.all()]
+        drawn = _drawn(self.net)
+        missing += [f"{n} (drawn from the seed: give it to compile)" for n in self.values if n in drawn]
+        unused = tuple(n for n in self.left if n not in ignored)
+        kept = tuple(n for n in self.values if n in constants - drawn)
+        return Report(tuple(self.loaded), ignored, unused, tuple(missing), kept)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        state = self.net.state_dict(keep_vars=True)
+        for name, value in self.values.items():
+            if self.filled[name].any():
+                state[name].copy_(_inside(self.net, name, value))
+
+
+def _lacking(name: str, filled: Tensor) -> str:
+    if not filled.any():
+        return name
+    rows = [str(i) for i, row in enumerate(filled) if not row.all()]
+    return f"{name} ({', '.join(rows[:8])}{' ..' if len(rows) > 8 else ''} of its first axis)"
+
+
+def _path(spec: Spec, pattern: str, i: int) -> tuple[str | int, ...]:
+    """Where the name of ours is written: `theirs: ours`, `theirs: {to: ours}`, or an entry of a list."""
+    return ("weights", "names", pattern, i, "to")
+
+
+def _target(spec: Spec, pattern: str, i: int, to: str, layer: str | None, values: Mapping[str, Tensor]) -> str:
+    """The name of ours. Raises SpecError E421 if there is none."""
+    ours = to.replace(LAYER, layer) if layer is not None else to
+    if ours not in values:
+        where = spec.origin(*_path(spec, pattern, i)).where()
+        raise SpecError(
+            "E421", f"'{quote(ours)}' is not a parameter of {spec.title}", where, did_you_mean(ours, values)
+        )
+    return ours
+
+
+def _row(ours: str, move: Move, layer: str | None, value: Tensor, name: str) -> Any:
+    """The part of ours that belongs to a layer."""
+    if layer is None or LAYER in move.to:
+        return ...
+    if not value.ndim or int(layer) >= value.shape[0]:
+        depth = f"{value.shape[0]} layers" if value.ndim else "no layers"
+        hint = f"unroll: {{layers: {int(layer) + 1}}}, or as many as the file has"
+        raise UnrollError("E421", f"{name} is of layer {layer} (from 0), but {ours} has {depth}", hint=hint)
+    return int(layer)
+
+
+def _expanded(
+    pattern: str, move: Move, values: Mapping[str, Tensor], spec: Spec, i: int
+) -> Iterator[tuple[str, str, int | None]]:
+    """(theirs, ours, index of ours) for every layer."""
+    if LAYER not in pattern:
+        yield pattern, _target(spec, pattern, i, move.to, None, values), None
+    elif LAYER not in move.to:
+        ours = _target(spec, pattern, i, move.to, None, values)
+        yield from ((pattern.replace(LAYER, str(n)), ours, n) for n in range(values[ours].shape[0]))
+    else:
+        names = [(n, m["layer"]) for n in values if (m := _regex(move.to).fullmatch(n))]
+        yield from ((pattern.replace(LAYER, n), ours, None) for ours, n in names)
+
+
+# --- their side -------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """What numpy can read: its own arrays, and those of other libraries."""
+
+    def __array__(self) -> Any: ...
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A file as a dict. Raises UnrollError E421."""
+    try:
+        match path.suffix:
+            case ".safetensors":
+                return load_file(path)
+            case ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    return dict(arrays)
+            case _:
+                with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of a training script
+                    found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UnrollError("E421", f"cannot read '{quote(str(path))}': {e.strerror or e}") from None
+    except Exception as e:
+        raise UnrollError("E421", f"'{quote(str(path))}' holds no plain weights: {_reason(e)}", hint=UNREAD) from None
+    if not isinstance(found, Mapping):
+        raise UnrollError("E421", f"'{quote(str(path))}' holds a {type(found).__name__}, not weights by name")
+    return cast("Mapping[str, Any]", found)
+
+
+SIZES = "give the spec the sizes of the file, under dims: or model:"
+UNREAD = (
+    "read are .safetensors, .npz and files of torch.save; one that needs to run code is not: load it yourself, and give the "
+    "dict of its tensors"
+)
+
+
+def _reason(e: Exception) -> str:
+    """What torch or numpy say, without their advice to run the code."""
+    text = str(e)
+    if refused := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+        return f"it names {refused[1]}"
+    unpickled = re.search(r"WeightsUnpickler error: ([^\n]+)", text)
+    return quote(unpickled[1] if unpickled else re.split(r"\n|\. ", text)[0], 100)
+
+
+def _unwrapped(found: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """The weights within what a file holds, by name. Raises UnrollError E421 if they are not there."""
+    inner = next((x for key in weights.key if (x := _inside_of(found, key)) is not None), found)
+    if inner is found and weights.key and any(not isinstance(v, Tensor | _Array) for v in found.values()):
+        wanted = " or ".join(f"'{key}'" for key in weights.key)
+        raise UnrollError("E421", f"there is no {wanted} in the file", hint=_key(found), notes=(_holds(found),))
+    return dict(_flat(inner)) if any("/" in name for name in weights.names) else dict(inner)
+
+
+def _inside_of(found: Any, key: str) -> Mapping[str, Any] | None:
+    for word in key.split("."):
+        found = found.get(word) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None
+
+
+def _flat(found: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dicts as one, their names joined by /."""
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _flat(cast("Mapping[str, Any]", value), f"{before}{name}/")
+        else:
+            yield f"{before}{name}", value
+
+
+def _tensor(name: str, value: Any, beside: Mapping[str, Any]) -> Tensor:
+    """A value of a file as a tensor. Raises UnrollError E421."""
+    match value:
+        case Tensor():
+            return value.detach()
+        case _Array():
+            array = np.asarray(value)
+            if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which numpy does not know
+                return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+            try:
+                return torch.tensor(array)
+            except TypeError:
+                raise UnrollError("E421", f"{name} is an array of {array.dtype}, which torch does not know") from None
+        case _:
+            message = f"'{quote(str(name))}' is not a tensor"
+            raise UnrollError("E421", message, hint=_key(beside), notes=(_holds(beside),))
+
+
+def _converted(name: str, ours: str, value: Tensor, target: Tensor) -> Tensor:
+    """Theirs in the type of ours: finite numbers, of any precision. Raises UnrollError E421."""
+    if target.is_floating_point() and not (value.is_floating_point() or value.is_complex()):
+        hint = "quantised weights are not read: give them as numbers"
+        raise UnrollError("E421", f"{name} holds {value.dtype}, {ours} {target.dtype}", hint=hint)
+    value = value.to(target)
+    if not bool(value.isfinite().all()):
+        bad = f"{int((~value.isfinite()).sum()):,} of {value.numel():,} numbers"
+        raise UnrollError("E421", f"{name} -> {ours}: {bad} are not finite in {target.dtype}")
+    return value
+
+
+def _key(found: Mapping[str, Any]) -> str:
+    """What to write where the weights are further in."""
+    inner = [
+        str(k)
+        for k, v in found.items()
+        if isinstance(v, Mapping) and any(isinstance(t, Tensor | _Array) for t in v.values())
+    ]
+    return f"weights: {{key: {inner[0]}}}" if inner else ""
+
+
+def _holds(found: Mapping[str, Any]) -> str:
+    names = [str(k) for k in found]
+    return f"the file holds: {quote(', '.join(names[:8]), 200)}{', ..' if len(names) > 8 else ''}"
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _stripped(name: str, weights: Weights) -> str:
+    while prefix := next((p for p in weights.strip if p and name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(re.escape(LAYER), r"(?P<layer>0|[1-9]\d*)", 1))
+
+
+# --- axes and parts ---------------------------------------------------------------------------------------------------
+
+
+def slices(text: str) -> tuple[slice, ...]:
+    """ "0:384, :" as an index."""
+    ends = [part.split(":") for part in text.split(",")] if text else []
+    return tuple(slice(int(a) if a.strip() else None, int(b) if b.strip() else None) for a, b in ends)
+
+
+def _cut(name: str, value: Tensor, part: str) -> Tensor:
+    """A part of a tensor. Raises UnrollError E421 if it names axes that are not there."""
+    if len(slices(part)) > value.ndim:
+        raise UnrollError("E421", f"into: '{part}' is of {len(slices(part))} axes, {name} has {value.ndim}")
+    return value[slices(part)]
+
+
+def rearrange(tensor: Tensor, pattern: str, sizes: Mapping[str, int], shape: Sequence[int] = ()) -> Tensor:
+    """Split, permute and join axes: "(k p) d -> k d p". 1 is an axis of one.
+
+    sizes: of axes that shapes leave open.  shape: of the result, where it is known.  Raises UnrollError E421.
+    """
+    left, right = (_groups(side) for side in pattern.split("->"))
+    found = _lengths([(left, tensor.shape), *([(right, shape)] if len(shape) else [])], pattern)
+    names = [n for group in left for n in group]
+    for n in names:
+        if n not in found and n in sizes:
+            found[n] = sizes[n]
+    found |= _lengths([(left, tensor.shape)], pattern, found)
+    open_ = [n for n in names if n not in found]
+    if open_:
+        raise UnrollError(
+            "E421", f"the size of axis '{open_[0]}' in '{pattern}' is not known", hint="name it as a size of the spec"
+        )
+    order = [names.index(n) for group in right for n in group]
+    split = tensor.reshape([found[n] for n in names]).permute(order)
+    return split.reshape([math.prod(found[n] for n in group) for group in right])
+
+
+def _groups(side: str) -> list[tuple[str, ...]]:
+    found = [inner or single for inner, single in re.findall(r"\(([^)]*)\)|(\S+)", side)]
+    return [tuple(n for n in group.split() if n != "1") for group in found]
+
+
+def _lengths(
+    sides: list[tuple[list[tuple[str, ...]], Sequence[int]]], pattern: str, known: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Sizes of axes that follow from shapes: those alone, then those of which all others of their group are known."""
+    found: dict[str, int] = dict(known or {})
+    for groups, shape in sides:
+        if len(groups) != len(shape):
+            raise UnrollError("E421", f"'{pattern}' does not fit {tuple(shape)}")
+    for _ in range(2):
+        for group, size in ((g, n) for groups, shape in sides for g, n in zip(groups, shape, strict=True)):
+            open_ = [n for n in group if n not in found]
+            rest = math.prod(found.get(n, 1) for n in group)
+            if len(open_) == 1 and rest and size % rest == 0:
+                found[open_[0]] = size // rest
+            elif not open_ and rest != size:
+                raise UnrollError("E421", f"'{pattern}' does not fit: {' '.join(group) or '1'} is {size}, not {rest}")
+    return found

@@ -1,0 +1,344 @@
+"""Value of an expression, straight from the definition of each node: the slow oracle of graphs and emitted text.
+
+Everything is in mathematical layout, (..., rows, cols), a scalar (..., 1, 1), a family (K, rows, cols); float64 is
+meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, reduce
+from itertools import product
+from math import prod
+from typing import Any, assert_never, cast
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from unroll.language.expr import (
+    Add,
+    Diag,
+    Diagonal,
+    Expr,
+    Eye,
+    FamilyLogSumExp,
+    FamilySoftmax,
+    FamilySum,
+    Hold,
+    Indicator,
+    Inverse,
+    LogDet,
+    LogSumExp,
+    Map,
+    Max,
+    Member,
+    Mul,
+    Node,
+    Noise,
+    Normalise,
+    Ones,
+    Op,
+    Project,
+    Prox,
+    ProxMap,
+    Signal,
+    Softmax,
+    Spectral,
+    SpectralMap,
+    SpectralNorm,
+    SpectralProx,
+    Spectrum,
+    Sum,
+    Sym,
+    Trace,
+    Transpose,
+    Zero,
+    slot,
+)  # fmt: skip
+
+
+def _wide(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+
+
+def _extreme(pick: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: reduce(pick, torch.broadcast_tensors(*map(_wide, args)))
+
+
+def _of_tensors(name: str) -> Callable[..., Tensor]:
+    return lambda x: getattr(torch, name)(_wide(x))
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{f: _of_tensors(f) for f in ["exp", "log", "tanh", "sqrt", "sign", "sin", "cos", "atan", "erf", "sinh", "cosh"]},
+    "Abs": lambda x: _wide(x).abs(),
+    "Heaviside": lambda x, half=0.5: (torch.sign(_wide(x)) + 1) / 2,
+    "max": _extreme(torch.maximum),
+    "min": _extreme(torch.minimum),
+    "pow": lambda x, p: torch.pow(_wide(x), _wide(p)),
+    "where": lambda yes, a, b: torch.where(yes, _wide(a), _wide(b)),
+}
+"""SymPy's names on tensors and numbers."""
+
+
+@cache
+def _function(symbols: tuple[sp.Basic, ...], c: sp.Expr) -> Callable[..., Any]:
+    return sp.lambdify(symbols, c, modules=[_FUNCTIONS, "torch"])
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """values: tensors of symbols.  scalars: numbers or tensors (..., 1, 1), sizes too.  members: the k of U[k] now."""
+
+    values: Mapping[Sym, Tensor]
+    scalars: Mapping[sp.Symbol, Any]
+    members: Mapping[str, int]
+    dtype: torch.dtype = torch.float64
+
+    def size(self, n: sp.Expr) -> int:
+        return int(n.subs({s: v for s, v in self.scalars.items() if isinstance(v, int)}))
+
+    def number(self, c: sp.Expr) -> Tensor:
+        """A scalar formula, as a tensor."""
+        return self.profile(c, {})
+
+    def profile(self, c: sp.Expr, slots: Mapping[sp.Symbol, Tensor]) -> Tensor:
+        symbols = sorted(c.free_symbols, key=str)
+        known: dict[Any, Any] = {**self.scalars, **slots}
+        values = [known[s] for s in symbols]
+        tensors = [v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=self.dtype) for v in values]
+        found = _function(tuple(symbols), c)(*tensors) if symbols else float(c)
+        if isinstance(found, Tensor):
+            return found if found.is_complex() else found.to(self.dtype)
+        return torch.tensor(float(found), dtype=self.dtype)
+
+    def __call__(self, e: Expr) -> Tensor:
+        match cast(Node, e):
+            case Sym() as s:
+                return self.values[s]
+            case Member(of, index):
+                return self.values[of][self.members[index]]
+            case Eye(n):
+                return torch.eye(self.size(n), dtype=self.dtype)
+            case Ones(rows, cols):
+                return torch.ones(self.size(rows), self.size(cols), dtype=self.dtype)
+            case Zero(rows, cols):
+                return torch.zeros(self.size(rows), self.size(cols), dtype=self.dtype)
+            case Add(terms):
+                out = self(terms[0])
+                for t in terms[1:]:
+                    out = out + self(t)
+                return out
+            case Mul(c, factors):
+                out = self(factors[0])
+                for f in factors[1:]:
+                    out = _times(out, self(f))
+                return self.number(c) * out
+            case Transpose(x):
+                return self(x).mT
+            case Inverse(x):
+                return torch.linalg.inv(self(x))
+            case Map(profile, args):
+                tensors = torch.broadcast_tensors(*map(self, args))
+                found = self.profile(profile, {slot(i): t for i, t in enumerate(tensors)})
+                return found.expand_as(tensors[0])
+            case Diag(x):
+                return torch.diag_embed(self(x).squeeze(-1))
+            case Diagonal(x):
+                return self(x).diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            case Softmax(x, axis, causal):
+                return (self.seen(self(x), axis) if causal else self(x)).softmax(axis - 2)
+            case FamilySoftmax(index, n, x):
+                return torch.stack(torch.broadcast_tensors(*self.family(index, n, x))).softmax(0)[self.members[index]]
+            case FamilyLogSumExp(index, n, body):
+                return torch.stack(self.family(index, n, body)).logsumexp(0)
+            case Noise(_, _, x):  # of a network that is not being trained
+                return self(x)
+            case Normalise(kind, axis, eps, x, weight, bias):
+                return self.normalised(kind, axis - 2, self.number(eps), self(x)) * self(weight) + self(bias)
+            case SpectralMap(h, x):
+                return self.spectral(x, lambda s: self.profile(h, {slot(0): s}))
+            case SpectralProx(prox, x):
+                return self.spectral(x, lambda s: self.prox(prox, s, {}))
+            case Op("running_sum", x, adjoint):
+                ones = torch.ones(self.size(x.cols), self.size(x.cols), dtype=self.dtype)
+                return self(x) @ (ones.tril() if adjoint else ones.triu())
+            case Op("repeat", x, adjoint, sizes):
+                n = prod(map(self.size, sizes))
+                copies = torch.kron(
+                    torch.eye(self.size(e.rows if adjoint else x.rows), dtype=self.dtype),
+                    torch.ones(n, 1, dtype=self.dtype),
+                )
+                return (copies.T if adjoint else copies) @ self(x)
+            case Op("first", x, _, (n,)):
+                return torch.eye(self.size(n), self.size(x.rows), dtype=self.dtype) @ self(x)
+            case Op("shifts", x, adjoint, sizes):
+                return self.shifts(self(x), adjoint, [self.size(n) for n in sizes])
+            case Op(_, x, adjoint):
+                return self.difference(self(x), adjoint)
+            case Spectrum(index, sizes, x, conjugate):
+                row = self.frequencies(sizes)[self.members[index]]
+                blocks = self(x).unflatten(-2, (-1, len(row)))
+                return torch.einsum("t,...ctn->...cn", row.conj() if conjugate else row, blocks.to(row.dtype))
+            case Signal(index, sizes, body):
+                back = self.frequencies(sizes).conj()
+                blocks = torch.stack(self.family(index, sp.Mul(*sizes), body)).to(back.dtype)
+                return torch.einsum("wt,w...cn->...ctn", back, blocks).real.flatten(-3, -2)
+            case Hold(x):
+                return self(x).detach()
+            case Prox() as node:
+                from unroll.calculus.prox import plan
+
+                return self(plan(node))
+            case ProxMap(prox, args, slots):
+                first, *rest = torch.broadcast_tensors(*map(self, args))
+                return self.prox(prox, first, dict(zip(slots, rest, strict=True)))
+            case Project(name, params, x):
+                return project(name, self(x), [self(p) if isinstance(p, Expr) else self.number(p) for p in params])
+            case FamilySum(index, n, body):
+                return torch.stack(self.family(index, n, body)).sum(0)
+            case Sum(x, axis):
+                return self.along(x, axis, torch.sum)
+            case LogSumExp(x, axis):
+                return self.along(x, axis, torch.logsumexp)
+            case Max(x, axis):
+                return self.along(x, axis, torch.amax)
+            case Trace(x):
+                return self(x).diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+            case LogDet(x):
+                return torch.linalg.slogdet(self(x)).logabsdet[..., None, None]
+            case Spectral(h, x):
+                s = torch.linalg.svdvals(self(x))
+                s = torch.where(s > s.amax(-1, keepdim=True) * 1e-13 * s.shape[-1], s, 0.0)
+                return self.profile(h, {slot(0): s}).sum(-1)[..., None, None]
+            case SpectralNorm(x):
+                return torch.linalg.svdvals(self(x)).amax(-1)[..., None, None]
+            case Indicator(name, params, x):
+                numbers = [self(p) if isinstance(p, Expr) else self.number(p) for p in params]
+                return self.indicator(name, self(x), numbers)
+            case _ as never:
+                assert_never(never)
+
+    def family(self, index: str, n: sp.Expr, body: Expr) -> list[Tensor]:
+        """The body for every member."""
+        return [replace(self, members={**self.members, index: k})(body) for k in range(self.size(n))]
+
+    def frequencies(self, sizes: tuple[sp.Expr, ...]) -> Tensor:
+        """The orthonormal Fourier matrix of the places, a Kronecker product over their axes: (T, T)."""
+        one = torch.ones(1, 1, dtype=torch.complex128)
+        for n in map(self.size, sizes):
+            k = torch.arange(n, dtype=torch.float64)
+            one = torch.kron(one, torch.exp(-2j * torch.pi / n * k.outer(k)) / n**0.5)
+        return one
+
+    def shifts(self, x: Tensor, adjoint: bool, sizes: list[int]) -> Tensor:
+        """Column (n, s) is column n with its places moved on by s; the adjoint moves back and sums over s."""
+        axes = tuple(range(-1 - len(sizes), -1))
+        moves = list(product(*map(range, sizes)))
+        if adjoint:
+            parts = x.unflatten(-1, (-1, len(moves))).unbind(-1)
+            rolled = [
+                p.unflatten(-2, (-1, *sizes)).roll([-n for n in s], axes) for p, s in zip(parts, moves, strict=True)
+            ]
+            return torch.stack(rolled).sum(0).flatten(-2 - len(sizes), -2)
+        rolled = [x.unflatten(-2, (-1, *sizes)).roll(s, axes).flatten(-2 - len(sizes), -2) for s in moves]
+        return torch.stack(rolled, -1).flatten(-2)
+
+    def seen(self, x: Tensor, axis: int) -> Tensor:
+        """Scores of a causal softmax: -inf where what is looked at comes after what looks."""
+        ahead = torch.ones_like(x).tril(-1) if axis == 0 else torch.ones_like(x).triu(1)
+        return x.masked_fill(ahead.bool(), -torch.inf)
+
+    def normalised(self, kind: str, dim: int, eps: Tensor, x: Tensor) -> Tensor:
+        if kind == "sphere":
+            return x / x.norm(dim=dim, keepdim=True).clamp_min(eps)
+        centred = x - x.mean(dim, keepdim=True) if kind == "layer_norm" else x
+        return centred / (centred.square().mean(dim, keepdim=True) + eps).sqrt()
+
+    def along(self, x: Expr, axis: int | None, reduce: Callable[..., Tensor]) -> Tensor:
+        return reduce(self(x), dim=(-2, -1) if axis is None else axis - 2, keepdim=True)
+
+    def spectral(self, x: Expr, h: Callable[[Tensor], Tensor]) -> Tensor:
+        u, s, v = torch.linalg.svd(self(x), full_matrices=False)
+        return u @ torch.diag_embed(h(s)) @ v
+
+    def prox(self, record: Any, v: Tensor, given: Mapping[sp.Symbol, Tensor]) -> Tensor:
+        """A scalar prox record, called by the names of its scalars."""
+        values = {str(s): given[s] if s in given else self.scalars[s] for s in record.scalars}
+        step = values.pop(str(record.t), None)
+        out = record(v, step, **values)
+        return (
+            out.reshape(v.shape) if out.numel() == v.numel() else out
+        )  # numbers are (1, 1): they add axes to singular values
+
+    def difference(self, x: Tensor, adjoint: bool) -> Tensor:
+        n = x.shape[-2] + adjoint
+        d = torch.eye(n, dtype=x.dtype)[1:] - torch.eye(n, dtype=x.dtype)[:-1]
+        return (d.T if adjoint else d) @ x
+
+    def indicator(self, name: str, x: Tensor, params: list[Tensor]) -> Tensor:
+        gap = params[0] @ x - params[1] if name == "affine" else project(name, x, params) - x
+        inside = gap.abs().amax((-2, -1), keepdim=True) < 1e-8
+        return torch.where(inside, 0.0, torch.inf).to(x.dtype)
+
+
+def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
+    """Nearest point of a set, by bisection or sorting written for one matrix at a time."""
+    if x.ndim > 2:
+        return torch.stack([project(name, m, [p[i] if p.ndim > 2 else p for p in params]) for i, m in enumerate(x)])
+    match name, params:
+        case "nonneg", []:
+            return x.clamp_min(0)
+        case "box", [a, b]:
+            return torch.minimum(torch.maximum(x, a), b)
+        case "ball_inf", [r]:
+            return torch.minimum(torch.maximum(x, -r), r)
+        case "ball2", [r]:
+            return x * (r / x.norm()).clamp_max(1)
+        case "ball1", [r]:
+            shift = _bisect(lambda t: (x.abs() - t).clamp_min(0).sum() - r, torch.zeros(()), x.abs().max())
+            return x.sign() * (x.abs() - shift).clamp_min(0)
+        case "simplex", []:
+            shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - 1, c.max() - 1, c.max()) for c in x.T]
+            return (x - torch.stack(shifts)).clamp_min(0)
+        case "sphere", []:
+            return x / x.norm(dim=0)
+        case "unit_columns", []:
+            return x / x.norm(dim=0).clamp_min(1)
+        case "psd", []:
+            w, q = torch.linalg.eigh((x + x.T) / 2)
+            return q @ torch.diag(w.clamp_min(0)) @ q.T
+        case "stiefel" | "orthogonal", []:
+            u, _, v = torch.linalg.svd(x, full_matrices=False)
+            return u @ v
+        case "sparse", [s]:
+            smallest = x.abs().flatten().sort(descending=True).values[int(s) - 1]
+            return torch.where(x.abs() >= smallest, x, 0)
+        case "rank_at_most", [r]:
+            u, s, v = torch.linalg.svd(x, full_matrices=False)
+            return u[:, : int(r)] @ torch.diag(s[: int(r)]) @ v[: int(r)]
+        case _:
+            raise AssertionError(f"internal error, please report: no set {name}")
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """A product, one of them complex perhaps."""
+    kind = torch.promote_types(a.dtype, b.dtype)
+    return a.to(kind) @ b.to(kind)
+
+
+def _bisect(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """The zero of a decreasing function, or the lower end where it is negative already."""
+    if excess(low) <= 0:
+        return low
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def evaluate(e: Expr, values: Mapping[Sym, Tensor], scalars: Mapping[sp.Symbol, Any]) -> Tensor:
+    """The value of e: (..., rows, cols)."""
+    return Evaluator(values, scalars, {})(e)

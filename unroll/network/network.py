@@ -1,0 +1,734 @@
+"""Program -> nn.Module: the emitted class, loaded so that tracebacks show its text, with the problem it came from.
+
+net(x, z=z0)               the answer; (..., m) -> (..., n)
+net.trace(x)               every iterate, and every term of the objective at every iterate
+net.objective(x, z=z)      the terms of the objective, per sample
+net.save(folder)           spec.yaml, weights.safetensors, the source: no pickle
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import linecache
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import sympy as sp
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unroll.derivation.step import Learned
+from unroll.emit.emit import Program, axes_of, stored_axes, term_source, term_symbols
+from unroll.errors import UnrollError, did_you_mean
+from unroll.language.expr import LogDet, Sym, swap, walk
+from unroll.language.problem import Problem
+from unroll.network.stepwise import Replay, learned_value
+from unroll.network.trace import Measure, Trace, measure
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+VERSION = "1"
+"""Of the layout of a saved folder."""
+SPEC, WEIGHTS, SOURCE = "spec.yaml", "weights.safetensors", "network.py"
+
+
+class Written(Protocol):
+    """What a network keeps of the spec it came from."""
+
+    @property
+    def sha256(self) -> str: ...
+    def to_yaml(self) -> str: ...
+
+
+class Network(nn.Module):
+    """An emitted module and what it stands for. Made by `network`, which mixes this class with the emitted one.
+
+    layers, spec, derivation, program: what it was made from.  drawn: parameters that no value was given for, drawn from the seed.
+    """
+
+    layers: int
+    program: Program
+    spec: Written | None
+    derivation: Any
+    numbers: dict[str, float]
+    drawn: tuple[str, ...]
+    takes: dict[str, tuple[str, tuple[int | None, ...], bool]]
+    """Inputs, then variables: the word in the text, the sizes of the last axes, whether it must be given."""
+    built: bool
+    """Have the parameters that depend on data been worked out?"""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.program.inputs
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.program.step.output)
+
+    @property
+    def source(self) -> str:
+        """The Python text of the module."""
+        return self.program.source
+
+    @property
+    def graph(self) -> nx.DiGraph[int]:
+        """Tensor operations of one layer and of what goes before it."""
+        return self.program.graph.digraph
+
+    @property
+    def learned(self) -> tuple[Learned, ...]:
+        names = {
+            self.program.words["learned", p.name]: p
+            for p in self.program.step.learned
+            if ("learned", p.name) in self.program.words
+        }
+        return tuple(names[name] for name, _ in self.named_parameters())
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Values of the problem's parameters, in the network's type and place."""
+        held = cast(nn.Module, self._modules["_given"])
+        return {s.name: held.get_buffer(f"p{i}") for i, s in enumerate(self.program.problem.parameters)}
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return dict(self.numbers)
+
+    def forward(self, *args: Tensor, **start: Any) -> Any:
+        """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406, E408."""
+        given = self._bind(args, start)
+        try:
+            return super().forward(**given)
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
+            raise self._unsolved(given) from e
+
+    def construct(self, *args: Tensor, batch_size: int | None = None, **named: Tensor) -> Any:
+        """Work out, layer by layer, the parameters that depend on data; returns what these data become.
+
+        Inputs in order or by name, without batch axes: one set of data, such as (N, d) features and their (K, N) memberships.
+        batch_size: so many samples at a time, which bounds the memory of a layer and changes nothing but rounding.
+        Raises UnrollError E404, E408.
+        """
+        wanted = self.program.construct_inputs
+        if not wanted:
+            raise UnrollError(
+                "E408",
+                "no parameter of this network depends on data",
+                hint="init: data, in an entry of learn:, asks for that",
+            )
+        given = {**dict(zip(wanted, args, strict=False)), **named}
+        for name in (*wanted, *given):
+            if name not in given or name not in wanted:
+                raise UnrollError(
+                    "E404",
+                    f"the data to construct with are {', '.join(wanted)}; '{name}' is {'missing' if name in wanted else 'not one of them'}",
+                )
+            self._check(name, given[name])
+            if given[name].ndim != len(self.program.axes(self.program.problem.symbols[name])):
+                raise UnrollError(
+                    "E404", f"{name} has shape {tuple(given[name].shape)}: data to construct with have no batch axes"
+                )
+        out = self._constructed([given[name] for name in wanted], batch_size)
+        bad = [n for n, p in self.named_parameters() if not finite(p)]
+        if bad:
+            raise UnrollError(
+                "E408",
+                f"'{bad[0]}' is not finite on these data",
+                hint="a class without samples, or a step that diverges",
+            )
+        _refuse_excluded(self, "data")
+        self.built = True
+        return out
+
+    def _constructed(self, data: list[Tensor], batch_size: int | None) -> Any:
+        """What `construct` of the text makes of data, cut into batches along the samples."""
+        construct, problem, samples = self._worked_out, self.program.problem, self.program.samples
+        if samples is None:
+            if batch_size is not None:
+                hint = "leave batch_size out: a layer needs all samples at once"
+                raise UnrollError("E404", "these data cannot come in batches", hint=hint)
+            return construct(*data)
+        axes = [next(iter(axes_of(s, samples)), None) for s in problem.inputs]
+        counts = {s.name: x.shape[a] for s, x, a in zip(problem.inputs, data, axes, strict=True) if a is not None}
+        count = max(counts.values())
+        if min(counts.values()) != count:
+            have = ", ".join(f"{name} {n}" for name, n in counts.items())
+            raise UnrollError("E404", f"the data to construct with have different numbers of samples: {have}")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise UnrollError("E404", f"batch_size is {batch_size!r}: it is a number of samples")
+        cuts = [
+            x.split(batch_size or max(count, 1), a) if a is not None else None for x, a in zip(data, axes, strict=True)
+        ]
+        number = len(next(c for c in cuts if c is not None))
+        parts = construct(
+            *([c[i] if c is not None else x for x, c in zip(data, cuts, strict=True)] for i in range(number))
+        )
+        output = [axes_of(s, samples)[0] for s in self.program.step.output]
+        if len(output) == 1:
+            return torch.cat(parts, output[0])
+        return tuple(torch.cat(part, a) for a, part in zip(output, zip(*parts, strict=True), strict=True))
+
+    def _worked_out(self, *data: Any) -> Any:
+        """`construct` of the text; a network is not built while, or where, that fails."""
+        self.built = False
+        try:
+            return cast(Any, super()).construct(*data)
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
+            raise UnrollError(
+                "E408",
+                "on these data a matrix is not positive definite, or has no inverse",
+                hint="a class without samples, or a step that diverges",
+            ) from e
+
+    def trace(
+        self,
+        *args: Tensor,
+        at: str = "iterate",
+        parameters: str = "given",
+        terms: Mapping[str, str] | None = None,
+        **start: Any,
+    ) -> Trace:
+        """Run, and keep what every block left. Inputs that only the objective reads may be given by name.
+
+        at: what the objective, and every further formula, is evaluated at: the "iterate", or its columns after "layer_norm", "rms_norm" or "sphere".
+        parameters: those "given" to the network, or what the "layers" learned in their place.  terms: further formulas, which may
+        read learned matrices by name.  Raises UnrollError E404, E406, E408, E409.
+        """
+        program = self.program
+        asked = measure(program.problem, program.step, at, parameters, terms or {})
+        extra = {
+            s.name: start.pop(s.name) for s in program.problem.inputs if s.name in start and s.name not in self.takes
+        }
+        given = self._bind(args, start)
+        found: list[Any] = []
+        try:
+            super().forward(**given, trace=found)
+        except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
+            raise self._unsolved(given) from e
+        rows = [r if isinstance(r, tuple) else (r,) for r in found]
+        steps = {name: [r[i] for r in rows] for i, name in enumerate(self.variables)}
+        inputs = {name: given[program.words["symbol", name]] for name in self.inputs} | extra
+        replay = Replay(program.problem, program.step, self, program.words, self.given, inputs, self.numbers, steps)
+        values = self._terms_at(asked, inputs)
+        return Trace(
+            steps, program.step.blocks or ("step",), values, lambda: tuple(replay.maps()), asked.own, bool(asked.reads)
+        )
+
+    def _terms_at(
+        self, asked: Measure, inputs: dict[str, Tensor]
+    ) -> Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]:
+        """(values of the variables, place, layer) -> the terms that a trace is asked for."""
+        problem, program = self.program.problem, self.program
+        plain = all(asked.problem.terms.get(n) is e for n, e in problem.terms.items()) and len(
+            asked.problem.terms
+        ) == len(problem.terms)
+        source = program.objective_source if plain else term_source(asked.problem, program.dims)
+
+        def run(values: dict[str, Tensor], place: str, layer: int) -> dict[str, Tensor]:
+            like = next(iter(values.values()))
+            own = {p.name: learned_value(self, program.words, p, layer).to(like) for p in asked.reads}
+            found = self._terms({**inputs, **values, **own}, place, asked.problem, source)
+            total = sum(found[name] for name in problem.terms)
+            return {**found, "total": total}  # type: ignore[dict-item]
+
+        return run
+
+    def _unsolved(self, given: dict[str, Any]) -> UnrollError:
+        """The layer in which a matrix has no factor or inverse, from a second run."""
+        blocks, found = self.program.step.blocks or ("step",), list[Any]()
+        with suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+            super().forward(**given, trace=found)
+        layer, block = divmod(max(len(found) - 1, 0), len(blocks))
+        terms = next((p.terms for name, p in self.program.step.subproblems if name in (blocks[block], "")), {})
+        where = f"{blocks[block]} of layer {layer + 1}" if found else "what comes before the first layer"
+        about = (
+            f" (of {', '.join(n for n in terms if n in self.program.problem.terms) or 'its surrogate'})"
+            if found
+            else ""
+        )
+        hint = "values that are not finite, or float32 where float64 is needed"
+        return UnrollError(
+            "E409", f"{where} has a matrix{about} that is not positive definite, or has no inverse", hint=hint
+        )
+
+    def objective(self, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
+        """Every term of the objective, and "total": (...) values, one per sample."""
+        named = {**self._by_name(args), **values}
+        for name in named:
+            if name not in self.program.problem.symbols:
+                self._refuse_unknown({name: named[name]})
+            self._check(name, named[name])
+        return self._terms(named)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write spec, weights and source into a folder, each file whole or not at all."""
+        if self.spec is None:
+            raise UnrollError("E405", "a network without a spec cannot be saved; its source and state_dict can")
+        return write(folder, self.spec, self.source, self.state_dict(), self.given, self.program.dims, self.numbers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.spec is None:
+            raise UnrollError("E405", "a network without a spec cannot be pickled; its source and state_dict can")
+        return recompile, (
+            self.spec.to_yaml(),
+            self.program.dims,
+            self.given,
+            self.numbers,
+            self.state_dict(),
+            self.training,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        shared = ("program", "spec", "derivation")
+        new.__dict__ = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        return new
+
+    # Arguments.
+
+    def _by_name(self, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        if len(args) > len(self.inputs):
+            raise UnrollError(
+                "E404",
+                f"{len(args)} inputs were given, this network takes {len(self.inputs)}: {', '.join(self.inputs)}",
+            )
+        return dict(zip(self.inputs, args, strict=False))
+
+    def _bind(self, args: tuple[Tensor, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the emitted forward."""
+        if not self.built:
+            raise UnrollError(
+                "E408",
+                "this network has parameters that are worked out on data, and has seen none",
+                hint=f"net.construct({', '.join(self.program.construct_inputs)})",
+            )
+        out: dict[str, Any] = {}
+        if "layers" in named and "layers" not in self.takes:
+            out["layers"] = self._depth(named.pop("layers"))
+        if args:
+            named |= self._by_name(args)
+        for name, (word, sizes, needed) in self.takes.items():
+            value = named.pop(name, None)
+            if value is not None:
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    raise UnrollError(
+                        "E404",
+                        f"{name} is {_kind(value)}, not a tensor of real numbers",
+                        hint=f"torch.as_tensor({name}, dtype=torch.float32)",
+                    )
+                if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
+                    self._check(name, value)
+                out[word] = value
+            elif needed:
+                raise UnrollError("E404", f"the input '{name}' is missing")
+        if named:
+            self._refuse_unknown(named)
+        return out
+
+    def _depth(self, layers: int | None) -> int | None:
+        if layers is not None and not self.program.any_depth:
+            own = f"this network has parameters of its own in each of its {self.layers} layers: its depth is fixed"
+            raise UnrollError("E406", own)
+        if layers is not None and layers < 0:
+            raise UnrollError("E406", f"a network has 0 or more layers, not {layers}")
+        return layers
+
+    def _refuse_unknown(self, named: Mapping[str, Any]) -> None:
+        for name in named:
+            if name not in self.takes:
+                hint = did_you_mean(name, self.takes)
+                raise UnrollError("E404", f"'{name}' is neither an input nor a variable", hint=hint)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        """The last axes are those declared; axes before them are batch axes. Raises UnrollError E404."""
+        symbol = self.program.problem.symbols[name]
+        sizes = self.program.tensor_sizes(symbol)
+        shape = tuple(value.shape)
+        last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
+        if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
+            want = ", ".join(["...", *map(_axis, self.program.axes(symbol), sizes)])
+            hint = "batch axes come first, then the axes of the spec"
+            raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=hint)
+
+    def terms_of(self, problem: Problem) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
+        return self._evaluator(problem, term_source(problem, self.program.dims))
+
+    def _terms(
+        self, named: Mapping[str, Tensor], place: str = "", problem: Problem | None = None, source: str = ""
+    ) -> dict[str, Tensor]:
+        """All terms of the objective (or of `problem`) and their sum. Raises UnrollError E404 for a missing value, E409 where a matrix has no log-determinant."""
+        problem, source = problem or self.program.problem, source or self.program.objective_source
+        for s in term_symbols(problem):
+            if s.role != "parameter" and s.name not in named:
+                raise UnrollError(
+                    "E404", f"the objective needs a value for '{s.name}'", hint=f"give it by name: {s.name}=..."
+                )
+        try:
+            terms = self._evaluator(problem, source)(named)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            raise self._not_definite(named, place, problem) from None
+        return {**terms, "total": sum(terms.values())}  # type: ignore[dict-item]
+
+    def _not_definite(self, named: Mapping[str, Tensor], place: str, problem: Problem) -> UnrollError:
+        """Which term has a matrix that is not positive definite."""
+        for name, e in problem.terms.items():
+            one = replace(problem, terms={name: e})
+            try:
+                self.terms_of(one)(named)
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+                return UnrollError(
+                    "E409",
+                    f"the term {name} has a matrix that is not positive definite {place}".rstrip(),
+                    hint="values that are not finite, or float32 where float64 is needed",
+                )
+        return UnrollError("E409", f"a matrix is not positive definite {place}".rstrip())
+
+    def _evaluator(self, problem: Problem, source: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """The terms of a problem from named values, in float32 or better under autocast too, determinants on the smaller side."""
+        order = [*problem.variables, *problem.inputs, *problem.parameters]
+
+        def run(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values: dict[str, Any] = {**named, **self.given, **self.numbers}
+            text = _at_sizes(problem, self.program.dims, source, values)
+            evaluate = load(text, f"objective of {problem.name}")["objective"]
+            tensors = [_at_least_float32(values.get(s.name)) for s in order]
+            with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
+                return evaluate(*tensors, *(values[s.name] for s in problem.scalars))
+
+        return run
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+
+
+def _at_least_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+_SIZED: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
+"""(source of terms, open sizes of a call) -> the source for these sizes."""
+
+
+def _at_sizes(problem: Problem, dims: Mapping[str, int], source: str, values: Mapping[str, Any]) -> str:
+    """The source of the terms for the sizes of this call, where a determinant has another side."""
+    if not any(isinstance(x, LogDet) for e in problem.terms.values() for x in walk(e)):
+        return source
+    found: dict[str, int] = {}
+    for s in (*problem.variables, *problem.inputs):
+        axes = stored_axes(s)
+        if isinstance(values.get(s.name), Tensor) and axes:
+            found |= {
+                n.name: int(k)
+                for n, k in zip(axes, values[s.name].shape[-len(axes) :], strict=True)
+                if isinstance(n, sp.Symbol)
+            }
+    sizes = {d.name: found[d.name] for d in problem.dims if d.name in found and d.name not in dims}
+    key = (source, tuple(sizes.items()))
+    if key not in _SIZED:
+        _SIZED[key] = term_source(problem, {**dims, **sizes}, source) if sizes else source
+    return _SIZED[key]
+
+
+def _axis(name: str, size: int | None) -> str:
+    return name if size is None or str(size) == name else f"{name} = {size}"
+
+
+# --- making one -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load(source: str, title: str) -> dict[str, Any]:
+    """Run emitted text and return its names; tracebacks show its lines."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    file = f"<unroll {title} {digest}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    module = sys.modules[f"unroll_emitted_{digest}"] = ModuleType(
+        f"unroll_emitted_{digest}"
+    )  # torch.compile looks it up
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module.__dict__
+
+
+@cache
+def _mixed(source: str, name: str) -> type[Network]:
+    emitted = load(source, name)[name]
+    return cast(type[Network], type(name, (Network, emitted), {"__doc__": emitted.__doc__, "__module__": __name__}))
+
+
+def network(
+    program: Program,
+    given: Mapping[str, Tensor],
+    scalars: Mapping[str, float] | None = None,
+    *,
+    spec: Written | None = None,
+    derivation: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Network:
+    """A network set to the algorithm itself; starts that the spec asks to draw are drawn from `seed`.
+
+    given: a tensor for every parameter of the problem, as declared.  scalars: values in the place of defaults.
+    Raises UnrollError E402 (no value), E403 (a start value that its constraint excludes), E404 (shape).
+    """
+    problem = program.problem
+    numbers = values_of(problem, scalars or {})
+    made = _mixed(program.source, program.class_name)
+    net = made.__new__(made)
+    cast(Any, super(Network, net)).__init__(**program.init_arguments)
+    net.layers, net.program, net.numbers = program.layers, program, numbers
+    net.spec, net.derivation = spec, derivation
+    net.drawn = ()
+    net.takes = _arguments(program)
+    net.built = not program.construct_inputs
+    _hold(net, given)
+    net.to(dtype=dtype or torch.get_default_dtype(), device=device)
+    exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
+    wanted = program.initialise_arguments
+    drawn = {"generator": torch.Generator(next(net.parameters()).device).manual_seed(seed)} if program.drawn else {}
+    cast(Any, net).initialise(
+        **{program.words["symbol", n]: exact[n] if n in exact else numbers[n] for n in wanted}, **drawn
+    )
+    waiting = {
+        program.words["learned", p.name]
+        for p in program.step.learned
+        if p.constructed and ("learned", p.name) in program.words
+    }
+    for name, p in net.named_parameters():
+        if name not in waiting and not finite(p):
+            raise UnrollError(
+                "E403",
+                f"'{name}' cannot start at the value that it replaces: not finite, or excluded by its constraint",
+            )
+    _refuse_excluded(net, "value")
+    for name, b in net.named_buffers():
+        if b.is_floating_point() and not finite(b):
+            raise UnrollError(
+                "E403",
+                f"'{name}' is not finite for the parameters given",
+                hint="a matrix of zeros has the Lipschitz constant 0, and 1/0 is no step size",
+            )
+    return net
+
+
+def finite(x: Tensor) -> bool:
+    """Is every entry finite? Without a tensor of answers: parameters may be large."""
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x.detach())
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _refuse_excluded(net: Network, init: str) -> None:
+    """Raises UnrollError E403 for a parameter that starts at what it replaces where its constraint excludes that."""
+    for record, p in zip(net.learned, net.parameters(), strict=True):
+        if record.init == init and not _holds(record, p.detach()):
+            raise UnrollError(
+                "E403",
+                f"'{record.name}' cannot start at the value that it replaces, which is not "
+                f"{record.constraint.replace('_', ' ')}: {record.replaces}",
+            )
+
+
+def _holds(p: Learned, value: Tensor) -> bool:
+    """Is a start value what its parameter is kept to? What is positive by softplus was tried before."""
+    match p.constraint:
+        case "symmetric":
+            value = value.double()
+            return not bool((value - value.mT).abs().max() > 1e-3 * value.abs().max())
+        case "unit_columns":
+            return not bool((value.double().norm(dim=p.column_axis) - 1).abs().max() > 1e-3)
+        case _:
+            return True
+
+
+def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...], bool]]:
+    problem, words, sizes = program.problem, program.words, program.tensor_sizes
+    ins = {s.name: (words["symbol", s.name], sizes(s), True) for s in problem.inputs if s.name in program.inputs}
+    return ins | {s.name: (words["symbol", s.name], sizes(s), False) for s in problem.variables}
+
+
+def values_of(problem: Problem, scalars: Mapping[str, float]) -> dict[str, float]:
+    """A number for every scalar of a problem: given, or its default. Raises UnrollError E402, E403."""
+    known = {s.name: default for s, default in problem.scalars.items()}
+    positive = {s.name for s in problem.scalars if s.is_positive}
+    for name, value in scalars.items():
+        if name not in known:
+            raise UnrollError("E402", f"'{name}' is not a scalar of this problem", hint=did_you_mean(name, known))
+        if name in positive and not value > 0:
+            raise UnrollError(
+                "E403",
+                f"'{name}' is declared positive, {float(value):g} is not",
+                hint="what was derived relies on its sign",
+            )
+    out: dict[str, float] = {}
+    for name, default in known.items():
+        if name not in scalars and default is None:
+            raise UnrollError("E402", f"the scalar '{name}' has no value", hint=f"give it: scalars={{'{name}': ...}}")
+        out[name] = float(scalars[name] if name in scalars else cast(Any, default))
+    return out
+
+
+def _hold(net: Network, given: Mapping[str, Tensor]) -> None:
+    """Keep the parameters of the problem for the objective: moved with the network, not part of its state."""
+    known = [s.name for s in net.program.problem.parameters]
+    for name in given:
+        if name not in known:
+            raise UnrollError("E402", f"'{name}' is not a parameter of this problem", hint=did_you_mean(name, known))
+    held = nn.Module()
+    for i, s in enumerate(net.program.problem.parameters):
+        if s.name not in given:
+            raise UnrollError(
+                "E402", f"the parameter '{s.name}' has no value", hint=f"give it: parameters={{'{s.name}': ...}}"
+            )
+        sizes = net.program.tensor_sizes(s)
+        if tuple(given[s.name].shape) != sizes:
+            want = ", ".join(map(_axis, net.program.axes(s), sizes))
+            raise UnrollError("E404", f"{s.name} has shape {tuple(given[s.name].shape)}, expected ({want})")
+        held.register_buffer(f"p{i}", given[s.name].detach().clone(), persistent=False)
+    net.add_module("_given", held)
+
+
+def write(
+    folder: str | os.PathLike[str],
+    spec: Written,
+    source: str,
+    state: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    dims: Mapping[str, int],
+    scalars: Mapping[str, float],
+) -> Path:
+    """Spec, weights and source in a folder, as `restore` reads them; each file whole or not at all."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {f"network.{k}": v for k, v in state.items()} | {f"given.{k}": v for k, v in given.items()}
+    record = {
+        "version": VERSION,
+        "sha256": spec.sha256,
+        "dims": json.dumps(dims),
+        "scalars": json.dumps(scalars),
+    }
+    with TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            Path(fresh) / WEIGHTS,
+            metadata=record,
+        )
+        (Path(fresh) / SPEC).write_text(spec.to_yaml(), encoding="utf-8")
+        (Path(fresh) / SOURCE).write_text(source, encoding="utf-8")
+        for name in (SOURCE, SPEC, WEIGHTS):
+            os.replace(Path(fresh) / name, target / name)
+    return target
+
+
+def restore(folder: str | os.PathLike[str]) -> Network:
+    """The network that `save` wrote. Raises UnrollError E405 for a folder that is not one."""
+    import unroll
+
+    place = Path(folder)
+    for name in (SPEC, WEIGHTS):
+        if not (place / name).is_file():
+            raise UnrollError("E405", f"{place} holds no {name}: it is not a saved network")
+    try:
+        with safe_open(place / WEIGHTS, framework="pt") as file:
+            record = cast(dict[str, str], file.metadata() or {})
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise UnrollError("E405", f"{place / WEIGHTS} is damaged: {e}") from None
+    if "version" not in record:
+        raise UnrollError(
+            "E405",
+            f"{place} was not written by unroll.save",
+            hint="of a run folder, unroll eval measures the network again",
+        )
+    if record.get("version") != VERSION:
+        raise UnrollError("E405", f"{place / WEIGHTS} was written by another version of unroll")
+    state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    given = {k.removeprefix("given."): v for k, v in tensors.items() if k.startswith("given.")}
+    compile_ = cast(Callable[..., Network], unroll.compile)
+    text = (place / SPEC).read_text(encoding="utf-8")
+    net = compile_(
+        text,
+        dims=json.loads(record["dims"]),
+        parameters=given,
+        scalars=json.loads(record["scalars"]),
+        dtype=_dtype(state, given),
+    )
+    if net.spec is None or net.spec.sha256 != record["sha256"]:
+        raise UnrollError("E405", f"{place / SPEC} is not the spec that these weights belong to")
+    net.load_state_dict(state)
+    net.built = all(map(finite, net.parameters()))
+    return net
+
+
+def _dtype(*tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    return next((t.dtype for d in tensors for t in d.values() if t.is_floating_point()), None)
+
+
+def recompile(
+    spec: str,
+    dims: dict[str, int],
+    given: dict[str, Tensor],
+    scalars: dict[str, float],
+    state: dict[str, Tensor],
+    training: bool,
+) -> Network:
+    """The network (or the model around one) of a spec, with these values: what a pickle holds."""
+    import unroll
+
+    compile_ = cast(Callable[..., Network], unroll.compile)
+    net = compile_(spec, dims=dims, parameters=given, scalars=scalars, dtype=_dtype(state, given))
+    net.load_state_dict(state)
+    net.built = all(map(finite, net.parameters()))
+    return net.train(training)
+
+
+def draw(problem: Problem, dims: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Random values for the parameters of a problem: Gaussian with variance 1/rows, then made what was declared.
+
+    Float64. `orthonormal` gives M M' = I, or M' M = I for a tall M; `tight_frame` makes the members of a family together orthonormal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {d: dims[d.name] for d in problem.dims if d.name in dims}
+    return {s.name: _drawn(s, [int(swap(n, sizes)) for n in stored_axes(s)], generator) for s in problem.parameters}
+
+
+def _drawn(s: Sym, shape: list[int], generator: torch.Generator) -> Tensor:
+    value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if s.rank == 2:
+        value = value / shape[-2] ** 0.5
+    if "tight_frame" in s.props:
+        count, rows, cols = shape
+        if count * cols != rows:
+            raise UnrollError(
+                "E403", f"{s.name} cannot start as a tight frame: {count} times {cols} columns are not {rows}"
+            )
+        value = torch.linalg.qr(value.movedim(0, 1).reshape(rows, rows)).Q.reshape(rows, count, cols).movedim(1, 0)
+    if "orthonormal" in s.props:
+        left, _, right = torch.linalg.svd(value, full_matrices=False)
+        value = left @ right
+    if "unit_columns" in s.props:
+        value = nn.functional.normalize(value, dim=-2)
+    if "symmetric" in s.props:
+        value = (value + value.mT) / 2
+    if "positive" in s.props:
+        value = value.abs()
+    if "identity" in s.props:
+        value = torch.eye(*shape[-2:], dtype=torch.float64).expand(shape).clone()
+    return torch.full_like(value, float("ones" in s.props)) if {"zeros", "ones"} & s.props else value

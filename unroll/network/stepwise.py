@@ -1,0 +1,197 @@
+"""A step run as it is written, assignment by assignment: the slow twin of the emitted module, for what only it can see.
+
+Values are in mathematical layout, (..., rows, cols), a family (K, ..., rows, cols); float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from unroll.derivation.step import LAYER, Assign, Learned, Step
+from unroll.language.expr import Expr, FamilySoftmax, FamilySum, Softmax, Sym, free_indices, walk
+from unroll.language.problem import Problem
+from unroll.network.evaluate import Evaluator, evaluate
+
+
+class Holder(Protocol):
+    """What holds the parameters of a network."""
+
+    def get_parameter(self, target: str, /) -> torch.nn.Parameter: ...
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def as_matrix(value: Tensor, s: Sym) -> Tensor:
+    """A tensor as a network takes it -> (family, rows, cols) as in formulas."""
+    if s.rank == 2 and s.role == "learned" and s.nrows == 1:
+        return value.unsqueeze(-2)
+    if s.rank == 2:
+        return value if s.role in ("parameter", "learned") else value.mT
+    return value.unsqueeze(-1) if s.rank == 1 else value[..., None, None]
+
+
+def as_stored(value: Tensor, s: Sym) -> Tensor:
+    """The inverse of `as_matrix`, of a variable."""
+    return value.mT if s.rank == 2 else value.squeeze(-1) if s.rank == 1 else value[..., 0, 0]
+
+
+def learned_value(net: Holder, words: Mapping[tuple[str, str], str], p: Learned, layer: int) -> Tensor:
+    """The value of a parameter in a layer (from 0), its constraint applied."""
+    stored = net.get_parameter(words["learned", p.name]).detach()
+    value = stored[layer] if p.per_layer else stored
+    match p.constraint:
+        case "none":
+            return value
+        case "positive":
+            return torch.nn.functional.softplus(value)
+        case "symmetric":
+            return (value + value.mT) / 2
+        case "unit_columns":
+            return torch.nn.functional.normalize(value, dim=p.column_axis)
+
+
+class State:
+    """Values of symbols while a step is run by hand."""
+
+    def __init__(self, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) -> None:
+        self.values, self.numbers = values, numbers
+
+    def assign(self, a: Assign) -> None:
+        if isinstance(a.value, Expr):
+            value: Any = evaluate(a.value, self.values, self.numbers)
+        else:
+            value = _number(a.value, self.numbers)
+        if isinstance(a.target, Sym):
+            whole = isinstance(value, Tensor)
+            self.values[a.target] = value if whole else torch.as_tensor(float(value), dtype=torch.float64)
+        else:
+            self.numbers[a.target] = value
+
+    def put(self, p: Learned, value: Tensor) -> None:
+        if isinstance(p.symbol, Sym):
+            self.values[p.symbol] = as_matrix(value, p.symbol)
+        else:
+            self.numbers[p.symbol] = value.reshape(*value.shape, *[1] * (2 - value.ndim)) if value.ndim else value
+
+
+def _number(value: sp.Expr, numbers: dict[sp.Symbol, Any]) -> Any:
+    symbols = sorted(value.free_symbols, key=str)
+    if not symbols:
+        return float(value)
+    if any(isinstance(numbers[s], Tensor) for s in symbols):  # type: ignore[index]
+        return Evaluator({}, numbers, {}).number(value)
+    return sp.lambdify(symbols, value, modules=["math"])(*(numbers[s] for s in symbols))  # type: ignore[index]
+
+
+# --- attention maps ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """The values of one softmax within a layer (from 1).
+
+    over "tokens": weights (..., K, N, M), row i of head k says how much token i takes from each of M, and sums to 1.
+    over "members": (..., K, rows, cols), the share of each member of a family, which sum to 1 over K.
+    K is 1 outside a family.
+    """
+
+    layer: int
+    block: str
+    over: Literal["tokens", "members"]
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is needed to run a network's step by hand. parameters, inputs: as stored.  steps[z]: what every block left."""
+
+    problem: Problem
+    step: Step
+    net: Holder
+    words: Mapping[tuple[str, str], str]
+    parameters: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    scalars: Mapping[str, float]
+    steps: Mapping[str, list[Tensor]]
+
+    def maps(self) -> Iterator[AttentionMap]:
+        """Every softmax in every layer, at the values that the network's own blocks left."""
+        state, step = self._opening(), self.step
+        learned = [p for p in step.learned if ("learned", p.name) in self.words]
+        blocks = step.blocks or ("step",)
+        for k in range(len(next(iter(self.steps.values()))) - 1):
+            layer, block = divmod(k, len(blocks))
+            state.numbers[LAYER] = layer
+            for p in learned:
+                state.put(p, _wide(learned_value(self.net, self.words, p, layer)))
+            for z in step.output:
+                state.values[z] = as_matrix(_wide(self.steps[z.name][k]), z)
+            for a in (a for a in step.assigns if not a.block or a.block == blocks[block]):
+                for node in _softmaxes(a.value):
+                    yield AttentionMap(layer + 1, blocks[block], *self._weights(node, state))
+                state.assign(a)
+
+    def _opening(self) -> State:
+        """Everything before the first layer."""
+        p = self.problem
+        values = {s: as_matrix(_wide(self.parameters[s.name]), s) for s in p.parameters}
+        values |= {s: self._input(s) for s in p.inputs if s.name in self.inputs}
+        numbers: dict[sp.Symbol, Any] = {s: self.scalars[s.name] for s in p.scalars}
+        state = State(values, numbers | self._sizes())
+        for a in self.step.definitions:
+            state.assign(a)
+        for s in self.step.states:
+            state.assign(Assign(s.symbol, s.start, ""))
+        return state
+
+    def _input(self, s: Sym) -> Tensor:
+        """In mathematical layout; the axis of a family goes before those of the batch."""
+        value = as_matrix(_wide(self.inputs[s.name]), s)
+        return value if s.family is None else value.movedim(-3, 0)
+
+    def _sizes(self) -> dict[sp.Symbol, int]:
+        known = {d: n for d, n in self.problem.dims.items() if isinstance(n, int)}
+        held = {**self.inputs, **{name: found[0] for name, found in self.steps.items()}}
+        for s in (*self.problem.inputs, *self.problem.variables):
+            if s.name in held and s.rank > 0:
+                value = as_matrix(held[s.name], s)
+                for n, size in zip(s.shape, value.shape[-2:], strict=True):
+                    known |= {n: int(size)} if isinstance(n, sp.Symbol) else {}
+        return known
+
+    def _weights(self, node: Softmax | FamilySoftmax, state: State) -> tuple[Literal["tokens", "members"], Tensor]:
+        sizes = {index: n for a in self.step.assigns for index, n in _families(a.value)}
+        free = sorted(free_indices(node) | ({node.index} if isinstance(node, FamilySoftmax) else set()))
+        counts = [Evaluator({}, state.numbers, {}).size(sizes[i]) for i in free]
+        places = (
+            torch.cartesian_prod(*(torch.arange(n) for n in counts)).reshape(-1, len(free)).tolist() if free else [[]]
+        )
+        found = [Evaluator(state.values, state.numbers, dict(zip(free, place, strict=True)))(node) for place in places]
+        weights = torch.stack(torch.broadcast_tensors(*found), -3)
+        if isinstance(node, FamilySoftmax):
+            return "members", weights
+        return "tokens", weights.mT if node.axis == 0 else weights
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float64)
+
+
+def _softmaxes(value: Expr | sp.Expr) -> list[Softmax | FamilySoftmax]:
+    """Each once, in the order in which the formula shows them."""
+    found = [x for x in walk(value) if isinstance(x, Softmax | FamilySoftmax)] if isinstance(value, Expr) else []
+    return list(dict.fromkeys(found))
+
+
+def _families(value: Expr | sp.Expr) -> Iterator[tuple[str, sp.Expr]]:
+    """(index, how many) of what adds over families."""
+    for x in walk(value) if isinstance(value, Expr) else ():
+        if isinstance(x, FamilySum | FamilySoftmax):
+            yield x.index, x.size
