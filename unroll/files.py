@@ -26,7 +26,7 @@ def restore(folder: str | os.PathLike[str]) -> Network | Model:
         from unroll.train import trained
 
         return trained(Path(folder))
-    from unroll.network.network import restore as read_folder
+    from unroll.network.saved import restore as read_folder
 
     return read_folder(folder)
 

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from unroll.derivation.step import Learned
 from unroll.errors import UnrollError
 from unroll.model.source import Wrapped, wrap
-from unroll.network.network import Network, load, recompile, write
+from unroll.network.network import Network, load
+from unroll.network.saved import WAY_OUT, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
 from unroll.spec import Spec
 from unroll.spec.schema import TokenEmbed
@@ -103,7 +104,7 @@ class Model(nn.Module):
     @property
     def sizes(self) -> dict[str, int]:
         """As `compile(dims=)` takes them."""
-        return _prefixed({k: net.program.dims for k, net in self.networks.items()})
+        return _prefixed({k: net.sizes for k, net in self.networks.items()})
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         """As the emitted class says. Raises UnrollError E404."""
@@ -122,21 +123,32 @@ class Model(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write spec, weights and source into a folder, each file whole or not at all."""
-        return write(folder, self.spec, self.source, self.state_dict(), self.given, self.sizes, self.scalars)
+        self._refuse_changed()
+        return write(folder, self.spec, self)
 
     @staticmethod
     def restore(folder: str | os.PathLike[str]) -> Model:
         """The model that `save` wrote. Raises UnrollError E405."""
-        from unroll.network.network import restore
-
         found = cast(nn.Module, restore(folder))
         if not isinstance(found, Model):
             raise UnrollError("E405", f"{folder} holds layers alone, not a model", hint="unroll.restore reads both")
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._refuse_changed()
         values = (self.sizes, self.given, self.scalars, self.state_dict(), self.training)
         return recompile, (self.spec.to_yaml(), *values)
+
+    def _refuse_changed(self) -> None:
+        """Raises UnrollError E405 where the spec no longer says all of this model but values."""
+        inner = {name: self._modules.get(name) for name in ("body", "decoder")}
+        networks = {name: net for name, net in inner.items() if isinstance(net, Network)}
+        programs = [networks[name].program if name in networks else None for name in inner]
+        if programs[0] is None or wrap(self.spec, programs[0], programs[1]).source != self.source:
+            raise UnrollError("E405", "the layers of this model are no longer those of its spec", hint=WAY_OUT)
+        refuse_changed(self, _bare(type(self)), tuple(inner))
+        for net in networks.values():
+            net.as_made("saved")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
         new = type(self).__new__(type(self))
@@ -195,10 +207,7 @@ def model(spec: Spec, body: Network, decoder: Network | None, *, seed: int, dtyp
     Raises UnrollError E420 where parts and layers do not fit.
     """
     wrapped = wrap(spec, body.program, decoder.program if decoder else None)
-    made = _mixed(wrapped.source, wrapped.class_name)
-    net = made.__new__(made)
-    with torch.device("meta"), _Undrawn():
-        cast(Any, super(Model, net)).__init__()
+    net = _bare(_mixed(wrapped.source, wrapped.class_name))
     net.wrapped, net.spec, net.derivation = wrapped, spec, body.derivation
     net.to(torch.float64).to_empty(device="cpu")  # drawn in float64, so that every type starts at the same values
     cast(Any, net).initialise(torch.Generator().manual_seed(seed_of(seed, "model")))
@@ -207,6 +216,14 @@ def model(spec: Spec, body: Network, decoder: Network | None, *, seed: int, dtyp
     net.body = body
     if decoder is not None:
         net.decoder = decoder
+    return net
+
+
+def _bare(made: type[Model]) -> Model:
+    """What stands around the layers, on the meta device."""
+    net = made.__new__(made)
+    with torch.device("meta"), _Undrawn():
+        cast(Any, super(Model, net)).__init__()
     return net
 
 

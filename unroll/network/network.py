@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import linecache
 import os
 import sys
@@ -19,14 +18,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import sympy as sp
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unroll.derivation.step import Learned
@@ -34,23 +30,12 @@ from unroll.emit.emit import Program, axes_of, stored_axes, term_source, term_sy
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.expr import LogDet, Sym, swap, walk
 from unroll.language.problem import Problem
+from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.stepwise import Replay, learned_value
 from unroll.network.trace import Measure, Trace, measure
 
 if TYPE_CHECKING:
     import networkx as nx
-
-VERSION = "1"
-"""Of the layout of a saved folder."""
-SPEC, WEIGHTS, SOURCE = "spec.yaml", "weights.safetensors", "network.py"
-
-
-class Written(Protocol):
-    """What a network keeps of the spec it came from."""
-
-    @property
-    def sha256(self) -> str: ...
-    def to_yaml(self) -> str: ...
 
 
 class Network(nn.Module):
@@ -106,6 +91,11 @@ class Network(nn.Module):
     @property
     def scalars(self) -> dict[str, float]:
         return dict(self.numbers)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `compile(dims=)` takes them."""
+        return dict(self.program.dims)
 
     def forward(self, *args: Tensor, **start: Any) -> Any:
         """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406, E408."""
@@ -275,21 +265,21 @@ class Network(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write spec, weights and source into a folder, each file whole or not at all."""
+        return write(folder, self.as_made("saved"), self)
+
+    def as_made(self, verb: str) -> Written:
+        """The spec, which says all of this network but values. Raises UnrollError E405 where it does not."""
         if self.spec is None:
-            raise UnrollError("E405", "a network without a spec cannot be saved; its source and state_dict can")
-        return write(folder, self.spec, self.source, self.state_dict(), self.given, self.program.dims, self.numbers)
+            raise UnrollError("E405", f"a network without a spec cannot be {verb}; its source and state_dict can")
+        made = type(self).__new__(type(self))
+        with torch.device("meta"):
+            cast(Any, super(Network, made)).__init__(**self.program.init_arguments)
+        refuse_changed(self, made, ("_given",))
+        return self.spec
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.spec is None:
-            raise UnrollError("E405", "a network without a spec cannot be pickled; its source and state_dict can")
-        return recompile, (
-            self.spec.to_yaml(),
-            self.program.dims,
-            self.given,
-            self.numbers,
-            self.state_dict(),
-            self.training,
-        )
+        values = (self.sizes, self.given, self.scalars, self.state_dict(), self.training)
+        return recompile, (self.as_made("pickled").to_yaml(), *values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         new = type(self).__new__(type(self))
@@ -497,6 +487,7 @@ def network(
     net.drawn = ()
     net.takes = _arguments(program)
     net.built = not program.construct_inputs
+    net.register_load_state_dict_post_hook(_mark_built)
     _hold(net, given)
     net.to(dtype=dtype or torch.get_default_dtype(), device=device)
     exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
@@ -525,6 +516,12 @@ def network(
                 hint="a matrix of zeros has the Lipschitz constant 0, and 1/0 is no step size",
             )
     return net
+
+
+def _mark_built(net: Any, keys: Any) -> None:
+    """What was loaded may be what a construction left, or what one never worked out."""
+    del keys
+    net.built = all(map(finite, net.parameters()))
 
 
 def finite(x: Tensor) -> bool:
@@ -603,100 +600,6 @@ def _hold(net: Network, given: Mapping[str, Tensor]) -> None:
             raise UnrollError("E404", f"{s.name} has shape {tuple(given[s.name].shape)}, expected ({want})")
         held.register_buffer(f"p{i}", given[s.name].detach().clone(), persistent=False)
     net.add_module("_given", held)
-
-
-def write(
-    folder: str | os.PathLike[str],
-    spec: Written,
-    source: str,
-    state: Mapping[str, Tensor],
-    given: Mapping[str, Tensor],
-    dims: Mapping[str, int],
-    scalars: Mapping[str, float],
-) -> Path:
-    """Spec, weights and source in a folder, as `restore` reads them; each file whole or not at all."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors = {f"network.{k}": v for k, v in state.items()} | {f"given.{k}": v for k, v in given.items()}
-    record = {
-        "version": VERSION,
-        "sha256": spec.sha256,
-        "dims": json.dumps(dims),
-        "scalars": json.dumps(scalars),
-    }
-    with TemporaryDirectory(dir=target, prefix=".saving-") as fresh:
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-            Path(fresh) / WEIGHTS,
-            metadata=record,
-        )
-        (Path(fresh) / SPEC).write_text(spec.to_yaml(), encoding="utf-8")
-        (Path(fresh) / SOURCE).write_text(source, encoding="utf-8")
-        for name in (SOURCE, SPEC, WEIGHTS):
-            os.replace(Path(fresh) / name, target / name)
-    return target
-
-
-def restore(folder: str | os.PathLike[str]) -> Network:
-    """The network that `save` wrote. Raises UnrollError E405 for a folder that is not one."""
-    import unroll
-
-    place = Path(folder)
-    for name in (SPEC, WEIGHTS):
-        if not (place / name).is_file():
-            raise UnrollError("E405", f"{place} holds no {name}: it is not a saved network")
-    try:
-        with safe_open(place / WEIGHTS, framework="pt") as file:
-            record = cast(dict[str, str], file.metadata() or {})
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise UnrollError("E405", f"{place / WEIGHTS} is damaged: {e}") from None
-    if "version" not in record:
-        raise UnrollError(
-            "E405",
-            f"{place} was not written by unroll.save",
-            hint="of a run folder, unroll eval measures the network again",
-        )
-    if record.get("version") != VERSION:
-        raise UnrollError("E405", f"{place / WEIGHTS} was written by another version of unroll")
-    state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-    given = {k.removeprefix("given."): v for k, v in tensors.items() if k.startswith("given.")}
-    compile_ = cast(Callable[..., Network], unroll.compile)
-    text = (place / SPEC).read_text(encoding="utf-8")
-    net = compile_(
-        text,
-        dims=json.loads(record["dims"]),
-        parameters=given,
-        scalars=json.loads(record["scalars"]),
-        dtype=_dtype(state, given),
-    )
-    if net.spec is None or net.spec.sha256 != record["sha256"]:
-        raise UnrollError("E405", f"{place / SPEC} is not the spec that these weights belong to")
-    net.load_state_dict(state)
-    net.built = all(map(finite, net.parameters()))
-    return net
-
-
-def _dtype(*tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    return next((t.dtype for d in tensors for t in d.values() if t.is_floating_point()), None)
-
-
-def recompile(
-    spec: str,
-    dims: dict[str, int],
-    given: dict[str, Tensor],
-    scalars: dict[str, float],
-    state: dict[str, Tensor],
-    training: bool,
-) -> Network:
-    """The network (or the model around one) of a spec, with these values: what a pickle holds."""
-    import unroll
-
-    compile_ = cast(Callable[..., Network], unroll.compile)
-    net = compile_(spec, dims=dims, parameters=given, scalars=scalars, dtype=_dtype(state, given))
-    net.load_state_dict(state)
-    net.built = all(map(finite, net.parameters()))
-    return net.train(training)
 
 
 def draw(problem: Problem, dims: Mapping[str, int], seed: int) -> dict[str, Tensor]:
