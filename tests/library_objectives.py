@@ -9,7 +9,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.language.expr import Sym
+from unroll.language.nodes import Sym
 from unroll.language.problem import Problem, from_spec
 from unroll.spec import load
 

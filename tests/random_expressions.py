@@ -10,14 +10,11 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.language.expr import (
-    Expr,
-    Sym,
+from unroll.language.constructors import (
     add,
     constant,
     diag,
     diagonal,
-    dim,
     elementwise,
     eye,
     family_logsumexp,
@@ -33,9 +30,7 @@ from unroll.language.expr import (
     normalise,
     ones,
     operator,
-    scalar,
     scale,
-    slot,
     softmax,
     spectral,
     spectral_norm,
@@ -44,7 +39,8 @@ from unroll.language.expr import (
     trace,
     transpose,
     zeros,
-)  # fmt: skip
+)
+from unroll.language.nodes import Expr, Sym, dim, scalar, slot
 from unroll.language.problem import Problem
 
 M, N, T, K = dim("m"), dim("n"), dim("T"), dim("K")

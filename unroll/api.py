@@ -14,7 +14,8 @@ import sympy as sp
 from unroll.derivation.derive import Derivation
 from unroll.derivation.derive import derive as derive_spec
 from unroll.errors import UnrollError, did_you_mean
-from unroll.language.expr import Sym, dim, swap
+from unroll.language.constructors import swap
+from unroll.language.nodes import Sym, dim
 from unroll.language.problem import Problem, from_spec
 from unroll.spec import Spec, load
 
@@ -384,7 +385,7 @@ def _loss_source(spec: Spec, dims: Mapping[str, int] | None) -> str:
 
 
 def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
-    from unroll.language.expr import show_shape
+    from unroll.language.nodes import show_shape
     from unroll.language.show import text
 
     problem = from_spec(spec, dims)
@@ -409,7 +410,8 @@ def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: 
     """
 
     from unroll.calculus.prox_scalar import derive_prox
-    from unroll.language.expr import Expr, number, scalar
+    from unroll.language.constructors import number
+    from unroll.language.nodes import Expr, scalar
     from unroll.language.parse import Scope, parse
 
     u = sp.Symbol("u", real=True)
@@ -423,7 +425,8 @@ def prox(formula: str, *, domain: tuple[float, float] | None = None, **scalars: 
 
 def parse_entry(formula: str, scope: Any, parse: Any) -> sp.Expr:
     """A formula in u as a SymPy profile, `where` included."""
-    from unroll.language.expr import Expr, Map, Mul, as_constant, slot, symbol
+    from unroll.language.constructors import as_constant, symbol
+    from unroll.language.nodes import Expr, Map, Mul, slot
 
     z = symbol("u", 1, 1, "variable", 0)
     value = parse(formula, replace(scope, names={**scope.names, "u": z}))

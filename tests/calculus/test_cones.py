@@ -9,7 +9,7 @@ from torch import Tensor
 
 import unroll
 from unroll.calculus.cones import definite, is_hermitian, nonnegative
-from unroll.language.expr import Expr, Sym, scalar
+from unroll.language.nodes import Expr, Sym, scalar
 from unroll.language.parse import Scope, parse_matrix
 from unroll.network.evaluate import evaluate
 

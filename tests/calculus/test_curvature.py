@@ -14,8 +14,10 @@ from torch import Tensor
 import unroll
 from unroll.calculus.curvature import Bounds, bounds, operator_norm, smoothness
 from unroll.errors import DeriveError
-from unroll.language.expr import Expr, Sym, elementwise, ones, slot, substitute, symbol
+from unroll.language.constructors import elementwise, ones, symbol
+from unroll.language.nodes import Expr, Sym, slot
 from unroll.language.parse import Scope, parse_matrix
+from unroll.language.traversal import substitute
 from unroll.network.evaluate import evaluate
 
 SIZES = {"m": 4, "n": 3, "T": 2, "K": 2}

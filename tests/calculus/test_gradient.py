@@ -15,14 +15,11 @@ from torch import Tensor
 
 from unroll.calculus.gradient import gradient
 from unroll.errors import DeriveError
-from unroll.language.expr import (
-    Expr,
-    Sym,
+from unroll.language.constructors import (
     add,
     elementwise,
     eye,
     family_sum,
-    free_indices,
     hold,
     indicator,
     inverse,
@@ -32,14 +29,14 @@ from unroll.language.expr import (
     operator,
     rename_index,
     scale,
-    slot,
-    substitute,
     symbol,
     total,
     trace,
     transpose,
-)  # fmt: skip
+)
 from unroll.language.functions import BY_NAME
+from unroll.language.nodes import Expr, Sym, free_indices, slot
+from unroll.language.traversal import substitute
 from unroll.network.evaluate import evaluate
 
 SIZES = {"m": 4, "n": 3, "T": 2, "K": 2}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from unroll.calculus.prox import plan, proximable
 from unroll.errors import DeriveError
-from unroll.language.expr import Expr, Prox, Sym, add, dim, prox, scalar, symbol
+from unroll.language.constructors import add, prox, symbol
+from unroll.language.nodes import Expr, Prox, Sym, dim, scalar
 from unroll.language.parse import Scope, parse_constraint, parse_matrix
 from unroll.network.evaluate import evaluate, project
 

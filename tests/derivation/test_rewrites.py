@@ -13,7 +13,8 @@ import unroll
 from unroll.calculus.gradient import gradient
 from unroll.derivation.rewrites import REWRITES, apply, read, smaller_side
 from unroll.errors import SpecError
-from unroll.language.expr import Expr, Inverse, Sym, dim, scalar, symbol, walk
+from unroll.language.constructors import symbol
+from unroll.language.nodes import Expr, Inverse, Sym, dim, scalar, walk
 from unroll.language.parse import Scope, nowhere, parse_matrix
 from unroll.network.evaluate import Evaluator, evaluate
 

@@ -38,9 +38,7 @@ from torch import Tensor
 from unroll.calculus.prox_scalar import derive_prox
 from unroll.derivation.step import LAYER, Assign, Learned, State, Step
 from unroll.emit import emit
-from unroll.language.expr import (
-    Expr,
-    Sym,
+from unroll.language.constructors import (
     add,
     elementwise,
     eye,
@@ -48,15 +46,14 @@ from unroll.language.expr import (
     matmul,
     member,
     prox_map,
-    scalar,
     scale,
-    slot,
     spectral_norm,
     symbol,
     total,
     transpose,
     zeros,
-)  # fmt: skip
+)
+from unroll.language.nodes import Expr, Sym, scalar, slot
 from unroll.language.problem import Problem
 from unroll.network.evaluate import Evaluator
 from unroll.network.network import Network, network

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from unroll.calculus.gradient import gradient
 from unroll.errors import DeriveError, SpecError, Where
-from unroll.language.expr import Expr, Indicator, split, substitute_scalars, walk
+from unroll.language.constructors import split
 from unroll.language.functions import ELEMENTWISE, FUNCTIONS, SETS, as_expr
+from unroll.language.nodes import Expr, Indicator, walk
 from unroll.language.parse import Macro, Scope, parse, parse_constraint, parse_matrix, parse_signature
 from unroll.language.show import latex, pretty, text
+from unroll.language.traversal import substitute_scalars
 from unroll.network.evaluate import evaluate
 
 NAMED: dict[str, Any] = {s.name: s for s in SYMBOLS} | {d.name: d for d in DIMS} | {"lam": LAM}

@@ -9,7 +9,7 @@ import pytest
 
 import unroll
 from unroll.derivation.derive import derive
-from unroll.language.expr import scale
+from unroll.language.constructors import scale
 from unroll.laws import laws
 from unroll.spec import library, load
 

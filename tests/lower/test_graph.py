@@ -34,8 +34,7 @@ from torch import Tensor
 
 from unroll.emit import emit
 from unroll.emit.interpret import difference, graph_text, mermaid, svg
-from unroll.language.expr import (
-    Expr,
+from unroll.language.constructors import (
     add,
     diag,
     elementwise,
@@ -48,10 +47,10 @@ from unroll.language.expr import (
     member,
     project,
     scale,
-    slot,
     total,
     transpose,
-)  # fmt: skip
+)
+from unroll.language.nodes import Expr, slot
 from unroll.lower.graph import Graph, axes_text, lower_terms
 from unroll.lower.operations import Stage
 from unroll.lower.passes import PASSES, Optimised, Sizes, optimise, verify

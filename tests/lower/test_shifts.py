@@ -17,23 +17,8 @@ import unroll
 from unroll.calculus.gradient import gradient
 from unroll.derivation.rewrites import REWRITES, circulant_block, circulant_to_fft, per_frequency
 from unroll.emit.interpret import difference
-from unroll.language.expr import (
-    Expr,
-    Op,
-    Signal,
-    Spectrum,
-    Sym,
-    conjugated,
-    dim,
-    free_indices,
-    matmul,
-    operator,
-    rename_index,
-    signal,
-    spectrum,
-    symbol,
-    walk,
-)
+from unroll.language.constructors import conjugated, matmul, operator, rename_index, signal, spectrum, symbol
+from unroll.language.nodes import Expr, Op, Signal, Spectrum, Sym, dim, free_indices, walk
 from unroll.language.parse import Scope, parse_matrix
 from unroll.language.problem import Problem, from_spec
 from unroll.language.show import latex, pretty, text

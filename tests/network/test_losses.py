@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import unroll
 from unroll.api import stage
 from unroll.errors import SpecError, UnrollError
-from unroll.language.expr import Sym
+from unroll.language.nodes import Sym
 from unroll.language.problem import from_spec
 from unroll.network.evaluate import evaluate
 from unroll.network.network import load

@@ -5,7 +5,7 @@ import torch
 
 import unroll
 from unroll.derivation.derive import Derivation
-from unroll.language.expr import Sym
+from unroll.language.nodes import Sym
 from unroll.laws.laws import Sample
 from unroll.solver.certificate import duality_gap
 

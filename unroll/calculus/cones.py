@@ -8,7 +8,8 @@ from __future__ import annotations
 import sympy as sp
 from sympy.core.relational import Relational
 
-from unroll.language.expr import (
+from unroll.language.constructors import as_constant, conjugated, matmul, scalar_factor, transpose
+from unroll.language.nodes import (
     Add,
     Diag,
     Diagonal,
@@ -27,13 +28,8 @@ from unroll.language.expr import (
     Sum,
     Sym,
     Transpose,
-    as_constant,
-    conjugated,
-    matmul,
-    scalar_factor,
     slot,
-    transpose,
-)  # fmt: skip
+)
 
 
 def nonnegative(e: Expr) -> bool:

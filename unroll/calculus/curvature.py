@@ -15,7 +15,25 @@ from unroll.calculus.cones import nonnegative, square_root
 from unroll.calculus.gradient import gradient
 from unroll.calculus.scalar import curvature as scalar_curvature
 from unroll.errors import DeriveError
-from unroll.language.expr import (
+from unroll.language.constructors import (
+    add,
+    as_constant,
+    constant,
+    elementwise,
+    eye,
+    family_sum,
+    largest,
+    matmul,
+    scalar_factor,
+    scale,
+    spectral_norm,
+    split,
+    swap,
+    times,
+    transpose,
+    zeros,
+)
+from unroll.language.nodes import (
     Add,
     Diag,
     Diagonal,
@@ -33,29 +51,13 @@ from unroll.language.expr import (
     Sym,
     Trace,
     Transpose,
-    add,
-    as_constant,
-    constant,
     depends,
-    elementwise,
-    expand,
-    eye,
-    family_sum,
-    largest,
-    matmul,
     mentions,
-    scalar_factor,
-    scale,
     slot,
-    spectral_norm,
-    split,
-    swap,
-    times,
-    transpose,
     walk,
-    zeros,
-)  # fmt: skip
+)
 from unroll.language.show import text
+from unroll.language.traversal import expand
 
 NOTHING = zeros(1, 1)
 

@@ -13,7 +13,28 @@ from typing import assert_never, cast
 import sympy as sp
 
 from unroll.errors import DeriveError
-from unroll.language.expr import (
+from unroll.language.constructors import (
+    add,
+    diag,
+    diagonal,
+    elementwise,
+    eye,
+    family_softmax,
+    family_sum,
+    fresh_index,
+    inverse,
+    matmul,
+    ones,
+    operator,
+    rename_index,
+    softmax,
+    spectral_map,
+    times,
+    total,
+    transpose,
+    zeros,
+)
+from unroll.language.nodes import (
     Add,
     Axis,
     Diag,
@@ -52,33 +73,14 @@ from unroll.language.expr import (
     Trace,
     Transpose,
     Zero,
-    add,
     bound_indices,
     depends,
-    diag,
-    diagonal,
-    elementwise,
-    eye,
-    family_softmax,
-    family_sum,
     free_indices,
-    fresh_index,
-    inverse,
-    matmul,
-    ones,
-    operator,
-    rename_index,
-    require_scalar,
     slot,
-    softmax,
-    spectral_map,
-    times,
-    total,
-    transpose,
     walk,
-    zeros,
-)  # fmt: skip
+)
 from unroll.language.show import text
+from unroll.language.traversal import require_scalar
 
 
 def gradient(e: Expr, wrt: Sym) -> Expr:

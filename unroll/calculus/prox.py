@@ -23,7 +23,25 @@ import sympy as sp
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_scalar import ScalarProx, derive_prox
 from unroll.errors import DeriveError
-from unroll.language.expr import (
+from unroll.language.constructors import (
+    add,
+    as_constant,
+    elementwise,
+    eye,
+    inverse,
+    matmul,
+    project,
+    prox_map,
+    scale,
+    spectral_prox,
+    split,
+    swap,
+    symbol,
+    total,
+    transpose,
+    zeros,
+)
+from unroll.language.nodes import (
     Add,
     Axis,
     Expr,
@@ -36,30 +54,13 @@ from unroll.language.expr import (
     Sum,
     Sym,
     Transpose,
-    add,
-    as_constant,
     depends,
-    elementwise,
-    expand,
-    eye,
-    inverse,
-    matmul,
-    project,
-    prox_map,
     scalar,
-    scale,
     slot,
-    spectral_prox,
-    split,
-    substitute,
-    swap,
-    symbol,
-    total,
-    transpose,
     walk,
-    zeros,
-)  # fmt: skip
+)
 from unroll.language.show import text
+from unroll.language.traversal import expand, substitute
 
 U = sp.Symbol("u", real=True)
 PROJECTED = ("simplex", "ball1", "sphere", "psd", "orthogonal", "stiefel", "unit_columns", "sparse", "rank_at_most")

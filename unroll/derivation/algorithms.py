@@ -18,30 +18,12 @@ from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
 from unroll.derivation.step import LAYER, Assign, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
-from unroll.language.expr import (
-    Add,
-    Expr,
-    Indicator,
-    Map,
-    Sym,
-    add,
-    as_constant,
-    constant,
-    depends,
-    prox,
-    scalar,
-    scale,
-    show_shape,
-    slot,
-    split,
-    substitute,
-    symbol,
-    walk,
-    zeros,
-)  # fmt: skip
+from unroll.language.constructors import add, as_constant, constant, prox, scale, split, symbol, zeros
+from unroll.language.nodes import Add, Expr, Indicator, Map, Sym, depends, scalar, show_shape, slot, walk
 from unroll.language.parse import Place, Scope, nowhere, parse
 from unroll.language.problem import Problem, place_of
 from unroll.language.show import pretty, text
+from unroll.language.traversal import substitute
 from unroll.spec import Spec
 
 STEP, LIPSCHITZ = scalar("step", positive=True), scalar("L", positive=True)

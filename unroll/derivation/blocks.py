@@ -20,33 +20,25 @@ from unroll.derivation.algorithms import LIPSCHITZ, STEP, Options, state_of
 from unroll.derivation.rewrites import Call
 from unroll.derivation.step import LAYER, Assign, Departure, State, Step
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
-from unroll.language.expr import (
-    Add,
-    Expr,
-    Prox,
-    Sym,
+from unroll.language.constructors import (
     add,
     constant,
-    depends,
     elementwise,
     noise,
     normalise,
     prox,
-    scalar,
     scale,
-    show_shape,
-    slot,
     split,
-    substitute,
-    substitute_scalars,
     swap,
     symbol,
     zeros,
-)  # fmt: skip
+)
 from unroll.language.functions import Value, as_expr
+from unroll.language.nodes import Add, Expr, Prox, Sym, depends, scalar, show_shape, slot
 from unroll.language.parse import Place, Scope, parse, parse_constraint
 from unroll.language.problem import Problem, place_of, tensor
 from unroll.language.show import text
+from unroll.language.traversal import substitute, substitute_scalars
 from unroll.spec import Spec
 from unroll.spec.schema import Block, Gauge, Normalise, Scheme, Unroll
 

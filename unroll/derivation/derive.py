@@ -17,7 +17,8 @@ from unroll.derivation.algorithms import Part
 from unroll.derivation.learning import parametrise, used_scalars
 from unroll.derivation.step import Assign, Departure, Learned, Step
 from unroll.errors import SpecError
-from unroll.language.expr import Expr, Prox, Sym, add, walk
+from unroll.language.constructors import add
+from unroll.language.nodes import Expr, Prox, Sym, walk
 from unroll.language.problem import Problem, from_spec
 from unroll.language.show import latex, pretty
 from unroll.spec import Spec

@@ -20,7 +20,29 @@ from unroll.derivation.blocks import affine_norms
 from unroll.derivation.rewrites import Applied, circulant_block, rewritten
 from unroll.derivation.step import LAYER, Assign, Constraint, Departure, Learned, Step
 from unroll.errors import SpecError, Where, did_you_mean
-from unroll.language.expr import (
+from unroll.language.constructors import (
+    add,
+    as_constant,
+    elementwise,
+    eye,
+    family_sum,
+    is_symmetric,
+    matmul,
+    member,
+    normalise,
+    ones,
+    operator,
+    prox,
+    rebuild,
+    rename_index,
+    scale,
+    split,
+    symbol,
+    transpose,
+    zeros,
+)
+from unroll.language.functions import Value, as_expr
+from unroll.language.nodes import (
     Add,
     Expr,
     Eye,
@@ -33,39 +55,16 @@ from unroll.language.expr import (
     Prox,
     Signal,
     Sym,
-    add,
-    as_constant,
     bound_indices,
-    elementwise,
-    expand,
-    eye,
-    family_sum,
     free_indices,
-    is_symmetric,
-    matmul,
-    member,
-    normalise,
-    ones,
-    operator,
-    prox,
-    rebuild,
-    rename_index,
     scalar,
-    scale,
     show_shape,
-    split,
-    substitute,
-    substitute_scalars,
-    symbol,
-    transform,
-    transpose,
     walk,
-    zeros,
-)  # fmt: skip
-from unroll.language.functions import Value, as_expr
+)
 from unroll.language.parse import parse_member
 from unroll.language.problem import Problem, place_of
 from unroll.language.show import text
+from unroll.language.traversal import expand, substitute, substitute_scalars, transform
 from unroll.spec import Spec
 from unroll.spec.schema import Learn
 

@@ -21,7 +21,38 @@ from typing import Any, Literal
 import sympy as sp
 
 from unroll.errors import SpecError, did_you_mean, quote
-from unroll.language.expr import (
+from unroll.language.constructors import (
+    add,
+    common_powers,
+    conjugated,
+    constant,
+    diag,
+    diagonal,
+    elementwise,
+    eye,
+    family_softmax,
+    family_sum,
+    fresh_index,
+    inverse,
+    is_symmetric,
+    logdet,
+    matmul,
+    member,
+    ones,
+    operator,
+    prox,
+    rebuild,
+    scale,
+    signal,
+    softmax,
+    spectral_norm,
+    spectrum,
+    split,
+    swap,
+    total,
+    transpose,
+)
+from unroll.language.nodes import (
     ONE,
     Add,
     Diag,
@@ -49,46 +80,17 @@ from unroll.language.expr import (
     Sym,
     Trace,
     Transpose,
-    add,
     bound_indices,
-    common_powers,
-    conjugated,
-    constant,
-    diag,
-    diagonal,
-    elementwise,
-    expand,
-    eye,
-    family_softmax,
-    family_sum,
     free_indices,
-    fresh_index,
-    inverse,
-    is_symmetric,
-    logdet,
-    matmul,
-    member,
     mentions,
     multiple,
-    ones,
-    operator,
-    prox,
-    rebuild,
     same,
-    scale,
-    signal,
     slot,
-    softmax,
-    spectral_norm,
-    spectrum,
-    split,
-    swap,
-    total,
-    transpose,
     walk,
-)  # fmt: skip
+)
 from unroll.language.parse import Place, Scope, parse
 from unroll.language.show import text
+from unroll.language.traversal import expand
 
 Kind = Literal["exact", "bounded", "heuristic"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import sympy as sp
 
-from unroll.language.expr import Expr, Sym
+from unroll.language.nodes import Expr, Sym
 from unroll.language.problem import Problem
 
 Constraint = Literal["none", "positive", "symmetric", "unit_columns"]

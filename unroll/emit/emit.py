@@ -23,7 +23,8 @@ from unroll.calculus import torch_functions as runtime
 from unroll.derivation.rewrites import smaller_side
 from unroll.derivation.step import Learned, Step
 from unroll.errors import UnrollError
-from unroll.language.expr import ONE, Sym, slot, swap
+from unroll.language.constructors import swap
+from unroll.language.nodes import ONE, Sym, slot
 from unroll.language.problem import Problem
 from unroll.language.show import text as show
 from unroll.lower.graph import Graph, lower_step, lower_terms

@@ -8,10 +8,7 @@ from typing import Any, Literal, cast
 
 import sympy as sp
 
-from unroll.language.expr import (
-    ONE,
-    Expr,
-    ShapeError,
+from unroll.language.constructors import (
     constant,
     diag,
     diagonal,
@@ -26,8 +23,6 @@ from unroll.language.expr import (
     normalise,
     ones,
     operator,
-    show_shape,
-    slot,
     softmax,
     spectral,
     spectral_norm,
@@ -35,7 +30,8 @@ from unroll.language.expr import (
     trace,
     transpose,
     zeros,
-)  # fmt: skip
+)
+from unroll.language.nodes import ONE, Expr, ShapeError, show_shape, slot
 
 Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias"]
 Value = Expr | sp.Expr

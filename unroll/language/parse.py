@@ -14,10 +14,7 @@ from typing import Any, NoReturn
 import sympy as sp
 
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean, quote
-from unroll.language.expr import (
-    Expr,
-    ShapeError,
-    Sym,
+from unroll.language.constructors import (
     add,
     elementwise,
     family_logsumexp,
@@ -25,16 +22,14 @@ from unroll.language.expr import (
     family_sum,
     matmul,
     member,
-    same,
     scale,
-    show_shape,
-    slot,
     spectral,
     spectral_map,
     swap,
     transpose,
-)  # fmt: skip
+)
 from unroll.language.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
+from unroll.language.nodes import Expr, ShapeError, Sym, same, show_shape, slot
 
 LENGTH, DEPTH, DIGITS, EXPONENT = 10_000, 60, 40, 64
 """Most characters of a formula, levels of brackets, digits of a number, and size of a numeric exponent."""

@@ -9,8 +9,9 @@ from pathlib import PurePath
 import sympy as sp
 
 from unroll.errors import SpecError, Where, did_you_mean
-from unroll.language.expr import ONE, Expr, Role, Sym, dim, number, scalar, scale, show_shape, swap, symbol
+from unroll.language.constructors import number, scale, swap, symbol
 from unroll.language.functions import Value, as_expr
+from unroll.language.nodes import ONE, Expr, Role, Sym, dim, scalar, show_shape
 from unroll.language.parse import Macro, Place, Scope, parse, parse_constraint, parse_signature
 from unroll.spec import Spec
 from unroll.spec.schema import Tensor

@@ -9,7 +9,8 @@ import sympy as sp
 from sympy.printing.latex import LatexPrinter
 from sympy.printing.str import StrPrinter
 
-from unroll.language.expr import (
+from unroll.language.constructors import as_constant, scale, split
+from unroll.language.nodes import (
     Add,
     Diag,
     Diagonal,
@@ -47,11 +48,8 @@ from unroll.language.expr import (
     Trace,
     Transpose,
     Zero,
-    as_constant,
-    scale,
     slot,
-    split,
-)  # fmt: skip
+)
 
 SUM, PRODUCT, UNARY, POWER, ATOM = range(5)
 """Binding strength of what was printed: a looser part is put in brackets."""

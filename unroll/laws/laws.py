@@ -24,20 +24,8 @@ from unroll.derivation.derive import Derivation, Half, derive
 from unroll.derivation.rewrites import Applied, Site
 from unroll.derivation.step import LAYER, Assign
 from unroll.errors import UnrollError, did_you_mean
-from unroll.language.expr import (
-    Expr,
-    Member,
-    Normalise,
-    Prox,
-    Spectrum,
-    Sym,
-    add,
-    free_indices,
-    prox,
-    scalar,
-    swap,
-    walk,
-)
+from unroll.language.constructors import add, prox, swap
+from unroll.language.nodes import Expr, Member, Normalise, Prox, Spectrum, Sym, free_indices, scalar, walk
 from unroll.language.parse import Scope, parse_matrix
 from unroll.language.show import pretty, text
 from unroll.network.evaluate import Evaluator, evaluate

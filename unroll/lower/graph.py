@@ -19,7 +19,8 @@ from unroll.calculus.cones import definite, is_hermitian
 from unroll.derivation.rewrites import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
-from unroll.language.expr import (
+from unroll.language.constructors import as_constant, is_symmetric, matmul, split, swap
+from unroll.language.nodes import (
     ONE,
     Add,
     Diag,
@@ -58,19 +59,12 @@ from unroll.language.expr import (
     Trace,
     Transpose,
     Zero,
-    as_constant,
     complex_valued,
-    is_symmetric,
-    matmul,
     same,
     slot,
-    split,
-    swap,
     walk,
-)  # fmt: skip
-from unroll.language.expr import (
-    Node as Formula,
 )
+from unroll.language.nodes import Node as Formula
 from unroll.language.problem import Problem
 from unroll.lower.operations import BY_NAME, Node, Ref, Stage, View
 

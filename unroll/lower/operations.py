@@ -19,7 +19,7 @@ from typing import Any
 
 import sympy as sp
 
-from unroll.language.expr import ONE, Shape, broadcast, operator_shape, slot
+from unroll.language.nodes import ONE, Shape, broadcast, operator_shape, slot
 from unroll.lower.scalar_text import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
 Tags = tuple[str, ...]

@@ -21,7 +21,8 @@ from typing import cast
 import networkx as nx
 import sympy as sp
 
-from unroll.language.expr import ONE, same, slot, swap
+from unroll.language.constructors import swap
+from unroll.language.nodes import ONE, same, slot
 from unroll.lower.graph import Builder, Graph
 from unroll.lower.operations import BY_NAME, Node, Ref, Stage, View
 

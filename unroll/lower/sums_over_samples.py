@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import sympy as sp
 
-from unroll.language.expr import ONE
+from unroll.language.nodes import ONE
 from unroll.lower.graph import ELEMENTWISE, Graph
 from unroll.lower.operations import COLUMNWISE, Node, Stage, View
 

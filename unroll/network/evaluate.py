@@ -17,7 +17,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.language.expr import (
+from unroll.language.nodes import (
     Add,
     Diag,
     Diagonal,
@@ -56,7 +56,7 @@ from unroll.language.expr import (
     Transpose,
     Zero,
     slot,
-)  # fmt: skip
+)
 
 
 def _wide(x: Any) -> Tensor:

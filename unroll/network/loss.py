@@ -26,7 +26,8 @@ from unroll.calculus import torch_functions as runtime
 from unroll.derivation.rewrites import push_through, smaller_side
 from unroll.emit.emit import Names, Section, identifier, imports, remark, stored_axes, term_symbols, unit_axes
 from unroll.errors import UnrollError, did_you_mean
-from unroll.language.expr import Expr, Indicator, LogDet, Sym, rebuild, same, scale, swap, walk
+from unroll.language.constructors import rebuild, scale, swap
+from unroll.language.nodes import Expr, Indicator, LogDet, Sym, same, walk
 from unroll.language.problem import Problem
 from unroll.language.show import pretty, text
 from unroll.lower.graph import Graph, lower_terms

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from unroll.derivation.step import Learned
 from unroll.emit.emit import Program, axes_of, stored_axes, term_source, term_symbols
 from unroll.errors import UnrollError, did_you_mean
-from unroll.language.expr import LogDet, Sym, swap, walk
+from unroll.language.constructors import swap
+from unroll.language.nodes import LogDet, Sym, walk
 from unroll.language.problem import Problem
 from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.stepwise import Replay, learned_value

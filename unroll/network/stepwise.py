@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unroll.derivation.step import LAYER, Assign, Learned, Step
-from unroll.language.expr import Expr, FamilySoftmax, FamilySum, Softmax, Sym, free_indices, walk
+from unroll.language.nodes import Expr, FamilySoftmax, FamilySum, Softmax, Sym, free_indices, walk
 from unroll.language.problem import Problem
 from unroll.network.evaluate import Evaluator, evaluate
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from unroll.derivation.step import Learned, Step
 from unroll.errors import UnrollError
-from unroll.language.expr import Expr, Indicator, Member, Sym, member, normalise, substitute, symbol, transform, walk
+from unroll.language.constructors import member, normalise, symbol
+from unroll.language.nodes import Expr, Indicator, Member, Sym, walk
 from unroll.language.parse import parse_matrix
 from unroll.language.problem import Problem
+from unroll.language.traversal import substitute, transform
 from unroll.network.stepwise import AttentionMap
 
 NORMS = ("layer_norm", "rms_norm", "sphere")

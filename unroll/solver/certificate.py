@@ -18,24 +18,18 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.prox import Parts, slope_of_abs
 from unroll.derivation.algorithms import Part
 from unroll.errors import DeriveError
-from unroll.language.expr import (
-    Add,
-    Expr,
-    Indicator,
-    Map,
-    Sum,
-    Sym,
+from unroll.language.constructors import (
     add,
     as_constant,
     elementwise,
     largest,
     scale,
-    slot,
     spectral_norm,
     split,
     times,
     total,
-)  # fmt: skip
+)
+from unroll.language.nodes import Add, Expr, Indicator, Map, Sum, Sym, slot
 
 u, w = slot(0), slot(1)
 TINY = sp.Float("1e-300")

@@ -1,640 +1,80 @@
-"""Matrix expressions: a small closed set of frozen, hash-consed, shape-checked nodes in one normal form.
+"""The constructors of expressions: the only code that builds nodes. They keep the normal form, so that no pass sees 0 * x:
 
-Everything is a matrix (rows, cols): a vector is a column (n, 1), a scalar is (1, 1). Dims and coefficients are SymPy
-expressions. Two expressions are equal exactly when they are the same object, so `is`, `==` and dictionaries are cheap.
-
-Only the smart constructors (lower case: `add`, `matmul`, `elementwise`, ...) build nodes. They keep the normal form:
-
-    add        flat, like terms merged, zeros gone, terms in a fixed order
-    matmul     flat list of factors with one scalar coefficient, identities gone, signs of sums pulled out
-    transpose  pushed down to symbols
-    elementwise  one node `Map` with a SymPy profile in the placeholders _0, _1, ...; nested maps are composed
-    reductions   linear ones distribute over sums and let coefficients out
-
-    leaves       Sym, Member, Eye, Ones, Zero
-    matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise, Normalise, Prox, ProxMap, SpectralProx, Project
-    families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
-    scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
+add        flat, like terms merged, zeros gone, terms in a fixed order
+matmul     flat list of factors with one scalar coefficient, identities gone, signs of sums pulled out
+transpose  pushed down to symbols
+elementwise  one node `Map` with a SymPy profile in the placeholders _0, _1, ...; nested maps are composed
+reductions   linear ones distribute over sums and let coefficients out
+families   an index that a body binds again is renamed
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from functools import cache, cached_property
-from typing import Any, Literal, TypeVar, assert_never, cast
+from functools import cache
+from typing import Any, Literal, assert_never, cast
 
 import sympy as sp
 
-from unroll.errors import DeriveError
-
-Role = Literal["variable", "input", "parameter", "state", "learned"]
-Norm = Literal["layer_norm", "rms_norm", "sphere"]
-Axis = Literal[0, 1] | None
-Shape = tuple[sp.Expr, sp.Expr]
-ONE = sp.Integer(1)
-
-
-class ShapeError(ValueError):
-    """Shapes that do not fit; the parser adds the place in the spec."""
-
-
-# --- dims, scalars and placeholders -----------------------------------------------------------------------------------
-
-
-@cache
-def dim(name: str) -> sp.Symbol:
-    """A size: a positive integer."""
-    return sp.Symbol(name, integer=True, positive=True)
-
-
-@cache
-def scalar(name: str, positive: bool = False) -> sp.Symbol:
-    """A real scalar of the problem, such as a weight or a step size."""
-    return sp.Symbol(name, positive=True) if positive else sp.Symbol(name, real=True)
-
-
-@cache
-def slot(i: int) -> sp.Symbol:
-    """Placeholder of the i-th argument in the profile of a `Map`."""
-    return sp.Symbol(f"_{i}", real=True)
-
-
-class _Leaf(sp.Symbol):
-    """Placeholder of an innermost argument while maps are composed."""
-
-
-@cache
-def _leaf(i: int) -> sp.Symbol:
-    """The i-th placeholder. Not a new Dummy: SymPy remembers what it knows of a name."""
-    return _Leaf(f"_leaf{i}", real=True)
-
-
-def same(a: sp.Expr, b: sp.Expr) -> bool:
-    """Are two sizes equal as formulas?"""
-    return a == b or sp.expand(a - b) == 0
-
-
-# --- nodes ------------------------------------------------------------------------------------------------------------
-
-_interned: dict[tuple[Any, ...], Expr] = {}
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Expr:
-    """A matrix expression. `rows`, `cols` are SymPy expressions; nodes are interned, so identity is equality."""
-
-    @cached_property
-    def shape(self) -> Shape:
-        raise AssertionError("every node defines its shape")
-
-    @property
-    def rows(self) -> sp.Expr:
-        return self.shape[0]
-
-    @property
-    def cols(self) -> sp.Expr:
-        return self.shape[1]
-
-    @property
-    def is_scalar(self) -> bool:
-        return self.shape == (ONE, ONE)
-
-    @cached_property
-    def children(self) -> tuple[Expr, ...]:
-        found: list[Expr] = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Expr):
-                found.append(value)
-            elif isinstance(value, tuple):
-                found.extend(v for v in cast(tuple[Any, ...], value) if isinstance(v, Expr))
-        return tuple(found)
-
-    @cached_property
-    def key(self) -> str:
-        """Total, reproducible order of expressions: simple before compound, then by text."""
-        parts = [_key(getattr(self, f.name)) for f in fields(self)]
-        return f"{len(_LEVELS) - _LEVELS.get(type(self).__name__, 0):02d}{type(self).__name__}({','.join(parts)})"
-
-    @cached_property
-    def symbols(self) -> frozenset[Sym]:
-        """All matrix symbols, families included."""
-        own = frozenset({self}) if isinstance(self, Sym) else frozenset[Sym]()
-        return own.union(*(c.symbols for c in self.children))
-
-    @cached_property
-    def scalars(self) -> frozenset[sp.Symbol]:
-        """All scalar symbols in coefficients and profiles (not sizes in shapes, not placeholders)."""
-        own: set[sp.Symbol] = set()
-        for f in fields(self):
-            own |= _scalar_symbols(getattr(self, f.name))
-        return frozenset(s for s in own if not s.name.startswith("_")).union(*(c.scalars for c in self.children))
-
-    def __repr__(self) -> str:
-        from unroll.language.show import text
-
-        return text(self)
-
-    def __copy__(self) -> Expr:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Expr:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _intern, (type(self), *(getattr(self, f.name) for f in fields(self)))
-
-    # The operators of the language, so that Python users can write what a spec writes.
-    def __add__(self, other: Expr | sp.Expr | float) -> Expr:
-        return add(self, _like(other, self))
-
-    def __radd__(self, other: sp.Expr | float) -> Expr:
-        return add(_like(other, self), self)
-
-    def __sub__(self, other: Expr | sp.Expr | float) -> Expr:
-        return add(self, scale(-1, _like(other, self)))
-
-    def __rsub__(self, other: sp.Expr | float) -> Expr:
-        return add(_like(other, self), scale(-1, self))
-
-    def __neg__(self) -> Expr:
-        return scale(-1, self)
-
-    def __matmul__(self, other: Expr) -> Expr:
-        return matmul(self, other)
-
-    def __mul__(self, other: Expr | sp.Expr | float) -> Expr:
-        return times(self, other) if isinstance(other, Expr) else scale(other, self)
-
-    def __rmul__(self, other: sp.Expr | float) -> Expr:
-        return scale(other, self)
-
-    @property
-    def T(self) -> Expr:
-        return transpose(self)
-
-
-def _key(value: Any) -> str:
-    if isinstance(value, Expr):
-        return value.key
-    if isinstance(value, tuple):
-        return "(" + ",".join(_key(v) for v in cast(tuple[Any, ...], value)) + ")"
-    return str(value)
-
-
-def _scalar_symbols(value: Any) -> set[sp.Symbol]:
-    if isinstance(value, sp.Basic):
-        return {s for s in value.free_symbols if isinstance(s, sp.Symbol)}
-    if isinstance(value, tuple):
-        return set[sp.Symbol]().union(*(_scalar_symbols(v) for v in cast(tuple[Any, ...], value)))
-    return set()
-
-
-def _like(value: Expr | sp.Expr | float, e: Expr) -> Expr:
-    return value if isinstance(value, Expr) else constant(value, *e.shape)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Sym(Expr):
-    """A named matrix. `rank`: how it was declared, 0 scalar, 1 vector, 2 matrix; `family`: size of its index set, or None."""
-
-    name: str
-    nrows: sp.Expr
-    ncols: sp.Expr
-    role: Role
-    rank: int = 2
-    family: sp.Expr | None = None
-    props: frozenset[str] = frozenset()
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.nrows, self.ncols
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Member(Expr):
-    """U[k]: one member of a family; `index` is bound by the `FamilySum` around it."""
-
-    of: Sym
-    index: str
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.of.shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Eye(Expr):
-    """I(n). Eye(1) is the number 1."""
-
-    n: sp.Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.n, self.n
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Ones(Expr):
-    nrows: sp.Expr
-    ncols: sp.Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.nrows, self.ncols
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Zero(Expr):
-    nrows: sp.Expr
-    ncols: sp.Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.nrows, self.ncols
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Add(Expr):
-    """Sum of at least two terms of one shape, in the order of their keys."""
-
-    terms: tuple[Expr, ...]
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.terms[0].shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Mul(Expr):
-    """coef * F1 @ F2 @ ...: at least one factor, none of them a `Mul`; one factor only if coef is not 1."""
-
-    coef: sp.Expr
-    factors: tuple[Expr, ...]
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.factors[0].rows, self.factors[-1].cols
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Transpose(Expr):
-    """Transpose of a node through which it cannot be pushed."""
-
-    x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.cols, self.x.rows
-
-
-class _Keeping(Expr):
-    """What is as large as its child x."""
-
-    x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Inverse(_Keeping):
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Map(Expr):
-    """Elementwise: entry (i, j) is profile(_0, _1, ...) at the entries of the arguments; a size-1 axis is repeated."""
-
-    profile: sp.Expr
-    args: tuple[Expr, ...]
-
-    @cached_property
-    def shape(self) -> Shape:
-        return broadcast(*(a.shape for a in self.args))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Diag(Expr):
-    """diag(v): the square matrix with the vector v on its diagonal."""
-
-    x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.rows, self.x.rows
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(Expr):
-    """diagonal(M): the diagonal of a square matrix, as a column."""
-
-    x: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.rows, ONE
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Softmax(_Keeping):
-    """exp(x) / sum of exp(x) along `axis` (0: down the columns). causal: entry i counts only for i <= j, j the column (axis 0)
-    or row (axis 1)."""
-
-    x: Expr
-    axis: Literal[0, 1]
-    causal: bool = False
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SpectralMap(_Keeping):
-    """U diag(h(s)) V' for x = U diag(s) V', h the profile in _0."""
-
-    profile: sp.Expr
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Op(Expr):
-    """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours,
-    `running_sum` sums each row from its start (its adjoint: to its end), `repeat` writes each entry of a column T times,
-    `first` keeps the first T entries of a column, 0 after its last (its adjoint: as many as it had), `shifts` gives all T cyclic shifts of each column. sizes: of the axes of the T places, which cycle; a column is channels by places.
-    """
-
-    name: str
-    x: Expr
-    adjoint: bool = False
-    sizes: tuple[sp.Expr, ...] = ()
-
-    @cached_property
-    def shape(self) -> Shape:
-        return operator_shape(self.name, self.x.shape, self.adjoint, self.sizes)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Spectrum(Expr):
-    """The frequency `index` of the orthonormal Fourier transform over places: real c T rows become c complex ones."""
-
-    index: str
-    sizes: tuple[sp.Expr, ...]
-    x: Expr
-    conjugate: bool = False
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.x.rows / sp.Mul(*self.sizes), self.x.cols
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Signal(Expr):
-    """The inverse of Spectrum: c complex rows at each frequency `index` become c T rows, of which the real part is taken."""
-
-    index: str
-    sizes: tuple[sp.Expr, ...]
-    body: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.body.rows * sp.Mul(*self.sizes), self.body.cols
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Hold(_Keeping):
-    """stop_gradient(x): the value of x, a constant for every derivative."""
-
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Normalise(_Keeping):
-    """Columns (axis 0) or rows (axis 1) of x normalised, entry by entry scaled by `weight` and moved by `bias` (as long as they are).
-
-    layer_norm: (x - mean) / sqrt(variance + eps).  rms_norm: x / sqrt(mean of squares + eps).  sphere: x / max(norm, eps).
-    """
-
-    kind: Norm
-    axis: Literal[0, 1]
-    eps: sp.Expr
-    x: Expr
-    weight: Expr
-    bias: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Noise(_Keeping):
-    """x, of which training leaves out a share `rate` by chance: single entries (dropout), or all of a sample (drop_path)."""
-
-    kind: Literal["dropout", "drop_path"]
-    rate: sp.Expr
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Prox(Expr):
-    """argmin over `variable` of t * term + |variable - at|^2 / 2. `swaps`: scalar sub-expressions of the derived formula that
-    parameters have taken the place of."""
-
-    term: Expr
-    variable: Sym
-    t: sp.Expr
-    at: Expr
-    swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.at.shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ProxMap(Expr):
-    """A derived scalar prox applied elementwise to args[0]. Its further scalars are SymPy symbols, except that `slots`
-    (ordered scalar names) take the values of args[1:]. A size-1 axis is repeated."""
-
-    prox: Any
-    args: tuple[Expr, ...]
-    slots: tuple[sp.Symbol, ...] = ()
-
-    @cached_property
-    def shape(self) -> Shape:
-        return broadcast(*(a.shape for a in self.args))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SpectralProx(_Keeping):
-    """U diag(prox(s)) V' for x = U diag(s) V', `prox` a derived scalar prox whose scalars are SymPy symbols."""
-
-    prox: Any
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Project(_Keeping):
-    """Nearest point of a set that no scalar prox gives (simplex, stiefel, ...): an operation of the runtime."""
-
-    set: str
-    params: tuple[sp.Expr | Expr, ...]
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FamilySum(Expr):
-    """sum(body for index in size)."""
-
-    index: str
-    size: sp.Expr
-    body: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.body.shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FamilyLogSumExp(Expr):
-    """logsumexp(body for index in size), entry by entry."""
-
-    index: str
-    size: sp.Expr
-    body: Expr
-
-    @cached_property
-    def shape(self) -> Shape:
-        return self.body.shape
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FamilySoftmax(_Keeping):
-    """exp(x) over the sum of exp(x) of all members of `index`, which stays free; entry by entry."""
-
-    index: str
-    size: sp.Expr
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Sum(Expr):
-    """Sum of all entries (axis None), of each column (0: gives a row) or of each row (1: gives a column)."""
-
-    x: Expr
-    axis: Axis = None
-
-    @cached_property
-    def shape(self) -> Shape:
-        return reduced(self.x.shape, self.axis)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LogSumExp(Expr):
-    x: Expr
-    axis: Axis = None
-
-    @cached_property
-    def shape(self) -> Shape:
-        return reduced(self.x.shape, self.axis)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Max(Expr):
-    """Largest entry."""
-
-    x: Expr
-    axis: Axis = None
-
-    @cached_property
-    def shape(self) -> Shape:
-        return reduced(self.x.shape, self.axis)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _ToScalar(Expr):
-    @cached_property
-    def shape(self) -> Shape:
-        return ONE, ONE
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Trace(_ToScalar):
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LogDet(_ToScalar):
-    """log det of a symmetric positive definite matrix."""
-
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Spectral(_ToScalar):
-    """Sum of h(s_i) over the singular values of x, h the profile in _0."""
-
-    profile: sp.Expr
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SpectralNorm(_ToScalar):
-    """Largest singular value."""
-
-    x: Expr
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Indicator(_ToScalar):
-    """0 where x lies in the set, infinite elsewhere. `params`: SymPy scalars or matrices of the set."""
-
-    set: str
-    params: tuple[sp.Expr | Expr, ...]
-    x: Expr
-
-
-Node = (
-    Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
-)  # fmt: skip
-
-_LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}
-
-
-def _intern(cls: type[Expr], *args: Any) -> Any:
-    key = (cls, *args)
-    found = _interned.get(key)
-    if found is None:
-        found = _interned[key] = cls(*args)
-    return found
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
-
-
-def broadcast(*shapes: Shape) -> Shape:
-    """The common shape, size-1 axes repeated. Raises ShapeError."""
-    out: list[sp.Expr] = [ONE, ONE]
-    for shape in shapes:
-        for i in (0, 1):
-            if out[i] == 1:
-                out[i] = shape[i]
-            elif shape[i] != 1 and not same(out[i], shape[i]):
-                raise ShapeError(f"{show_shape(shapes[0])} against {show_shape(shape)}")
-    return out[0], out[1]
-
-
-def reduced(shape: Shape, axis: Axis) -> Shape:
-    return (ONE if axis in (None, 0) else shape[0], ONE if axis in (None, 1) else shape[1])
-
-
-def show_shape(shape: Shape) -> str:
-    """(n, 1) -> 'n', (1, 1) -> 'a scalar', (m, n) -> 'm × n'."""
-    rows, cols = shape
-    if cols == 1:
-        return "a scalar" if rows == 1 else f"{rows} × 1"
-    return f"{rows} × {cols}"
-
-
-# --- constructors: leaves ---------------------------------------------------------------------------------------------
+from unroll.language.nodes import (
+    ONE,
+    Add,
+    Axis,
+    Diag,
+    Diagonal,
+    Expr,
+    Eye,
+    FamilyLogSumExp,
+    FamilySoftmax,
+    FamilySum,
+    Hold,
+    Indicator,
+    Inverse,
+    LogDet,
+    LogSumExp,
+    Map,
+    Max,
+    Member,
+    Mul,
+    Node,
+    Noise,
+    Normalise,
+    Ones,
+    Op,
+    Project,
+    Prox,
+    ProxMap,
+    Role,
+    Shape,
+    ShapeError,
+    Signal,
+    Softmax,
+    Spectral,
+    SpectralMap,
+    SpectralNorm,
+    SpectralProx,
+    Spectrum,
+    Sum,
+    Sym,
+    Trace,
+    Transpose,
+    Zero,
+    bound_indices,
+    broadcast,
+    complex_valued,
+    free_indices,
+    intern,
+    mentions,
+    multiple,
+    operator_shape,
+    reduced,
+    same,
+    show_shape,
+    slot,
+)
+
+# --- leaves ---------------------------------------------------------------------------------------------
 
 
 def symbol(
@@ -643,25 +83,25 @@ def symbol(
     """A named matrix, vector (cols 1) or family of matrices."""
     rows, cols = sp.sympify(rows), sp.sympify(cols)
     rank = (1 if cols == 1 else 2) if rank is None else rank
-    return _intern(Sym, name, rows, cols, role, rank, None if family is None else sp.sympify(family), frozenset(props))
+    return intern(Sym, name, rows, cols, role, rank, None if family is None else sp.sympify(family), frozenset(props))
 
 
 def member(of: Sym, index: str) -> Expr:
     assert of.family is not None
-    return _intern(Member, of, index)
+    return intern(Member, of, index)
 
 
 def eye(n: Any) -> Expr:
-    return _intern(Eye, sp.sympify(n))
+    return intern(Eye, sp.sympify(n))
 
 
 def ones(rows: Any, cols: Any = 1) -> Expr:
     rows, cols = sp.sympify(rows), sp.sympify(cols)
-    return eye(1) if rows == cols == 1 else _intern(Ones, rows, cols)
+    return eye(1) if rows == cols == 1 else intern(Ones, rows, cols)
 
 
 def zeros(rows: Any, cols: Any = 1) -> Expr:
-    return _intern(Zero, sp.sympify(rows), sp.sympify(cols))
+    return intern(Zero, sp.sympify(rows), sp.sympify(cols))
 
 
 def constant(value: Any, rows: Any = 1, cols: Any = 1) -> Expr:
@@ -684,7 +124,7 @@ def as_constant(e: Expr) -> sp.Expr | None:
             return None
 
 
-# --- constructors: sums and products ----------------------------------------------------------------------------------
+# --- sums and products ----------------------------------------------------------------------------------
 
 
 def split(e: Expr) -> tuple[sp.Expr, Expr]:
@@ -693,7 +133,7 @@ def split(e: Expr) -> tuple[sp.Expr, Expr]:
         case Mul(c, (f,)):
             return c, f
         case Mul(c, factors):
-            return c, (e if c == 1 else _intern(Mul, ONE, factors))
+            return c, (e if c == 1 else intern(Mul, ONE, factors))
         case _:
             return ONE, e
 
@@ -713,7 +153,7 @@ def add(*terms: Expr) -> Expr:
     parts = [scale(c, body) for body, c in sorted(merged.items(), key=lambda kv: kv[0].key) if _tidy(c) != 0]
     if not parts:
         return zeros(*shape)
-    return parts[0] if len(parts) == 1 else _intern(Add, tuple(parts))
+    return parts[0] if len(parts) == 1 else intern(Add, tuple(parts))
 
 
 def _tidy(c: sp.Expr) -> sp.Expr:
@@ -734,9 +174,9 @@ def scale(c: Any, e: Expr) -> Expr:
             c = _tidy(c * d)
             if c == 1 and len(factors) == 1:
                 return factors[0]
-            return zeros(*e.shape) if c == 0 else _intern(Mul, c, factors)
+            return zeros(*e.shape) if c == 0 else intern(Mul, c, factors)
         case _:
-            return _intern(Mul, c, (e,))
+            return intern(Mul, c, (e,))
 
 
 def number(c: Any) -> sp.Expr:
@@ -790,7 +230,7 @@ def matmul(*parts: Expr, coef: Any = 1) -> Expr:
         return scale(c, eye(shape[0]))
     if len(factors) == 1:
         return scale(c, factors[0])
-    return zeros(*shape) if c == 0 else _intern(Mul, _tidy(c), tuple(factors))
+    return zeros(*shape) if c == 0 else intern(Mul, _tidy(c), tuple(factors))
 
 
 def scalar_factor(e: Expr, wanted: Callable[[Expr], bool] = lambda x: not x.is_scalar) -> tuple[Expr, Expr]:
@@ -836,7 +276,7 @@ def _regrouped(e: Expr, left: bool, right: bool) -> Expr:
             at = -1 if axis == 0 else 0
             inner = elementwise(slot(0) * slot(1), factors[at], weighed[1])
             rest = (*factors[:-1], inner) if axis == 0 else (inner, *factors[1:])
-            return _intern(Mul, _tidy(coef * k), rest)
+            return intern(Mul, _tidy(coef * k), rest)
     return e
 
 
@@ -911,7 +351,7 @@ def transpose(e: Expr) -> Expr:
         case Sym(props=props) if "symmetric" in props:
             return e
         case _:
-            return _intern(Transpose, e)
+            return intern(Transpose, e)
 
 
 def inverse(e: Expr) -> Expr:
@@ -929,7 +369,7 @@ def inverse(e: Expr) -> Expr:
         case _ if e.is_scalar:
             return elementwise(1 / slot(0), e)
         case _:
-            return _intern(Inverse, e)
+            return intern(Inverse, e)
 
 
 def square(e: Expr, who: str) -> None:
@@ -942,7 +382,17 @@ def is_symmetric(e: Expr) -> bool:
     return transpose(e) is e
 
 
-# --- constructors: elementwise ----------------------------------------------------------------------------------------
+# --- elementwise ----------------------------------------------------------------------------------------
+
+
+class _Leaf(sp.Symbol):
+    """Placeholder of an innermost argument while maps are composed."""
+
+
+@cache
+def _leaf(i: int) -> sp.Symbol:
+    """The i-th placeholder. Not a new Dummy: SymPy remembers what it knows of a name."""
+    return _Leaf(f"_leaf{i}", real=True)
 
 
 def elementwise(profile: Any, *args: Expr) -> Expr:
@@ -1035,7 +485,7 @@ def _mapped(profile: sp.Expr, named: dict[sp.Symbol, Expr], shape: Shape) -> Exp
     if not full:
         args = (*args, ones(*shape))  # only its shape counts
     core = core.xreplace({s: slot(i) for i, s in enumerate(used)})
-    return scale(c, _intern(Map, core, args))
+    return scale(c, intern(Map, core, args))
 
 
 def _linear(profile: sp.Expr, used: list[sp.Symbol], named: dict[sp.Symbol, Expr], shape: Shape) -> Expr | None:
@@ -1049,7 +499,7 @@ def _linear(profile: sp.Expr, used: list[sp.Symbol], named: dict[sp.Symbol, Expr
     return add(*terms, constant(poly.coeff_monomial(1), *shape))
 
 
-# --- constructors: everything else ------------------------------------------------------------------------------------
+# --- everything else ------------------------------------------------------------------------------------
 
 
 def _distribute(make: Callable[[Expr], Expr], e: Expr) -> Expr | None:
@@ -1092,7 +542,7 @@ def total(e: Expr, axis: Axis = None) -> Expr:
         case FamilySum(i, n, body):
             return family_sum(i, n, total(body, axis))
         case _:
-            return _intern(Sum, e, axis)
+            return intern(Sum, e, axis)
 
 
 def trace(e: Expr) -> Expr:
@@ -1118,9 +568,9 @@ def trace(e: Expr) -> Expr:
             turned = [matmul(*factors[i:], *factors[:i]) for i in range(len(factors))]
             turned = [t for t in turned if (isinstance(t, Mul) and t.coef == 1) or t.is_scalar] or [e]
             best = min(turned, key=lambda t: (not t.is_scalar, t.key))
-            return best if best.is_scalar else _intern(Trace, best)
+            return best if best.is_scalar else intern(Trace, best)
         case _:
-            return _intern(Trace, e)
+            return intern(Trace, e)
 
 
 def logdet(e: Expr) -> Expr:
@@ -1133,18 +583,18 @@ def logdet(e: Expr) -> Expr:
     if not is_symmetric(e) and transpose(conjugated(e)) is not e:
         raise ShapeError("logdet needs a symmetric positive definite matrix, and the form of this one is not symmetric")
     c, body = split(e)
-    return add(constant(e.rows * sp.log(c)), logdet(body)) if c != 1 else _intern(LogDet, e)
+    return add(constant(e.rows * sp.log(c)), logdet(body)) if c != 1 else intern(LogDet, e)
 
 
 def logsumexp(e: Expr, axis: Axis = None) -> Expr:
-    return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else _intern(LogSumExp, e, axis)
+    return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else intern(LogSumExp, e, axis)
 
 
 def softmax(e: Expr, axis: int, causal: bool = False) -> Expr:
     """Shares along an axis. Raises ShapeError for a causal one of a matrix that is not square."""
     if causal:
         square(e, "a causal softmax")
-    return ones(*e.shape) if e.shape[axis] == 1 else _intern(Softmax, e, axis, causal)
+    return ones(*e.shape) if e.shape[axis] == 1 else intern(Softmax, e, axis, causal)
 
 
 def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = None, bias: Expr | None = None) -> Expr:
@@ -1162,11 +612,11 @@ def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = Non
             "sphere": u / sp.Max(sp.Abs(u), eps),
         }[kind]
         return elementwise(alone * w + b, e, weight, bias)
-    return _intern(Normalise, kind, axis, number(eps), e, weight, bias)
+    return intern(Normalise, kind, axis, number(eps), e, weight, bias)
 
 
 def largest(e: Expr, axis: Axis = None) -> Expr:
-    return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else _intern(Max, e, axis)
+    return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else intern(Max, e, axis)
 
 
 def diag(v: Expr) -> Expr:
@@ -1183,7 +633,7 @@ def diag(v: Expr) -> Expr:
         case Zero(n, _):
             return zeros(n, n)
         case _:
-            return v if v.is_scalar else _intern(Diag, v)
+            return v if v.is_scalar else intern(Diag, v)
 
 
 def diagonal(e: Expr) -> Expr:
@@ -1201,7 +651,7 @@ def diagonal(e: Expr) -> Expr:
         case Transpose(x):
             return diagonal(x)
         case _:
-            return e if e.is_scalar else _intern(Diagonal, e)
+            return e if e.is_scalar else intern(Diagonal, e)
 
 
 def spectral(profile: Any, e: Expr) -> Expr:
@@ -1212,7 +662,7 @@ def spectral(profile: Any, e: Expr) -> Expr:
     c, core = profile.as_independent(slot(0), as_Add=False)
     if isinstance(e, Transpose):
         e = e.x
-    return scale(c, _intern(Spectral, core, e))
+    return scale(c, intern(Spectral, core, e))
 
 
 def spectral_map(profile: Any, e: Expr) -> Expr:
@@ -1222,7 +672,7 @@ def spectral_map(profile: Any, e: Expr) -> Expr:
         return scale(c, e)
     if isinstance(e, Transpose):
         return transpose(spectral_map(profile, e.x))
-    return scale(c, _intern(SpectralMap, core, e))
+    return scale(c, intern(SpectralMap, core, e))
 
 
 def spectral_norm(e: Expr) -> Expr:
@@ -1242,39 +692,12 @@ def spectral_norm(e: Expr) -> Expr:
         case Diag(v):
             return largest(elementwise(sp.Abs(slot(0)), v))
         case _:
-            return _intern(SpectralNorm, e)
+            return intern(SpectralNorm, e)
 
 
 def noise(kind: str, rate: Any, e: Expr) -> Expr:
     """e with a part left out by chance while training."""
-    return e if number(rate) == 0 else _intern(Noise, kind, number(rate), e)
-
-
-def operator_shape(name: str, shape: Shape, adjoint: bool = False, sizes: tuple[sp.Expr, ...] = ()) -> Shape:
-    """Shape of the value of a linear operator. Raises ShapeError."""
-    rows, cols = shape
-    match name:
-        case "difference":
-            return rows + (1 if adjoint else -1), cols
-        case "shifts":
-            multiple(rows, sizes)
-            return rows, multiple(cols, sizes) if adjoint else cols * sp.Mul(*sizes)
-        case "repeat":
-            return multiple(rows, sizes) if adjoint else rows * sp.Mul(*sizes), cols
-        case "first":
-            return sizes[0], cols
-        case _:
-            return shape
-
-
-def multiple(n: sp.Expr, sizes: tuple[sp.Expr, ...]) -> sp.Expr:
-    """n / (the number of places). Raises ShapeError where that is not known to be a whole number."""
-    found = sp.cancel(n / sp.Mul(*sizes))
-    if found.is_integer is not True:
-        raise ShapeError(
-            f"{n} is not a multiple of {sp.Mul(*sizes)}: channels by places are declared as a product, as in [c*T, N]"
-        )
-    return found
+    return e if number(rate) == 0 else intern(Noise, kind, number(rate), e)
 
 
 def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ...] = ()) -> Expr:
@@ -1288,7 +711,7 @@ def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ..
         return e
     if name == "first" and e.rows == 1 and e is not eye(ONE):
         return matmul(operator(name, eye(ONE), sizes=sizes), e)
-    return _distribute(lambda x: operator(name, x, adjoint, sizes), e) or _intern(Op, name, e, adjoint, sizes)
+    return _distribute(lambda x: operator(name, x, adjoint, sizes), e) or intern(Op, name, e, adjoint, sizes)
 
 
 def spectrum(index: str, sizes: tuple[sp.Expr, ...], e: Expr, conjugate: bool = False) -> Expr:
@@ -1305,7 +728,7 @@ def spectrum(index: str, sizes: tuple[sp.Expr, ...], e: Expr, conjugate: bool = 
         case Mul(c, (*front, Diag() as last)) if front:
             return matmul(spectrum(index, sizes, matmul(*front, coef=c), conjugate), last)
         case _:
-            return _distribute(lambda x: spectrum(index, sizes, x, conjugate), e) or _intern(
+            return _distribute(lambda x: spectrum(index, sizes, x, conjugate), e) or intern(
                 Spectrum, index, sizes, e, conjugate
             )
 
@@ -1322,7 +745,7 @@ def signal(index: str, sizes: tuple[sp.Expr, ...], body: Expr) -> Expr:
         case Mul(c, (*front, last)) if front and not mentions(last, index):
             return matmul(signal(index, sizes, matmul(*front, coef=c)), last)
         case _:
-            return _distribute(lambda x: signal(index, sizes, x), body) or _intern(Signal, index, sizes, body)
+            return _distribute(lambda x: signal(index, sizes, x), body) or intern(Signal, index, sizes, body)
 
 
 def conjugated(e: Expr) -> Expr:
@@ -1336,11 +759,6 @@ def conjugated(e: Expr) -> Expr:
             return rebuild(e, tuple(map(conjugated, e.children)))
 
 
-def complex_valued(e: Expr) -> bool:
-    """Does e depend on a frequency?"""
-    return isinstance(e, Spectrum) or (not isinstance(e, Signal | LogDet) and any(map(complex_valued, e.children)))
-
-
 def family_sum(index: str, size: Any, body: Expr) -> Expr:
     """sum(body for index in size). An index that the body binds again is renamed, so nested sums have distinct ones."""
     size = sp.sympify(size)
@@ -1348,7 +766,7 @@ def family_sum(index: str, size: Any, body: Expr) -> Expr:
         return scale(size, body)
     if index in (taken := bound_indices(body)):
         index, body = (fresh := fresh_index(index, taken | free_indices(body))), rename_index(body, index, fresh)
-    return _distribute(lambda x: family_sum(index, size, x), body) or _intern(FamilySum, index, size, body)
+    return _distribute(lambda x: family_sum(index, size, x), body) or intern(FamilySum, index, size, body)
 
 
 def family_logsumexp(index: str, size: Any, body: Expr) -> Expr:
@@ -1358,35 +776,13 @@ def family_logsumexp(index: str, size: Any, body: Expr) -> Expr:
         return add(body, constant(sp.log(size), *body.shape))
     if index in (taken := bound_indices(body)):
         index, body = (fresh := fresh_index(index, taken | free_indices(body))), rename_index(body, index, fresh)
-    return _intern(FamilyLogSumExp, index, size, body)
+    return intern(FamilyLogSumExp, index, size, body)
 
 
 def family_softmax(index: str, size: Any, e: Expr) -> Expr:
     """Shares among the members of a family: exp(e) / sum(exp(e) for index in size), still a function of the index."""
     size = sp.sympify(size)
-    return _intern(FamilySoftmax, index, size, e) if mentions(e, index) else constant(1 / size, *e.shape)
-
-
-def mentions(e: Expr, index: str) -> bool:
-    """Does e contain a member with this free index?"""
-    match e:
-        case Member(_, i):
-            return i == index
-        case Spectrum(i, _, _, _) if i == index:
-            return True
-        case FamilySum(i, _, _) | FamilyLogSumExp(i, _, _) | Signal(i, _, _) if i == index:
-            return False
-        case _:
-            return any(mentions(c, index) for c in e.children)
-
-
-def bound_indices(e: Expr) -> frozenset[str]:
-    """The indices of all sums over families in e."""
-    return frozenset(x.index for x in walk(e) if isinstance(x, FamilySum | FamilyLogSumExp | Signal))
-
-
-def free_indices(e: Expr) -> frozenset[str]:
-    return frozenset(x.index for x in walk(e) if isinstance(x, Member | Spectrum) and mentions(e, x.index))
+    return intern(FamilySoftmax, index, size, e) if mentions(e, index) else constant(1 / size, *e.shape)
 
 
 def fresh_index(index: str, taken: frozenset[str]) -> str:
@@ -1416,35 +812,35 @@ def rename_index(e: Expr, old: str, new: str) -> Expr:
 
 
 def hold(e: Expr) -> Expr:
-    return _distribute(hold, e) or (e if isinstance(e, Eye | Ones | Zero | Hold) else _intern(Hold, e))
+    return _distribute(hold, e) or (e if isinstance(e, Eye | Ones | Zero | Hold) else intern(Hold, e))
 
 
 def indicator(name: str, e: Expr, *params: Any) -> Expr:
     """0 on the set, infinity outside."""
-    return _intern(Indicator, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), e)
+    return intern(Indicator, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), e)
 
 
 def prox(term: Expr, variable: Sym, t: Any, at: Expr, swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()) -> Expr:
     """argmin over `variable` of t * term + |variable - at|^2 / 2."""
-    return _intern(Prox, term, variable, number(t), at, swaps)
+    return intern(Prox, term, variable, number(t), at, swaps)
 
 
 def prox_map(p: Any, slots: tuple[sp.Symbol, ...], *args: Expr) -> Expr:
     """A scalar prox record applied elementwise to args[0]; args[1:] are the values of the scalars in `slots`."""
-    return _intern(ProxMap, p, args, slots)
+    return intern(ProxMap, p, args, slots)
 
 
 def spectral_prox(p: Any, x: Expr) -> Expr:
     """A scalar prox record applied to the singular values of x."""
-    return _intern(SpectralProx, p, x)
+    return intern(SpectralProx, p, x)
 
 
 def project(name: str, x: Expr, *params: Any) -> Expr:
     """The nearest point of the named set."""
-    return _intern(Project, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), x)
+    return intern(Project, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), x)
 
 
-# --- traversal --------------------------------------------------------------------------------------------------------
+# --- the same node of other parts ---
 
 
 def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
@@ -1525,117 +921,3 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return indicator(name, next(fresh), *params)
         case _ as never:
             assert_never(never)
-
-
-E = TypeVar("E", bound=Expr)
-
-
-def transform(e: Expr, rule: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] | None = None) -> Expr:
-    """Rewrite bottom-up: children first, then `rule` on the rebuilt node (None: leave it)."""
-    memo = {} if memo is None else memo
-    if e not in memo:
-        fresh = rebuild(e, tuple(transform(c, rule, memo) for c in e.children))
-        changed = rule(fresh)
-        memo[e] = fresh if changed is None else changed
-    return memo[e]
-
-
-def substitute(e: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
-    """Replace whole nodes (symbols, usually) by expressions."""
-    return transform(e, mapping.get)
-
-
-def substitute_scalars(e: Expr, mapping: Mapping[Any, Any]) -> Expr:
-    """Replace SymPy symbols in coefficients, profiles, parameters and sizes."""
-    if not mapping:
-        return e
-    put: Callable[[Any], sp.Expr] = lambda x: swap(number(x), mapping)
-
-    def rule(node: Expr) -> Expr | None:
-        match node:
-            case Mul(c, factors):
-                return matmul(*factors, coef=put(c))
-            case Map(profile, args):
-                return elementwise(put(profile), *args)
-            case SpectralMap(h, x):
-                return spectral_map(put(h), x)
-            case Spectral(h, x):
-                return spectral(put(h), x)
-            case Eye(n):
-                return eye(put(n))
-            case Ones(r, c):
-                return ones(put(r), put(c))
-            case Zero(r, c):
-                return zeros(put(r), put(c))
-            case Sym():
-                return symbol(
-                    node.name, put(node.nrows), put(node.ncols), node.role, node.rank,
-                    None if node.family is None else put(node.family), node.props,
-                )  # fmt: skip
-            case FamilySum(i, n, body):
-                return family_sum(i, put(n), body)
-            case FamilyLogSumExp(i, n, body):
-                return family_logsumexp(i, put(n), body)
-            case FamilySoftmax(i, n, x):
-                return family_softmax(i, put(n), x)
-            case Noise(kind, rate, x):
-                return noise(kind, put(rate), x)
-            case Op(name, x, adjoint, sizes) if sizes:
-                return operator(name, x, adjoint, tuple(map(put, sizes)))
-            case Spectrum(i, sizes, x, conjugate):
-                return spectrum(i, tuple(map(put, sizes)), x, conjugate)
-            case Signal(i, sizes, body):
-                return signal(i, tuple(map(put, sizes)), body)
-            case Normalise(kind, axis, eps, x, weight, bias):
-                return normalise(kind, axis, put(eps), x, weight, bias)
-            case Indicator(name, params, x):
-                return indicator(name, x, *(p if isinstance(p, Expr) else put(p) for p in params))
-            case Prox(term, variable, t, at, swaps):
-                return prox(term, variable, put(t), at, tuple((put(a), b) for a, b in swaps))
-            case _:
-                return None
-
-    return transform(e, rule)
-
-
-def depends(e: Expr, on: Sym) -> bool:
-    return on in e.symbols
-
-
-def walk(e: Expr) -> Iterable[Expr]:
-    """Every distinct sub-expression, children before parents."""
-    seen: dict[Expr, None] = {}
-    stack: list[tuple[Expr, bool]] = [(e, False)]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            seen[node] = None
-        elif node not in seen:
-            stack.append((node, True))
-            stack.extend((c, False) for c in reversed(node.children))
-    return list(seen)
-
-
-def expand(e: Expr) -> Expr:
-    """Products distributed over sums, everywhere outside nonlinear nodes: equal matrix polynomials become one object."""
-    match e:
-        case Add(terms):
-            return add(*map(expand, terms))
-        case Mul(c, factors):
-            words: list[tuple[sp.Expr, tuple[Expr, ...]]] = [(c, ())]
-            for f in factors:
-                f = expand(f)
-                options = [split(t) for t in (f.terms if isinstance(f, Add) else (f,))]
-                words = [(a * b, (*w, x)) for a, w in words for b, x in options]
-            return add(*(matmul(*w, coef=a) for a, w in words))
-        case _:
-            return e
-
-
-def require_scalar(e: Expr) -> None:
-    if not e.is_scalar:
-        raise DeriveError(
-            "E133",
-            f"an objective must be a scalar, this is {show_shape(e.shape)}",
-            hint="sum(...) or sumsq(...) makes a scalar",
-        )
