@@ -335,7 +335,7 @@ def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
             "E303", f"{options.momentum}: this momentum has no parameter", hint="chambolle_dossal(a) has one"
         )
     if rule == "beck_teboulle":
-        counter = scalar("t_" if z.name == "t" else "t", positive=True)
+        counter = scalar(_fresh(problem, "t"), positive=True)
         counters = (State(counter, sp.Integer(1)),)
         before = (
             Assign(COUNTER_NEXT, (1 + sp.sqrt(1 + 4 * counter**2)) / 2, "momentum of Beck and Teboulle"),

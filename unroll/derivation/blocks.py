@@ -137,8 +137,8 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     if not (unrolled.gauge or unrolled.normalise):
         return step
     (z,) = problem.variables
-    assigns, more = _framed(half, step, z, z, problem.scope, None)
-    return replace(step, assigns=assigns, departures=(*found, *more))
+    step, more = _framed(half, step, z, z, problem.scope, None)
+    return replace(step, departures=(*found, *more))
 
 
 def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[Departure], Problem]:
@@ -234,16 +234,19 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     departures: list[Departure] = []
     notes: list[str] = []
     subproblems: list[tuple[str, Problem]] = []
-    for half in halves:
-        part = _part(half)
+    hidden: list[State] = []
+    about = [_about(h, cast(Block, h.block)) for h in halves]
+    for half, v in zip(halves, about, strict=True):
+        part = _part(half, v, alone=about.count(v) == 1)
+        hidden += part.states
         definitions += part.definitions
         assigns += part.assigns
         departures += part.departures
         notes += [f"{half.name}: {n}" for n in part.notes if not n.startswith("monotone")]
         subproblems += part.subproblems
-    first = tuple(State(s, zeros(*z.shape)) for z, s in states.items())
+    first = [State(s, zeros(*z.shape)) for z, s in states.items()]
     return Step(
-        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)), tuple(definitions), first, tuple(assigns), tuple(states.values()),
+        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)), tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
         notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems),
     )  # fmt: skip
 
@@ -277,11 +280,13 @@ def _whole(halves: list[Half], problem: Problem, spec: Spec) -> None:
                 raise SpecError("E310", f"no block takes the term '{name}'", spec.key_where("unroll", "blocks"), hint)
 
 
-def _part(half: Half) -> Step:
-    """One block, as a step whose assignments carry its name."""
+def _part(half: Half, v: Sym, alone: bool) -> Step:
+    """One block about the variable v, as a step whose assignments carry its name; states: those that it keeps besides the variable.
+
+    alone: does no other block change v?
+    """
     problem, block = half.problem, half.block
     assert block is not None
-    v = _about(half, block)
     if block.algorithm is None:
         return _declared(half, block, v)
     own = _own_variable(half, block)
@@ -291,13 +296,14 @@ def _part(half: Half) -> Step:
     sub, departures = _subproblem(half, block, z, v, scope)
     step, found, sub = _iteration(half, sub, scope)
     step = _renamed(step, half, state_of(z))
-    assigns, more = _framed(half, step, z, v, scope, entry)
+    step, more = _framed(half, step, z, v, scope, entry, alone)
     tied, definitions = _where_known(step.definitions, {s.name for s in (*problem.variables, entry)})
     others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not z}
-    parts = [replace(_held(a, others), block=half.name) for a in (*tied, *assigns)]
+    parts = [replace(_held(a, others), block=half.name) for a in (*tied, *step.assigns)]
     return replace(
         step,
         definitions=tuple(definitions),
+        states=tuple(s for s in step.states if s.symbol is not state_of(z)),
         assigns=tuple(parts),
         departures=(*departures, *found, *more),
         subproblems=((half.name, sub),),
@@ -323,8 +329,7 @@ def _declared(half: Half, block: Block, v: Sym) -> Step:
     entry = symbol(_free_name(problem, f"{v.name}0"), v.nrows, v.ncols, "state", v.rank)
     scope = replace(problem.scope, names={**problem.scope.names, entry.name: entry})
     raw = state_of(v)
-    empty = Step("", (), (), (), (raw,))
-    assigns, found = _framed(half, empty, v, v, scope, entry)
+    empty, found = _framed(half, Step("", (), (), (), (raw,)), v, v, scope, entry)
     others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not v}
     said = Departure(
         "output",
@@ -339,7 +344,7 @@ def _declared(half: Half, block: Block, v: Sym) -> Step:
         terms={},
         scope=scope,
     )
-    parts = tuple(replace(_held(a, others), block=half.name) for a in assigns)
+    parts = tuple(replace(_held(a, others), block=half.name) for a in empty.assigns)
     return replace(empty, assigns=parts, departures=(*found, said), subproblems=((half.name, sub),))
 
 
@@ -504,9 +509,9 @@ def _where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[
 
 
 def _framed(
-    half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | None
-) -> tuple[tuple[Assign, ...], list[Departure]]:
-    """The iteration with what comes before and after it. z: the block's variable, v: the problem's."""
+    half: Half, step: Step, z: Sym, v: Sym, scope: Scope, entry: Sym | None, alone: bool = True
+) -> tuple[Step, list[Departure]]:
+    """The iteration with what comes before and after it. z: the block's variable, v: the problem's; alone: as in `_part`."""
     block, record = half.block, half.scheme.normalise
     raw, inner = state_of(v), state_of(z)
     departures: list[Departure] = []
@@ -519,35 +524,14 @@ def _framed(
         assigns.append(Assign(entry, entered, "" if entered is raw else f"{entry.name} <- {text(entered)}"))
         entered = entry
     start = _start(half, z, v, entered, scope) if block is not None else entered
-    count = block.steps if block is not None else 1
     if half.scheme.gauge is not None:
-        _one_assignment(half, step, count)
-    now: dict[Expr, Expr] = (
-        {
-            s.symbol: substitute(as_expr(s.start), {inner: start}) if s.symbol is not inner else start
-            for s in step.states
-            if isinstance(s.symbol, Sym)
-        }
-        if block is not None
-        else {inner: start}
-    )
-    if block is not None:
-        assigns += [Assign(s.symbol, s.start, "") for s in step.states if isinstance(s.symbol, sp.Symbol)]
-    for k in range(count):
-        for a in step.assigns:
-            value = (
-                substitute(a.value, now)
-                if isinstance(a.value, Expr)
-                else a.value.subs(LAYER, k)
-                if block is not None
-                else a.value
-            )
-            if half.scheme.gauge is not None and isinstance(value, Expr):
-                value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
-                departures += said if k == 0 else []
-            assigns.append(_renoted(Assign(a.target, value, a.note)))
-            if isinstance(a.target, Sym):
-                now.pop(a.target, None)
+        _one_assignment(half, step, block.steps if block is not None else 1)
+    goes_on = z is v and start in (entered, raw)
+    step, now, opening, closing = _carried(step, inner, start, goes_on, still=alone and record is None)
+    assigns += opening
+    repeated, said = _repeated(half, step, now, start, raw, scope, goes_on)
+    assigns += [*repeated, *closing]
+    departures += said
     if block is not None and block.output is not None:
         place = half.place("output")
         value = as_expr(parse(block.output, scope, place))
@@ -565,7 +549,62 @@ def _framed(
         value = normalised(record, raw)
         departures.append(_norm_departure(half, record, v))
         assigns.append(Assign(raw, value, f"{v.name} <- {text(value)}"))
-    return tuple(assigns), departures
+    return replace(step, assigns=tuple(assigns)), departures
+
+
+def _carried(
+    step: Step, inner: Sym, start: Expr, goes_on: bool, still: bool
+) -> tuple[Step, dict[Expr, Expr], list[Assign], list[Assign]]:
+    """(the step with the states that it keeps from layer to layer, what others are read as at first, assignments before and after).
+
+    inner: the variable, which begins at `start`.  goes_on: its iteration goes on where the layer before left it; else all starts
+    anew, as the variable does.  still: nothing changes the variable in between; else a state that started at the variable moves
+    with it: what is kept is how far it is ahead.
+    """
+    before: list[Assign] = []
+    after: list[Assign] = []
+    kept: list[State] = []
+    now: dict[Expr, Expr] = {inner: start}
+    hidden = [s for s in step.states if s.symbol is not inner]
+    for s in hidden:
+        if goes_on and (still or s.start is not inner or not isinstance(s.symbol, Sym)):
+            kept.append(s)
+        elif goes_on:
+            y, ahead = cast(Sym, s.symbol), state_of(inner, f"{s.symbol.name}_ahead")
+            kept.append(State(ahead, zeros(*inner.shape)))
+            before.append(Assign(y, add(start, ahead), f"moves with {inner.name}"))
+            after.append(Assign(ahead, add(y, scale(-1, inner)), ""))
+        elif isinstance(s.symbol, Sym):
+            now[s.symbol] = substitute(as_expr(s.start), {inner: start})
+        else:
+            before.append(Assign(s.symbol, s.start, ""))
+    names = ", ".join(s.symbol.name for s in hidden)
+    notes = (f"{names}: {'kept from layer to layer' if kept else 'anew in every layer'}",) if hidden else ()
+    own = tuple(s for s in step.states if s.symbol is inner)
+    return replace(step, states=(*own, *kept), notes=(*step.notes, *notes)), now, before, after
+
+
+def _repeated(
+    half: Half, step: Step, now: dict[Expr, Expr], start: Expr, raw: Sym, scope: Scope, goes_on: bool
+) -> tuple[list[Assign], list[Departure]]:
+    """The assignments of a step as often as its block takes it. now: what states are read as until they are assigned."""
+    count = half.block.steps if half.block is not None else 1
+    assigns: list[Assign] = []
+    departures: list[Departure] = []
+    for k in range(count):
+        iteration = {LAYER: count * LAYER + k if goes_on else sp.Integer(k)}
+        for a in step.assigns:
+            if isinstance(a.value, Expr):
+                value = substitute(substitute_scalars(a.value, iteration), now)
+            else:
+                value = swap(a.value, iteration)
+            if half.scheme.gauge is not None and isinstance(value, Expr):
+                value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
+                departures += said if k == 0 else []
+            assigns.append(_renoted(Assign(a.target, value, a.note)))
+            if isinstance(a.target, Sym):
+                now.pop(a.target, None)
+    return assigns, departures
 
 
 def _with_noise(half: Half, assigns: list[Assign], raw: Sym) -> tuple[list[Assign], list[Departure]]:

@@ -960,7 +960,17 @@ class Module:
         becomes = self._results(goals, ends, set(rows))
         holds = {states[name]: leaf for name, leaf in leaf_of.items()}
         bases: dict[str, str] = {}
-        current, lines = dict(states), list[str]()
+        left, pending, lines = dict(states), list(ends.items()) if trace else [], list[str]()
+        block_state = {a.block: a.target.name for a in self.step.assigns if a.block and a.target in self.step.output}
+
+        def record(waiting: Collection[int]) -> None:
+            """What every block left, in their order, as soon as it is there: one that changes nothing leaves what was there."""
+            while pending and pending[0][1].node not in waiting:
+                block, ref = pending.pop(0)
+                left[block_state[block]] = sec.operand(ref).ordered("cr").code
+                lines.extend(["if trace is not None:", f"    trace.append({self._answer(left)})"])
+
+        record(rows)
         for place, i in enumerate(rows):
             later = {j for k in rows[place + 1 :] for j in reads[k]}
             free: Callable[[str], bool] = lambda name, later=later: name in holds and holds[name] not in later
@@ -978,11 +988,7 @@ class Module:
             holds[used] = i
             if i in self.graph.names:
                 bases.setdefault(self.graph.names[i], used)
-            if state is not None:
-                current[state] = used
-            if trace:
-                done = [b for b, ref in ends.items() if ref.node == i]
-                lines += ["if trace is not None:", f"    trace.append({self._answer(current)})"] * len(done)
+            record(rows[place + 1 :])
         moves = [(states[name], sec.operand(ref).ordered("cr").code) for name, ref in goals.items()]
         moves = [(a, b) for a, b in moves if a != b]
         if moves:
