@@ -60,6 +60,12 @@ class logcosh(sp.Function):
         return sp.tanh(self.args[0])
 
 
+class power(sp.Function):
+    """x^p for 0 < p < 1, of what is 0 where it is least: with slope 0 there."""
+
+    nargs = (2,)
+
+
 HELPERS = (quadratic_root, cubic_root, wright_omega)
 
 

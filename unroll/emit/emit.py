@@ -506,7 +506,7 @@ class Module:
         ]
         body = "\n\n".join(textwrap.indent(part, "    ") for part in parts)
         text = f"class {self.class_name}(nn.Module):\n{textwrap.indent(self._signature_doc(), '    ')}\n\n{body}\n"
-        functions = [*(_helper(h) for h in _needed(self.helpers))]
+        functions = [*(_helper(h) for h in needed(self.helpers))]
         functions += [record.source(name) for name, record in self.proxes]
         whole = "\n\n".join([*(f.strip("\n") + "\n" for f in functions), text])
         return f"{self._header()}{imports(whole)}\n\n{whole}"
@@ -1100,12 +1100,12 @@ def imports(text: str) -> str:
     return "\n".join([*sorted(first), *([""] if first else []), *torch]) + "\n"
 
 
-def _needed(names: Iterable[str]) -> list[str]:
+def needed(names: Iterable[str]) -> list[str]:
     """Helpers with those they call, callees first."""
     out: dict[str, None] = {}
     for name in sorted(names):
         if name in HELPERS:
-            out |= dict.fromkeys(_needed(HELPERS[name].needs))
+            out |= dict.fromkeys(needed(HELPERS[name].needs))
         out[name] = None
     return list(out)
 
@@ -1196,5 +1196,5 @@ def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = N
         "\n".join(["def objective(" + ", ".join(args) + "):", *(f"    {x}" for x in [*lines, "return {", *body, "}"])])
         + "\n"
     )
-    whole = "\n\n".join([*(_helper(h) for h in _needed(sec.used_ops)), code])
+    whole = "\n\n".join([*(_helper(h) for h in needed(sec.used_ops)), code])
     return f"{imports(whole)}\n\n{whole}"

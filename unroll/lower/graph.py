@@ -310,13 +310,13 @@ def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
 
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
-    "detach", "sum", "length", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
+    "detach", "sum", "length", "unit", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
     "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
 """Symmetric, or a factor that only stands for its symmetric product."""
 PRODUCTS = ("product", "matmul", "contract")
-ALONG = ("sum", "length", "logsumexp", "max", "softmax", "running_sum")
+ALONG = ("sum", "length", "unit", "logsumexp", "max", "softmax", "running_sum")
 
 
 # --- lowering ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ from typing import Any
 
 import sympy as sp
 
+from unroll.calculus.gradient import derivative
+from unroll.calculus.torch_text import power
 from unroll.language.nodes import ONE, Shape, broadcast, operator_shape, slot
+from unroll.lower import spectral
 from unroll.lower.scalar_text import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
 Tags = tuple[str, ...]
@@ -327,6 +330,15 @@ def _length_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"torch.linalg.vector_norm({x.text.code}, dim={_over(out, x)})")
 
 
+def _unit_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """x over the length of x. attrs: axis."""
+    (x,) = args
+    axes = tuple(_axis(x, t) for i, t in enumerate("rc") if t in x.tags and out.attrs[0] in (None, i))
+    if not axes:
+        return x.text.then(".sign()")
+    return Text(f"unit({x.text.code}, {axes[0] if len(axes) == 1 else axes})")
+
+
 def _softmax_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """attrs: axis, causal."""
     axis, causal = out.attrs
@@ -418,15 +430,19 @@ def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]
     return text
 
 
-def _spectral_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
-    """A function of singular values: attrs[0] is the profile in slot(0), further operands are its scalars."""
+def _of_singular_values(out: Node, args: Sequence[Operand]) -> tuple[str, str]:
+    """attrs[0], a profile in slot(0), and its slope. Further operands are its scalars."""
+    profile, names = out.attrs[0], {slot(0): Text("s"), **{slot(i): a.text for i, a in enumerate(args) if i}}
+    return formula(profile, names).code, formula(derivative(profile, slot(0)), names).code
 
-    def text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-        x, *scalars = args
-        names = {slot(0): Text("s"), **{slot(i + 1): a.text for i, a in enumerate(scalars)}}
-        return Text(f"{name}({x.text.code}, lambda s: {formula(out.attrs[0], names).code})")
 
-    return text
+def _spectral_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"spectral_sum({args[0].text.code}, lambda s: {_of_singular_values(out, args)[0]})")
+
+
+def _spectral_map_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    value, slope = _of_singular_values(out, args)
+    return Text(f"spectral_map({args[0].text.code}, lambda s: {value}, lambda s, t: {slope})")
 
 
 def _shifts_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
@@ -605,19 +621,27 @@ def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     axes = tuple(range(-len([t for t in x.tags if t in "rc"]), 0))
     if out.attrs[0] == "affine":  # operands: A @ x and b
         return Text(f"indicator({x.text.code}, {args[1].aligned(x.tags).code}, {axes})")
+    if out.attrs[0] == "sphere":  # 0 is not in it
+        length = f"torch.linalg.vector_norm({x.ordered('cr').code}, dim=-1, keepdim=True)"
+        return Text(f"indicator({length}, torch.ones_like({length}), {axes})")
     return Text(f"indicator({x.ordered('cr').code}, {_nearest(out, args, out.attrs[0]).code}, {axes})")
 
 
 def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     x, *scalars = args
+    record, names = out.attrs[0], {s: a.text for s, a in zip(out.attrs[0].scalars, scalars, strict=True)}
     arguments = ", ".join(["s", *(a.text.code for a in scalars)])
-    return Text(f"spectral_map({x.text.code}, lambda s: {c.function(out.attrs[0])}({arguments}))")
+    slope = record.slope.xreplace({record.u: sp.Abs(record.u)}) if record.even else record.slope
+    slope = formula(slope, {**names, record.u: Text("t")}).code
+    return Text(f"spectral_map({x.text.code}, lambda s: {c.function(record)}({arguments}), lambda s, t: {slope})")
 
 
 def helpers_of(node: Node) -> tuple[str, ...]:
     """Module-level functions that the text of a node calls."""
     if node.op == "softmax" and node.attrs[1]:
         return ("causal_softmax",)
+    if node.op == "map" and node.attrs[0].has(power):
+        return ("power",)
     if node.op in ("project", "indicator"):
         name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
         return (*BY_NAME[node.op].helpers, *((f"project_{name}",) if f"project_{name}" in HELPERS else ()))
@@ -649,6 +673,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("detach", _same, lambda out, args, c: args[0].text.then(".detach()"), _free),
     Operation("sum", _along, _reduction("sum"), _pointwise),
     Operation("length", _along, _length_text, _pointwise),
+    Operation("unit", _same, _unit_text, _pointwise, ("unit",)),
     Operation("logsumexp", _along, _reduction("logsumexp"), _pointwise),
     Operation("max", _along, _reduction("amax"), _pointwise),
     Operation("softmax", _same, _softmax_text, _pointwise),
@@ -678,10 +703,8 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("logdet_cholesky", _to_scalar, _call("logdet_cholesky"), _pointwise, ("logdet_cholesky",)),
     Operation("spectral_norm", _to_scalar, _call("spectral_norm"), _cubic, ("spectral_norm",)),
-    Operation("spectral_sum", _to_scalar, _spectral_text("spectral_sum"), _cubic, ("spectral_sum",)),
-    Operation(
-        "spectral_map", lambda args, attrs: args[0].shape, _spectral_text("spectral_map"), _cubic, ("spectral_map",)
-    ),
+    Operation("spectral_sum", _to_scalar, _spectral_sum_text, _cubic, ("spectral_sum",)),
+    Operation("spectral_map", lambda args, attrs: args[0].shape, _spectral_map_text, _cubic, ("spectral_map",)),
     Operation(
         "difference",
         lambda args, attrs: (args[0].shape[0] + (1 if attrs[1] else -1), args[0].shape[1]),
@@ -729,9 +752,9 @@ class Helper:
     needs: tuple[str, ...] = ()
 
 
-def _exact(name: str, args: str, doc: str, body: str) -> Helper:
+def _exact(name: str, args: str, doc: str, body: str, needs: tuple[str, ...] = ()) -> Helper:
     lines = body.replace("\n", "\n    ")
-    return Helper(f'@exact\ndef {name}({args}):\n    """{doc}"""\n    {lines}\n', ("exact",))
+    return Helper(f'@exact\ndef {name}({args}):\n    """{doc}"""\n    {lines}\n', ("exact", *needs))
 
 
 HELPERS: dict[str, Helper] = {
@@ -835,24 +858,44 @@ HELPERS: dict[str, Helper] = {
     return torch.fft.irfftn(v, s=sizes, dim=axes, norm="ortho").flatten(axes[0] - 1, dim)
 '''
     ),
+    "power": Helper(
+        '''def power(x, p):
+    """x ** p for x >= 0, 0 < p < 1, with slope 0 at 0."""
+    return torch.where(x == 0, 0, torch.where(x == 0, 1, x) ** p)
+'''
+    ),
+    "unit": Helper(
+        '''def unit(x, dim):
+    """x over its length; 0, with slope 0, for 0."""
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return torch.where(length == 0, 0, x / torch.where(length == 0, 1, length))
+'''
+    ),
     "spectral_norm": _exact(
         "spectral_norm",
         "m",
         "Largest singular value, from the Gram matrix of the smaller side.",
         "gram = m @ m.mT if m.shape[-2] <= m.shape[-1] else m.mT @ m\n"
-        "return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()",
+        "top = torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0)\n"
+        "return torch.where(top == 0, 0, torch.where(top == 0, 1, top).sqrt())  # slope 0 at 0",
     ),
     "spectral_sum": _exact(
         "spectral_sum",
         "x, h",
-        "Sum of h over the singular values; those that only rounding tells from 0 are 0.",
-        "s = torch.linalg.svdvals(x)\nleast = s.amax(-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(s.dtype).eps\nreturn h(torch.where(s > least, s, 0)).sum(-1)",
+        "Sum of h over the singular values; those that only rounding tells from 0 are 0, and have slope 0.",
+        "s = torch.linalg.svdvals(x)\nleast = s.amax(-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(s.dtype).eps\n"
+        "return torch.where(s > least, h(torch.where(s > least, s, 1)), h(torch.zeros_like(s))).sum(-1)",
     ),
+    "divided_difference": Helper(spectral.DIVIDED),
+    "Recomposed": Helper(spectral.RECOMPOSED, ("divided_difference",)),
+    "RecomposedForward": Helper(spectral.FORWARD, ("Recomposed",)),
+    "recomposed": Helper(spectral.CHOSEN, ("RecomposedForward",)),
     "spectral_map": _exact(
         "spectral_map",
-        "x, h",
-        "U h(S) V' for x = U S V'.",
-        "u, s, v = torch.linalg.svd(x, full_matrices=False)\nreturn (u * h(s).unsqueeze(-2)) @ v",
+        "x, h, slope",
+        "U h(S) V' for x = U S V'. slope: that of h, from s and h(s).",
+        spectral.SPECTRAL_MAP,
+        ("recomposed",),
     ),
     "softplus_inverse": Helper(
         'def softplus_inverse(y):\n    """x with softplus(x) = y > 0."""\n    return y + torch.log(-torch.expm1(-y))\n'
@@ -893,9 +936,10 @@ HELPERS: dict[str, Helper] = {
     ),
     "project_sphere": Helper(
         '''def project_sphere(v):
-    """Nearest point of length 1."""
-    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-'''
+    """Nearest point of length 1; 0, to which all are as near, stays 0."""
+    return unit(v, -1)
+''',
+        ("unit",),
     ),
     "project_unit_columns": Helper(
         '''def project_unit_columns(v):
@@ -904,16 +948,14 @@ HELPERS: dict[str, Helper] = {
 '''
     ),
     "project_psd": _exact(
-        "project_psd",
-        "m",
-        "Nearest symmetric positive semidefinite matrix.",
-        "w, q = torch.linalg.eigh((m + m.mT) / 2)\nreturn (q * w.clamp_min(0).unsqueeze(-2)) @ q.mT",
+        "project_psd", "m", "Nearest symmetric positive semidefinite matrix.", spectral.PSD, ("recomposed",)
     ),
     "project_stiefel": _exact(
         "project_stiefel",
         "m",
-        "Nearest matrix with orthonormal columns: the polar factor.",
-        "u, _, v = torch.linalg.svd(m, full_matrices=False)\nreturn u @ v",
+        "Nearest matrix with orthonormal columns: the polar factor; where m has no full rank, one of them.",
+        spectral.STIEFEL,
+        ("recomposed",),
     ),
     "project_sparse": Helper(
         '''def project_sparse(v, s):
@@ -923,9 +965,6 @@ HELPERS: dict[str, Helper] = {
 '''
     ),
     "project_rank_at_most": _exact(
-        "project_rank_at_most",
-        "m, r",
-        "Nearest matrix of rank at most r.",
-        "u, s, v = torch.linalg.svd(m, full_matrices=False)\nreturn (u[..., :r] * s[..., None, :r]) @ v[..., :r, :]",
+        "project_rank_at_most", "m, r", "Nearest matrix of rank at most r.", spectral.RANK_AT_MOST, ("recomposed",)
     ),
 }

@@ -8,6 +8,8 @@ contract    a sum over a family of products is one contraction
 parseval    lengths of signals, and their weighed sums over a family, are taken per frequency: no signal is needed then
 outer       a column times a row is an elementwise product, each repeated along the other
 shared      a formula that contains another one reads its value
+lengths     roots of sums of squares are lengths, x over its length is a unit vector
+roots       other roots of what is 0 where it is least have slope 0 there
 hoist       what does not depend on the layer leaves the loop (read off the stages)
 """
 
@@ -21,6 +23,7 @@ from typing import cast
 import networkx as nx
 import sympy as sp
 
+from unroll.calculus.torch_text import power
 from unroll.language.constructors import swap
 from unroll.language.nodes import ONE, same, slot
 from unroll.lower.graph import Builder, Graph
@@ -507,7 +510,10 @@ def _pruned(profile: sp.Expr, refs: tuple[Ref, ...]) -> tuple[sp.Expr, tuple[Ref
 
 
 def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
-    """sqrt(sum(x**2)), of which nothing else reads the sum -> the length of x, which has a gradient at 0 too."""
+    """sqrt(sum(x**2)) and other roots of it, of which nothing else reads the sum -> the length of x, whose slope at 0 is 0.
+
+    x over its length is the unit vector of x, which is 0 for 0.
+    """
     count = 0
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
@@ -515,17 +521,21 @@ def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         if node.op != "map":
             return None
         for i, ref in enumerate(node.inputs):
-            if not _adds_squares(graph, ref):
-                continue
-            s = slot(i)
-            profile = cast(sp.Expr, node.attrs[0].xreplace({sp.sqrt(s): LENGTH, 1 / sp.sqrt(s): 1 / LENGTH}))
-            if profile.has(s):
+            profile = _of_length(node.attrs[0], slot(i)) if _adds_squares(graph, ref) else None
+            if profile is None:
                 continue
             count += 1
             summed = b.nodes[inputs[i].node]
-            length = b.add("length", b.nodes[summed.inputs[0].node].inputs, *summed.attrs)
-            length = b.flip(length) if inputs[i].flip else length
-            return b.map(swap(profile, {LENGTH: s}), (*inputs[:i], length, *inputs[i + 1 :]))
+            (x,), flip = b.nodes[summed.inputs[0].node].inputs, inputs[i].flip
+            for j, whole in enumerate(inputs):
+                over = swap(profile, {slot(j): slot(j) * LENGTH}) if whole == (b.flip(x) if flip else x) else LENGTH
+                if not over.has(LENGTH):
+                    unit = b.add("unit", (x,), *summed.attrs)
+                    return b.map(*_pruned(over, (*inputs[:j], b.flip(unit) if flip else unit, *inputs[j + 1 :])))
+            length = b.add("length", (x,), *summed.attrs)
+            return b.map(
+                swap(profile, {LENGTH: slot(i)}), (*inputs[:i], b.flip(length) if flip else length, *inputs[i + 1 :])
+            )
         return None
 
     out = rewrite(graph, rule)
@@ -535,6 +545,12 @@ def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 LENGTH = sp.Dummy("length", positive=True)
 
 
+def _of_length(profile: sp.Expr, s: sp.Symbol) -> sp.Expr | None:
+    """A formula with a root of s, as one of the length sqrt(s)."""
+    powers = {p: LENGTH ** (2 * p.exp) for p in profile.atoms(sp.Pow) if p.base == s and not p.exp.is_integer}
+    return swap(cast(sp.Expr, profile.xreplace(powers)), {s: LENGTH**2}) if powers else None
+
+
 def _adds_squares(graph: Graph, ref: Ref) -> bool:
     """Is it a sum of x**2 that has one reader?"""
     node = graph.nodes[ref.node]
@@ -542,6 +558,52 @@ def _adds_squares(graph: Graph, ref: Ref) -> bool:
         return False
     square = graph.nodes[node.inputs[0].node]
     return square.op == "map" and square.attrs[0] == slot(0) ** 2
+
+
+def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """x**p, 0 < p < 1, of what is 0 where it is least -> the same with slope 0 there, where that of the power is 0 * inf."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "map":
+            return None
+        known = {slot(i): sp.Dummy(nonnegative=_nonnegative(b, r) or None, real=True) for i, r in enumerate(inputs)}
+        found = {p: power(p.base, p.exp) for p in node.attrs[0].atoms(sp.Pow) if _ends_at_zero(p, known)}
+        if not found:
+            return None
+        count += len(found)
+        return b.map(node.attrs[0].xreplace(found), inputs)
+
+    out = rewrite(graph, rule)
+    return out, f"{count} roots have slope 0 where what is under them is 0"
+
+
+def _ends_at_zero(p: sp.Pow, known: Mapping[sp.Symbol, sp.Dummy]) -> bool:
+    """Is it a root of what can be 0 but not less, within the values that its symbols may have?"""
+    base = p.base.xreplace(dict(known))
+    return bool(p.exp.is_Rational and 0 < p.exp < 1 and base.is_nonnegative and not base.is_positive)
+
+
+def _nonnegative(b: Builder, ref: Ref) -> bool:
+    """Is a value at least 0 by the way it is made?"""
+    node = b.nodes[ref.node]
+    match node.op:
+        case "length" | "energy" | "spectral_norm" | "softmax":
+            return True
+        case "sum" | "family_sum" | "max":
+            return _nonnegative(b, node.inputs[0])
+        case "matmul" | "trace_product" if node.shape == (ONE, ONE):
+            return node.inputs[0] == b.flip(node.inputs[1])
+        case "add":
+            return all(c > 0 for c in node.attrs[0]) and all(_nonnegative(b, r) for r in node.inputs)
+        case "map":
+            known = {
+                slot(i): sp.Dummy(nonnegative=_nonnegative(b, r) or None, real=True) for i, r in enumerate(node.inputs)
+            }
+            return bool(node.attrs[0].xreplace(known).is_nonnegative)
+        case _:
+            return False
 
 
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
@@ -556,4 +618,5 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("outer", outer),
     ("shared", shared),
     ("lengths", lengths),
+    ("roots", roots),
 )

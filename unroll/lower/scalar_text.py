@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import sympy as sp
 
-from unroll.calculus.torch_text import logcosh, sigmoid, softplus, stable
+from unroll.calculus.torch_text import logcosh, power, sigmoid, softplus, stable
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -109,6 +109,10 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
             return _product(e, go)
         case sp.Pow():
             return _power(e, go)
+        case power():
+            x, p = cast(tuple[sp.Expr, sp.Expr], e.args)
+            base = go(x)
+            return Text(f"power({base.code}, {go(p).code})") if base.tensor else _power(cast(sp.Pow, sp.Pow(x, p)), go)
         case sp.Max() | sp.Min():
             return _extreme("max" if isinstance(e, sp.Max) else "min", [go(a) for a in e.args])
         case sp.Abs():
@@ -230,7 +234,10 @@ def _piecewise(e: sp.Basic, go: Go) -> Text:
     out = go(cases[-1].args[0])
     for case in reversed(cases[:-1]):
         value, condition = go(case.args[0]), go(case.args[1])
-        if condition.tensor and not (value.tensor or out.tensor):  # two plain numbers: kept in double precision
+        if condition.tensor and (value.code, out.code) in (("1", "0"), ("0", "1")):
+            yes = case.args[1] if value.code == "1" else sp.Not(case.args[1])
+            out = Text(f"1 * ({go(yes).code})", PRODUCT)
+        elif condition.tensor and not (value.tensor or out.tensor):  # two plain numbers: kept in double precision
             out = Text(f"{out.at(SUM)} + ({condition.code}) * ({value.code} - {out.at(PRODUCT)})", SUM)
         elif condition.tensor:
             out = Text(f"torch.where({condition.code}, {value.code}, {out.code})")

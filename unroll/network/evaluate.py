@@ -280,6 +280,7 @@ class Evaluator:
 
     def indicator(self, name: str, x: Tensor, params: list[Tensor]) -> Tensor:
         gap = params[0] @ x - params[1] if name == "affine" else project(name, x, params) - x
+        gap = x.norm(dim=-2, keepdim=True) - 1 if name == "sphere" else gap  # 0 stays 0, and is not in it
         inside = gap.abs().amax((-2, -1), keepdim=True) < 1e-8
         return torch.where(inside, 0.0, torch.inf).to(x.dtype)
 
@@ -304,7 +305,8 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - 1, c.max() - 1, c.max()) for c in x.T]
             return (x - torch.stack(shifts)).clamp_min(0)
         case "sphere", []:
-            return x / x.norm(dim=0)
+            length = x.norm(dim=0)
+            return x / torch.where(length == 0, 1, length)
         case "unit_columns", []:
             return x / x.norm(dim=0).clamp_min(1)
         case "psd", []:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unroll.calculus import torch_functions as runtime
 from unroll.derivation.rewrites import push_through, smaller_side
-from unroll.emit.emit import Names, Section, identifier, imports, remark, stored_axes, term_symbols, unit_axes
+from unroll.emit.emit import Names, Section, identifier, imports, needed, remark, stored_axes, term_symbols, unit_axes
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import rebuild, scale, swap
 from unroll.language.nodes import Expr, Indicator, LogDet, Sym, same, walk
@@ -256,7 +256,7 @@ class Writer:
         methods = [self._init(), self._forward(), self._outer(), inner]
         doc = f'"""{remark(", ".join(map(_shape, r.arguments)))} -> (), to be minimised."""'
         body = "\n\n".join(textwrap.indent(part, "    ") for part in (doc, *methods))
-        helpers = [_helper(h) for h in sorted(self.helpers)]
+        helpers = [_helper(h) for h in needed(self.helpers) if h != "exact"]
         whole = "\n\n".join([*helpers, f"class {self.class_name}(nn.Module):\n{body}\n"])
         return f"{self._header()}{imports(whole)}\n\n{whole}"
 
