@@ -223,6 +223,18 @@ def mae_decoder_layer(
     return half - mssa(layer_norm(half, norm2_w, norm2_b), U, W_out, b_out)
 
 
+def sines_of_places(side: int, d: int) -> Tensor:
+    """The fixed positions of masked autoencoders: (1, 1 + side², d), 0 for the class token; of a patch at (row, column)
+    sines and cosines of ω·column, then of ω·row, ω_i = 10000^(−4i/d)."""
+    out = torch.zeros(1, 1 + side * side, d, dtype=torch.float64)
+    for row in range(side):
+        for column in range(side):
+            angles = [[x * 10000 ** (-4 * i / d) for i in range(d // 4)] for x in (column, row)]
+            waves = [f(a) for axis in angles for f in (math.sin, math.cos) for a in axis]
+            out[0, 1 + row * side + column] = torch.tensor(waves, dtype=torch.float64)
+    return out
+
+
 def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean square error over the masked patches alone.  prediction, target (B, N, q), mask (B, N) of 0 and 1."""
     return ((prediction - target).square().mean(-1) * mask).sum() / mask.sum()

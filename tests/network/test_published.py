@@ -241,7 +241,7 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
         **{f"{n}.{k}": (d,) for n in ("norm", "decoder_norm") for k in ("weight", "bias")},
         **{f"{n}.{i}.layers.0.{j}.{k}": v for n, parts in layers.items() for i in range(2) for j, p in enumerate(parts) for k, v in p.items()},
     }  # fmt: skip
-    w = draws(shapes)
+    w = draws(shapes) | {"decoder_pos_embed": released.sines_of_places(2, d)}
     sizes = {"d": d, "K": K, "p": 8}
     small = [
         SMALL[0],
@@ -253,7 +253,6 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
     report = unroll.restore_weights(net, {"model": w})
     assert report.ok and set(report.ignored) == {
         "pos_embed",
-        "decoder_pos_embed",
         "decoder_embed.weight",
         "decoder_embed.bias",
     }
@@ -263,8 +262,8 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
         return {k: w[f"{name}.{i}.layers.0.{j}.{k}"] for k in layers[name][j]}
 
     z = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).flatten(2).mT
-    z = torch.where(mask[..., None], w["mask_token"], z) + net.positions
-    z = torch.cat([w["cls_token"].expand(2, 1, d), z], 1)
+    z = torch.where(mask[..., None], w["mask_token"], z)
+    z = torch.cat([w["cls_token"].expand(2, 1, d), z], 1) + w["decoder_pos_embed"]
     for i in range(2):
         a, b = part("blocks", i, 0), part("blocks", i, 1)
         z = released.crate_block(
@@ -283,7 +282,13 @@ def test_released_weights_of_crate_mae_give_the_released_patches() -> None:
     assert torch.equal(hidden, mask)
     assert (found - (z @ w["decoder_pred.weight"].mT + w["decoder_pred.bias"])).abs().max() <= EXACT
     again = unroll.release_weights(net)
-    assert again.keys() == w.keys() - set(report.ignored) and all(torch.equal(v, w[k]) for k, v in again.items())
+    assert again.keys() == w.keys() - set(report.ignored)
+    assert all(torch.allclose(v, w[k], rtol=0, atol=EXACT) for k, v in again.items())
+    for row in (0, 3):  # the class token, a patch: the released network adds both
+        moved = w["decoder_pos_embed"].clone()
+        moved[0, row, 5] += 1e-3
+        with pytest.raises(unroll.UnrollError, match=r"E421.*decoder_pos_embed"):
+            unroll.restore_weights(net, {"model": {**w, "decoder_pos_embed": moved}})
 
 
 def tost_shapes(d: int, K: int, classes: int = 7, layers: int = 2) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,7 +42,8 @@ Net = Network | Model
 class Report:
     """What became of every name. ok: nothing was left over on either side.
 
-    loaded: (theirs, ours).  ignored: theirs, not needed as the spec says.  unused: theirs, with no place.
+    loaded: (theirs, ours).  compared: (theirs, our constant or number), which agree.  ignored: theirs, not needed as the
+    spec says.  unused: theirs, with no place.  refused: theirs that do not fit, with the reason.
     missing: ours, without a value (or parts of them), or with one of chance.  kept: our constants, as the spec says.
     """
 
@@ -50,13 +52,16 @@ class Report:
     unused: tuple[str, ...]
     missing: tuple[str, ...]
     kept: tuple[str, ...]
+    compared: tuple[tuple[str, str], ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not self.unused and not self.missing
+        return not self.unused and not self.missing and not self.refused
 
     def left_over(self) -> Iterator[str]:
         """What did not match, a name per line."""
+        yield from _listed("does not fit", self.refused)
         yield from _listed("not in the file", self.missing)
         yield from _listed("in the file, not used", self.unused)
 
@@ -65,6 +70,7 @@ class Report:
         yield from self.left_over()
         yield from _listed("ignored, as the spec says", self.ignored)
         yield from _listed("kept from the spec", self.kept)
+        yield from _listed("the same in both", [f"{theirs} = {ours}" for theirs, ours in self.compared])
         yield from _listed("loaded", [f"{theirs} -> {ours}" for theirs, ours in self.loaded])
 
     def __str__(self) -> str:
@@ -83,20 +89,23 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
     """Load released weights, named as the section `weights:` of the network's spec says; all of them, or none.
 
     source: a .safetensors or .npz file, a file of torch.save (read without running code), or a dict of tensors or arrays.
-    Raises UnrollError E421 where a shape or a type does not fit, where two of theirs differ in one place of ours, and,
-    if strict, where a name of theirs or ours is left over; if not strict, that is a warning.
+    Raises UnrollError E421 where a shape or a type does not fit, where a constant of the spec is another in the file,
+    where two of theirs differ in one place of ours, and where a name of theirs or ours is left over. If not strict, what
+    fits is loaded, and a warning lists the rest.
     """
     spec, weights = _weights(net)
     if not isinstance(source, str | os.PathLike | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # of whom no checker asks
         hint = "give its state_dict()" if isinstance(source, nn.Module) else "a file, or a dict of tensors or arrays"
         raise UnrollError("E421", f"weights are not read from a {type(source).__name__}", hint=hint)
     found = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights)
-    filling = _Filling(spec, net)
+    filling = _Filling(spec, net, strict)
     for name, value in found.items():
         filling.take(_stripped(name, weights), value, found)
     report = filling.report(weights)
     if not report.ok:
-        message = f"the weights do not match {spec.title}: {len(report.missing)} missing, {len(report.unused)} not used"
+        counts = f"{len(report.missing)} missing, {len(report.unused)} not used"
+        counts += f", {len(report.refused)} that do not fit" if report.refused else ""
+        message = f"the weights do not match {spec.title}: {counts}"
         if strict:
             hint = (
                 filling.prefix(report.unused)
@@ -115,7 +124,9 @@ def release_weights(net: Net) -> dict[str, Tensor]:
     pieces: dict[str, list[tuple[Move, Tensor]]] = {}
     for pattern, moves in weights.names.items():
         for i, move in enumerate(moves):
-            for name, ours, at in _expanded(pattern, move, values, spec, i):
+            if not isinstance(move.to, str):
+                continue
+            for name, ours, at in _expanded(pattern, move.to, values, spec, i):
                 value = values[ours][at] if at is not None else values[ours]
                 piece = _cut(ours, value, move.into)
                 if move.axes:
@@ -123,17 +134,31 @@ def release_weights(net: Net) -> dict[str, Tensor]:
                     piece = rearrange(piece, f"{right} -> {left}", _sizes(net))
                 piece = piece / move.factor if move.factor != 1 else piece
                 pieces.setdefault(name, []).append((move, piece))
-    return {name: _assembled(found) for name, found in pieces.items()}
+    return {name: _assembled(found, _numbers(weights, name)) for name, found in pieces.items()}
 
 
-def _assembled(pieces: list[tuple[Move, Tensor]]) -> Tensor:
+def _numbers(weights: Weights, name: str) -> list[Move]:
+    """The parts of a tensor of theirs that are one number."""
+    named = (moves for pattern, moves in weights.names.items() if _regex(pattern).fullmatch(name))
+    return [move for moves in named for move in moves if not isinstance(move.to, str)]
+
+
+def _assembled(pieces: list[tuple[Move, Tensor]], numbers: list[Move]) -> Tensor:
     """One tensor from its parts."""
     (move, first), *_ = pieces
     if not move.part:
         return first.clone()
     spans = [[_span(s, n) for s, n in zip(_padded(m.part, t.ndim), t.shape, strict=True)] for m, t in pieces]
     shape = [max(stop for _, stop in axis) for axis in zip(*spans, strict=True)]
+    for constant in numbers:
+        shape = [max(n, part.stop or 0) for n, part in zip(shape, _padded(constant.part, len(shape)), strict=True)]
     out = first.new_zeros(shape)
+    for constant in numbers:
+        if not out[slices(constant.part)].numel():
+            raise UnrollError(
+                "E421", f"part: '{constant.part}' of numbers that are {constant.to} does not say where it ends"
+            )
+        out[slices(constant.part)] = float(constant.to)
     for (_, tensor), span in zip(pieces, spans, strict=True):
         out[tuple(slice(a, b) for a, b in span)] = tensor
     return out
@@ -163,7 +188,13 @@ def _weights(net: Net) -> tuple[Spec, Weights]:
 
 def _sizes(net: Net) -> dict[str, int]:
     """Of axes that shapes leave open: what the map says, and the sizes of the spec."""
-    return {**(net.sizes if isinstance(net, Model) else net.program.dims), **_weights(net)[1].sizes}
+    return {**net.sizes, **_said(net)}
+
+
+def _said(net: Net) -> dict[str, int]:
+    """Sizes of axes that the map says, as numbers or by their place in the spec."""
+    spec, weights = _weights(net)
+    return {axis: n if isinstance(n, int) else spec.at(*n.split(".")) for axis, n in weights.sizes.items()}
 
 
 def _constraint(net: Net, name: str) -> str:
@@ -217,10 +248,13 @@ class _Filling:
 
     spec: Spec
     net: Net
+    strict: bool
     values: dict[str, Tensor] = field(init=False)
     filled: dict[str, Tensor] = field(init=False)
     loaded: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    left: list[str] = field(default_factory=list[str])
+    compared: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    left: dict[str, str] = field(default_factory=dict[str, str])
+    refused: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         state = self.net.state_dict()
@@ -232,44 +266,73 @@ class _Filling:
     def take(self, name: str, value: Any, beside: Mapping[str, Any]) -> None:
         """Put a tensor of theirs where it goes. Raises UnrollError E421 where it does not fit."""
         assert self.spec.weights is not None
-        if not isinstance(value, Tensor | _Array) and _matches(name, self.spec.weights.ignore):
-            self.left.append(name)
+        if not isinstance(value, Tensor | _Array) and (_matches(name, self.spec.weights.ignore) or not self.strict):
+            self.left[name] = name
             return
-        tensor = _tensor(name, value, beside)
-        used = torch.zeros(tensor.shape, dtype=torch.bool)
-        before = len(self.loaded)
+        with self._fitting(name):
+            tensor = _tensor(name, value, beside)
+            self._take(name, tensor)
+
+    def _take(self, name: str, tensor: Tensor) -> None:
+        used, known = torch.zeros(tensor.shape, dtype=torch.bool), False
         for regex, pattern, moves in self.moves:
             if match := regex.fullmatch(name):
-                layer = match.groupdict().get("layer")
+                layer, known = match.groupdict().get("layer"), True
                 for i, move in enumerate(moves):
-                    used[self._put(name, tensor, pattern, move, i, layer)] = True
-        if len(self.loaded) == before or not used.all():
-            self.left.append(
-                name if len(self.loaded) == before else f"{name} ({int((~used).sum()):,} of {used.numel():,} numbers)"
-            )
+                    with self._fitting(name):
+                        self._put(name, tensor, pattern, move, i, layer)
+                    used[_place(slices(move.part), used)] = True
+        if not known or not used.all():
+            some = f"{name} ({int((~used).sum()):,} of {used.numel():,} numbers)"
+            self.left[name] = some if known else name
 
-    def _put(self, name: str, tensor: Tensor, pattern: str, move: Move, i: int, layer: str | None) -> tuple[slice, ...]:
+    @contextmanager
+    def _fitting(self, name: str) -> Generator[None]:
+        """If not strict, what does not fit is set aside."""
+        try:
+            yield
+        except SpecError:
+            raise
+        except UnrollError as e:
+            if self.strict:
+                raise
+            self.refused.append(e.message if name in e.message else f"{name}: {e.message}")
+
+    def _put(self, name: str, tensor: Tensor, pattern: str, move: Move, i: int, layer: str | None) -> None:
+        if not isinstance(move.to, str):
+            _refuse_other_number(name, tensor[_place(slices(move.part), tensor)], move.to)
+            self.compared.append((name, f"{move.to:g}"))
+            return
         ours = _target(self.spec, pattern, i, move.to, layer, self.values)
-        if ours in _constants(self.net):
-            where = self.spec.origin(*_path(self.spec, pattern, i)).where()
-            hint = "learn it, or give it to compile: parameters={..}"
-            raise SpecError("E421", f"'{ours}' is a constant of the spec, which a file cannot set", where, hint)
-        into = _row(ours, move, layer, self.values[ours], name)
+        into = _row(ours, move.to, layer, self.values[ours], name)
         target, filled = self.values[ours][into], self.filled[ours][into]
         value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
         value = _converted(name, ours, value, target) * move.factor
+        place = slices(move.into)
+        if ours in _constants(self.net):
+            self._refuse_other_constant(name, ours, tensor.dtype, value, target[place])
+            self.compared.append((name, ours))
+            return
         if _constraint(self.net, ours) == "positive" and not bool((value > 0).all()):
             hint = "leave positive: out of learn:"
             raise UnrollError("E421", f"{name} -> {ours}: numbers that the spec keeps positive are not", hint=hint)
-        place = slices(move.into)
         if bool((filled[place] & (target[place] != value)).any()):
             first = next(theirs for theirs, to in self.loaded if to == ours)
             two = f"{first} and {name}" if first != name else f"two that are named {name}, but for a prefix,"
-            raise UnrollError("E421", f"{two} go to the same place of {ours}, and differ")
+            where = self.spec.origin(*_path(self.spec, pattern, i)).where()
+            raise SpecError("E421", f"{two} go to the same place of {ours}, and differ", where)
         target[place] = value
         filled[place] = True
         self.loaded.append((name, ours))
-        return slices(move.part)
+
+    def _refuse_other_constant(self, name: str, ours: str, theirs: torch.dtype, value: Tensor, own: Tensor) -> None:
+        """Raises UnrollError E421 where a constant of the spec is another in the file, beyond the rounding of either."""
+        off = (value - own).abs().max() if own.numel() else own.new_zeros(())
+        eps = max(torch.finfo(t).eps for t in (theirs, own.dtype) if t.is_floating_point)
+        if bool(off > 16 * eps * own.abs().max().clamp_min(1)):
+            hint = "learn it, or give it to compile: parameters={..}"
+            what = f"{name} is not the constant {ours} of the spec: off by {float(off):.1e}"
+            raise UnrollError("E421", what, hint=hint)
 
     def _fitted(self, name: str, ours: str, tensor: Tensor, move: Move, target: Tensor) -> Tensor:
         """Theirs in the shape of ours."""
@@ -277,7 +340,9 @@ class _Filling:
         if len(slices(move.part)) <= tensor.ndim and tensor.is_complex() == target.is_complex():
             value = tensor[slices(move.part)]
             try:
-                value = rearrange(value, move.axes, _sizes(self.net), target.shape) if move.axes else value
+                value = (
+                    rearrange(value, move.axes, _sizes(self.net), target.shape, _said(self.net)) if move.axes else value
+                )
             except UnrollError as e:
                 raise UnrollError("E421", f"{name} -> {ours}: {e.message}", hint=e.hint or SIZES) from None
             if value.shape == target.shape:
@@ -300,13 +365,16 @@ class _Filling:
 
     def report(self, weights: Weights) -> Report:
         constants = _constants(self.net)
-        ignored = tuple(n for n in self.left if _matches(n, weights.ignore))
+        ignored = tuple(some for n, some in self.left.items() if _matches(n, weights.ignore))
         missing = [_lacking(n, f) for n, f in self.filled.items() if n not in constants and not f.all()]
         drawn = _drawn(self.net)
+        drawn -= {ours for _, ours in self.compared}
         missing += [f"{n} (drawn from the seed: give it to compile)" for n in self.values if n in drawn]
-        unused = tuple(n for n in self.left if n not in ignored)
-        kept = tuple(n for n in self.values if n in constants - drawn)
-        return Report(tuple(self.loaded), ignored, unused, tuple(missing), kept)
+        unused = tuple(some for some in self.left.values() if some not in ignored)
+        compared = {ours for _, ours in self.compared}
+        kept = tuple(n for n in self.values if n in constants - drawn and n not in compared)
+        rest = tuple(self.compared), tuple(self.refused)
+        return Report(tuple(self.loaded), ignored, unused, tuple(missing), kept, *rest)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -314,6 +382,18 @@ class _Filling:
         for name, value in self.values.items():
             if self.filled[name].any():
                 state[name].copy_(_inside(self.net, name, value))
+
+
+def _refuse_other_number(name: str, value: Tensor, number: float) -> None:
+    if bool((value != number).any()):
+        off = int((value != number).sum())
+        what = f"{name} has {off:,} numbers that are not {number:g}, as the spec says of them"
+        raise UnrollError("E421", what, hint="this network has no place for them")
+
+
+def _place(part: tuple[slice, ...], value: Tensor) -> tuple[slice, ...]:
+    """A part, where the tensor has its axes; all of it, where it has not."""
+    return part if len(part) <= value.ndim else ()
 
 
 def _lacking(name: str, filled: Tensor) -> str:
@@ -339,9 +419,9 @@ def _target(spec: Spec, pattern: str, i: int, to: str, layer: str | None, values
     return ours
 
 
-def _row(ours: str, move: Move, layer: str | None, value: Tensor, name: str) -> Any:
+def _row(ours: str, to: str, layer: str | None, value: Tensor, name: str) -> Any:
     """The part of ours that belongs to a layer."""
-    if layer is None or LAYER in move.to:
+    if layer is None or LAYER in to:
         return ...
     if not value.ndim or int(layer) >= value.shape[0]:
         depth = f"{value.shape[0]} layers" if value.ndim else "no layers"
@@ -351,16 +431,16 @@ def _row(ours: str, move: Move, layer: str | None, value: Tensor, name: str) -> 
 
 
 def _expanded(
-    pattern: str, move: Move, values: Mapping[str, Tensor], spec: Spec, i: int
+    pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int
 ) -> Iterator[tuple[str, str, int | None]]:
     """(theirs, ours, index of ours) for every layer."""
     if LAYER not in pattern:
-        yield pattern, _target(spec, pattern, i, move.to, None, values), None
-    elif LAYER not in move.to:
-        ours = _target(spec, pattern, i, move.to, None, values)
+        yield pattern, _target(spec, pattern, i, to, None, values), None
+    elif LAYER not in to:
+        ours = _target(spec, pattern, i, to, None, values)
         yield from ((pattern.replace(LAYER, str(n)), ours, n) for n in range(values[ours].shape[0]))
     else:
-        names = [(n, m["layer"]) for n in values if (m := _regex(move.to).fullmatch(n))]
+        names = [(n, m["layer"]) for n in values if (m := _regex(to).fullmatch(n))]
         yield from ((pattern.replace(LAYER, n), ours, None) for ours, n in names)
 
 
@@ -439,6 +519,8 @@ def _tensor(name: str, value: Any, beside: Mapping[str, Any]) -> Tensor:
     """A value of a file as a tensor. Raises UnrollError E421."""
     match value:
         case Tensor():
+            if value.layout != torch.strided:
+                raise UnrollError("E421", f"{name} is a sparse tensor", hint="give it dense: .to_dense()")
             return value.detach()
         case _Array():
             array = np.asarray(value)
@@ -510,14 +592,22 @@ def _cut(name: str, value: Tensor, part: str) -> Tensor:
     return value[slices(part)]
 
 
-def rearrange(tensor: Tensor, pattern: str, sizes: Mapping[str, int], shape: Sequence[int] = ()) -> Tensor:
+def rearrange(
+    tensor: Tensor,
+    pattern: str,
+    sizes: Mapping[str, int],
+    shape: Sequence[int] = (),
+    said: Mapping[str, int] | None = None,
+) -> Tensor:
     """Split, permute and join axes: "(k p) d -> k d p". 1 is an axis of one.
 
-    sizes: of axes that shapes leave open.  shape: of the result, where it is known.  Raises UnrollError E421.
+    sizes: of axes that shapes leave open.  shape: of the result, where it is known.  said: sizes that shapes may not
+    contradict.  Raises UnrollError E421.
     """
     left, right = (_groups(side) for side in pattern.split("->"))
-    found = _lengths([(left, tensor.shape), *([(right, shape)] if len(shape) else [])], pattern)
     names = [n for group in left for n in group]
+    fixed = {n: size for n, size in (said or {}).items() if n in names}
+    found = _lengths([(left, tensor.shape), *([(right, shape)] if len(shape) else [])], pattern, fixed)
     for n in names:
         if n not in found and n in sizes:
             found[n] = sizes[n]

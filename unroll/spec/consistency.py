@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from unroll.errors import SpecError, did_you_mean
+from unroll.errors import SpecError, did_you_mean, quote
 from unroll.spec import around
-from unroll.spec.nodes import Entries, Scalar, key_origin, node_at
+from unroll.spec.nodes import Entries, Scalar, follow, key_origin, node_at
 from unroll.spec.schema import Document, Number, Unroll
 
 SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
@@ -22,7 +22,7 @@ def contradictions(spec: Document, root: Entries) -> list[SpecError]:
         *_twice(spec, root),
         *_scalars(spec.scalars, root),
     ]
-    found += [*_idle(spec, root)]
+    found += [*_idle(spec, root), *_open_sizes(spec, root)]
     return [*found, *unroll, *around.contradictions(spec, root)]
 
 
@@ -75,6 +75,21 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
     for key, (odd, why, hint) in idle.items():
         if key in said and odd:
             yield SpecError("E511", f"train: {key}: {why}", key_origin(root, ("train", key)).where(), hint)
+
+
+def _open_sizes(spec: Document, root: Entries) -> Iterator[SpecError]:
+    """Sizes of axes of released weights that lie elsewhere in the spec."""
+    for axis, size in spec.weights.sizes.items() if spec.weights else ():
+        if isinstance(size, str):
+            path = tuple(size.split("."))
+            match [value for _, _, value in follow(root, path)]:
+                case [*before, Scalar(int(n))] if len(before) == len(path) - 1 and n > 0:
+                    continue
+                case _:
+                    pass
+            where = node_at(root, ("weights", "sizes", axis)).origin.where()
+            hint = "a number, or the place of one, such as model.embed.patch"
+            yield SpecError("E205", f"the spec has no whole number at '{quote(size)}'", where, hint)
 
 
 def _objective(spec: Document, root: Entries) -> Iterator[SpecError]:

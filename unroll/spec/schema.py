@@ -484,8 +484,8 @@ class Model(Record):
 class Move(Record):
     """A tensor of a released file, or a part of it, and where it goes; `name` is short for `{to: name}`."""
 
-    to: str
-    """a name of `state_dict()`"""
+    to: str | float
+    """a name of `state_dict()`: what is learned is set, a constant is compared; or the number that all of theirs must be"""
     axes: Axes = ""
     """"(k p) d -> k d p": axes of theirs -> axes of ours; without the axis of the layers"""
     part: Part = ""
@@ -512,8 +512,8 @@ class Weights(Record):
     """prefixes that names may have, in any order, such as module."""
     ignore: tuple[str, ...] = ()
     """names that are not needed; * stands for anything"""
-    sizes: dict[Name, Count] = {}
-    """of axes that no shape says: those of one tensor of ours that are several of theirs"""
+    sizes: dict[Name, Count | str] = {}
+    """of axes that no shape says: those of one tensor of ours that are several of theirs. A number, or where the spec has it: model.embed.patch"""
     names: dict[str, Moves]
     """their name -> ours; {layer} stands for the number of a layer, and is the first axis of ours. A / in a name goes into nested dicts."""
 
