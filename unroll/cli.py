@@ -88,7 +88,7 @@ def _entries(kind: str) -> dict[str, str]:
 
             return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in ALGORITHMS}
         case "rewrites":
-            from unroll.derivation.rewrites import REWRITES
+            from unroll.derivation.rewrites.catalogue import REWRITES
 
             return {r.signature: f"{r.kind}: {r.picture} -> {r.result}  [{r.source}]" for r in REWRITES}
         case _:

@@ -25,7 +25,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 from unroll import cli, load
 from unroll.derivation.algorithms import ALGORITHMS
-from unroll.derivation.rewrites import REWRITES
+from unroll.derivation.rewrites.catalogue import REWRITES
 from unroll.language.functions import ELEMENTWISE, FUNCTIONS, SETS
 from unroll.spec import library
 from unroll.spec.schema import Parameter, Train

@@ -11,7 +11,9 @@ from torch import Tensor
 
 import unroll
 from unroll.calculus.gradient import gradient
-from unroll.derivation.rewrites import REWRITES, apply, read, smaller_side
+from unroll.derivation.rewrites.catalogue import REWRITES
+from unroll.derivation.rewrites.exact import smaller_side
+from unroll.derivation.rewrites.rewriting import apply, read
 from unroll.errors import SpecError
 from unroll.language.constructors import symbol
 from unroll.language.nodes import Expr, Inverse, Sym, dim, scalar, walk

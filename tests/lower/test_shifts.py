@@ -15,7 +15,8 @@ from torch import Tensor
 
 import unroll
 from unroll.calculus.gradient import gradient
-from unroll.derivation.rewrites import REWRITES, circulant_block, circulant_to_fft, per_frequency
+from unroll.derivation.rewrites.catalogue import REWRITES
+from unroll.derivation.rewrites.frequencies import circulant_block, circulant_to_fft, per_frequency
 from unroll.emit.interpret import difference
 from unroll.language.constructors import conjugated, matmul, operator, rename_index, signal, spectrum, symbol
 from unroll.language.nodes import Expr, Op, Signal, Spectrum, Sym, dim, free_indices, walk

@@ -15,9 +15,11 @@ from typing import cast
 
 import sympy as sp
 
-from unroll.derivation import algorithms, rewrites
+from unroll.derivation import algorithms
 from unroll.derivation.algorithms import LIPSCHITZ, STEP, Options, state_of
-from unroll.derivation.rewrites import Call
+from unroll.derivation.rewrites import rewriting
+from unroll.derivation.rewrites.patterns import common_factor
+from unroll.derivation.rewrites.record import Applied, Call, Site
 from unroll.derivation.step import LAYER, Assign, Departure, State, Step
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
@@ -67,7 +69,7 @@ class Half:
 
     def calls(self, scope: Scope) -> list[Call]:
         """Its rewrites, read."""
-        return [rewrites.read(t, scope, self.place("rewrites", i)) for i, t in enumerate(self.scheme.rewrites)]
+        return [rewriting.read(t, scope, self.place("rewrites", i)) for i, t in enumerate(self.scheme.rewrites)]
 
     def place(self, *key: str | int) -> Place:
         return place_of(self.spec, *self.path, *key)
@@ -161,28 +163,28 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         left = call.rewrite.left
         for a in step.assigns:
             if left is not None and isinstance(a.value, Expr) and (found := left(a.value, **call.values)) is not None:
-                raise rewrites.unfinished(call, found)
+                raise rewriting.unfinished(call, found)
     return step, departures, problem
 
 
 def _rewritten_objective(half: Half, problem: Problem, call: Call, departures: list[Departure]) -> Problem:
     terms: dict[str, Expr] = {}
-    sites: list[rewrites.Applied] = []
+    sites: list[Applied] = []
     for name, e in problem.terms.items():
-        terms[name], applied = rewrites.apply(call, e, half.name)
+        terms[name], applied = rewriting.apply(call, e, half.name)
         sites += [applied] if applied.sites else []
     if not sites:
-        raise rewrites.missed(call, add(*problem.terms.values()))
+        raise rewriting.missed(call, add(*problem.terms.values()))
     joined = replace(sites[0], sites=tuple(s for a in sites for s in a.sites))
     departures.append(_departure(joined))
     return replace(problem, terms=terms)
 
 
 def _rewritten_step(half: Half, step: Step, call: Call, departures: list[Departure]) -> Step:
-    found = [rewrites.apply(call, a.value, half.name) if isinstance(a.value, Expr) else None for a in step.assigns]
+    found = [rewriting.apply(call, a.value, half.name) if isinstance(a.value, Expr) else None for a in step.assigns]
     sites = tuple(s for f in found if f is not None for s in f[1].sites)
     if not sites:
-        raise rewrites.missed(call, next(a.value for a in step.assigns if isinstance(a.value, Expr)))
+        raise rewriting.missed(call, next(a.value for a in step.assigns if isinstance(a.value, Expr)))
     applied = next(f[1] for f in found if f is not None)
     departures.append(_departure(replace(applied, sites=tuple(dict.fromkeys(sites)))))
     assigns = tuple(
@@ -208,7 +210,7 @@ def _counted(step: Step, calls: list[Call]) -> Step:
     return step
 
 
-def _departure(applied: rewrites.Applied) -> Departure:
+def _departure(applied: Applied) -> Departure:
     record = applied.rewrite
     says = {
         "exact": "exact",
@@ -449,10 +451,10 @@ def _surrogate(half: Half, block: Block, scope: Scope) -> tuple[Expr, list[Depar
         raise SpecError(
             "E133", f"the surrogate is {show_shape(e.shape)}; an objective is a scalar", place(0, len(written.by))
         )
-    assumes = rewrites.read(written.assumes, scope, half.place("surrogate", "assumes"))
-    assumption = rewrites.assumption(assumes)
-    site = rewrites.Site(e, e, assumption)
-    applied = rewrites.Applied(assumes.rewrite, assumes.values, half.name, (site,))
+    assumes = rewriting.read(written.assumes, scope, half.place("surrogate", "assumes"))
+    assumption = rewriting.assumption(assumes)
+    site = Site(e, e, assumption)
+    applied = Applied(assumes.rewrite, assumes.values, half.name, (site,))
     said = f"{' and '.join(written.replaces)} replaced by {written.by.strip()}; assumes {assumes.text}, {assumes.rewrite.assumes}"
     return scale(half.problem.sign, e), [Departure("surrogate", half.name, "heuristic", said, applied)]
 
@@ -739,7 +741,7 @@ def _common(e: Expr) -> tuple[sp.Expr, Expr]:
     coefs = [split(t)[0] for t in e.terms]
     c = coefs[0]
     if not all((k / c).is_number for k in coefs):
-        c = rewrites.common_factor(coefs)
+        c = common_factor(coefs)
     return c, scale(1 / c, e)
 
 

@@ -17,7 +17,9 @@ import sympy as sp
 from unroll.calculus.prox import derive as derive_prox
 from unroll.derivation.algorithms import LIPSCHITZ, MOMENTUM, STEP, state_of
 from unroll.derivation.blocks import affine_norms
-from unroll.derivation.rewrites import Applied, circulant_block, rewritten
+from unroll.derivation.rewrites.frequencies import circulant_block
+from unroll.derivation.rewrites.record import Applied
+from unroll.derivation.rewrites.rewriting import rewritten
 from unroll.derivation.step import LAYER, Assign, Constraint, Departure, Learned, Step
 from unroll.errors import SpecError, Where, did_you_mean
 from unroll.language.constructors import (

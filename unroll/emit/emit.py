@@ -20,7 +20,7 @@ import sympy as sp
 from torch import nn
 
 from unroll.calculus import torch_functions as runtime
-from unroll.derivation.rewrites import smaller_side
+from unroll.derivation.rewrites.exact import smaller_side
 from unroll.derivation.step import Learned, Step
 from unroll.errors import UnrollError
 from unroll.language.constructors import swap

@@ -21,7 +21,7 @@ from unroll.calculus import prox as proximal
 from unroll.calculus.gradient import gradient
 from unroll.derivation.algorithms import LIPSCHITZ, STEP, state_of
 from unroll.derivation.derive import Derivation, Half, derive
-from unroll.derivation.rewrites import Applied, Site
+from unroll.derivation.rewrites.record import Applied, Site
 from unroll.derivation.step import LAYER, Assign
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import add, prox, swap

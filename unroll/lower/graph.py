@@ -16,7 +16,7 @@ import networkx as nx
 import sympy as sp
 
 from unroll.calculus.cones import definite, is_hermitian
-from unroll.derivation.rewrites import per_frequency
+from unroll.derivation.rewrites.frequencies import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
 from unroll.language.constructors import as_constant, is_symmetric, matmul, split, swap

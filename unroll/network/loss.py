@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll.calculus import torch_functions as runtime
-from unroll.derivation.rewrites import push_through, smaller_side
+from unroll.derivation.rewrites.exact import push_through, smaller_side
 from unroll.emit.emit import Names, Section, identifier, imports, needed, remark, stored_axes, term_symbols, unit_axes
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import rebuild, scale, swap
