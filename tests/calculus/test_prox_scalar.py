@@ -351,6 +351,26 @@ def test_source_compiles_and_exports(row: Row):
     torch.testing.assert_close(program.module()(v[:4]), exact[:4])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised inside torch's forward mode
+@pytest.mark.parametrize("row", EMITTED, ids=[r.name for r in EMITTED])
+def test_transforms_of_torch_go_through_the_derivative_rule(row: Row):
+    """Forward mode against reverse mode, a map over samples against the batch, second derivatives against differences."""
+    prox = prox_of(row)
+    values = {k: torch.tensor(x, dtype=torch.float64) for k, x in scalars(prox, 0.7, draw(row)).items()}
+    call = lambda v, *s: prox(v, **dict(zip(values, s, strict=True)))
+    v, given_ = torch.tensor([0.31, -0.47, 2.9, -3.3], dtype=torch.float64), tuple(values.values())
+    torch.testing.assert_close(torch.func.vmap(call, (0, *(None for _ in given_)))(v, *given_), call(v, *given_))
+    own = torch.autograd.functional.jacobian(call, (v, *given_))
+    for i, want in enumerate(own):
+        torch.testing.assert_close(torch.func.jacfwd(call, i)(v, *given_), want)
+        torch.testing.assert_close(torch.func.jacrev(call, i)(v, *given_), want)
+    slope = torch.func.grad(lambda v: call(v, *given_).pow(2).sum())
+    difference = torch.stack([(slope(v + e) - slope(v - e)) / 2e-6 for e in 1e-6 * torch.eye(4, dtype=torch.float64)])
+    torch.testing.assert_close(
+        torch.func.hessian(lambda v: call(v, *given_).pow(2).sum())(v), difference, atol=1e-6, rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("row", EMITTED, ids=[r.name for r in EMITTED])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite_and_close(row: Row, dtype: torch.dtype):
@@ -387,6 +407,32 @@ def test_names_that_python_forbids_are_mended():
     prox = derive_prox(word * sp.Abs(u) + clash * u**2, u)
     z = prox(torch.tensor([2.0]), t=1.0, **{"lambda": 0.5, "v": 0.25})
     torch.testing.assert_close(z, torch.tensor([1.0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised inside torch's forward mode
+@pytest.mark.parametrize(
+    "words", [("rad", "a"), ("a", "ga"), ("a", "da"), ("z", "dz"), ("max", "type"), ("torch", "range")]
+)
+def test_no_scalar_is_mistaken_for_a_name_of_the_source(words: tuple[str, str]):
+    rate, bend = (sp.Symbol(w, positive=True) for w in words)
+    prox = derive_prox(rate * sp.Abs(u) + bend * u**2, u, verify=False)
+    v = torch.tensor([2.0, -0.1, -3.0], dtype=torch.float64, requires_grad=True)
+    given_ = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 0.25)]
+    call = lambda v, r, b: prox(v, t=0.8, **{words[0]: r, words[1]: b})
+    assert torch.autograd.gradcheck(call, (v, *given_), check_forward_ad=True)
+    closed = v.sign() * (v.abs() - 0.4).clamp_min(0) / 1.4
+    torch.testing.assert_close(call(v, *given_), closed)
+
+
+@pytest.mark.parametrize(
+    "digits", ["1.7320508075688772", "0.12345678901234567", "3.3333333333333333e-7", "98765432109876543210.5"]
+)
+def test_a_number_with_all_its_digits_is_the_nearest_decimal(digits: str):
+    prox = derive_prox(sp.Rational(digits) * sp.Abs(u), u)
+    v = torch.tensor([3 * float(digits), -float(digits) / 2], dtype=torch.float64)
+    torch.testing.assert_close(
+        prox(v, t=1.0), torch.tensor([2 * float(digits), 0.0], dtype=torch.float64), rtol=1e-14, atol=0
+    )
 
 
 # ---------------------------------------------------------------- refusals

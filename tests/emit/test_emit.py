@@ -248,6 +248,8 @@ assert 'unroll' not in sys.modules
         {"A": "state_dict", "W1": "parameters", "x": "m"},
         {"W1": "training", "lam": "step", "x": "prox", "z": "zip"},
         {"lam": "range", "A": "softplus_inverse", "W1": "given"},
+        {"n": "super", "m": "len", "lam": "sum"},
+        {"n": "self", "A": "super", "x": "zip", "W1": "enumerate"},
     ],
     ids=lambda w: "-".join(w.values()),
 )

@@ -220,6 +220,28 @@ def test_it_compiles_to_one_graph() -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised inside torch's forward mode
+@pytest.mark.parametrize("spec", ["lista", "simplex_unmixing", "mcp_network"])
+def test_jacobians_and_maps_over_samples_go_through(spec: str) -> None:
+    net = unroll.compile(spec, seed=1, dtype=torch.float64, overrides=["unroll.layers=2"])
+    (size,) = net.program.tensor_sizes(net.program.problem.inputs[0])
+    x = torch.rand(3, size or 1, dtype=torch.float64)
+    want = torch.autograd.functional.jacobian(net, x[0])
+    torch.testing.assert_close(torch.func.jacrev(net)(x[0]), want)
+    torch.testing.assert_close(torch.func.jacfwd(net)(x[0]), want)
+    torch.testing.assert_close(torch.func.vmap(net)(x), net(x))
+
+
+@pytest.mark.parametrize("term", ["1e308 * 1e308 * sumsq(z)", "1e-300 * 1e-300 * sumsq(z)"])
+def test_a_number_that_no_float64_holds_is_refused(term: str) -> None:
+    spec = {
+        "dims": {"n": 2}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]},
+        "minimize": {"f": "sumsq(z - x)", "g": term}, "unroll": {"algorithm": "gradient_descent", "layers": 1, "step": 0.1},
+    }  # fmt: skip
+    with pytest.raises(UnrollError, match="beyond what a float64 holds"):
+        unroll.compile(spec)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_the_answer_by_rounding_only(spec: str, dtype: torch.dtype) -> None:

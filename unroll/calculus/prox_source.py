@@ -8,6 +8,7 @@ Legend: x = v, or |v| for an even profile; y = z, or |z|; G = t f', so that z + 
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
+import builtins
 import keyword
 import re
 from collections.abc import Callable
@@ -16,12 +17,16 @@ from typing import TYPE_CHECKING
 
 import sympy as sp
 
-from unroll.calculus.torch_text import helpers_in, torch_text
+from unroll.calculus.torch_text import HELPERS, helpers_in, torch_text
 
 if TYPE_CHECKING:
     from unroll.calculus.prox_scalar import Knot, Part, ScalarProx
 
-LOCALS = {"v", "z", "x", "y", "g", "gv", "ctx", "grad", "torch", "best", "value", "better", "width", "dtype", "sign"}
+LOCALS = {
+    "v", "z", "x", "y", "g", "gv", "dv", "dz", "ctx", "grad", "inputs", "rule", "rad", "torch", "best", "value", "better", "width", "dtype", "sign",
+    *dir(builtins), *(h.__name__ for h in HELPERS), "bracketed_root",
+}  # fmt: skip
+"""Names that the source uses."""
 
 
 def emit(prox: ScalarProx, name: str) -> str:
@@ -32,30 +37,38 @@ def emit(prox: ScalarProx, name: str) -> str:
         gap = "v" if end == 0 else f"v - {_grouped(torch_text(end)) if end.is_Add else torch_text(end)}"
         return f'def {name}({args}):\n    """{_docline(prox)}"""\n    return torch.relu({gap})\n'
     saved = ", ".join(["z", *arguments])
-    unpack = f"        {saved}, = ctx.saved_tensors" if not arguments else f"        {saved} = ctx.saved_tensors"
+    comma = "" if arguments else ","
+    unpack = f"{saved}{comma} = ctx.saved_tensors"
+    tangents = [f"d{a}" for a in arguments]
+    kept = [f"{', '.join(['_', *arguments])} = inputs"] if arguments else []
+    kept += [f"ctx.save_for_backward({saved})", f"ctx.save_for_forward({saved})"]
     return "\n".join(
         [
             f"class _{name}(torch.autograd.Function):",
-            '    """Backward needs the output alone: z tells which piece is active."""',
+            '    """Derivatives need the output alone: z tells which piece is active."""',
             "",
-            "    @staticmethod",
-            f"    def forward(ctx, {args}):",
-            *_indent(_forward(prox), 8),
-            f"        ctx.save_for_backward({saved})",
-            "        return z",
+            "    generate_vmap_rule = True",
+            *_method("forward", args, [*_forward(prox), "return z"]),
+            *_method("setup_context", "ctx, inputs, z", kept),
+            *_method("backward", "ctx, grad", [unpack, *_backward(prox, arguments)]),
             "",
-            "    @staticmethod",
-            "    def backward(ctx, grad):",
-            unpack,
-            *_indent(_backward(prox, arguments), 8),
+            "",
+            f"class _{name}_forward(_{name}):",
+            '    """In forward mode too, which torch.compile does not trace."""',
+            *_method("jvp", ", ".join(["ctx", "dv", *tangents]), [unpack, *_tangent(prox, arguments)]),
             "",
             "",
             f"def {name}({args}):",
             f'    """{_docline(prox)}"""',
-            f"    return _{name}.apply({args})",
+            f"    rule = _{name} if torch.compiler.is_compiling() else _{name}_forward",
+            f"    return rule.apply({args})",
             "",
         ]
     )
+
+
+def _method(name: str, args: str, body: list[str]) -> list[str]:
+    return ["", "    @staticmethod", f"    def {name}({args}):", *_indent(body, 8)]
 
 
 def helpers_of(prox: ScalarProx) -> set[str]:
@@ -75,17 +88,22 @@ def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
     """The prox with scalars renamed to fit Python and not to clash with the names of the source or with one another."""
     new: dict[sp.Symbol, str] = {}
     for s in prox.scalars:  # a size and the step size may both be called `step`
-        new[s] = _fit(str(s))
-        while list(new.values()).count(new[s]) > 1:
-            new[s] += "_"
+        word = _fit(str(s))
+        while word in LOCALS or any(_meet(word, other) or _meet(other, word) for other in new.values()):
+            word += "_"
+        new[s] = word
     swap = {s: sp.Symbol(n, **s.assumptions0) for s, n in new.items() if n != str(s)}
     return (prox.map(lambda e: e.xreplace(swap)) if swap else prox), list(new.values())
 
 
+def _meet(word: str, other: str) -> bool:
+    """Is a word another one, or the name of its derivative?"""
+    return word in (other, f"g{other}", f"d{other}")
+
+
 def _fit(word: str) -> str:
     word = "".join(c if c.isalnum() or c == "_" else "_" for c in word)
-    taken = word in LOCALS or keyword.iskeyword(word) or not word.isidentifier()
-    return f"s_{word}" if taken else word
+    return f"s_{word}" if keyword.iskeyword(word) or not word.isidentifier() else word
 
 
 def _indent(lines: list[str], by: int) -> list[str]:
@@ -295,20 +313,42 @@ def _rivals(prox: ScalarProx) -> list[Rival]:
 
 def _backward(prox: ScalarProx, arguments: list[str]) -> list[str]:
     """1 + G'(z) in the denominator; at a knot z does not move with v, only with the knot itself."""
-    u = prox.u
-    slopes = [_neat(1 / (1 + sp.diff(p.G, u))) for p in prox.parts]
-    if _only_zero_is_flat(prox) and not slopes[0].has(u):
+    slopes = _slopes(prox)
+    if _only_zero_is_flat(prox) and not slopes[0].has(prox.u):
         lines = ["sign = z.sign()", "g = grad * sign", f"gv = {_times('g * sign', slopes[0])}"]
     else:
         lines = [f"gv = {_chain(prox, slopes, lambda knot: sp.S.Zero, 'grad')}"]
         lines += [f"g = {'grad * z.sign()' if prox.even else 'grad'}"] if arguments else []
     for i, (s, argument) in enumerate(zip(prox.scalars, arguments, strict=True)):
-        rates = [_neat(-sp.diff(p.G, s) / (1 + sp.diff(p.G, u))) for p in prox.parts]
-        moved = _chain(prox, rates, lambda knot, s=s: sp.diff(knot.at, s), "g")
+        moved = _moved(prox, s, "g")
         lines.append(f"g{argument} = {_summed(moved, argument)} if ctx.needs_input_grad[{i + 1}] else None")
+    return [*_size_of(prox, lines), f"return {', '.join(['gv', *(f'g{a}' for a in arguments)])}"]
+
+
+def _tangent(prox: ScalarProx, arguments: list[str]) -> list[str]:
+    """How far z moves with v and with the scalars: the derivatives of _backward, forward."""
+    lines = [f"dz = {_chain(prox, _slopes(prox), lambda knot: sp.S.Zero, 'dv')}"]
+    for s, argument in zip(prox.scalars, arguments, strict=True):
+        moved = _moved(prox, s, f"d{argument}")
+        if not moved.startswith("torch.zeros_like"):
+            lines.append(f"dz = dz + {'z.sign() * ' if prox.even else ''}{_grouped(moved)}")
+    return [*_size_of(prox, lines), "return dz"]
+
+
+def _slopes(prox: ScalarProx) -> list[sp.Expr]:
+    return [_neat(1 / (1 + sp.diff(p.G, prox.u))) for p in prox.parts]
+
+
+def _moved(prox: ScalarProx, s: sp.Symbol, grad: str) -> str:
+    """`grad` times the derivative of the output, or of its absolute value, in a scalar."""
+    rates = [_neat(-sp.diff(p.G, s) / (1 + sp.diff(p.G, prox.u))) for p in prox.parts]
+    return _chain(prox, rates, lambda knot: sp.diff(knot.at, s), grad)
+
+
+def _size_of(prox: ScalarProx, lines: list[str]) -> list[str]:
+    """The lines, after that of |z| where they read it."""
     used = any(re.search(r"\by\b", line) for line in lines)
-    head = ["y = z.abs()"] if prox.even and used else []
-    return [*head, *lines, f"return {', '.join(['gv', *(f'g{a}' for a in arguments)])}"]
+    return ["y = z.abs()", *lines] if prox.even and used else lines
 
 
 def _only_zero_is_flat(prox: ScalarProx) -> bool:
@@ -348,7 +388,7 @@ def _chain(prox: ScalarProx, values: list[sp.Expr], at_knot: Callable[[Knot], sp
     out = text(values[0])
     if first is not None and (first.flat or not prox.even):
         odd = prox.even and first.at == 0
-        vanishes = grad == "g" and _only_zero_is_flat(prox) and values[0].is_polynomial(prox.u)
+        vanishes = grad not in ("grad", "dv") and _only_zero_is_flat(prox) and values[0].is_polynomial(prox.u)
         apart = "z != 0" if odd else f"{y} > {torch_text(first.at)}"
         out = out if vanishes else choice(apart, out, text(at_knot(first)))
     for i, knot in enumerate(prox.knots[1:-1], start=1):

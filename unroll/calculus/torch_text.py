@@ -5,10 +5,13 @@
 # pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy as sp
 from sympy.printing.str import StrPrinter
+
+from unroll.errors import DeriveError
 
 
 class quadratic_root(sp.Function):
@@ -116,10 +119,10 @@ class TorchPrinter(StrPrinter):
         return f"{expr.p}/{expr.q}"
 
     def _print_Float(self, expr: Any) -> str:
-        return repr(float(expr))
+        return decimal(expr)
 
     def _print_NumberSymbol(self, expr: Any) -> str:
-        return repr(float(expr))
+        return decimal(expr)
 
     _print_Exp1 = _print_Pi = _print_NumberSymbol
 
@@ -131,7 +134,7 @@ class TorchPrinter(StrPrinter):
 
     def _print_Pow(self, expr: Any, rational: bool = False) -> str:
         if expr.is_number and not expr.is_rational:
-            return repr(float(expr))
+            return decimal(expr)
         if expr.exp == sp.Rational(1, 2):
             return f"torch.sqrt({self._print(expr.base)})"
         if expr.exp == sp.Rational(-1, 2):
@@ -142,7 +145,7 @@ class TorchPrinter(StrPrinter):
 
     def _print_Function(self, expr: Any) -> str:
         if expr.is_number:
-            return repr(float(expr))
+            return decimal(expr)
         inside = ", ".join(self._print(a) for a in expr.args)
         if expr.func in CALLS:
             return f"{CALLS[expr.func]}({inside})"
@@ -182,8 +185,23 @@ _PRINTER = TorchPrinter()
 
 
 def torch_text(e: sp.Expr | int) -> str:
-    """e as Python text over torch tensors named as its symbols."""
-    return _PRINTER.doprint(sp.sympify(e))
+    """e as Python text over torch tensors named as its symbols. Raises DeriveError E401: a number that float64 does not hold."""
+    e = sp.sympify(e)
+    long = [n for n in e.atoms(sp.Rational) if not as_fraction(n)]
+    return _PRINTER.doprint(e.xreplace({n: sp.Float(decimal(n), 17) for n in long}))
+
+
+def as_fraction(e: sp.Rational) -> bool:
+    """Is a number, written as what it is, shorter than as a decimal, and of parts that a tensor takes?"""
+    return max(abs(e.p), e.q) < 2**53 and (e.q == 1 or len(str(e)) < len(decimal(e)))
+
+
+def decimal(e: sp.Expr) -> str:
+    """The shortest decimal that is the float64 nearest to a number. Raises DeriveError E401 where there is none."""
+    x = float(e.evalf(30))
+    if not math.isfinite(x) or (x == 0) != (e == 0):
+        raise DeriveError("E401", f"the number {e.evalf(6)} is beyond what a float64 holds")
+    return repr(x)
 
 
 def helpers_in(e: sp.Basic) -> set[str]:

@@ -6,6 +6,7 @@ reads it; one that is read more often, or that the algorithm names, has a line o
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import math
 import re
@@ -121,27 +122,7 @@ def _mentioned(d: sp.Symbol, problem: Problem) -> bool:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 _TAKEN = (
-    frozenset(
-        [
-            "torch",
-            "nn",
-            "F",
-            "math",
-            "functools",
-            "self",
-            "layers",
-            "layer",
-            "trace",
-            "zip",
-            "range",
-            "enumerate",
-            "len",
-            "max",
-            "min",
-            "abs",
-            "s",
-        ]
-    )
+    frozenset(["torch", "nn", "F", "math", "functools", "self", "layers", "layer", "trace", "s", *dir(builtins)])
     | HELPERS.keys()
     | {op.name for op in runtime.RUNTIME}
 )

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import sympy as sp
 
-from unroll.calculus.torch_text import logcosh, power, sigmoid, softplus, stable
+from unroll.calculus.torch_text import as_fraction, decimal, logcosh, power, sigmoid, softplus, stable
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -140,14 +140,14 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
 
 def number(e: sp.Expr) -> Text:
     """A constant as Python text."""
-    if e.is_Integer and abs(e) < 2**63:
+    if e.is_Integer and abs(e) < 2**53:
         return Text(str(e), POSTFIX if e >= 0 else UNARY, False)
     if e in (sp.oo, -sp.oo):
         return Text("math.inf" if e == sp.oo else "-math.inf", POSTFIX if e == sp.oo else UNARY, False)
     if e is sp.pi:
         return Text("math.pi", POSTFIX, False)
-    short = repr(float(e))
-    if isinstance(e, sp.Rational) and len(short) > 10:
+    short = decimal(e)
+    if isinstance(e, sp.Rational) and len(short) > 10 and as_fraction(e):
         return Text(f"{e.p} / {e.q}", PRODUCT, False)
     return Text(short, POSTFIX if e >= 0 else UNARY, False)
 
@@ -175,7 +175,7 @@ def _product(e: sp.Expr, go: Go) -> Text:
         (under if down else over).append(1 / f if down else f)
     minus = coef.is_negative
     coef = -coef if minus else coef
-    if isinstance(coef, sp.Rational) and coef.q != 1 and (coef.p == 1 or len(repr(float(coef))) > 10):
+    if isinstance(coef, sp.Rational) and coef.q != 1 and (coef.p == 1 or len(decimal(coef)) > 10) and as_fraction(coef):
         under.insert(0, sp.Integer(coef.q))
         coef = sp.Integer(coef.p)
     if coef != 1 or not over:

@@ -454,11 +454,11 @@ class Loss(nn.Module):
         }
         return {n: float(nn.functional.softplus(v) if n in soft else v) for n, v in own.items()}
 
-    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+    def forward(self, /, *args: Tensor, **named: Tensor) -> Tensor:
         """Variables and inputs, in order or by name -> a number to be minimised. Raises UnrollError E404, E409."""
         return super().forward(*self._bind(args, named))
 
-    def terms(self, *args: Tensor | None, **named: Tensor) -> dict[str, Tensor]:
+    def terms(self, /, *args: Tensor | None, **named: Tensor) -> dict[str, Tensor]:
         """Every term as written: (...) values, one per sample. Raises UnrollError E404, E409."""
         values = self._bind(args, named)
         self._check(values)

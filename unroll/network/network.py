@@ -98,7 +98,7 @@ class Network(nn.Module):
         """As `compile(dims=)` takes them."""
         return dict(self.program.dims)
 
-    def forward(self, *args: Tensor, **start: Any) -> Any:
+    def forward(self, /, *args: Tensor, **start: Any) -> Any:
         """Inputs in order or by name, start values by the names of the variables. Raises UnrollError E404, E406, E408."""
         given = self._bind(args, start)
         try:
@@ -106,7 +106,7 @@ class Network(nn.Module):
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             raise self._unsolved(given) from e
 
-    def construct(self, *args: Tensor, batch_size: int | None = None, **named: Tensor) -> Any:
+    def construct(self, /, *args: Tensor, batch_size: int | None = None, **named: Tensor) -> Any:
         """Work out, layer by layer, the parameters that depend on data; returns what these data become.
 
         Inputs in order or by name, without batch axes: one set of data, such as (N, d) features and their (K, N) memberships.
@@ -255,7 +255,7 @@ class Network(nn.Module):
             "E409", f"{where} has a matrix{about} that is not positive definite, or has no inverse", hint=hint
         )
 
-    def objective(self, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
+    def objective(self, /, *args: Tensor, **values: Tensor) -> dict[str, Tensor]:
         """Every term of the objective, and "total": (...) values, one per sample."""
         named = {**self._by_name(args), **values}
         for name in named:
