@@ -25,6 +25,7 @@ from unroll.language.nodes import (
     Mul,
     Op,
     Softmax,
+    SpectralNorm,
     Sum,
     Sym,
     Transpose,
@@ -44,7 +45,7 @@ def nonnegative(e: Expr) -> bool:
             return nonnegative(of)
         case FamilySum(_, _, body):
             return nonnegative(body)
-        case Softmax() | FamilySoftmax():
+        case Softmax() | FamilySoftmax() | SpectralNorm():
             return True
         case Op(name, x) if name != "difference":  # sums and repetitions
             return nonnegative(x)

@@ -20,6 +20,7 @@ from functools import cache
 
 import sympy as sp
 
+from unroll.calculus.cones import nonnegative
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_scalar import ScalarProx, derive_prox
 from unroll.errors import DeriveError
@@ -353,9 +354,8 @@ def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
 
 
 def _symbol_of(e: Expr, i: int) -> sp.Symbol:
-    """A scalar that stands for the entries of data, with the sign that was declared."""
-    name = e.name if isinstance(e, Sym) else f"b{i}"
-    return scalar(name, positive=isinstance(e, Sym) and "positive" in e.props)
+    """A scalar that stands for the entries of data, with the sign that is known."""
+    return scalar(e.name if isinstance(e, Sym) else f"b{i}", positive=nonnegative(e))
 
 
 def _radial(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:

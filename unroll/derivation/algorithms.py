@@ -6,8 +6,9 @@ derived). What does not fit is refused with what was needed, what was found, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import sympy as sp
 
@@ -18,12 +19,12 @@ from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
 from unroll.derivation.step import LAYER, Assign, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
-from unroll.language.constructors import add, as_constant, constant, prox, scale, split, symbol, zeros
-from unroll.language.nodes import Add, Expr, Indicator, Map, Sym, depends, scalar, show_shape, slot, walk
+from unroll.language.constructors import add, as_constant, constant, elementwise, eye, prox, scale, split, symbol, zeros
+from unroll.language.nodes import Add, Expr, Hold, Indicator, Map, Sym, depends, scalar, show_shape, slot, walk
 from unroll.language.parse import Place, Scope, nowhere, parse
 from unroll.language.problem import Problem, place_of
 from unroll.language.show import pretty, text
-from unroll.language.traversal import substitute
+from unroll.language.traversal import held_at, substitute
 from unroll.spec import Spec
 
 STEP, LIPSCHITZ = scalar("step", positive=True), scalar("L", positive=True)
@@ -38,13 +39,28 @@ class Part:
     """One summand of the objective and what is known of it.
 
     smooth: Hessian bounds, infinite where it is differentiable and no more.  proximal: its prox.  reason: why it has none.
+    weight: a number made of data, or held, that stands before a term which has a prox, and its name in that prox.
     """
 
     term: str
     e: Expr
+    variable: Sym
     smooth: Bounds | None
     proximal: Proximal | None
     reason: str = ""
+    weight: tuple[sp.Symbol, Expr] | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Is something that changes with the variable held constant in it?"""
+        return any(isinstance(x, Hold) and self.variable in x.symbols for x in walk(self.e))
+
+    @property
+    def weighed(self) -> Expr:
+        """The term as its prox takes it: with the name of its weight."""
+        if self.weight is None:
+            return self.e
+        return scale(self.weight[0], _unweighed(self.e, self.variable)[1])
 
     @property
     def descended(self) -> bool:
@@ -118,7 +134,25 @@ def build(record: Algorithm, problem: Problem, options: Options) -> Step:
             hint=f"{' or '.join(fitting)} fits" if fitting else _unsigned(parts) or NONE_FITS,
             notes=(f"needed: {record.needs}", *(f"found: {p.show()}" for p in parts)),
         )
-    return record.build(problem, parts, options)
+    step = record.build(problem, parts, options)
+    each, once = where_known(step.definitions, {s.symbol.name for s in step.states})
+    return replace(step, definitions=tuple(once), assigns=(*each, *step.assigns))
+
+
+def where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[Assign], list[Assign]]:
+    """Definitions that depend on the state are worked out in every layer, the others once."""
+    inside: list[Assign] = []
+    once: list[Assign] = []
+    changing: set[sp.Basic] = set()
+    for a in definitions:
+        symbols = {s.name for s in a.value.symbols} if isinstance(a.value, Expr) else set[str]()
+        free = a.value.scalars if isinstance(a.value, Expr) else a.value.free_symbols
+        if symbols & moving or free & changing or LAYER in free:
+            changing.add(cast(sp.Symbol, a.target))
+            inside.append(a)
+        else:
+            once.append(a)
+    return inside, once
 
 
 def _unsigned(parts: tuple[Part, ...]) -> str:
@@ -140,7 +174,7 @@ def classify(problem: Problem) -> tuple[Part, ...]:
     (z,) = problem.variables
     parts: list[Part] = []
     for name, cost in problem.costs.items():
-        parts += [_part(name, e, z) for e in _summands(cost, z)]
+        parts += [_part(name, e, z, f"weight_{name}{i or ''}") for i, e in enumerate(_summands(cost, z))]
     if not parts:
         raise DeriveError("E303", f"the objective does not depend on {z.name}")
     return tuple(parts)
@@ -156,15 +190,34 @@ def _summands(cost: Expr, z: Sym) -> list[Expr]:
     return [add(*g) for g in groups.values()]
 
 
-def _part(name: str, e: Expr, z: Sym) -> Part:
+def _part(name: str, e: Expr, z: Sym, weight: str) -> Part:
+    """weight: what a number in front of it is called."""
     bounds = None if isinstance(split(e)[1], Indicator) else curvature.bounds(e, z)
     if bounds is not None and bounds.smooth:
-        return Part(name, e, bounds, None)
+        return Part(name, e, z, bounds, None)
     rough = Bounds(constant(-sp.oo), constant(sp.oo), "proved", "differentiable") if _differentiable(e, z) else None
     try:
-        return Part(name, e, rough, proximable(e, z))
+        return Part(name, e, z, rough, proximable(e, z))
     except DeriveError as refused:
-        return Part(name, e, rough, None, refused.message)
+        w, _ = _unweighed(e, z)
+        part = Part(name, e, z, rough, None, refused.message)
+        if as_constant(w) is not None:
+            return part
+        weighed = replace(part, weight=(scalar(weight, positive=nonnegative(w)), w))
+        try:
+            return replace(weighed, proximal=proximable(weighed.weighed, z), reason="")
+        except DeriveError:
+            return part
+
+
+def _unweighed(e: Expr, z: Sym) -> tuple[Expr, Expr]:
+    """(w, x) with e = w x, w a number made of data, or held; (1, e) where there is none."""
+    c, body = split(e)
+    moving = [i for i, a in enumerate(body.args) if depends(a, z)] if isinstance(body, Map) else []
+    if not isinstance(body, Map) or not e.is_scalar or len(moving) != 1 or len(body.args) == 1:
+        return eye(1), e
+    w, own = body.profile.as_independent(slot(moving[0]), as_Add=False)
+    return elementwise(w, *body.args), scale(c, elementwise(own, *body.args))
 
 
 def _differentiable(e: Expr, z: Sym) -> bool:
@@ -209,9 +262,8 @@ def _smooth_and_proximable(parts: tuple[Part, ...]) -> str | None:
 
 def _joint(parts: tuple[Part, ...]) -> str | None:
     if len(parts) > 1:
-        z = next(s for p in parts for s in p.e.symbols if s.role == "variable")
         try:
-            proximable(add(*(p.e for p in parts)), z)
+            proximable(add(*(p.weighed for p in parts)), parts[0].variable)
         except DeriveError as refused:
             return refused.message
     return None
@@ -244,10 +296,16 @@ def _fresh(problem: Problem, name: str) -> str:
     return name if name not in problem.scope.names else _fresh(problem, name + "_")
 
 
+def _weights(parts: tuple[Part, ...], at: Sym) -> tuple[Assign, ...]:
+    """The numbers in front of terms that are taken through their prox, at the point where the step is taken."""
+    found = ((p.variable, *p.weight) for p in _rest(parts) if p.weight is not None)
+    return tuple(Assign(name, substitute(w, {z: at}), "weight") for z, name, w in found)
+
+
 def _step_size(
-    problem: Problem, parts: tuple[Part, ...], options: Options
+    problem: Problem, parts: tuple[Part, ...], options: Options, at: Sym
 ) -> tuple[tuple[Assign, ...], tuple[str, ...]]:
-    """Definitions of step (and L where it is used). Raises DeriveError E304."""
+    """Definitions of step (and L where it is used), what is held at `at`. Raises DeriveError E304."""
     (z,) = problem.variables
     names = {**problem.scope.names, "L": LIPSCHITZ}
     value = parse(options.step, replace(problem.scope, names=names), options.place)
@@ -263,7 +321,7 @@ def _step_size(
         return (Assign(STEP, value, "step size"),), ("step size given, not derived",)
     smooth = add(*(p.e for p in _smooth(parts)))
     found = curvature.smoothness(smooth, z)
-    lipschitz = found.lipschitz
+    lipschitz = substitute(found.lipschitz, {z: at})
     if as_constant(lipschitz) == 0:
         raise DeriveError(
             "E304",
@@ -288,13 +346,20 @@ def _proximal_step(problem: Problem, parts: tuple[Part, ...], at: Sym) -> Expr:
     (z,) = problem.variables
     moved = _gradient_step(problem, parts, at)
     rest = _rest(parts)
-    return prox(add(*(p.e for p in rest)), z, STEP, moved) if rest else moved
+    return prox(_held(rest, at), z, STEP, moved) if rest else moved
+
+
+def _held(rest: tuple[Part, ...], at: Sym) -> Expr:
+    """What the prox is of: what is held is worked out at the point where the step is taken."""
+    return held_at(add(*(p.weighed for p in rest)), {rest[0].variable: at})
 
 
 def _monotone(parts: tuple[Part, ...], options: Options) -> tuple[str, ...]:
     return (
         ("monotone: f(z⁺) <= f(z)",)
-        if options.step == "1/L" and all(p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
+        if options.step == "1/L"
+        and all(p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
+        and not any(p.holds for p in parts)
         else ()
     )
 
@@ -303,7 +368,8 @@ def _descent(name: str) -> Callable[[Problem, tuple[Part, ...], Options], Step]:
     def make(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
         (z,) = problem.variables
         state = state_of(z)
-        definitions, notes = _step_size(problem, parts, options)
+        definitions, notes = _step_size(problem, parts, options, state)
+        definitions = (*_weights(parts, state), *definitions)
         value = _proximal_step(problem, parts, state)
         note = f"{z.name} <- {text(value)}"
         return Step(
@@ -328,7 +394,8 @@ def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     """z⁺ = prox(y - step grad(y));  y⁺ = z⁺ + momentum (z⁺ - z)."""
     (z,) = problem.variables
     state, y, ahead = (state_of(z, n) for n in (z.name, _fresh(problem, "y"), _fresh(problem, f"{z.name}_next")))
-    definitions, notes = _step_size(problem, parts, options)
+    definitions, notes = _step_size(problem, parts, options, y)
+    definitions = (*_weights(parts, y), *definitions)
     rule = (options.momentum or "beck_teboulle").split("(")[0]
     if rule == "beck_teboulle" and options.momentum not in (None, rule):
         raise DeriveError(
@@ -361,10 +428,10 @@ def _power(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     state = state_of(z)
     slope = gradient(add(*(p.e for p in _smooth(parts))), z)
     along = substitute(scale(-1, slope), {z: state})
-    value = prox(add(*(p.e for p in _rest(parts))), z, sp.Integer(1), along)
+    value = prox(_held(_rest(parts), state), z, sp.Integer(1), along)
     return Step(
         "power_step",
-        (),
+        _weights(parts, state),
         (State(state, zeros(*z.shape)),),
         (Assign(state, value, f"{z.name} <- {text(value)}"),),
         (state,),
@@ -398,7 +465,7 @@ def parse_start(problem: Problem, spec: Spec, name: str) -> Expr:
     e = value if isinstance(value, Expr) else constant(value, *z.shape)
     if e.shape != z.shape:
         raise SpecError("E131", f"the start of {name} has another shape than {name}", place(0, 1))
-    if any(depends(e, v) for v in problem.variables):
+    if any(v in e.symbols for v in problem.variables):
         raise SpecError("E101", f"the start of {name} depends on a variable", place(0, 1))
     return e
 

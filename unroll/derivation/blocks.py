@@ -9,7 +9,7 @@ A spec without `blocks:` is one block. Every departure is kept in `Step.departur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -299,7 +299,7 @@ def _part(half: Half, v: Sym, alone: bool) -> Step:
     step, found, sub = _iteration(half, sub, scope)
     step = _renamed(step, half, state_of(z))
     step, more = _framed(half, step, z, v, scope, entry, alone)
-    tied, definitions = _where_known(step.definitions, {s.name for s in (*problem.variables, entry)})
+    tied, definitions = algorithms.where_known(step.definitions, {s.name for s in (*problem.variables, entry)})
     others: dict[Expr, Expr] = {s: state_of(s) for s in problem.variables if s is not z}
     parts = [replace(_held(a, others), block=half.name) for a in (*tied, *step.assigns)]
     return replace(
@@ -462,9 +462,8 @@ def _surrogate(half: Half, block: Block, scope: Scope) -> tuple[Expr, list[Depar
 def _renamed(step: Step, half: Half, variable: Sym) -> Step:
     """Everything but the variable gets the name of its block: step -> step_compress."""
     numbers = {s: half.named(s) for s in (STEP, LIPSCHITZ)}
-    local = [s.symbol for s in step.states if s.symbol is not variable] + [
-        a.target for a in step.assigns if a.target is not variable
-    ]
+    made = [s.symbol for s in step.states] + [a.target for a in (*step.definitions, *step.assigns)]
+    local = [s for s in made if s is not variable and s not in numbers]
     numbers |= {s: sp.Symbol(f"{s.name}_{half.name}", **s.assumptions0) for s in local if isinstance(s, sp.Symbol)}
     tensors: dict[Expr, Expr] = {
         s: symbol(f"{s.name}_{half.name}", s.nrows, s.ncols, s.role, s.rank, s.family, s.props)
@@ -489,22 +488,6 @@ def _renamed(step: Step, half: Half, variable: Sym) -> Step:
         states=tuple(State(target(s.symbol), moved(s.start)) for s in step.states),
         assigns=tuple(map(assign, step.assigns)),
     )
-
-
-def _where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[Assign], list[Assign]]:
-    """Definitions that depend on the state are worked out in every layer, the others once."""
-    inside: list[Assign] = []
-    once: list[Assign] = []
-    changing: set[sp.Basic] = set()
-    for a in definitions:
-        symbols = {s.name for s in a.value.symbols} if isinstance(a.value, Expr) else set[str]()
-        free = a.value.scalars if isinstance(a.value, Expr) else a.value.free_symbols
-        if symbols & moving or free & changing or LAYER in free:
-            changing.add(cast(sp.Symbol, a.target))
-            inside.append(a)
-        else:
-            once.append(a)
-    return inside, once
 
 
 # --- the frame of an iteration: norm, start, repetitions, gauge, output -----------------------------------------------
@@ -600,7 +583,7 @@ def _repeated(
                 value = substitute(substitute_scalars(a.value, iteration), now)
             else:
                 value = swap(a.value, iteration)
-            if half.scheme.gauge is not None and isinstance(value, Expr):
+            if half.scheme.gauge is not None and isinstance(value, Expr) and isinstance(a.target, Sym):
                 value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
                 departures += said if k == 0 else []
             assigns.append(_renoted(Assign(a.target, value, a.note)))
@@ -678,7 +661,7 @@ def _start(half: Half, z: Sym, v: Sym, entered: Expr, scope: Scope) -> Expr:
         raise SpecError(
             "E131", f"the start is {show_shape(e.shape)}, {z.name} is {show_shape(z.shape)}", place(0, len(block.start))
         )
-    if depends(e, z) and z is not v:
+    if z in e.symbols and z is not v:
         raise SpecError("E310", f"the start of {z.name} depends on {z.name}", place(0, len(block.start)))
     return substitute(e, {v: state_of(v)})
 
@@ -778,7 +761,7 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
         value = substitute_scalars(a.value, values) if isinstance(a.value, Expr) else swap(a.value, values)
         return _renoted(replace(a, value=value))
 
-    inside, once = _where_known([put(a) for a in step.definitions], set())
+    inside, once = algorithms.where_known([put(a) for a in step.definitions], set())
     return replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
 
 

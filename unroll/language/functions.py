@@ -215,7 +215,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("repeat", ("vector", "size"), lambda x, n: operator("repeat", x, sizes=(n,)), "each entry n times"),
     Function("repeat_T", ("vector", "size"), lambda x, n: operator("repeat", x, adjoint=True, sizes=(n,)), "adjoint of repeat: sums of n entries"),
     Function("first", ("vector", "size"), lambda x, n: operator("first", x, sizes=(n,)), "the first n entries, 0 after the last"),
-    Function("stop_gradient", ("matrix",), hold, "held constant in every derivative"),
+    Function("stop_gradient", ("matrix",), hold, "a constant for every derivation: gradient, curvature, prox"),
 )  # fmt: skip
 
 

@@ -120,6 +120,14 @@ class Expr:
         return own.union(*(c.symbols for c in self.children))
 
     @cached_property
+    def moving(self) -> frozenset[Sym]:
+        """The symbols that a derivation sees: not those within `Hold`, which is constant for it."""
+        if isinstance(self, Hold):
+            return frozenset()
+        own = frozenset({self}) if isinstance(self, Sym) else frozenset[Sym]()
+        return own.union(*(c.moving for c in self.children))
+
+    @cached_property
     def scalars(self) -> frozenset[sp.Symbol]:
         """All scalar symbols in coefficients and profiles (not sizes in shapes, not placeholders)."""
         own: set[sp.Symbol] = set()
@@ -672,7 +680,8 @@ def walk(e: Expr) -> Iterable[Expr]:
 
 
 def depends(e: Expr, on: Sym) -> bool:
-    return on in e.symbols
+    """Does e change with `on`, for a derivation? What is held does not."""
+    return on in e.moving
 
 
 def mentions(e: Expr, index: str) -> bool:

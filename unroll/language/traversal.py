@@ -15,6 +15,7 @@ from unroll.language.constructors import (
     family_logsumexp,
     family_softmax,
     family_sum,
+    hold,
     indicator,
     matmul,
     noise,
@@ -40,6 +41,7 @@ from unroll.language.nodes import (
     FamilyLogSumExp,
     FamilySoftmax,
     FamilySum,
+    Hold,
     Indicator,
     Map,
     Mul,
@@ -73,6 +75,11 @@ def transform(e: Expr, rule: Callable[[Expr], Expr | None], memo: dict[Expr, Exp
 def substitute(e: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
     """Replace whole nodes (symbols, usually) by expressions."""
     return transform(e, mapping.get)
+
+
+def held_at(e: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
+    """What is held constant worked out at a point; all else as it is."""
+    return transform(e, lambda x: hold(substitute(x.x, mapping)) if isinstance(x, Hold) else None)
 
 
 def substitute_scalars(e: Expr, mapping: Mapping[Any, Any]) -> Expr:

@@ -430,9 +430,14 @@ def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]
     return text
 
 
+def _beside_values(a: Operand) -> Text:
+    """A number, one per sample perhaps, beside the singular values of a matrix."""
+    return a.text.then("[..., None]") if a.node.batched else a.text
+
+
 def _of_singular_values(out: Node, args: Sequence[Operand]) -> tuple[str, str]:
     """attrs[0], a profile in slot(0), and its slope. Further operands are its scalars."""
-    profile, names = out.attrs[0], {slot(0): Text("s"), **{slot(i): a.text for i, a in enumerate(args) if i}}
+    profile, names = out.attrs[0], {slot(0): Text("s"), **{slot(i): _beside_values(a) for i, a in enumerate(args) if i}}
     return formula(profile, names).code, formula(derivative(profile, slot(0)), names).code
 
 
@@ -629,8 +634,8 @@ def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     x, *scalars = args
-    record, names = out.attrs[0], {s: a.text for s, a in zip(out.attrs[0].scalars, scalars, strict=True)}
-    arguments = ", ".join(["s", *(a.text.code for a in scalars)])
+    record, names = out.attrs[0], {s: _beside_values(a) for s, a in zip(out.attrs[0].scalars, scalars, strict=True)}
+    arguments = ", ".join(["s", *(_beside_values(a).code for a in scalars)])
     slope = record.slope.xreplace({record.u: sp.Abs(record.u)}) if record.even else record.slope
     slope = formula(slope, {**names, record.u: Text("t")}).code
     return Text(f"spectral_map({x.text.code}, lambda s: {c.function(record)}({arguments}), lambda s, t: {slope})")

@@ -41,6 +41,8 @@ def duality_gap(parts: tuple[Part, ...], z: Sym) -> Expr | None:
     rest = [p.e for p in parts if not p.descended]
     if not smooth or not rest or any(p.smooth is None or not p.smooth.convex for p in smooth):
         return None
+    if any(p.holds for p in parts):  # its fixed point is no minimum of the objective
+        return None
     f = add(*(p.e for p in smooth))
     slope, away = gradient(f, z), scale(-1, gradient(f, z))
     try:
