@@ -139,3 +139,11 @@ def test_what_holds_claims_neither_descent_nor_a_gap() -> None:
     d = unroll.derive({**spec, "unroll": {"algorithm": "proximal_gradient", "layers": 2}})
     assert "monotone" not in str(d)
     assert duality_gap(d.parts, d.variable) is None
+
+
+def test_a_gradient_passes_a_held_weight_of_singular_values() -> None:
+    spec = {"dims": {"m": 4, "T": 3}, "variables": {"L": ["m", "T"]}, "inputs": {"D": ["m", "T"]},
+            "minimize": {"fit": "1/2 * sumsq(D - L)", "low": "0.3 * stop_gradient(1 + sumsq(L)) * nuclear(L)"}}  # fmt: skip
+    net = unroll.compile({**spec, "unroll": {"algorithm": "proximal_gradient", "layers": 2}}, dtype=torch.float64)
+    D = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: net(3 * x), D)

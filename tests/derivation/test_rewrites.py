@@ -230,3 +230,22 @@ def test_an_order_is_a_whole_number(order: str) -> None:
     with pytest.raises(unroll.UnrollError, match="order must be a whole number from 0") as refusal:
         unroll.compile(written)
     assert refusal.value.code == "E308"
+
+
+@pytest.mark.parametrize("objective", ["logdet(I(p) + V.T @ Z @ Z.T @ V) + sumsq(Z - X)", "sumsq(V.T @ Z + W @ Z - Y)"])
+def test_what_is_collected_need_not_be_square(objective: str) -> None:
+    spec = {
+        "dims": {"d": 4, "p": 2, "N": 3},
+        "variables": {"Z": ["d", "N"]},
+        "inputs": {"X": ["d", "N"], "Y": ["p", "N"]},
+        "parameters": {"V": ["d", "p"], "W": ["p", "d"]},
+        "minimize": {"f": objective},
+        "unroll": {"algorithm": "gradient_descent", "layers": 2, "step": 0.05},
+    }
+    plain = unroll.compile(spec, dtype=torch.float64)
+    collected = unroll.compile(
+        spec, overrides=["unroll.rewrites=[collect(Z)]"], parameters=plain.given, dtype=torch.float64
+    )
+    given = [torch.randn(2, 3, n, dtype=torch.float64) for n in (4, 2)]
+    start = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert (plain(*given, Z=start) - collected(*given, Z=start)).abs().max() < 1e-12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy as sp
 
-from unroll.derivation.rewrites.patterns import descend, factors_of, orthonormal_columns, shifted_identity, stacked
+from unroll.derivation.rewrites.patterns import descend, factors_of, orthonormal_columns, shifted_identity
 from unroll.derivation.rewrites.record import Rule, Site
 from unroll.language.constructors import (
     add,
@@ -168,7 +168,8 @@ def collected(on: Sym) -> Rule:
             c, factors = factors_of(t)
             at = next((i for i, f in enumerate(factors) if f is on or (isinstance(f, Sym) and f.name == on.name)), None)
             key = () if at is None else factors[at:]
-            tails.setdefault(key, []).append(t if at is None else scale(c, stacked(factors[at].rows, *factors[:at])))
+            front = matmul(*factors[:at]) if at else eye(e.rows)  # what stands before it need not be square
+            tails.setdefault(key, []).append(t if at is None else scale(c, front))
         if all(len(fronts) < 2 for key, fronts in tails.items() if key):
             return None
         return Site(e, add(*(add(*fronts) if not key else matmul(add(*fronts), *key) for key, fronts in tails.items())))
