@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from unroll.calculus.prox_scalar import ScalarProx
-    from unroll.emit.emit import Program
+    from unroll.emit.program import Program
     from unroll.model.module import Model
     from unroll.network.loss import Loss
     from unroll.network.network import Network
@@ -278,11 +278,11 @@ def _refuse_blind(program: Program) -> None:
 
 def build(derivation: Derivation) -> Program:
     """Graph, passes and source. Raises UnrollError E402 for a size without a value."""
-    from unroll.emit import emit
+    from unroll.emit.program import build as build_program
 
     spec, problem = derivation.spec, derivation.problem
     sizes = {d.name: n for d, n in problem.dims.items() if isinstance(n, int)}
-    return emit.build(
+    return build_program(
         problem,
         derivation.step,
         layers=derivation.layers,

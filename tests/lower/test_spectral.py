@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unroll.emit.emit import _helper, imports, needed
+from unroll.emit.text import imports, needed
 from unroll.lower.operations import HELPERS
+from unroll.network.loss import _helper
 
 D = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within itself

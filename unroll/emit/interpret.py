@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unroll.calculus import torch_functions as runtime
-from unroll.emit.emit import Section
+from unroll.emit.section import Section
 from unroll.lower.graph import Builder, Graph, Root, axes_text
 from unroll.lower.operations import HELPERS, LEAVES, Node, Ref, Stage
 from unroll.lower.passes import rewrite

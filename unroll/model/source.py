@@ -8,7 +8,9 @@ import textwrap
 import tokenize
 from dataclasses import dataclass
 
-from unroll.emit.emit import Names, Program, commented, remark
+from unroll.emit.names import Names, remark
+from unroll.emit.program import Program
+from unroll.emit.section import commented
 from unroll.errors import UnrollError
 from unroll.model import parts
 from unroll.model.parts import Held, Part

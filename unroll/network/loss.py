@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from unroll.calculus import torch_functions as runtime
 from unroll.derivation.rewrites.exact import push_through, smaller_side
-from unroll.emit.emit import Names, Section, identifier, imports, needed, remark, stored_axes, term_symbols, unit_axes
+from unroll.emit.axes import stored_axes, unit_axes
+from unroll.emit.names import Names, identifier, remark
+from unroll.emit.objective import term_symbols
+from unroll.emit.section import Section
+from unroll.emit.text import imports, needed
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import rebuild, scale, swap
 from unroll.language.nodes import Expr, Indicator, LogDet, Sym, same, walk

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from unroll.derivation.step import Learned
-from unroll.emit.emit import Program, axes_of, stored_axes, term_source, term_symbols
+from unroll.emit.axes import axes_of, stored_axes
+from unroll.emit.objective import term_source, term_symbols
+from unroll.emit.program import Program
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import swap
 from unroll.language.nodes import LogDet, Sym, walk
