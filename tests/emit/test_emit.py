@@ -36,8 +36,9 @@ from random_expressions import (
 from torch import Tensor
 
 from unroll.calculus.prox_scalar import derive_prox
+from unroll.calculus.prox_source import emit
 from unroll.derivation.step import LAYER, Assign, Learned, State, Step
-from unroll.emit import emit
+from unroll.emit import program as programs
 from unroll.language.constructors import (
     add,
     elementwise,
@@ -102,7 +103,7 @@ def compiled(
     step: Step, dims: dict[str, int], given: dict[Sym, Tensor], layers: int = 3, name: str = "random"
 ) -> Network:
     p = problem({"fidelity": total(elementwise(slot(0) ** 2, add(X, scale(-1, matmul(A, Z)))))}, dims)
-    program = emit.build(p, step, layers=layers, dims=dims, name=name)
+    program = programs.build(p, step, layers=layers, dims=dims, name=name)
     return network(program, {s.name: stored(s, given[s]) for s in (A, G, W, U)}, dtype=torch.float64)
 
 
@@ -205,7 +206,7 @@ def lista(n_layers: int = 4, dims: dict[str, int] | None = None, **names: str) -
             Learned("theta", THETA, ETA * lam, (n,), True, "positive"),
         ),
     )  # fmt: skip
-    return emit.build(
+    return programs.build(
         p, step, layers=n_layers, dims=dims or {"m": 6, "n": 9}, name="lista", origin="specs/lista.yaml", sha="0" * 64
     )
 
@@ -276,7 +277,7 @@ def test_no_text_of_a_spec_can_leave_its_comment(text: str) -> None:
         assigns=tuple(replace(a, note=text) for a in program.step.assigns),
         learned=tuple(replace(p, text=text) for p in program.step.learned),
     )
-    made = emit.build(program.problem, step, layers=2, dims={"m": 6, "n": 9}, name=text, origin=text, sha=text)
+    made = programs.build(program.problem, step, layers=2, dims={"m": 6, "n": 9}, name=text, origin=text, sha=text)
     kinds = {type(node).__name__ for node in ast.parse(made.source).body}
     assert kinds <= {"Expr", "Import", "ImportFrom", "FunctionDef", "ClassDef"}
     assert "os" not in {a.name for n in ast.walk(ast.parse(made.source)) if isinstance(n, ast.Import) for a in n.names}

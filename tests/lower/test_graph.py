@@ -32,8 +32,8 @@ from random_expressions import (
 )
 from torch import Tensor
 
-from unroll.emit import emit
 from unroll.emit.interpret import difference, graph_text, mermaid, svg
+from unroll.emit.objective import objective
 from unroll.language.constructors import (
     add,
     diag,
@@ -73,7 +73,7 @@ def compiled(e: Expr, dims: dict[str, int]) -> Optimised:
 def emitted(e: Expr, dims: dict[str, int], given: dict) -> Tensor:
     """The value of the emitted text, in mathematical layout."""
     p, graph = problem({"e": e}, dims), compiled(e, dims).graph
-    function = load(emit.objective(p, graph), "test")["objective"]
+    function = load(objective(p, graph), "test")["objective"]
     found = function(*(stored(s, given[s]) for s in (*p.variables, *p.inputs, *p.parameters)), 0.3)["e"]
     found = torch.as_tensor(found, dtype=torch.float64)
     tags = [t for t in graph.view(graph.roots["term", "e"]).tags if t in ("r", "c")]
@@ -198,7 +198,7 @@ def test_a_sum_over_a_family_is_one_contraction() -> None:
     e = family_sum("k", K, matmul(u, transpose(u), X))
     optimised = compiled(e, SHAPES[0])
     assert ops(optimised.graph, "family_sum") == 0
-    assert "for" not in emit.objective(problem({"e": e}, SHAPES[0]), optimised.graph)
+    assert "for" not in objective(problem({"e": e}, SHAPES[0]), optimised.graph)
 
 
 def test_a_diagonal_matrix_is_never_built_beside_a_product() -> None:
@@ -268,7 +268,7 @@ def test_a_column_times_a_row_is_a_broadcast() -> None:
 def test_a_formula_within_another_is_computed_once() -> None:
     square = elementwise(slot(0) ** 2, Z)
     e = elementwise(slot(0) / (1 + slot(1)), square, total(square, 1))
-    text = emit.objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
+    text = objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
     assert text.count(".square()") == 1
     given = values(SHAPES[0], (3,), 0)
     squared = given[Z] ** 2
@@ -277,5 +277,5 @@ def test_a_formula_within_another_is_computed_once() -> None:
 
 def test_heads_are_laid_out_token_by_token() -> None:
     e = family_sum("k", K, elementwise(sp.sin(slot(0)), total(matmul(transpose(member(U, "k")), X))))
-    text = emit.objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
+    text = objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
     assert 'einsum("...' in text, "what has batch axes comes first"
