@@ -426,6 +426,21 @@ def test_what_does_not_fit_is_refused_with_what_was_needed(name: str) -> None:
     assert refused.value.where is not None
 
 
+def test_what_is_held_is_a_constant_however_it_bends() -> None:
+    """A kink within stop_gradient is none of the step's: the gradient is that of autograd with the part detached."""
+    dims, parameters, (x,) = tensors({**BASE})
+    spec = {"objective": "own", **BASE, "minimize": "sum(stop_gradient(maximum(z, x0)) * (z - 1)**2)"}
+    spec["parameters"] = {**BASE["parameters"], "x0": ["n"]}
+    x0 = torch.randn(4, dtype=torch.float64)
+    net = network(spec, dims, {**parameters, "x0": x0}, "gradient_descent", 1, step=0.1)
+    z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad((torch.maximum(z, x0).detach() * (z - 1) ** 2).sum(), z)
+    assert torch.allclose(net(x, z=z), z - 0.1 * slope)
+    for bent in ("sum(stop_gradient(maximum(z, x0)) * abs(z - 1))", "sum(stop_gradient(abs(z))) + norm1(z)"):
+        with pytest.raises(SpecError, match="E303.*not smooth"):
+            network({**spec, "minimize": bent}, dims, {**parameters, "x0": x0}, "gradient_descent", 1, step=0.1)
+
+
 def test_the_refusal_names_an_algorithm_that_fits() -> None:
     with pytest.raises(SpecError, match="proximal_gradient or fista fits"):
         unroll.derive(

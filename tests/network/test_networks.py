@@ -138,6 +138,15 @@ def test_token_statistics_attention_is_the_released_one(shape: tuple[int, ...], 
         return x
 
     x = drawn(*shape, 12)
+    for small in (1e-7, 1e-13):  # sums below what the released clamps keep them from 0 by
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        with torch.no_grad():
+            net.offset.zero_()
+            net.compress_norm_bias.zero_()
+            net.compress_norm_weight.mul_(small)
+            net.layer_scale.div_(small)
+        assert torch.allclose(net(x), by_hand(x), atol=EXACT)
+        net.load_state_dict(before)
     if zeros:  # tokens that put nothing into a sum: its shares are 0, as the released clamp makes them
         x[..., :zeros, :] = 0
         with torch.no_grad():

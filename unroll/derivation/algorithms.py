@@ -222,7 +222,7 @@ def _unweighed(e: Expr, z: Sym) -> tuple[Expr, Expr]:
 
 def _differentiable(e: Expr, z: Sym) -> bool:
     """Has e a gradient everywhere (in its domain), though no Lipschitz constant is known for it?"""
-    for x in walk(e):
+    for x in walk(e, within=lambda x: not isinstance(x, Hold)):  # what is held is a constant, whatever is in it
         if isinstance(x, Map) and depends(x, z):
             signed = {slot(i): sp.Symbol(f"_{i}", nonnegative=True) for i, a in enumerate(x.args) if nonnegative(a)}
             moving = [slot(i) for i, a in enumerate(x.args) if depends(a, z)]

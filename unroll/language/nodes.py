@@ -665,8 +665,8 @@ def show_shape(shape: Shape) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def walk(e: Expr) -> Iterable[Expr]:
-    """Every distinct sub-expression, children before parents."""
+def walk(e: Expr, within: Callable[[Expr], bool] = lambda e: True) -> Iterable[Expr]:
+    """Every distinct sub-expression, children before parents. within: of which nodes the children are looked at."""
     seen: dict[Expr, None] = {}
     stack: list[tuple[Expr, bool]] = [(e, False)]
     while stack:
@@ -675,7 +675,7 @@ def walk(e: Expr) -> Iterable[Expr]:
             seen[node] = None
         elif node not in seen:
             stack.append((node, True))
-            stack.extend((c, False) for c in reversed(node.children))
+            stack.extend((c, False) for c in reversed(node.children) if within(node))
     return list(seen)
 
 
