@@ -197,4 +197,23 @@ UNSEEN: tuple[Row, ...] = (
     Row("Geman-McClure", lam * u**2 / (1 + u**2), convex=False),
     Row("L0 in a box", lam * NONZERO, (-1, 2), convex=False),
     Row("deadzone quartic", sp.Max(abs_u - 1, 0) ** 4),
+    Row("-log |u|", -lam * sp.log(abs_u), convex=False),
+    Row("1/|u|", lam / abs_u, convex=False),
+    Row("1/u^2", lam / u**2, convex=False),
 )
+
+PEAKED: tuple[sp.Expr, ...] = (
+    -lam * abs_u,
+    u**2 / 5 - abs_u,
+    (u**2 - 1) ** 2,
+    sp.Abs(abs_u - 1),
+    sp.Abs(u**2 - 1) ** 3,
+    -lam * sp.log(abs_u),
+    lam / abs_u,
+    1 / u**2,
+    lam * sp.exp(-abs_u),
+    sp.log(1 + u**2) - abs_u,
+    sp.Min(sp.Abs(u - 1), sp.Abs(u + 1)),
+    sp.Piecewise((2, abs_u < 1), (u**2, True)),
+)
+"""Even profiles of which 0 is no minimum: the prox of 0 is not 0 for some steps."""

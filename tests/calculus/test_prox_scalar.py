@@ -11,7 +11,7 @@ import sympy as sp
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prox_catalogue import NONZERO, ROWS, UNSEEN, Row, al, eps, gam, hi, lam, lo, mcp, scad, u
+from prox_catalogue import NONZERO, PEAKED, ROWS, UNSEEN, Row, abs_u, al, eps, gam, hi, lam, lo, mcp, scad, u
 from prox_catalogue import a as scad_a
 
 from unroll.calculus.prox_scalar import ScalarProx, derive_prox
@@ -190,6 +190,39 @@ def test_moreau(f: sp.Expr, conjugate: sp.Expr, domain: tuple[sp.Expr, sp.Expr],
     values = {"lam": 0.8} if f.has(lam) else {}
     first, second = p(v, **scalars(p, t, values)), q(v / t, **scalars(q, 1 / t, values))
     torch.testing.assert_close(first + t * second, v, rtol=1e-8, atol=1e-8)
+
+
+# ---------------------------------------------------------------- points of symmetry, breakpoints, ties
+
+
+@pytest.mark.parametrize("f", PEAKED, ids=str)
+@pytest.mark.parametrize("t", [0.05, 0.5, 2.0])
+@np.errstate(all="ignore")
+def test_the_prox_of_zero_is_the_limit_from_the_right_where_zero_is_a_peak(f: sp.Expr, t: float):
+    prox, values = derive_prox(f, u), {"lam": 0.4} if f.has(lam) else {}
+    v = np.array([0.0, 1e-9, -1e-9, 1.0, -1.0, 1 + t, -1 - t])
+    raw = profile(Row("", f), values)
+    z = prox(torch.from_numpy(v), **scalars(prox, t, values)).numpy()
+    best = least(lambda x: t * raw(x) + (x - v[:, None]) ** 2 / 2, z, v)
+    assert (t * raw(z) + (z - v) ** 2 / 2 <= best + 1e-9).all()
+    assert abs(z[0] - z[1]) < 1e-7 and z[1] == -z[2] and z[0] >= 0
+    assert not prox.centred and "sign(0) = 1" in prox.text() and "sign(0) = 1" in prox.source("prox")
+
+
+@pytest.mark.parametrize("f", [sp.log(1 + u**2), 1 - sp.exp(-(u**2)), u**2 / (1 + u**2)], ids=str)
+def test_where_an_even_profile_is_smooth_at_zero_so_is_its_prox(f: sp.Expr):
+    v = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(derive_prox(f, u)(v, 0.3).sum(), v)
+    assert slope.item() == pytest.approx(1 / (1 + 0.3 * float(sp.diff(f, u, 2).subs(u, 0))))
+
+
+@pytest.mark.parametrize("f", [sp.Rational(7, 9) * (u**2 - 1) ** 2, -abs_u / 7], ids=str)
+def test_brute_force_sees_a_wrong_prox_of_zero(f: sp.Expr, monkeypatch: pytest.MonkeyPatch):
+    from unroll.calculus import prox_scalar
+
+    monkeypatch.setattr(prox_scalar, "_least_at_0", lambda *_: True)
+    with pytest.raises(DeriveError, match="beaten by a grid"):
+        derive_prox(f, u)
 
 
 # ---------------------------------------------------------------- objectives nobody has seen
@@ -445,6 +478,9 @@ def test_a_number_with_all_its_digits_is_the_nearest_decimal(digits: str):
         (1 / u, (-sp.oo, sp.oo), "below"),
         (-(u**4), (-sp.oo, sp.oo), "below"),
         (sp.log(-1 - u**2), (-sp.oo, sp.oo), "not real"),
+        (sp.sign(u), (-sp.oo, sp.oo), "above its limit"),
+        (-NONZERO, (-sp.oo, sp.oo), "above its limit"),
+        (sp.Piecewise((0, u < 0), (1, True)), (-sp.oo, sp.oo), "above its limit"),
     ],
     ids=str,
 )

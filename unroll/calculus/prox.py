@@ -359,24 +359,33 @@ def _symbol_of(e: Expr, i: int) -> sp.Symbol:
 
 
 def _radial(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
-    """z = b + (v - b)/|v - b| * prox_h(|v - b|); with c |z|_1 and z >= 0 on the entries first."""
+    """z = b + (v - b)/|v - b| * prox_h(|v - b|); with c |z|_1 and z >= 0 on the entries first, if 0 is then the best of what they make 0."""
     ((h, axis, shift),) = p.radial
+    found = _scalar(h, t, swaps)
+    keeps_0 = found.centred or found.mode == "threshold"
     if p.entries or p.domain:
-        if not _sign_homogeneous(p) or as_constant(shift) != 0:
+        if not _sign_homogeneous(p) or as_constant(shift) != 0 or not keeps_0:
             return None
         at = _separable(replace(p, radial=()), t, at, swaps).step
     at = add(at, shift)
-    found = _scalar(h, t, swaps)
-    if not found.even:
-        return None
-    length = _length(at, axis)
-    step = elementwise(slot(0) * (slot(1) / slot(2)), at, prox_map(found, (), length), length)
+    step = _lengthened(at, axis, found, keeps_0)
     rule = "the scalar prox of the length" if axis is None else "the scalar prox of each group's length"
+    rule += "" if keeps_0 else "; at 0, where no direction is better than another, all entries equal"
     return Proximal(add(step, scale(-1, shift)), rule, found.curvature.convex, found)
 
 
+def _lengthened(x: Expr, axis: Axis, found: ScalarProx, keeps_0: bool = True) -> Expr:
+    """x / |x| times the scalar prox of |x|; of x = 0: 0, or the prox of 0 in the direction of ones."""
+    length = _length(x, axis)
+    turned = slot(0) * (slot(1) / slot(2))
+    if not keeps_0:
+        count = x.rows * x.cols if axis is None else x.shape[axis]
+        turned = sp.Piecewise((slot(1) / sp.sqrt(count), slot(2) <= sp.Float("1.5e-15")), (turned, True))
+    return elementwise(turned, x, prox_map(found, (), length), length)
+
+
 def _length(x: Expr, axis: Axis) -> Expr:
-    """|x|, at least 1e-15: a zero vector stays zero (0 * p / 1e-15) and has a gradient."""
+    """|x|, at least 1e-15: a zero vector has a gradient."""
     return elementwise(sp.sqrt(sp.Max(slot(0), sp.Float("1e-30"))), total(elementwise(slot(0) ** 2, x), axis))
 
 
@@ -397,9 +406,7 @@ def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Prox
     match name, params:
         case "ball2", (r,):
             found = derive_prox(sp.Integer(0), U, (-r, r))
-            length = _length(at, None)
-            step = elementwise(slot(0) * (slot(1) / slot(2)), at, prox_map(found, (), length), length)
-            return Proximal(step, "the length clipped at the radius", True, found)
+            return Proximal(_lengthened(at, None, found), "the length clipped at the radius", True, found)
         case "affine", (a, b) if isinstance(a, Expr) and isinstance(b, Expr):  # v - A' (A A')^-1 (A v - b)
             gap = add(matmul(a, at), scale(-1, b))
             return Proximal(

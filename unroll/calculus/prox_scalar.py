@@ -19,7 +19,7 @@ import sympy as sp
 from unroll.calculus import prox_source
 from unroll.calculus.pieces import Piece, Profile, limit, split
 from unroll.calculus.roots import Root, stationary
-from unroll.calculus.scalar import REALS, Curvature, as_ends, curvature_of, scalars, undecided, with_order
+from unroll.calculus.scalar import REALS, Curvature, as_ends, curvature_of, extremes, scalars, undecided, with_order
 from unroll.calculus.signs import Signs, Undecided
 from unroll.calculus.torch_functions import source_of
 from unroll.calculus.torch_text import plain, quadratic_root, stable
@@ -55,7 +55,11 @@ class Knot:
 
 @dataclass(frozen=True)
 class ScalarProx:
-    """prox of t f at v. mode: "threshold" or "candidates". even: parts and knots are of z ≥ 0, for x = |v|."""
+    """prox of t f at v. mode: "threshold" or "candidates". even: parts and knots are of z ≥ 0, for x = |v|.
+
+    centred: shown that the prox of an even f is 0 at 0. Where it is not, z and −z are as good at v = 0, and z ≥ 0 is returned, the
+    limit from v > 0. Of other ties the first candidate wins: breakpoints before zeros of z + t f'(z) − v, small before large.
+    """
 
     f: sp.Expr
     u: sp.Symbol
@@ -66,6 +70,7 @@ class ScalarProx:
     curvature: Curvature
     mode: str
     even: bool
+    centred: bool
     objective: sp.Expr
     parts: tuple[Part, ...]
     knots: tuple[Knot | None, ...]
@@ -140,6 +145,11 @@ class ScalarProx:
         )
 
     @property
+    def tie(self) -> str:
+        """Words for what is returned where two points are as good, at v = 0 of an even f that is not least there."""
+        return ", sign(0) = 1" if self.even and not self.centred else ""
+
+    @property
     def slope(self) -> sp.Expr:
         """d prox / dv as an expression in the output u (|u| for an even profile): 1/(1 + t f''(u)), 0 at knots."""
         cases: list[tuple[sp.Expr, Any]] = []
@@ -198,8 +208,8 @@ class ScalarProx:
             ]
         head = say("sign(v) * ") if self.even else ""
         where = say(" with x = |v|") if self.even else ""
-        choice = "one of " if self.mode == "threshold" else "the best of "
-        return f"{head}{say(choice)}{', '.join(points)}{where}"
+        choice = "" if len(points) == 1 else "one of " if self.mode == "threshold" else "the best of "
+        return f"{head}{say(choice)}{', '.join(points)}{where}{say(self.tie)}"
 
 
 @cache
@@ -281,6 +291,7 @@ def assemble(f: sp.Expr, profile: Profile, curved: Curvature, small_step: bool, 
         raise DeriveError("E302", f"{f} is not weakly convex: no step is small enough for a threshold form")
     threshold = curved.convex or small_step
     _refuse_unbounded(f, profile, threshold, signs)
+    _refuse_unattained(f, profile, signs)
     t, v = _fresh("t", f, profile.u, positive=True), _fresh("v", f, profile.u, real=True)
     steps = Signs({*signs.symbols, t}, (*signs.assume, *_small(t, curved, small_step)))
     steps.sampled = signs.sampled
@@ -290,6 +301,7 @@ def assemble(f: sp.Expr, profile: Profile, curved: Curvature, small_step: bool, 
     floor = sp.S.One if curved.convex else 1 - t * curved.rho
     parts = tuple(_part(p, profile.u, t, x, steps, floor if threshold else None) for p in half.pieces)
     knots = tuple(_knots(half, parts, t, even, threshold, steps))
+    centred = even and (threshold or _least_at_0(half, steps))
     domain = (profile.lo, profile.hi)
     proof = f"{curved.proof}: {curved.reason}"
     if steps.sampled:
@@ -297,7 +309,7 @@ def assemble(f: sp.Expr, profile: Profile, curved: Curvature, small_step: bool, 
     if small_step and not curved.convex:
         proof += f"; for t < {1 / curved.rho}"
     mode = "threshold" if threshold else "candidates"
-    return ScalarProx(f, profile.u, v, t, x, domain, curved, mode, even, t * stable(f), parts, knots, proof)
+    return ScalarProx(f, profile.u, v, t, x, domain, curved, mode, even, centred, t * stable(f), parts, knots, proof)
 
 
 def _refuse_unbounded(f: sp.Expr, profile: Profile, threshold: bool, signs: Signs) -> None:
@@ -313,6 +325,32 @@ def _refuse_unbounded(f: sp.Expr, profile: Profile, threshold: bool, signs: Sign
                 raise DeriveError(
                     "E302", f"{f} has no proximal step: it is not bounded below {_near(end)}", _way_out(end)
                 )
+
+
+def _refuse_unattained(f: sp.Expr, profile: Profile, signs: Signs) -> None:
+    """Raise where f jumps up at a point that it reaches from the side: the infimum of t f(z) + (z − v)²/2 is then no minimum for some v."""
+    at, u = dict(profile.at), profile.u
+    for piece in profile.pieces:
+        for end, side in ((piece.lo, "+"), (piece.hi, "-")):
+            inside = limit(piece.f, u, end, side) if end in at else sp.oo
+            if inside != sp.oo and (at[end] == sp.oo or signs.of(sp.expand(at[end] - inside)) > 0):
+                raise DeriveError(
+                    "E302",
+                    f"{f} has no proximal step: its value at {u} = {end} is above its limit from the side, so a minimum need not exist",
+                    "write <= in the place of <, or the reverse, so that the lower value holds at the jump",
+                )
+
+
+def _least_at_0(half: Profile, signs: Signs) -> bool:
+    """Is f(u) ≥ f(0) shown for all u ≥ 0?"""
+    least = dict(half.at)[sp.S.Zero]
+    if least.is_infinite:
+        return False
+    try:
+        ranges = [extremes(p.f - least, p, half.u, signs) for p in half.pieces]
+        return all(r.proof != "sampled" and signs.known(r.lo) in (0, 1) for r in ranges)
+    except (DeriveError, Undecided):
+        return False
 
 
 def _near(end: sp.Expr) -> str:
@@ -360,15 +398,19 @@ def _knots(
             continue
         below = b + limit(parts[i - 1].G, u, b, "-") if i > 0 else -sp.oo
         above = b + limit(parts[i].G, u, b, "+") if i < len(parts) else sp.oo
-        yield Knot(
-            b, value, below, above, _flat(b, below, above, even and i == 0, threshold, i in (0, len(parts)), signs)
-        )
+        centre, end = even and i == 0, i in (0, len(parts))
+        if threshold:
+            flat = _flat(b, below, above, centre, end, signs)
+        else:  # a candidate unless f goes on smoothly or bends down there: then the zeros beside it are enough
+            sides = [(parts[k].F, side) for k, side in ((i - 1, "-"), (i, "+")) if 0 <= k < len(parts)]
+            jumps = any(signs.known(sp.expand(limit(F, u, b, side) - value)) != 0 for F, side in sides)
+            width = sp.expand(above - b if centre else above - below)
+            flat = jumps or (end and not centre) or width is sp.nan or signs.known(width) not in (0, -1)
+        yield Knot(b, value, below, above, flat)
 
 
-def _flat(b: sp.Expr, below: sp.Expr, above: sp.Expr, centre: bool, threshold: bool, end: bool, signs: Signs) -> bool:
+def _flat(b: sp.Expr, below: sp.Expr, above: sp.Expr, centre: bool, end: bool, signs: Signs) -> bool:
     """Whether b is returned for a whole interval of x: a kink upward or a finite slope at an end of the domain."""
-    if not threshold:
-        return True
     if above == -sp.oo or below == sp.oo:
         return False
     if centre:
@@ -384,7 +426,7 @@ def _is_even(profile: Profile, signs: Signs) -> bool:
     if any(sp.expand(p.f - q.f.subs(u, -u)) != 0 for p, q in zip(pieces, reversed(pieces), strict=True)):
         return False
     del signs
-    return all(sp.expand(value - at[-b]) == 0 for b, value in at.items())
+    return all(value == at[-b] or sp.expand(value - at[-b]) == 0 for b, value in at.items())
 
 
 def _half(profile: Profile, signs: Signs) -> Profile:

@@ -81,7 +81,7 @@ def helpers_of(prox: ScalarProx) -> set[str]:
 def _docline(prox: ScalarProx) -> str:
     formula = prox.formula
     what = f"{formula}, the z that minimises" if formula is not None and len(str(formula)) < 60 else "argmin over z of"
-    return f"{what} {prox.objective.xreplace({prox.u: sp.Symbol('z')})} + (z - v)**2/2"
+    return f"{what} {prox.objective.xreplace({prox.u: sp.Symbol('z')})} + (z - v)**2/2{prox.tie}"
 
 
 def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
@@ -283,7 +283,8 @@ def _candidates(prox: ScalarProx, v: str) -> list[str]:
     for rival in rest:
         lines += [*filter(None, [rival.line]), f"value = {torch_text(rival.value)}", "better = value < best"]
         lines += [f"z, best = torch.where(better, {rival.point}, z), torch.where(better, value, best)"]
-    return [*lines, f"z = torch.where(x == x, {'v.sign() * z' if prox.even else 'z'}, v)"]  # a NaN stays one
+    signed = "v.sign() * z" if prox.centred else "torch.where(v < 0, -z, z)" if prox.even else "z"
+    return [*lines, f"z = torch.where(x == x, {signed}, v)"]  # a NaN stays one
 
 
 def _rivals(prox: ScalarProx) -> list[Rival]:

@@ -128,7 +128,13 @@ def _bracketed(
         return (Root("bracket", None, *_monotone_bracket(named, piece, u, x, floor)),)
     bends = [b for b in roots_of(sp.diff(G, u, 2), u, signs) if inside(b, piece, signs)]
     knots = [piece.lo, *signs.ordered(bends), piece.hi]
-    lo, hi = _reach(G, piece, u, x, signs)
+    try:
+        lo, hi = _reach(G, piece, u, x, signs)
+    except DeriveError:
+        rise = extremes(sp.diff(G, u), piece, u, signs)
+        if rise.proof == "sampled" or signs.known(rise.lo) not in (0, 1):
+            raise
+        return (Root("bracket", None, *_monotone_bracket(named, piece, u, x, sp.S.One)),)  # convex on this piece
     out: list[Root] = []
     for start, stop in pairwise(knots):
         turn = signs.of(sp.diff(G, u, 2).subs(u, midpoint(start, stop)))

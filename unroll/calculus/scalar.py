@@ -145,7 +145,7 @@ def _jump(profile: Profile, i: int, signs: Signs) -> int:
     left, right, u = profile.pieces[i], profile.pieces[i + 1], profile.u
     values = [limit(left.f, u, left.hi, "-"), dict(profile.at)[right.lo], limit(right.f, u, right.lo, "+")]
     steps = [values[1] - values[0], values[2] - values[1]]
-    if any(s.is_infinite or signs.of(sp.expand(s)) != 0 for s in steps):
+    if any(v.is_infinite for v in values) or any(signs.of(sp.expand(s)) != 0 for s in steps):
         return -2
     up, down = limit(sp.diff(right.f, u), u, right.lo, "+"), limit(sp.diff(left.f, u), u, left.hi, "-")
     rise = up - down
@@ -212,6 +212,8 @@ def _bounded(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
 def _sampled(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     """A grid on the piece: numbers if h has no scalars, else only whether h ≥ 0 at every draw."""
     runs = [_values(h, piece, u, draw) for draw in signs.draws]
+    if any(r.size == 0 for r in runs):
+        return Range(-sp.oo, sp.oo, "sampled", "f'' has no value on a grid")
     if not signs.symbols:
         lo, hi = float(runs[0].min()), float(runs[0].max())
         return Range(sp.Float(lo), sp.Float(hi), "sampled", f"f'' on {GRID} points in [{lo:.4g}, {hi:.4g}]")

@@ -132,8 +132,8 @@ def _by_assumption(expr: sp.Expr) -> int | None:
         e = form(expr)
         if e.is_zero:
             return 0
-        if e.is_positive:
+        if e.is_extended_positive:
             return 1
-        if e.is_negative:
+        if e.is_extended_negative:
             return -1
     return None
