@@ -104,11 +104,12 @@ def _entries(kind: str) -> dict[str, str]:
 def show(spec: str, overrides: tuple[str, ...], stage: str, latex: bool) -> None:
     """Print a stage of the compilation: what was written, what was derived, what is emitted."""
     from unroll import api
+    from unroll.pages import stages
 
     if latex:
         click.echo(api.derive(spec, overrides=overrides).to_latex())
     else:
-        click.echo(api.stage(spec, stage, overrides=overrides))
+        click.echo(stages.stage(spec, stage, overrides=overrides))
 
 
 def _output(about: str, default: Path | None = None) -> Any:
@@ -132,9 +133,9 @@ def _writable(context: click.Context, option: click.Parameter, path: Path | None
 @_output("Where to write the module; the screen if left out.")
 def compile_(spec: str, overrides: tuple[str, ...], output: Path | None) -> None:
     """Write the PyTorch module, which needs torch only."""
-    from unroll import api
+    from unroll.pages import stages
 
-    source = api.stage(spec, "source", overrides=overrides)
+    source = stages.stage(spec, "source", overrides=overrides)
     if output is None:
         click.echo(source, nl=False)
     else:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from unroll import api, cli
+from unroll.pages import stages
 
 VERBS = ("list", "show", "compile", "check", "solve", "train", "eval", "report", "new", "explain")
 SMALL = ("dims.m=6", "dims.n=9", "unroll.layers=3")
@@ -96,7 +97,7 @@ def test_explain_tells_wrong_and_right(unroll: Unroll) -> None:
 def test_show_prints_what_python_gives(unroll: Unroll, stage: str) -> None:
     shown = unroll("show", "ista", *SMALL, "--stage", stage)
     assert (shown.code, shown.err) == (0, "")
-    assert shown.out.strip() == api.stage("ista", stage, overrides=SMALL).strip()
+    assert shown.out.strip() == stages.stage("ista", stage, overrides=SMALL).strip()
 
 
 def test_show_latex(unroll: Unroll) -> None:
@@ -352,7 +353,7 @@ def test_ctrl_c_exits_with_130(unroll: Unroll, monkeypatch: pytest.MonkeyPatch) 
     def interrupt(*args: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "stage", interrupt)
+    monkeypatch.setattr(stages, "stage", interrupt)
     answer = unroll("show", "ista")
     assert answer.code == 130 and answer.err.strip() == "interrupted"
 
@@ -363,7 +364,7 @@ def test_our_own_mistakes_ask_to_be_reported(
     def fail(*args: object, **settings: object) -> None:
         raise AssertionError("impossible")
 
-    monkeypatch.setattr(api, "stage", fail)
+    monkeypatch.setattr(stages, "stage", fail)
     with pytest.raises(AssertionError):
         unroll("show", "ista")
     assert "internal error, please report it" in capsys.readouterr().err

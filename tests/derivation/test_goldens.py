@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unroll import api
+from unroll.pages import stages
 
 GOLDENS = Path(__file__).parent / "goldens"
 SPECS = ("fista", "lista", "lista_cp", "mcp_network", "simplex_unmixing")
@@ -16,7 +16,7 @@ SPECS = ("fista", "lista", "lista_cp", "mcp_network", "simplex_unmixing")
 @pytest.mark.parametrize(("stage", "ending"), [("derivation", "txt"), ("source", "py.txt")])
 def test_text_is_the_golden_one(name: str, stage: str, ending: str, update_goldens: bool) -> None:
     path = GOLDENS / f"{name}.{stage}.{ending}"
-    text = api.stage(name, stage).rstrip() + "\n"
+    text = stages.stage(name, stage).rstrip() + "\n"
     if update_goldens:
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8"), "read the difference; if it is meant: make goldens"

@@ -32,7 +32,7 @@ from random_expressions import (
 )
 from torch import Tensor
 
-from unroll.emit.interpret import difference, graph_text, mermaid, svg
+from unroll.emit.interpret import difference
 from unroll.emit.objective import objective
 from unroll.language.constructors import (
     add,
@@ -56,6 +56,7 @@ from unroll.lower.operations import Stage
 from unroll.lower.passes import PASSES, Optimised, Sizes, optimise, verify
 from unroll.network.evaluate import evaluate
 from unroll.network.network import load
+from unroll.pages.graph_picture import graph_text, mermaid, svg
 
 SHAPES = (
     {"m": 3, "n": 4, "T": 2, "K": 3},

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import unroll
 from unroll import api
 from unroll.errors import SpecError, UnrollError
+from unroll.pages import stages
 
 Spec = dict[str, Any]
 LAYERS: Spec = {
@@ -679,5 +680,5 @@ def test_show_says_what_stands_around_the_layers(tmp_path: Path, capsys: pytest.
     ],
 )  # fmt: skip
 def test_every_part_is_described(around: Spec, lines: list[str]) -> None:
-    shown = [line[18:] for line in api.stage({**LAYERS, "model": around}, "derivation").splitlines()]
+    shown = [line[18:] for line in stages.stage({**LAYERS, "model": around}, "derivation").splitlines()]
     assert [line for line in lines if line not in shown] == []

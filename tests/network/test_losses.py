@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import unroll
-from unroll.api import stage
 from unroll.errors import SpecError, UnrollError
 from unroll.language.nodes import Sym
 from unroll.language.problem import from_spec
 from unroll.network.evaluate import evaluate
 from unroll.network.network import load
+from unroll.pages.stages import stage
 from unroll.spec import library
 
 EXACT = {torch.float64: 1e-10, torch.float32: 2e-5}

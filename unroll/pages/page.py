@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from unroll import html
-from unroll.api import Source, build, derive, read, stage
+from unroll.api import Source, build, derive, read
 from unroll.derivation.derive import Derivation
-from unroll.emit.interpret import svg
 from unroll.errors import SpecError, UnrollError
 from unroll.laws.laws import check
+from unroll.pages.graph_picture import svg
+from unroll.pages.stages import stage
 from unroll.spec import Spec
 
 if TYPE_CHECKING:
