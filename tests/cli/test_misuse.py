@@ -166,6 +166,8 @@ def test_sizes_and_variables_may_be_called_as_the_algorithm_calls_its_numbers(al
     found, plain = network(*names)(x), network("p", "q", "w")(x)
     assert plain.abs().max() > 0.01
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-13)
+    slopes = [torch.func.jacrev(network(*words))(x[0]) for words in (names, ("p", "q", "w"))]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("formula", ["tanh(u)", "sigmoid(u)"])

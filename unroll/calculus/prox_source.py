@@ -36,12 +36,14 @@ def emit(prox: ScalarProx, name: str) -> str:
     if (end := one_sided(prox)) is not None:  # autograd keeps the output of a relu alone, and so needs no rule
         gap = "v" if end == 0 else f"v - {_grouped(torch_text(end)) if end.is_Add else torch_text(end)}"
         return f'def {name}({args}):\n    """{_docline(prox)}"""\n    return torch.relu({gap})\n'
-    saved = ", ".join(["z", *arguments])
-    comma = "" if arguments else ","
-    unpack = f"{saved}{comma} = ctx.saved_tensors"
+    sizes = [a for s, a in zip(prox.scalars, arguments, strict=True) if _is_size(s)]
+    saved = ", ".join(["z", *(a for a in arguments if a not in sizes)])
+    unpack = [f"{saved}{'' if ', ' in saved else ','} = ctx.saved_tensors"]
+    unpack += [f"{', '.join(sizes)}, = ctx.sizes"] if sizes else []
     tangents = [f"d{a}" for a in arguments]
     kept = [f"{', '.join(['_', *arguments])} = inputs"] if arguments else []
     kept += [f"ctx.save_for_backward({saved})", f"ctx.save_for_forward({saved})"]
+    kept += [f"ctx.sizes = ({', '.join(sizes)},)"] if sizes else []
     return "\n".join(
         [
             f"class _{name}(torch.autograd.Function):",
@@ -50,12 +52,12 @@ def emit(prox: ScalarProx, name: str) -> str:
             "    generate_vmap_rule = True",
             *_method("forward", args, [*_forward(prox), "return z"]),
             *_method("setup_context", "ctx, inputs, z", kept),
-            *_method("backward", "ctx, grad", [unpack, *_backward(prox, arguments)]),
+            *_method("backward", "ctx, grad", [*unpack, *_backward(prox, arguments)]),
             "",
             "",
             f"class _{name}_forward(_{name}):",
             '    """In forward mode too, which torch.compile does not trace."""',
-            *_method("jvp", ", ".join(["ctx", "dv", *tangents]), [unpack, *_tangent(prox, arguments)]),
+            *_method("jvp", ", ".join(["ctx", "dv", *tangents]), [*unpack, *_tangent(prox, arguments)]),
             "",
             "",
             f"def {name}({args}):",
@@ -94,6 +96,11 @@ def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
         new[s] = word
     swap = {s: sp.Symbol(n, **s.assumptions0) for s, n in new.items() if n != str(s)}
     return (prox.map(lambda e: e.xreplace(swap)) if swap else prox), list(new.values())
+
+
+def _is_size(s: sp.Symbol) -> bool:
+    """Sizes are numbers of Python, not tensors: nothing is learned through them."""
+    return bool(s.is_integer)
 
 
 def _meet(word: str, other: str) -> bool:
@@ -321,15 +328,20 @@ def _backward(prox: ScalarProx, arguments: list[str]) -> list[str]:
         lines = [f"gv = {_chain(prox, slopes, lambda knot: sp.S.Zero, 'grad')}"]
         lines += [f"g = {'grad * z.sign()' if prox.even else 'grad'}"] if arguments else []
     for i, (s, argument) in enumerate(zip(prox.scalars, arguments, strict=True)):
+        if _is_size(s):
+            continue
         moved = _moved(prox, s, "g")
         lines.append(f"g{argument} = {_summed(moved, argument)} if ctx.needs_input_grad[{i + 1}] else None")
-    return [*_size_of(prox, lines), f"return {', '.join(['gv', *(f'g{a}' for a in arguments)])}"]
+    given = ["None" if _is_size(s) else f"g{a}" for s, a in zip(prox.scalars, arguments, strict=True)]
+    return [*_size_of(prox, lines), f"return {', '.join(['gv', *given])}"]
 
 
 def _tangent(prox: ScalarProx, arguments: list[str]) -> list[str]:
     """How far z moves with v and with the scalars: the derivatives of _backward, forward."""
     lines = [f"dz = {_chain(prox, _slopes(prox), lambda knot: sp.S.Zero, 'dv')}"]
     for s, argument in zip(prox.scalars, arguments, strict=True):
+        if _is_size(s):
+            continue
         moved = _moved(prox, s, f"d{argument}")
         if not moved.startswith("torch.zeros_like"):
             lines.append(f"dz = dz + {'z.sign() * ' if prox.even else ''}{_grouped(moved)}")
