@@ -15,8 +15,7 @@ def unit_axes(s: Sym) -> tuple[int, ...]:
         case 1:
             return (-1,) if s.nrows == 1 else ()
         case _:
-            sizes = (s.nrows, s.ncols) if s.role == "parameter" else (s.ncols, s.nrows)
-            return tuple(i - 2 for i in (0, 1) if sizes[i] == 1)
+            return tuple(i - 2 for i in (0, 1) if s.stored[i] == 1)
 
 
 def stored_axes(s: Sym) -> tuple[sp.Expr, ...]:
@@ -28,7 +27,7 @@ def stored_axes(s: Sym) -> tuple[sp.Expr, ...]:
         case 1:
             return (*family, s.nrows)
         case _:
-            return (*family, *((s.nrows, s.ncols) if s.role == "parameter" else (s.ncols, s.nrows)))
+            return (*family, *s.stored)
 
 
 def stored_sizes(s: Sym) -> tuple[str, ...]:
@@ -36,6 +35,6 @@ def stored_sizes(s: Sym) -> tuple[str, ...]:
 
 
 def axes_of(s: Sym, d: sp.Symbol) -> list[int]:
-    """Axes of size d of the tensor of an input or variable, counted from the end."""
-    sizes = (s.nrows,) if s.rank == 1 else (s.ncols, s.nrows) if s.rank == 2 else ()
+    """Axes of size d of a tensor, counted from the end."""
+    sizes = (s.nrows,) if s.rank == 1 else s.stored if s.rank == 2 else ()
     return [i - len(sizes) for i, n in enumerate(sizes) if n == d]

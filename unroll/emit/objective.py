@@ -60,7 +60,7 @@ def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = N
     for s in read:
         for d, word in sizes.items():
             family = [(-len(stored_sizes(s)))] if s.family == d else []
-            axes = axes_of(s, d) if s.role != "parameter" else [a if s.rank == 1 else -3 - a for a in axes_of(s, d)]
+            axes = axes_of(s, d)
             line = f"{word} = {names('symbol', s.name)}.shape[{(family or axes)[0]}]" if family or axes else ""
             if line and not any(x.startswith(f"{word} = ") for x in lines):
                 lines.append(line)

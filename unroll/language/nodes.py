@@ -212,6 +212,16 @@ class Sym(Expr):
     def shape(self) -> Shape:
         return self.nrows, self.ncols
 
+    @property
+    def as_written(self) -> bool:
+        """Has the tensor that a user gives or gets the axes of the matrix in their order? Else columns, as tokens, come first."""
+        return self.role == "parameter" or "as_written" in self.props
+
+    @property
+    def stored(self) -> Shape:
+        """Its sizes in the order of that tensor."""
+        return self.shape if self.as_written else (self.ncols, self.nrows)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Member(Expr):

@@ -116,6 +116,11 @@ def tensor(name: str, record: Tensor, role: Role, names: Mapping[str, Value], wh
     props |= {"unit_columns"} if getattr(record, "columns", None) == "unit" else set()
     family = shape.pop(0) if len(shape) == 3 else None if record.family is None else _size(record.family, names, where)
     rows, cols = [*shape, ONE, ONE][:2]
+    if role != "parameter" and record.stored == "as_written":
+        props |= {"as_written"}
+    if role == "parameter" and record.stored == "tokens_first":
+        hint = f"give {name}.T, or declare its transpose"
+        raise SpecError("E132", f"{name} is a parameter: these are stored as they are written", where, hint)
     if "symmetric" in props and rows != cols:
         raise SpecError("E131", f"{name} is declared symmetric, but {show_shape((rows, cols))} is not square", where)
     return symbol(name, rows, cols, role, len(shape), family, props)

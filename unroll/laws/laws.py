@@ -132,9 +132,8 @@ class Sample:
         self.inputs: dict[str, Any] = {s.name: self.tensor(s, batch=3) for s in problem.inputs}
 
     def tensor(self, s: Sym, batch: int | None = None) -> Tensor:
-        """A draw in the shape that a network takes: (batch, ..., cols, rows)."""
-        rows, cols = (int(swap(n, self.sizes)) for n in s.shape)
-        shape = [[], [rows], [cols, rows]][s.rank]
+        """A draw in the shape that a network takes."""
+        shape = [int(swap(n, self.sizes)) for n in ([], [s.nrows], s.stored)[s.rank]]
         family = [] if s.family is None else [int(swap(s.family, self.sizes))]
         size = (*([] if batch is None else [batch]), *family, *shape)
         value = torch.randn(size, generator=self.generator, dtype=torch.float64)
@@ -430,7 +429,8 @@ def _read_off(spec: Spec, given: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Open sizes, from the shapes of what was given."""
     out: dict[str, int] = {}
     for name, shape in given.items():
-        for entry, n in zip(reversed(spec.inputs[name].shape), shape[-len(spec.inputs[name].shape) :], strict=True):
+        axes = spec.inputs[name].given
+        for entry, n in zip(axes, shape[-len(axes) :], strict=True):
             if entry in spec.dims and not isinstance(spec.dims[entry], int):
                 out[entry] = n
     return out

@@ -380,9 +380,10 @@ class Lowering:
                 node = b.nodes[leaf.node]
                 assert not node.inputs, "a family is a leaf"
                 assert of.family is not None
-                return b.leaf(
+                own = b.leaf(
                     node.op, node.attrs[0], node.shape, node.stage, batched=node.batched, families=((index, of.family),)
                 )
+                return b.flip(own) if leaf.flip else own
             case Eye(n):
                 return b.number(ONE) if n == 1 else b.constant("eye", n, n)
             case Ones(rows, cols):
@@ -596,7 +597,7 @@ def lower_step(problem: Problem, step: Step) -> Graph:
         low.bind(p.symbol, _learned(b, p))
     for s in step.states:
         ref = low.value(s.start)
-        roots["start", s.symbol.name] = ref
+        roots["start", s.symbol.name] = _turned(b, s.symbol, ref)
         low.bind(s.symbol, _state(b, s.symbol, start=True))
     low.bind(LAYER, b.leaf("layer", "layer", (ONE, ONE), Stage.BODY, plain=True))
     for s in step.states:
@@ -607,8 +608,8 @@ def lower_step(problem: Problem, step: Step) -> Graph:
         _name(b, ref, a.target.name, a.note)
         low.bind(a.target, ref)
         if a.block and isinstance(a.target, Sym) and a.target in step.output:
-            roots["block", a.block] = ref
-    roots |= {("next", s.symbol.name): low.env[s.symbol] for s in step.states}
+            roots["block", a.block] = _turned(b, a.target, ref)
+    roots |= {("next", s.symbol.name): _turned(b, s.symbol, low.env[s.symbol]) for s in step.states}
     return b.graph(roots)
 
 
@@ -617,7 +618,7 @@ def lower_terms(problem: Problem) -> Graph:
     b = Builder()
     env = _leaves(problem, b)
     for v in problem.variables:
-        env[v] = b.leaf("input", v.name, v.shape, Stage.PROLOGUE, batched=True, families=_family(v))
+        env[v] = _tokens(b, "input", v, Stage.PROLOGUE, _family(v))
     low = Lowering(b, env, detach=True)
     return b.graph({("term", name): low.lower(per_frequency(e)) for name, e in problem.terms.items()})
 
@@ -627,7 +628,7 @@ def _leaves(problem: Problem, b: Builder) -> dict[Sym | sp.Symbol, Ref]:
     for s in problem.parameters:
         env[s] = b.leaf("given", s.name, s.shape, Stage.SETUP, families=_family(s), symmetric="symmetric" in s.props)
     for s in problem.inputs:
-        env[s] = b.leaf("input", s.name, s.shape, Stage.PROLOGUE, batched=True, families=_family(s))
+        env[s] = _tokens(b, "input", s, Stage.PROLOGUE, _family(s))
     for s in problem.scalars:
         env[s] = b.leaf("scalar", s.name, (ONE, ONE), Stage.SETUP)
     for s, n in problem.dims.items():
@@ -653,8 +654,20 @@ def _learned(b: Builder, p: Learned) -> Ref:
 def _state(b: Builder, symbol: Sym | sp.Symbol, start: bool = False) -> Ref:
     stage = Stage.PROLOGUE if start else Stage.BODY
     if isinstance(symbol, Sym):
-        return b.leaf("start" if start else "state", symbol.name, symbol.shape, stage, batched=True)
+        return _tokens(b, "start" if start else "state", symbol, stage)
     return b.leaf("start" if start else "counter", symbol.name, (ONE, ONE), stage, plain=True)
+
+
+def _tokens(b: Builder, op: str, s: Sym, stage: Stage, families: tuple[tuple[str, sp.Expr], ...] = ()) -> Ref:
+    """A leaf of every sample. Leaves are stored columns first: what is stored as it is written is the transpose of one."""
+    if not s.as_written:
+        return b.leaf(op, s.name, s.shape, stage, batched=True, families=families)
+    return b.flip(b.leaf(op, s.name, (s.ncols, s.nrows), stage, batched=True, families=families))
+
+
+def _turned(b: Builder, s: Sym | sp.Symbol, ref: Ref) -> Ref:
+    """A value as the leaf of its state is stored."""
+    return b.flip(ref) if isinstance(s, Sym) and s.as_written else ref
 
 
 def _name(b: Builder, ref: Ref, name: str, note: str) -> None:

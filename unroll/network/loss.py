@@ -38,7 +38,7 @@ from unroll.lower.graph import Graph, lower_terms
 from unroll.lower.operations import HELPERS
 from unroll.lower.passes import Sizes, optimise
 from unroll.lower.scalar_text import Text, formula, number
-from unroll.network.network import load, values_of
+from unroll.network.network import layout, load, same_samples, values_of
 from unroll.spec import Spec
 
 # --- what a loss is made of -------------------------------------------------------------------------------------------
@@ -207,7 +207,9 @@ CHOLESKY = '''def cholesky(s, term):
     except torch.linalg.LinAlgError as e:
         raise torch.linalg.LinAlgError(f"the term {term} has a matrix that is not positive definite") from e
 '''
-MEMBERS = frozenset(["terms", "_terms", "recipe", "source", "derivation", "scalars", "shapes", "sizes", "spec"])
+MEMBERS = frozenset(
+    ["terms", "_terms", "recipe", "source", "derivation", "scalars", "shapes", "sizes", "samples", "spec"]
+)
 """What a loss has besides what it holds."""
 
 
@@ -436,6 +438,8 @@ class Loss(nn.Module):
     spec: Spec
     shapes: dict[str, tuple[str, ...]]
     sizes: dict[str, int]
+    samples: dict[str, bool]
+    """What comes once per sample: is it a variable?"""
 
     @property
     def source(self) -> str:
@@ -506,18 +510,22 @@ class Loss(nn.Module):
     def _check(self, values: tuple[Tensor | None, ...]) -> None:
         """The last axes are those declared, and a size is the same wherever it is met. Raises UnrollError E404."""
         found = dict(self.sizes)
+        batches: dict[str, tuple[int, ...]] = {}
         for (name, axes), value in zip(self.shapes.items(), values, strict=True):
             if value is None:
                 continue
             shape, known = tuple(value.shape), dict(found)
             last = shape[len(shape) - len(axes) :] if len(shape) >= len(axes) else ()
+            batches[name] = shape[: len(shape) - len(axes)]
             if len(last) != len(axes) or any(found.setdefault(a, n) != n for a, n in zip(axes, last, strict=True)):
                 want = ", ".join(["...", *(f"{a} = {known[a]}" if a in known and not a.isdigit() else a for a in axes)])
                 raise UnrollError(
                     "E404",
                     f"{name} has shape {shape}, expected ({want})",
-                    hint="batch axes come first, then the axes of the spec",
+                    hint=layout(self.recipe.problem.symbols[name]),
                 )
+        samples = {n: b for n, b in batches.items() if n in self.samples}
+        same_samples(samples, [n for n in samples if self.samples[n]])
 
 
 def _rebuild(
@@ -542,6 +550,7 @@ def loss(spec: Spec, r: Recipe, given: Mapping[str, Tensor], scalars: Mapping[st
     cast(Any, super(Loss, module)).__init__(**arguments)
     module.recipe, module.spec = r, spec
     module.shapes = {s.name: tuple(_axis(n, r) for n in stored_axes(s)) for s in r.arguments}
+    module.samples = {s.name: s.role == "variable" for s in r.arguments if s.role != "parameter"}
     module.sizes = {**r.dims, **{a: int(a) for axes in module.shapes.values() for a in axes if a.isdigit()}}
     return module
 

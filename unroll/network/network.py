@@ -13,7 +13,7 @@ import hashlib
 import linecache
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -264,6 +264,7 @@ class Network(nn.Module):
             if name not in self.program.problem.symbols:
                 self._refuse_unknown({name: named[name]})
             self._check(name, named[name])
+        self._refuse_broadcast(named)
         return self._terms(named)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -310,6 +311,7 @@ class Network(nn.Module):
                 hint=f"net.construct({', '.join(self.program.construct_inputs)})",
             )
         out: dict[str, Any] = {}
+        batches: dict[str, tuple[int, ...]] = {}
         if "layers" in named and "layers" not in self.takes:
             out["layers"] = self._depth(named.pop("layers"))
         if args:
@@ -326,10 +328,14 @@ class Network(nn.Module):
                 if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
                     self._check(name, value)
                 out[word] = value
+                if needed:
+                    batches[name] = tuple(value.shape[: value.ndim - len(sizes)])
             elif needed:
                 raise UnrollError("E404", f"the input '{name}' is missing")
         if named:
             self._refuse_unknown(named)
+        if len(batches) > 1:
+            same_samples(batches, list(batches)[:1])
         return out
 
     def _depth(self, layers: int | None) -> int | None:
@@ -354,8 +360,14 @@ class Network(nn.Module):
         last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
         if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
             want = ", ".join(["...", *map(_axis, self.program.axes(symbol), sizes)])
-            hint = "batch axes come first, then the axes of the spec"
-            raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=hint)
+            raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=layout(symbol))
+
+    def _refuse_broadcast(self, values: Mapping[str, Tensor]) -> None:
+        """Inputs are of the samples that the variables, or the first of the inputs, have, or of no sample. Raises UnrollError E404."""
+        symbols = self.program.problem.symbols
+        axes = {name: len(self.program.axes(symbols[name])) for name in values if symbols[name].role != "parameter"}
+        batches = {name: tuple(values[name].shape[: values[name].ndim - n]) for name, n in axes.items()}
+        same_samples(batches, [v for v in self.variables if v in batches] or list(batches)[:1])
 
     def terms_of(self, problem: Problem) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
@@ -404,6 +416,29 @@ class Network(nn.Module):
                 return evaluate(*tensors, *(values[s.name] for s in problem.scalars))
 
         return run
+
+
+def layout(s: Sym) -> str:
+    """How the axes of a tensor follow from its declaration."""
+    if s.rank < 2:
+        return "batch axes come first, then the axes of the spec"
+    written = f"[{s.nrows}, {s.ncols}]"
+    if s.as_written:
+        return f"batch axes come first, then those of {s.name}: {written}, as it is written"
+    return f"batch axes come first, then the columns of {s.name}: {written}, which formulas see, is given transposed; stored: as_written, where it is declared, takes it as it is"
+
+
+def same_samples(batches: Mapping[str, tuple[int, ...]], first: Iterable[str]) -> None:
+    """Batch axes are those of one of `first`, its last ones, or none. Raises UnrollError E404: nothing is repeated silently."""
+    known = [batches[name] for name in first]
+    for name, batch in batches.items():
+        if known and not any(batch == whole[len(whole) - len(batch) :] for whole in known):
+            of = next(iter(first))
+            raise UnrollError(
+                "E404",
+                f"{name} has batch axes {batch}, {of} has {batches[of]}",
+                hint="all have the same batch axes; what has none is that of every sample",
+            )
 
 
 def _kind(value: object) -> str:

@@ -33,13 +33,21 @@ def as_matrix(value: Tensor, s: Sym) -> Tensor:
     if s.rank == 2 and s.role == "learned" and s.nrows == 1:
         return value.unsqueeze(-2)
     if s.rank == 2:
-        return value if s.role in ("parameter", "learned") else value.mT
+        return value if s.role == "learned" or s.as_written else value.mT
     return value.unsqueeze(-1) if s.rank == 1 else value[..., None, None]
 
 
 def as_stored(value: Tensor, s: Sym) -> Tensor:
     """The inverse of `as_matrix`, of a variable."""
-    return value.mT if s.rank == 2 else value.squeeze(-1) if s.rank == 1 else value[..., 0, 0]
+    return (
+        value
+        if s.rank == 2 and s.as_written
+        else value.mT
+        if s.rank == 2
+        else value.squeeze(-1)
+        if s.rank == 1
+        else value[..., 0, 0]
+    )
 
 
 def learned_value(net: Holder, words: Mapping[tuple[str, str], str], p: Learned, layer: int) -> Tensor:

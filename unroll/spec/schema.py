@@ -161,9 +161,18 @@ class Tensor(Record):
     shape: Shape
     family: Size | None = None
     """how many of them there are: a family, of which formulas take one member, M[k]"""
+    stored: Literal["as_written", "tokens_first"] | None = None
+    """of a matrix, how it is given: with its axes in the order of its shape, or tokens (columns) first, as variables and inputs are"""
     positive: bool = False
     """no negative entries"""
     about: Text = ""
+
+    @property
+    def given(self) -> tuple[int | str, ...]:
+        """Its sizes in the order in which a variable or an input is given, that of a family first."""
+        shape = self.shape if self.family is None else (self.family, *self.shape)
+        matrix = len(shape) - (self.family is not None or len(shape) == 3)
+        return shape if self.stored == "as_written" or matrix < 2 else (*shape[:-2], shape[-1], shape[-2])
 
 
 class Parameter(Tensor):

@@ -205,8 +205,8 @@ def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
         return tuple(size if isinstance(size, int) else sizes.get(size) for size in declared)
 
     return Shapes(
-        {name: shape(item.shape)[::-1] for name, item in spec.inputs.items()},
-        {name: shape(item.shape)[::-1] for name, item in spec.variables.items()},
+        {name: shape(item.given) for name, item in spec.inputs.items()},
+        {name: shape(item.given) for name, item in spec.variables.items()},
         {name: shape(item.shape) for name, item in spec.parameters.items()},
     )
 
