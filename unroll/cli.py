@@ -265,6 +265,7 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
     \b
     One row per layer, block and term, means over all held-out samples:
       claimed     does the block take this term?
+      entering    the term of what the layer takes, by the layer's own parameters
       predicted   change to first order: <gradient, step>
       actual      change that came; improved: in so many samples for the better
       cosine      of the step and the gradient

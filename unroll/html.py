@@ -265,7 +265,14 @@ def course_legend(blocks: Sequence[str], own: Sequence[str]) -> str:
         "bars: &#9633; change predicted to first order, &#9632; what came",
     )
     order = (f"in every layer: {escape(', then '.join(blocks))}",) if len(blocks) > 1 else ()
-    gaps = (f"lines may not meet where a layer begins: each has its own {escape(', '.join(own))}",) if own else ()
+    names = escape(", ".join(own))
+    gaps = (
+        (
+            f"a line leads from what enters a step to what leaves it, both by its layer's own {names}: lines may not meet",
+        )
+        if own
+        else ()
+    )
     return f"<p>{'<br>'.join((*parts, *order, *gaps))}</p>"
 
 

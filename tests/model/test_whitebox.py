@@ -49,6 +49,8 @@ def test_terms_are_those_of_the_normalised_tokens_and_of_the_layers_own_subspace
             found.append(-rate(torch.einsum("kdp,bnd->bknp", net.get_parameter("W")[layer - 1], unit), 0.25).sum(-1))
         assert float((trace.actual["compression"][k] - (found[1] - found[0])).abs().max()) < 1e-9
         assert float((trace.all_terms["compression"][k + 1] - found[1]).abs().max()) < 1e-9
+        assert float((trace.entering["compression"][k] - found[0]).abs().max()) < 1e-9
+        assert float((trace.leaving["compression"][k] - found[1]).abs().max()) < 1e-9
 
 
 @torch.no_grad()
@@ -60,6 +62,22 @@ def test_the_published_measurement_is_a_formula() -> None:
     heads = torch.einsum("kdp,bnd->bknp", net.get_parameter("W")[0], z)
     heads = heads / heads.norm(dim=-1, keepdim=True)
     assert float((trace.all_terms["published"][0] - rate(heads, 0.01).sum(-1)).abs().max()) < 1e-6
+
+
+@torch.no_grad()
+def test_a_layer_is_measured_at_what_enters_it_by_its_own_matrices() -> None:
+    """The figure of the literature. The terms between layers have the matrices of the layer before: another number."""
+    net, x = crate(), tokens()
+    with torch.no_grad():
+        net.get_parameter("W")[1] *= 2.0
+    trace = net.trace(x, at="layer_norm", parameters="layers", terms={"rc": "sum(R(U[k].T @ Z) for k in K)"})
+    y = torch.nn.functional.layer_norm(trace.iterates["Z"][1], (24,), eps=1e-5)
+    by = [rate(torch.einsum("kdp,bnd->bknp", w, y), 0.25).sum(-1) for w in net.get_parameter("W")]
+    entering = trace.entering["rc"][trace.labels.index((2, "compress"))]
+    assert torch.allclose(entering, by[1]) and torch.allclose(trace.terms["rc"][1], by[0])
+    table = unroll.white_box(net, [x], at="layer_norm", terms={"rc": "sum(R(U[k].T @ Z) for k in K)"}).records()
+    row = next(r for r in table if (r["layer"], r["block"], r["term"]) == (2, "compress", "rc"))
+    assert row["entering"] == pytest.approx(float(by[1].mean())) and float((by[1] - by[0]).abs().min()) > 1
 
 
 @torch.no_grad()
@@ -79,7 +97,7 @@ def test_streamed_moments_are_those_of_all_samples_at_once() -> None:
     trace = net.trace(x, parameters="layers")
     assert found.samples == 11 and found.claims == {"compress": ("compression",), "sparsify": ("sparsity", "expansion")}
     for term in ("expansion", "compression", "sparsity"):
-        for kind in ("predicted", "actual", "cosine"):
+        for kind in ("entering", "leaving", "predicted", "actual", "cosine"):
             whole, parts = getattr(trace, kind)[term], getattr(found, kind)[term]
             assert torch.allclose(parts.mean, whole.mean(1), atol=1e-12)
             assert torch.allclose(parts.std, whole.std(1, correction=0), atol=1e-10)

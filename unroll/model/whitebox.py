@@ -46,8 +46,8 @@ class Measured:
     """What every step did to every term, over `samples` samples. sign: 1 minimised, -1 maximised.
 
     terms: those of the objective, "total", their sum, where there are several, and the formulas that were asked for.
-    values, zeros: (steps + 1,) from the start on.  predicted, actual, cosine, fell, rose: (steps,); fell and rose are
-    shares of samples, kept as moments.  claims: block -> the terms that it takes.  own: as `Trace.own`.
+    values, zeros: (steps + 1,) from the start on, as `Trace.terms`.  entering, leaving, predicted, actual, cosine, fell, rose: (steps,),
+    by the parameters of the step's own layer; fell and rose are shares of samples, kept as moments.  claims: block -> the terms that it takes.  own: as `Trace.own`.
     """
 
     labels: tuple[tuple[int, str], ...]
@@ -66,7 +66,7 @@ class Measured:
         return next(iter(self.found["actual"].values())).count
 
     def __getattr__(self, name: str) -> Mapping[str, Moments]:
-        """values, zeros, predicted, actual, cosine, fell, rose: moments by term (zeros: by variable)."""
+        """values, zeros, entering, leaving, predicted, actual, cosine, fell, rose: moments by term (zeros: by variable)."""
         if name in KINDS:
             return self.found[name]
         raise AttributeError(name)
@@ -83,8 +83,10 @@ class Measured:
         out: list[dict[str, Any]] = []
         for k, (layer, block) in enumerate(self.labels):
             for term in self.terms:
-                p, a, c = (float(self.found[n][term].mean[k]) for n in ("predicted", "actual", "cosine"))
-                row = (layer, block, term, self.claimed(block, term), p, a, float(self.improved(term)[k]), c)
+                numbers = {n: float(self.found[n][term].mean[k]) for n in MEANS} | {
+                    "improved": float(self.improved(term)[k])
+                }
+                row = (layer, block, term, self.claimed(block, term), *(numbers[n] for n in HEAD[4:]))
                 out.append(dict(zip(HEAD, row, strict=True)))
         return out
 
@@ -94,6 +96,7 @@ class Measured:
             (
                 *(str(r["layer"]), r["block"], r["term"], "yes" if r["claimed"] else ""),
                 *(
+                    f"{r['entering']:.4g}",
                     f"{r['predicted']:+.4g}",
                     f"{r['actual']:+.4g}",
                     f"{100 * r['improved']:.0f} %",
@@ -109,8 +112,9 @@ class Measured:
         return "\n".join("   ".join(c.ljust(w) for c, w in zip(r, wide, strict=True)).rstrip() for r in grid)
 
 
-KINDS = ("values", "predicted", "actual", "cosine", "fell", "rose", "zeros")
-HEAD = ("layer", "block", "term", "claimed", "predicted", "actual", "improved", "cosine")
+MEANS = ("entering", "leaving", "predicted", "actual", "cosine")
+KINDS = ("values", *MEANS, "fell", "rose", "zeros")
+HEAD = ("layer", "block", "term", "claimed", "entering", "predicted", "actual", "improved", "cosine")
 TOTAL = "total"
 
 
@@ -158,7 +162,10 @@ def traced(net: Network | Model, batch: Batch, **asked: Any) -> Trace:
 
 
 def _count(trace: Trace, names: list[str], extra: list[str], found: dict[str, dict[str, Moments]]) -> None:
-    tables = {"values": trace.all_terms, "predicted": trace.predicted, "actual": trace.actual}
+    tables = {
+        "values": trace.all_terms, "entering": trace.entering, "leaving": trace.leaving,
+        "predicted": trace.predicted, "actual": trace.actual,
+    }  # fmt: skip
     tables = {kind: {**t, TOTAL: sum((t[n] for n in names), torch.zeros(()))} for kind, t in tables.items()}
     shown = [*names, *([TOTAL] if len(names) > 1 else []), *extra]
     tables = {kind: {n: t[n] for n in shown} for kind, t in {**tables, "cosine": trace.cosine}.items()}

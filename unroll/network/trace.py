@@ -114,7 +114,9 @@ class Trace:
 
     iterates[z]: layers + 1 tensors, the start first.  steps[z]: the same with what every block of a layer left in between.
     blocks: names of the parts of a layer; one, "step", where a layer has one part.
-    terms[name]: (layers + 1, ...) values.  predicted[name], actual[name]: (steps, ...), the change of a term in each step to first
+    terms[name]: (layers + 1, ...) values.  entering[name], leaving[name]: (steps, ...), a term of what a step takes and of what it
+    leaves, both by the parameters of that step's layer; terms have those of the layer before, and the first layer's at the start. Papers
+    that plot a layer's rate by its own matrices plot `entering`.  predicted[name], actual[name]: (steps, ...), the change of a term in each step to first
     order, and the change that came.  cosine[name]: of the step and the gradient of the term, 0 where either is 0.
     zeros[z]: (layers + 1, ...), the share of entries that are zero.  maps: the values of every softmax in the layers.
     own: parameters of the objective in whose place the terms of each step have those of its layer.
@@ -145,15 +147,24 @@ class Trace:
 
     @cached_property
     def all_terms(self) -> dict[str, Tensor]:
-        """Every term at the start and after every step: (steps + 1, ...). With parameters of the layers: of the layer before."""
+        """Every term at the start and after every step: (steps + 1, ...), by the parameters of the layer that left it."""
         return _stacked(
             [self._before[0], *self._after] if self.labels else [self.evaluate(self._at(0), self._place(0), 0)]
         )
 
     @cached_property
+    def entering(self) -> dict[str, Tensor]:
+        """Every term of what enters each step, by the parameters of the step's own layer: (steps, ...)."""
+        return _stacked(self._before)
+
+    @cached_property
+    def leaving(self) -> dict[str, Tensor]:
+        """Every term of what each step leaves, by the parameters of the step's own layer: (steps, ...)."""
+        return _stacked(self._after)
+
+    @cached_property
     def actual(self) -> dict[str, Tensor]:
-        before, after = _stacked(self._before), _stacked(self._after)
-        return {name: after[name] - before[name] for name in after}
+        return {name: self.leaving[name] - self.entering[name] for name in self.leaving}
 
     @property
     def predicted(self) -> dict[str, Tensor]:
