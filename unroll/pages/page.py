@@ -274,6 +274,9 @@ def _laws(spec: Spec) -> str:
 
 
 def _of_run(folder: Path) -> Iterator[Section]:
+    from unroll.train.samples import package
+
+    package("lightning", "a run of unroll train")
     from unroll.train.engine import read_rows
     from unroll.train.stored import read_json, reading
 

@@ -46,7 +46,7 @@ from unroll.train.groups import record
 from unroll.train.job import Job, build, first_rank, plain_spec
 from unroll.train.losses import Net, Outcome
 from unroll.train.masked import masks
-from unroll.train.samples import Data, Shape, Shapes, Tensors
+from unroll.train.samples import NEEDED, Data, Shape, Shapes, Tensors, package
 from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
@@ -104,6 +104,7 @@ def train(
     """
     console = None if quiet else Console(stderr=True)
     spec = source if isinstance(source, Spec) else load(source, overrides)
+    _installed(spec)
     folder = new_folder(out if out is None else Path(out), spec.title)
     job = Job(folder, spec, dict(dims or {}), dict(scalars or {}), dict(parameters or {}), console)
     if first_rank():
@@ -112,18 +113,31 @@ def train(
         return _train(job, device, devices)
 
 
+def _installed(spec: Spec) -> None:
+    """Before anything is written. Raises SpecError E501 for a package that the training will ask for."""
+    source = spec.data.source if spec.data is not None else None
+    for name in NEEDED.get(source or "", ()):
+        package(name, f"data: source: {source}")
+    if spec.train is not None and spec.train.tensorboard:
+        package("tensorboard", "train: tensorboard: true", extra="")
+    package("matplotlib.figure", "unroll train, for its pictures,")
+    package("lightning", "unroll train")
+
+
 def resume(folder: str | Path, *, device: str = "auto", devices: int = 1, quiet: bool = False) -> Run:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted.
 
     Raises SpecError E510 if the folder holds no run, or a damaged one.
     """
     job = _read_start(Path(folder), None if quiet else Console(stderr=True))
+    _installed(job.spec)
     with _shared(job.folder):
         return _train(job, device, devices)
 
 
 def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
     """The closing table of a finished run, measured again. Raises SpecError E510 if the folder holds none."""
+    package("lightning", "a run of unroll train")
     from unroll.train.engine import read_weights
 
     job = _read_finished(Path(folder), None if quiet else Console(stderr=True), "weights.safetensors", "table.json")
@@ -170,6 +184,7 @@ def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
 
 
 def _restored(folder: str | Path) -> tuple[Job, Data, nn.Module]:
+    package("lightning", "a run of unroll train")
     from unroll.train.engine import read_weights
 
     job = _read_finished(Path(folder), None, "weights.safetensors")

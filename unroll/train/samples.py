@@ -183,6 +183,10 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+NEEDED = {"patches": ("sklearn.datasets",), "digits": ("sklearn.datasets",), "images": ("PIL.Image",)}
+"""What sources of data need of the extra."""
+
+
 def package(name: str, wanted_by: str, extra: str = "train") -> ModuleType:
     """Import an optional package. Raises SpecError E501 with the command that installs it."""
     try:
