@@ -276,8 +276,8 @@ def test_soft_threshold_reads_as_in_the_textbook():
     assert prox.formula == sp.sign(prox.v) * sp.Max(sp.Abs(prox.v) - lam * prox.t, 0)
     assert [str(s) for s in prox.scalars] == ["t", "lam"]
     assert "verified" in prox.proof and prox.proof.startswith("proved")
-    assert prox.text() == "prox_t(v) = sign(v) max(|v| - lam*t, 0)"
-    assert r"\operatorname{prox}" in prox.latex()
+    assert prox.text() == "prox_t(v) = sign(v) max(|v| − λ t, 0)"
+    assert r"\operatorname{sign}" in prox.latex()
     assert derive_prox(sp.S.Zero, u, (0, sp.oo)).text() == "prox_t(v) = max(v, 0)"
     assert derive_prox(sp.S.Zero, u, (lo, hi)).text() == "prox_t(v) = min(max(v, lo), hi)"
 

@@ -87,6 +87,12 @@ class Bounds:
         return value is not None and value.is_nonnegative is True
 
     @property
+    def concave(self) -> bool:
+        """Is high <= 0 certain?"""
+        value = as_constant(self.high)
+        return value is not None and value.is_nonpositive is True
+
+    @property
     def lipschitz(self) -> Expr:
         """Lipschitz constant of the gradient: the larger of -low and high."""
         low = as_constant(self.low)

@@ -22,9 +22,9 @@ from unroll.calculus.roots import Root, stationary
 from unroll.calculus.scalar import REALS, Curvature, as_ends, curvature_of, extremes, scalars, undecided, with_order
 from unroll.calculus.signs import Signs, Undecided
 from unroll.calculus.torch_functions import source_of
-from unroll.calculus.torch_text import plain, quadratic_root, stable
+from unroll.calculus.torch_text import quadratic_root, stable
 from unroll.errors import DeriveError
-from unroll.language.show import latex
+from unroll.language.show import latex, pretty
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,8 @@ class ScalarProx:
             for k in self.knots
         ]
         parts = tuple(of_part(p) for p in self.parts)
-        return replace(self, parts=parts, knots=tuple(knots), objective=change(self.objective))
+        domain = (change(self.domain[0]), change(self.domain[1]))
+        return replace(self, parts=parts, knots=tuple(knots), objective=change(self.objective), domain=domain)
 
     def substitute(self, values: Mapping[sp.Basic, Any]) -> ScalarProx:
         """Scalars given other expressions or numbers, e.g. {t: step}."""
@@ -190,12 +191,15 @@ class ScalarProx:
 
     def text(self) -> str:
         """The formula on one line, for people."""
-        return f"prox_t(v) = {self._body(plain, str)}"
+        return f"prox_t(v) = {self.formula_text()}"
+
+    def formula_text(self) -> str:
+        """What v becomes."""
+        return self._body(pretty, str)
 
     def latex(self) -> str:
         """The formula in LaTeX."""
-        body = self._body(latex, lambda words: rf"\text{{{words}}}")
-        return rf"\operatorname{{prox}}_{{t f}}(v) = {body}"
+        return self._body(latex, lambda words: rf"\text{{{words}}}")
 
     def _body(self, show: Callable[[Any], str], say: Callable[[str], str]) -> str:
         if self.formula is not None:
@@ -206,8 +210,8 @@ class ScalarProx:
                 show(_textbook(r.z)) if r.z is not None else say("root of ") + show(self.u + part.G - self.x)
                 for r in part.roots
             ]
-        head = say("sign(v) * ") if self.even else ""
-        where = say(" with x = |v|") if self.even else ""
+        head = say("sign(v) times ") if self.even else ""
+        where = say(", x = |v|") if self.even else ""
         choice = "" if len(points) == 1 else "one of " if self.mode == "threshold" else "the best of "
         return f"{head}{say(choice)}{', '.join(points)}{where}{say(self.tie)}"
 

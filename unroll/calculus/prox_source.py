@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import sympy as sp
 
 from unroll.calculus.torch_text import HELPERS, helpers_in, torch_text
+from unroll.language import show
 
 if TYPE_CHECKING:
     from unroll.calculus.prox_scalar import Knot, Part, ScalarProx
@@ -81,9 +82,22 @@ def helpers_of(prox: ScalarProx) -> set[str]:
 
 
 def _docline(prox: ScalarProx) -> str:
-    formula = prox.formula
-    what = f"{formula}, the z that minimises" if formula is not None and len(str(formula)) < 60 else "argmin over z of"
-    return f"{what} {prox.objective.xreplace({prox.u: sp.Symbol('z')})} + (z - v)**2/2{prox.tie}"
+    formula = "" if prox.formula is None else show.text(prox.formula)
+    what = f"{formula}, the z that minimises" if 0 < len(formula) < 60 else "argmin over z of"
+    return f"{what} {show.text(prox.objective.xreplace({prox.u: sp.Symbol('z')}))} + (z - v)**2/2{_over(*prox.domain)}{prox.tie}"
+
+
+def _over(lo: sp.Expr, hi: sp.Expr) -> str:
+    """The set that z is taken from, where that is not the line."""
+    if lo.is_infinite and hi.is_infinite:
+        return ""
+    if hi.is_infinite:
+        return f" subject to z >= {show.text(lo)}"
+    return (
+        f" subject to z <= {show.text(hi)}"
+        if lo.is_infinite
+        else f" subject to {show.text(lo)} <= z <= {show.text(hi)}"
+    )
 
 
 def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:

@@ -44,6 +44,11 @@ class Curvature:
         return bool(self.mu.is_nonnegative)
 
     @property
+    def surely_not_convex(self) -> bool:
+        """Has f'' a proved value below 0, or f a kink or jump downward?"""
+        return self.proof == "proved" and self.mu.is_negative is True
+
+    @property
     def smooth(self) -> bool:
         """f' is Lipschitz, with constant max(L, rho)."""
         return not self.L.is_infinite and not self.mu.is_infinite

@@ -328,7 +328,7 @@ def _step_size(
             "the smooth part is linear: L is 0, so 1/L is no step size",
             hint="give the step size yourself: step: 0.1",
         )
-    note = f"L = {pretty(lipschitz)}  ({found.proof}: {found.reason})"
+    note = f"L: {found.proof}, {found.reason}"
     return (Assign(LIPSCHITZ, lipschitz, "Lipschitz constant of the gradient"), Assign(STEP, value, "step size")), (
         note,
     )
@@ -356,7 +356,7 @@ def _held(rest: tuple[Part, ...], at: Sym) -> Expr:
 
 def _monotone(parts: tuple[Part, ...], options: Options) -> tuple[str, ...]:
     return (
-        ("monotone: f(z⁺) <= f(z)",)
+        ("monotone: no step raises the objective",)
         if options.step == "1/L"
         and all(p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
         and not any(p.holds for p in parts)

@@ -690,8 +690,8 @@ def _gauged(half: Half, gauge: Gauge, value: Expr, start: Expr, raw: Sym, scope:
     if gauge.residual is not None:
         weight = _weight(half, "residual", gauge.residual, scope, raw)
         kept = [_weighed(weight, raw)]
-        was = split(carried[0])[0] if carried else sp.Integer(0)
-        said.append(Departure("gauge", half.name, "choice", f"residual: {gauge.residual} in place of {was}"))
+        was = text(add(zeros(*value.shape), *carried))
+        said.append(Departure("gauge", half.name, "choice", f"residual: {text(kept[0])} in place of {was}"))
     if gauge.update is not None:
         c, body = _common(moved)
         moved = _weighed(_weight(half, "update", gauge.update, scope, raw), body)

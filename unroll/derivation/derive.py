@@ -17,8 +17,9 @@ from unroll.derivation.algorithms import Part
 from unroll.derivation.learning import parametrise, used_scalars
 from unroll.derivation.step import Assign, Departure, Learned, Step
 from unroll.errors import SpecError
-from unroll.language.constructors import add
-from unroll.language.nodes import Expr, Prox, Sym, walk
+from unroll.language.columns import WIDTH, table, wrapped
+from unroll.language.constructors import add, split
+from unroll.language.nodes import Expr, Indicator, Normalise, Prox, Sym, Zero, depends, walk
 from unroll.language.problem import Problem, from_spec
 from unroll.language.show import latex, pretty
 from unroll.spec import Spec
@@ -62,17 +63,20 @@ class Derivation:
 
     def equations(self) -> list[tuple[str, str, str]]:
         """(what it is, left side, right side with its relation), both sides in LaTeX."""
-        z = latex(self.variable)
         goal = r"\min" if self.problem.sign > 0 else r"\max"
-        rows = [("objective", rf"{goal}_{{{z}}}", " + ".join(latex(e) for e in self.problem.terms.values()))]
+        names = ", ".join(latex(v) for v in self.problem.variables)
+        terms = _joined([latex(e) for e in _penalties(self.problem)])
+        sets = ", ".join(latex(e) for e in _sets(self.problem))
+        within = rf" \quad \text{{subject to }} {sets}" if sets else ""
+        rows = [("objective", rf"{goal}_{{{names}}}", terms + within)]
         rows += [
             ("gradient", rf"\nabla f({latex(h.variable)})", f"= {latex(h.gradient)}")
             for h in self.halves
             if h.gradient is not None
         ]
-        for record in proxes(self.exact.assigns):
-            left, right = record.latex().split(" = ", 1)
-            rows.append(("prox", left, f"= {right}"))
+        for found in proxes(self.exact.assigns):
+            assert found.scalar is not None
+            rows.append(("prox", "v", rf"\mapsto {found.scalar.latex()} \quad \text{{{found.rule}}}"))
         rows += [("step", *_assignment(a)) for a in (*self.exact.definitions, *self.exact.assigns)]
         for p in self.step.learned:
             rows.append(("learned", latex(sp.Symbol(p.name)), rf"\text{{ for }} {latex(p.replaces)}"))
@@ -136,17 +140,31 @@ def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
     return Derivation(spec, problem, exact, parametrise(exact, problem, spec))
 
 
-def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.ScalarProx]:
-    """The scalar proxes of a step, each once."""
-    found: dict[int, proximal.ScalarProx] = {}
+def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.Proximal]:
+    """The proxes of a step that rest on a scalar one, each formula once."""
+    found: dict[tuple[str, str], proximal.Proximal] = {}
     for a in assigns:
         if isinstance(a.value, Expr):
             for node in walk(a.value):
                 if isinstance(node, Prox):
                     done = proximal.derive(node.term, node.variable, node.t, node.at, node.swaps)
                     if done.scalar is not None:
-                        found[id(done.scalar)] = done.scalar
+                        found[done.scalar.formula_text(), done.rule] = done
     return found.values()
+
+
+def _penalties(problem: Problem) -> list[Expr]:
+    return [e for e in problem.terms.values() if not isinstance(split(e)[1], Indicator)]
+
+
+def _sets(problem: Problem) -> list[Expr]:
+    """Its constraints, with no sign in front."""
+    return [split(e)[1] for e in problem.terms.values() if isinstance(split(e)[1], Indicator)]
+
+
+def _joined(shown: list[str]) -> str:
+    """A sum, its minus signs between the terms."""
+    return " + ".join(shown).replace("+ −", "− ").replace("+ -", "- ")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -170,13 +188,23 @@ def _block(d: Derivation, half: Half) -> Iterable[str]:
     """One part of a layer: what it minimises (where that is not the objective), its step, what is learned."""
     if half.name:
         yield f"block {half.name}"
-        terms = " + ".join(pretty(e) for e in half.problem.terms.values())
-        yield f"{'':15}   {f'minimise over {half.variable.name}   {terms}' if terms else 'not derived: as the spec says'}"
+        yield from _row("", _minimised(half) if half.problem.terms else "not derived: as the spec says")
     yield from _algorithm(d, half)
     learned = [p for p in d.step.learned if _belongs(p, half, d)]
     if learned:
         yield ""
         yield from _learned(d, half, learned)
+
+
+def _minimised(half: Half) -> str:
+    sets = ", ".join(pretty(e) for e in _sets(half.problem))
+    terms = _joined([pretty(e) for e in _penalties(half.problem)])
+    return f"minimise over {half.variable.name}   {terms}{f'   subject to {sets}' if sets else ''}"
+
+
+def _row(head: str, body: str) -> list[str]:
+    """A line of the page, or as many as the terminal asks for."""
+    return [f"{head if i == 0 else '':15}   {line}" for i, line in enumerate(wrapped(body, WIDTH - 18))]
 
 
 def _belongs(p: Learned, half: Half, d: Derivation) -> bool:
@@ -195,59 +223,95 @@ def _not_exact(d: Derivation) -> Iterable[str]:
     if not d.step.departures:
         yield "not exact         nothing: no approximation was used"
         return
-    rows = [
-        ((head if i == 0 else "").ljust(15), f"{x.block}: {x.name}" if x.block else x.name, _tidy_says(x))
-        for head, kind in (("not exact", False), ("exact rewrites", True))
-        for i, x in enumerate(x for x in d.step.departures if (x.kind == "exact") == kind)
-    ]
-    yield from _table(rows)
+    for head, kind in (("not exact", False), ("exact rewrites", True)):
+        found = [x for x in d.step.departures if (x.kind == "exact") == kind]
+        yield from _named(head, [(f"{x.block}: {x.name}" if x.block else x.name, _tidy_says(x)) for x in found])
+
+
+def _named(head: str, rows: list[tuple[str, str]]) -> Iterable[str]:
+    """Names and what is said of them, beside each other or, where that is too wide, below."""
+    wide = max((len(name) for name, _ in rows), default=0)
+    fits = all(18 + wide + 3 + len(says) <= WIDTH for _, says in rows)
+    for i, (name, says) in enumerate(rows):
+        front = f"{head if i == 0 else '':15}   {name}"
+        if fits:
+            yield f"{front.ljust(18 + wide)}   {says}"
+            continue
+        yield front
+        yield from (" " * 20 + line for line in wrapped(says, WIDTH - 20))
 
 
 def _tidy_says(x: Departure) -> str:
     return x.says if x.kind != "exact" else "changes no value"
 
 
-def _table(rows: list[tuple[str, ...]], indent: str = "") -> Iterable[str]:
-    """Columns as wide as their widest cell."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    for r in rows:
-        yield (indent + "   ".join(c.ljust(w) for c, w in zip(r, widths, strict=True))).rstrip()
-
-
 def _objective(d: Derivation) -> Iterable[str]:
     goal = "minimise" if d.problem.sign > 0 else "maximise"
+    front = f"{goal} over {', '.join(v.name for v in d.problem.variables)}"
     rows: list[tuple[str, ...]] = []
-    for i, (name, e) in enumerate(d.problem.terms.items()):
-        front = f"{goal} over {', '.join(v.name for v in d.problem.variables)}" if i == 0 else "+"
-        rows.append((front.rjust(len(goal) + 8), pretty(e), name, _kind(d, name)))
-    yield from _table(rows)
+    for name, e in d.problem.terms.items():
+        is_set = isinstance(split(e)[1], Indicator)
+        shown = pretty(split(e)[1] if is_set else e)
+        head = front if not rows else "subject to" if is_set else "+"
+        rows.append((head.rjust(max(len(goal) + 8, len("subject to"))), shown, name, _kind(d, name)))
+    if sum(max(len(r[i]) for r in rows) for i in range(4)) + 9 <= WIDTH:
+        yield from table(rows)
+        return
+    for head, shown, name, kind in rows:  # what is known of a term, below it
+        first, *more = wrapped(shown, WIDTH - len(head) - 3)
+        yield f"{head}   {first}"
+        indent = " " * (len(head) + 3)
+        yield from (indent + line for line in more)
+        yield from (f"{indent}  {line}" for line in wrapped(f"{name}: {kind}", WIDTH - len(indent) - 2))
 
 
 def _kind(d: Derivation, name: str) -> str:
     """What is known of a term: smooth or proximable, convex or not, and how that was proved."""
-    kinds: list[str] = []
     seen = [(h, p) for h in d.halves for p in h.parts if p.term == name]
-    for half, p in seen:
-        if p.smooth is not None and p.descended:
-            found = bounds(p.e, half.variable)
-            constant = (
-                f", L = {pretty(found.lipschitz)}" if found is not None and found.smooth else ", no Lipschitz constant"
-            )
-            convex = ", convex" if found is not None and found.convex else ", not known to be convex"
-            kinds.append(f"smooth{convex}{constant}  ({p.smooth.proof}: {p.smooth.reason})")
-        elif p.proximal is not None:
-            convex = "convex" if p.proximal.convex else "not convex"
-            kinds.append(f"{'constraint' if p.is_set else 'proximable'}, {convex}  ({p.proximal.rule})")
-    return "; ".join(kinds) or "constant"
+    several = len({h.variable for h, _ in seen}) > 1
+    kinds = [
+        f"in {h.variable.name}: {_of_part(p, h, d.problem.sign)}" if several else _of_part(p, h, d.problem.sign)
+        for h, p in seen
+    ]
+    if kinds:
+        return "; ".join(dict.fromkeys(kinds))
+    blocks = d.spec.unroll.blocks if d.spec.unroll is not None else ()
+    places = [b.block for b in blocks if b.surrogate is not None and name in b.surrogate.replaces]
+    if places:
+        return f"in its place block {' and block '.join(places)} has a surrogate"
+    moving = any(depends(d.problem.terms[name], z) for z in d.problem.variables)
+    return "no block takes it" if moving else "constant"
+
+
+def _of_part(p: Part, half: Half, sign: int) -> str:
+    """Of a summand as it is written; sign: -1 where that is maximised, and p.e is what is minimised in its place."""
+    if p.smooth is not None and p.descended:
+        found = bounds(p.e, half.variable)
+        known = found is not None and found.smooth
+        constant = f"L = {pretty(found.lipschitz)}" if found is not None and known else "no Lipschitz constant is known"
+        up, down = (found.convex, found.concave) if found is not None else (False, False)
+        if sign < 0:
+            up, down = down, up
+        good = "convex" if sign > 0 else "concave"
+        curved = "affine" if up and down else "convex" if up else "concave" if down else f"not known to be {good}"
+        return f"smooth, {curved}, {constant}  ({p.smooth.proof}: {p.smooth.reason})"
+    assert p.proximal is not None
+    if p.is_set:
+        return f"{'convex set' if p.proximal.convex else 'set that is not convex'}  ({p.proximal.rule})"
+    surely = p.proximal.scalar is not None and p.proximal.scalar.curvature.surely_not_convex
+    curved = "convex" if p.proximal.convex else "not convex" if surely else "not known to be convex"
+    return f"{'proximable' if sign > 0 else 'its negative is proximable'}, {curved}  ({p.proximal.rule})"
 
 
 def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str, str]] = []
     mine = [a for a in d.exact.assigns if a.block == half.name]
     if half.gradient is not None:
         rows.append(("gradient", f"∇f({half.variable.name}) = {pretty(half.gradient)}"))
-    for record in proxes(mine):
-        rows.append(("prox", f"{_tidy(record.text())}   derived; {record.proof}"))
+        if half.problem.sign < 0:
+            rows.append(("", "f is minus the smooth terms: what is minimised"))
+    for found in proxes(mine):
+        rows += _prox_rows(found)
     suffix = f"_{half.name}" if half.name else ""
     for a in d.exact.definitions:
         if not suffix or a.target.name.endswith(suffix):
@@ -256,28 +320,53 @@ def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
         rows.append(("step" if i == 0 else "", f"{a.target.name} ← {pretty(a.value)}"))
     prefix = f"{half.name}: " if half.name else ""
     rows += [("", note.removeprefix(prefix)) for note in d.exact.notes if note.startswith(prefix)]
-    yield from _table([(head.ljust(15), body) for head, body in rows])
+    for head, body in rows:
+        yield from _row(head, body)
 
 
-def _tidy(text: str) -> str:
-    return (
-        text.replace("**", "^").replace("*", " ").replace("Abs(v)", "|v|").replace("Max", "max").replace("Min", "min")
-    )
+def _prox_rows(found: proximal.Proximal) -> list[tuple[str, str]]:
+    assert found.scalar is not None
+    return [
+        ("prox", f"v ↦ {found.scalar.formula_text()}   ({found.rule})"),
+        ("", f"derived; {found.scalar.proof}"),
+    ]
 
 
 def _learned(d: Derivation, half: Half, learned: list[Learned]) -> Iterable[str]:
-    rows = [("learned" if i == 0 else "", *_parameter(p)) for i, p in enumerate(learned)]
-    yield from _table([(r[0].ljust(15), *r[1:]) for r in rows])
+    rows = [("learned" if i == 0 else "", *_parameter(p, d)) for i, p in enumerate(learned)]
+    if sum(max(map(len, column)) for column in zip(*rows, strict=True)) + 20 <= WIDTH:
+        yield from table([(r[0].ljust(15), *r[1:]) for r in rows])
+    else:  # what each is for, below it
+        fronts = table([(r[0].ljust(15), r[1], *r[3:]) for r in rows], width=200)
+        for front, row in zip(fronts, rows, strict=True):
+            yield front
+            yield from (" " * 20 + line for line in wrapped(row[2], WIDTH - 20))
     mine = [a for a in d.step.assigns if a.block == half.name]
     for i, a in enumerate(a for a in mine if isinstance(a.value, Expr)):
-        yield f"{'so' if i == 0 else '':15}   {a.target.name} ← {pretty(a.value)}"
-    for record in proxes(mine):
-        yield f"{'':15}   {_tidy(record.text())}"
+        yield from _row("so" if i == 0 else "", f"{a.target.name} ← {pretty(a.value)}")
+    for found in proxes(mine):
+        (head, body), _ = _prox_rows(found)
+        yield from _row(head, body)
 
 
-def _parameter(p: Learned) -> tuple[str, ...]:
+def _parameter(p: Learned, d: Derivation) -> tuple[str, ...]:
     kept = {"none": "", "positive": ", > 0", "symmetric": ", symmetric", "unit_columns": ", unit columns"}[p.constraint]
     shape = " × ".join(map(str, p.shape)) or "scalar"
     shape = f"{p.family} of {shape}" if p.family is not None else shape
     kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")
-    return p.name, "for", pretty(p.replaces), f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
+    what = f"for {pretty(p.replaces)}{_place(p, d)}"
+    return p.name, what, f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
+
+
+def _place(p: Learned, d: Derivation) -> str:
+    """Which occurrences a parameter takes the place of, where those are not all."""
+    for a in d.step.assigns:
+        for node in walk(a.value) if isinstance(a.value, Expr) else ():
+            if isinstance(node, Normalise) and p.symbol in (*node.weight.symbols, *node.bias.symbols):
+                return f", {'weight' if p.symbol in node.weight.symbols else 'bias'} of the norm"
+    if isinstance(p.replaces, Zero):
+        return ", added"
+    if p.where:
+        return {"output": ", on the way out", "gradient": ", in the gradient", "prox": ", in the prox"}[p.where]
+    others = [q for q in d.step.learned if q is not p and q.where and q.replaces == p.replaces]
+    return ", elsewhere" if others else ""

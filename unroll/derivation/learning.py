@@ -436,7 +436,18 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
         )
         s = scalar(w.name, positive=bool(value.is_positive) or record.positive)
         return (
-            Learned(w.name, s, value, shape, per_layer, _constraint(w), record.replaces, record.init, record.scale),
+            Learned(
+                w.name,
+                s,
+                value,
+                shape,
+                per_layer,
+                _constraint(w),
+                record.replaces,
+                record.init,
+                record.scale,
+                where=record.where or "",
+            ),
         )
     if record.shape is not None:
         raise SpecError(

@@ -24,6 +24,7 @@ from unroll.derivation.derive import Derivation, Half, derive
 from unroll.derivation.rewrites.record import Applied, Site
 from unroll.derivation.step import LAYER, Assign
 from unroll.errors import UnrollError, did_you_mean
+from unroll.language.columns import WIDTH, table_rows, wrapped
 from unroll.language.constructors import add, prox, swap
 from unroll.language.nodes import Expr, Member, Normalise, Prox, Spectrum, Sym, free_indices, scalar, walk
 from unroll.language.parse import Scope, parse_matrix
@@ -56,6 +57,10 @@ class Row:
     verdict: str
 
 
+SHORT = 26
+"""What is measured stands in its column up to this length, else below."""
+
+
 @dataclass(frozen=True)
 class Check:
     """All laws of a spec. ok: none is broken; what a spec assumes may fail all the same, and says so."""
@@ -71,13 +76,18 @@ class Check:
         return {"spec": self.title, "ok": self.ok, "rows": [asdict(r) for r in self.rows]}
 
     def __str__(self) -> str:
-        rows = [Row("law", "measured", "bound / reference", "verdict"), *self.rows]
-        widths = [max(len(getattr(r, k)) for r in rows) for k in ("law", "measured", "reference")]
-        lines = [
-            "   ".join([r.law.ljust(widths[0]), r.measured.ljust(widths[1]), r.reference.ljust(widths[2]), r.verdict])
-            for r in rows
-        ]
-        return "\n".join([self.title, "", *lines])
+        rows = [("law", "measured", "reference", "verdict")]
+        below: dict[int, str] = {}
+        for r in self.rows:
+            if len(r.measured) > SHORT:
+                below[len(rows)] = r.measured
+            rows.append((r.law, "" if len(r.measured) > SHORT else r.measured, r.reference, r.verdict))
+        lines = [self.title, ""]
+        for i, cells in enumerate(table_rows(rows)):
+            lines += (
+                [*cells, *(f"    {line}" for line in wrapped(below[i], WIDTH - 4, hang=0))] if i in below else cells
+            )
+        return "\n".join(lines)
 
 
 def check(
