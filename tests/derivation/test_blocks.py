@@ -222,3 +222,19 @@ def test_a_block_that_changes_nothing_is_a_step_of_the_trace(first: bool) -> Non
         steps[:-1:2] if first else steps[1:-1:2], steps[1::2] if first else steps[2::2], strict=True
     ):
         assert torch.equal(before, after)
+
+
+def test_a_layer_may_be_declared_whole() -> None:
+    """LISTA with its step and threshold learned, written out: at its start it is ISTA."""
+    spec = {
+        **LASSO,
+        "scalars": {"lam": 0.1, "g": 0.1, "th": 0.01},
+        "functions": {"S(u, t)": "sign(u) * pos(abs(u) - t)"},
+    }
+    learn = {"gamma": {"replaces": "g"}, "theta": {"replaces": "th"}}
+    block = {"block": "step", "output": "S(z0 + g * A.T @ (x - A @ z0), th)", "learn": learn}
+    net = network(spec, {"blocks": [block], "layers": 4})
+    ista = network(LASSO, {"algorithm": "proximal_gradient", "step": 0.1, "layers": 4}, parameters=net.given)
+    x = inputs(net)
+    same(iterates(net, *x), iterates(ista, *x))
+    assert sorted(p.name for p in net.learned) == ["gamma", "theta"]

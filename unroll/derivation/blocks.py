@@ -248,7 +248,7 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         subproblems += part.subproblems
     first = [State(s, zeros(*z.shape)) for z, s in states.items()]
     return Step(
-        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)), tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
+        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)) or "declared blocks", tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
         notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems),
     )  # fmt: skip
 
@@ -275,7 +275,8 @@ def _whole(halves: list[Half], problem: Problem, spec: Spec) -> None:
         if h.block
         for t in (*h.block.terms, *(h.block.surrogate.replaces if h.block.surrogate else ()))
     }
-    if all(h.block and h.block.terms for h in halves if h.algorithm):
+    derived = [h for h in halves if h.algorithm]  # of blocks that are all declared, the objective only measures
+    if derived and all(h.block and h.block.terms for h in derived):
         for name in problem.terms:
             if name not in named:
                 hint = f"add terms: [{name}] to one of them"
