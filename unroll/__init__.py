@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unroll.api import compile, derive, loss, prox, save
     from unroll.errors import DeriveError, SpecError, UnrollError
-    from unroll.files import restore
+    from unroll.from_files import restore
     from unroll.laws.laws import check
     from unroll.model.module import Model
     from unroll.model.weights import release_weights, restore_weights
@@ -35,7 +35,7 @@ _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network.network", "load": "spec",
     "Loss": "network.loss", "Model": "model.module", "release_weights": "model.weights", "restore_weights": "model.weights",
     "check": "laws.laws", "solve": "solver.solve", "white_box": "model.whitebox", "report": "pages.page",
-    "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "files", "save": "api",
+    "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "from_files", "save": "api",
 }  # fmt: skip
 
 

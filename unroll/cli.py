@@ -184,7 +184,7 @@ def solve(
     max_iterations: int,
 ) -> None:
     """Solve the problem itself: the same iteration, run until a gap or residual certifies the answer."""
-    from unroll.files import solve_files
+    from unroll.from_files import solve_files
 
     solution = solve_files(
         spec, inputs, parameters, overrides=overrides, tol=tol, max_iterations=max_iterations, output=output

@@ -164,3 +164,21 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+# --- the house --------------------------------------------------------------------------------------------------------
+
+FOLDERS = sorted(path.parent for path in (ROOT / "unroll").rglob("__init__.py") if path.parent != ROOT / "unroll")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_a_folder_says_what_comes_in_what_goes_out_and_what_to_open(folder: Path) -> None:
+    """Files that its docstring names are there, and so is what it says goes out."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    places = {line.split()[0]: line for line in text.splitlines() if line[:4] in ("in  ", "out ", "open")}
+    assert places.keys() == {"in", "out", "open"}
+    for file in re.findall(r"\b\w+\.py\b", text):
+        assert (folder / file).is_file(), file
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
+        tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
+        assert name in {d.name for d in tree.body if isinstance(d, ast.FunctionDef | ast.ClassDef)}, (module, name)

@@ -1,4 +1,6 @@
-"""What stands around the layers: parts (what each line of `model:` holds and does) -> source (one class) -> module.
+"""Models: what stands around the layers.
 
-image, words or vectors -> tokens (+ mask, class token, positions) -> layers -> head, or decoder -> pixels
+in    the sections `model:` and `weights:` of a spec, and the networks of its layers
+out   `module.model`: a `Model`.  `weights.restore_weights`: released weights in it.  `whitebox.white_box`: what it does to its objective
+open  source.py first: parts (parts.py: what each line of `model:` holds and does) -> the text of one class; module.py loads it
 """

@@ -1,6 +1,10 @@
 """Specs: text -> `Spec`, a frozen record of what was written that knows where each part of it stands.
 
 load(path | library name | YAML text | dict, overrides) -> parse -> use: -> overrides -> preset -> schema -> Spec
+
+in    a path, a name of the library, YAML text or a dict, and overrides
+out   `load`: a `Spec`
+open  schema.py first (what a spec may say); then loader.py (strict YAML), messages.py and consistency.py (what is refused)
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Train a network as the `data:` and `train:` sections of its spec say. Nothing heavy is imported before it is used."""
+"""Training: a network as the `data:` and `train:` sections of its spec say. Nothing heavy is imported before it is used.
+
+in    a spec; the folder of a run
+out   `run.train`, `run.resume`, `run.evaluate`: a `Run`, in a folder that resumes bit for bit
+open  run.py first (from spec to folder); then data.py, tasks.py (what is measured), engine.py (the loop; alone imports lightning)
+"""
 
 from __future__ import annotations
 
