@@ -35,6 +35,7 @@ from random_expressions import (
 )
 from torch import Tensor
 
+import unroll
 from unroll.calculus.prox_scalar import derive_prox
 from unroll.calculus.prox_source import emit
 from unroll.derivation.step import LAYER, Assign, Learned, State, Step
@@ -321,3 +322,18 @@ def test_a_gram_matrix_is_kept_only_where_it_is_cheaper() -> None:
 def test_parameters_that_nothing_reads_are_not_in_the_module() -> None:
     names = set(network(lista(), {"A": torch.randn(6, 9)}).state_dict())
     assert names == {"W1", "W2", "theta"}
+
+
+@pytest.mark.parametrize("term", ["norm1(z)", "norm2(z)", "sum(huber(z, 1/2))", "sum(z**4)"])
+def test_a_step_that_is_a_plain_number_goes_into_a_prox_that_autograd_can_save(term: str) -> None:
+    """L = 2 here, without a parameter: a number, which no rule of autograd can keep."""
+    net = unroll.compile(
+        {
+            "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"y": ["n"]}, "scalars": {"lam": 0.3},
+            "minimize": {"fit": "sumsq(y - z)", "rest": f"lam*{term}"},
+            "unroll": {"algorithm": "proximal_gradient", "layers": 2, "start": {"z": "y"}},
+        },
+        dtype=torch.float64,
+    )  # fmt: skip
+    y = torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(net, y, atol=1e-5)

@@ -300,7 +300,12 @@ def _scale_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 
 def _prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    return Text(f"{c.function(out.attrs[0])}({', '.join(a.aligned(out.tags).code for a in args)})")
+    return Text(f"{c.function(out.attrs[0])}({', '.join(_tensor(a.aligned(out.tags), a, c) for a in args)})")
+
+
+def _tensor(text: Text, x: Operand, c: Context) -> str:
+    """What autograd can save: a plain number as a tensor of the kind that is computed with."""
+    return text.code if x.text.tensor else f"{c.like}.new_tensor({text.code})"
 
 
 def _axis(x: View, tag: str) -> int:
@@ -635,7 +640,7 @@ def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     x, *scalars = args
     record, names = out.attrs[0], {s: _beside_values(a) for s, a in zip(out.attrs[0].scalars, scalars, strict=True)}
-    arguments = ", ".join(["s", *(_beside_values(a).code for a in scalars)])
+    arguments = ", ".join(["s", *(_tensor(_beside_values(a), a, c) for a in scalars)])
     slope = record.slope.xreplace({record.u: sp.Abs(record.u)}) if record.even else record.slope
     slope = formula(slope, {**names, record.u: Text("t")}).code
     return Text(f"spectral_map({x.text.code}, lambda s: {c.function(record)}({arguments}), lambda s, t: {slope})")
