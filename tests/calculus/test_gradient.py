@@ -41,7 +41,7 @@ from unroll.network.evaluate import evaluate
 
 SIZES = {"m": 4, "n": 3, "T": 2, "K": 2}
 SCALARS: dict[sp.Symbol, Any] = {LAM: 0.3} | {d: SIZES[d.name] for d in DIMS}
-BLOCKS, EACH = 20, 110
+BLOCKS, EACH = 12, 60
 TOLERANCE = 1e-9
 
 
@@ -75,7 +75,7 @@ def test_every_random_gradient_is_that_of_autograd(block: int, record_property: 
             continue
         assert found < TOLERANCE, f"seed {seed}, {wrt.name}: error {found:.1e} in {e}"
         worst, count = max(worst, found), count + 1
-    assert count >= 100
+    assert count >= 0.9 * EACH
     record_property(LAW, (count, worst))
 
 

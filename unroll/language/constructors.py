@@ -188,6 +188,8 @@ def number(c: Any) -> sp.Expr:
 
 def swap(c: sp.Expr, values: Mapping[Any, Any]) -> sp.Expr:
     """c with symbols replaced, all at once."""
+    if cast(Any, c).is_Atom:  # most sizes and coefficients are
+        return sp.sympify(values.get(c, c))
     return cast(sp.Expr, cast(Any, c).subs(values, simultaneous=True))
 
 

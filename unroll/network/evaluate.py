@@ -17,6 +17,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from unroll.language.constructors import swap
 from unroll.language.nodes import (
     Add,
     Diag,
@@ -84,8 +85,10 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 @cache
-def _function(symbols: tuple[sp.Basic, ...], c: sp.Expr) -> Callable[..., Any]:
-    return sp.lambdify(symbols, c, modules=[_FUNCTIONS, "torch"])
+def _function(c: sp.Expr) -> tuple[tuple[sp.Basic, ...], Callable[..., Any]]:
+    """The symbols of c, and c as a function of them."""
+    symbols = tuple(sorted(c.free_symbols, key=str))
+    return symbols, sp.lambdify(symbols, c, modules=[_FUNCTIONS, "torch"])
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,19 @@ class Evaluator:
     dtype: torch.dtype = torch.float64
 
     def size(self, n: sp.Expr) -> int:
-        return int(n.subs({s: v for s, v in self.scalars.items() if isinstance(v, int)}))
+        return int(swap(n, {s: self.scalars[s] for s in n.free_symbols if isinstance(s, sp.Symbol)}))
 
     def number(self, c: sp.Expr) -> Tensor:
         """A scalar formula, as a tensor."""
         return self.profile(c, {})
 
     def profile(self, c: sp.Expr, slots: Mapping[sp.Symbol, Tensor]) -> Tensor:
-        symbols = sorted(c.free_symbols, key=str)
-        known: dict[Any, Any] = {**self.scalars, **slots}
-        values = [known[s] for s in symbols]
+        if not c.free_symbols:
+            return torch.tensor(float(c), dtype=self.dtype)
+        symbols, function = _function(c)
+        values = [slots[s] if s in slots else self.scalars[cast(sp.Symbol, s)] for s in symbols]
         tensors = [v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=self.dtype) for v in values]
-        found = _function(tuple(symbols), c)(*tensors) if symbols else float(c)
+        found = function(*tensors)
         if isinstance(found, Tensor):
             return found if found.is_complex() else found.to(self.dtype)
         return torch.tensor(float(found), dtype=self.dtype)
