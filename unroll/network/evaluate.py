@@ -85,9 +85,9 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 @cache
-def _function(c: sp.Expr) -> tuple[tuple[sp.Basic, ...], Callable[..., Any]]:
+def _function(c: sp.Expr) -> tuple[tuple[sp.Symbol, ...], Callable[..., Any]]:
     """The symbols of c, and c as a function of them."""
-    symbols = tuple(sorted(c.free_symbols, key=str))
+    symbols = cast(tuple[sp.Symbol, ...], tuple(sorted(c.free_symbols, key=str)))
     return symbols, sp.lambdify(symbols, c, modules=[_FUNCTIONS, "torch"])
 
 
@@ -111,7 +111,7 @@ class Evaluator:
         if not c.free_symbols:
             return torch.tensor(float(c), dtype=self.dtype)
         symbols, function = _function(c)
-        values = [slots[s] if s in slots else self.scalars[cast(sp.Symbol, s)] for s in symbols]
+        values = [slots[s] if s in slots else self.scalars[s] for s in symbols]
         tensors = [v if isinstance(v, Tensor) else torch.tensor(float(v), dtype=self.dtype) for v in values]
         found = function(*tensors)
         if isinstance(found, Tensor):
