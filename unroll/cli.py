@@ -225,7 +225,7 @@ def train(
     else:
         chosen = (*overrides, f"train.seed={seed}") if seed is not None else overrides
         run = start(str(spec), overrides=chosen, out=out, device=device, devices=devices, quiet=quiet)
-    if run.table:  # the first of several processes measures
+    if run.table or run.closing.notes:  # the first of several processes measures
         click.echo(str(run))
 
 

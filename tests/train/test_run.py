@@ -6,12 +6,13 @@ import shutil
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import unroll
-from unroll.errors import SpecError
+from unroll.errors import SpecError, UnrollError
 from unroll.network.network import Network
 from unroll.pages.page import report
 from unroll.spec import load
@@ -198,3 +199,122 @@ def test_the_network_of_a_run_comes_back_from_its_folder(tmp_path):
     net = unroll.restore(tmp_path / "run")
     x = torch.randn(3, 6)
     assert torch.equal(net(x), run.net(x))
+
+
+# --- own data, variables that have no targets, tables that fail -------------------------------------------------------
+
+
+def own(folder, **more):
+    """A problem whose input comes from a file, and a parameter from none."""
+    np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(64, 8)))
+    data = {"source": "file", "files": {"x": str(folder / "x.npy"), **more.pop("files", {})}, "validation": 8}
+    return {
+        "use": "lasso", "dims": {"m": 8, "n": 16}, "data": data, "train": {"loss": "objective", "steps": 2, "batch": 8},
+        "unroll": {"algorithm": "proximal_gradient", "layers": 2, "parametrisation": "lista"}, **more,
+    }  # fmt: skip
+
+
+def test_a_parameter_without_a_file_is_refused_unless_the_spec_asks_for_a_draw(tmp_path):
+    with pytest.raises(SpecError, match="no file for the parameter A") as refused:
+        train(own(tmp_path), out=tmp_path / "run", quiet=True)
+    assert refused.value.code == "E507" and refused.value.where is not None and "init: gaussian" in refused.value.hint
+    assert not (tmp_path / "run").exists()
+    A = np.random.default_rng(1).normal(size=(8, 16))
+    np.save(tmp_path / "A.npy", A)
+    filed = train(own(tmp_path, files={"A": str(tmp_path / "A.npy")}), out=tmp_path / "filed", quiet=True)
+    given = train(own(tmp_path), parameters={"A": torch.from_numpy(A)}, out=tmp_path / "given", quiet=True)
+    drawn = {"parameters": {"A": {"shape": ["m", "n"], "init": "gaussian"}}}
+    asked = train(own(tmp_path, **drawn), out=tmp_path / "asked", quiet=True)
+    assert torch.equal(filed.net.given["A"], given.net.given["A"])
+    assert not torch.equal(filed.net.given["A"], asked.net.given["A"])
+
+
+def test_a_run_that_was_refused_leaves_no_folder_and_takes_none_away(tmp_path):
+    wrong = own(tmp_path, files={"A": str(tmp_path / "A.npy")})
+    np.save(tmp_path / "A.npy", np.zeros((3, 3)))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for out in (tmp_path / "new", tmp_path / "mine"):
+        with pytest.raises(SpecError, match="E504"):
+            train(wrong, out=out, quiet=True)
+    assert not (tmp_path / "new").exists() and (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_samples_longer_than_the_model_reads_are_shown_in_the_spec(tmp_path):
+    with pytest.raises(SpecError, match="longer than the model reads") as refused:
+        train("crate_text", overrides=["data.length=65", "model.embed.length=64"], out=tmp_path / "run", quiet=True)
+    assert refused.value.where is not None and "65" in refused.value.where.excerpt
+    assert not (tmp_path / "run").exists()
+
+
+CARRIED = {
+    "name": "carried", "dims": {"m": 6, "n": 8}, "variables": {"v": ["m"], "z": ["n"], "q": [1]}, "inputs": {"x": ["m"]},
+    "parameters": {"A": ["m", "n"]}, "minimize": {"idle": "0.5*sumsq(q)"},
+    "unroll": {"layers": 2, "blocks": [
+        {"block": "residual", "over": "v", "output": "x - A @ z"},
+        {"block": "shrink", "over": "z", "output": "z0 + A.T @ v", "learn": {"W": {"replaces": "A.T"}}},
+        {"block": "idle", "over": "q", "algorithm": "gradient_descent"},
+    ]},
+    "data": {"source": "synthetic", "train": 64, "validation": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["mse", "nmse"])
+@pytest.mark.parametrize("layer_weights", ["last", "uniform"])
+def test_variables_without_targets_stay_out_of_loss_and_table(tmp_path, loss, layer_weights):
+    settings = {"loss": loss, "steps": 3, "batch": 16, "layer_weights": layer_weights, "precision": "float64"}
+    run = train({**CARRIED, "train": settings}, out=tmp_path / "run", quiet=True)
+    data = make_data(load(CARRIED).data, shapes_of(load(CARRIED), {}))
+    z = run.net(data.validation.inputs["x"])[1].detach()
+    wanted = ((z - data.validation.targets["z"]) ** 2).sum() / (data.validation.targets["z"] ** 2).sum()
+    assert run.table[-1].nmse == pytest.approx(float(wanted), rel=1e-12)
+    assert any("no converged optimum" in note for note in run.closing.notes)
+
+
+def test_a_baseline_without_a_constant_takes_the_step_of_the_spec(tmp_path):
+    spec = {
+        "use": "lasso", "minimize": {"f": "dot(stop_gradient(A.T @ (A @ z - x)), z)", "g": "lam * norm1(z)"}, "dims": {"m": 6, "n": 8},
+        "unroll": {"algorithm": "proximal_gradient", "layers": 2, "step": 0.1, "learn": {"s": {"replaces": "step", "where": "gradient"}}},
+        "data": {"source": "synthetic", "train": 64, "validation": 16}, "train": {"loss": "nmse", "steps": 2, "batch": 16},
+    }  # fmt: skip
+    run = train(spec, out=tmp_path / "run", quiet=True)
+    assert [row.name for row in run.table][1] == "fista, 2 iterations"
+    again = train(
+        {**spec, "train": {**spec["train"], "baselines": ["gradient_descent"]}}, out=tmp_path / "two", quiet=True
+    )
+    assert any(note.startswith("no baseline gradient_descent") for note in again.closing.notes)
+
+
+def test_a_table_that_fails_loses_no_training(run, tmp_path, monkeypatch):
+    def fails(*args):
+        raise UnrollError("E409", "a matrix is not positive definite")
+
+    monkeypatch.setattr("unroll.train.codes.measure", fails)
+    done = train(SPEC, out=tmp_path / "run", quiet=True)
+    assert "no closing table: a matrix is not positive definite" in str(done) and "unroll eval" in str(done)
+    monkeypatch.undo()
+    assert [row.nmse for row in evaluate(tmp_path / "run", quiet=True).table] == [row.nmse for row in run.table]
+
+
+def rewritten(path, change):
+    value = change(load_file(path))
+    save_file(value, path)
+
+
+EDITED = {
+    "given.A": lambda d: rewritten(d / "given.safetensors", lambda t: {"A": t["A"] + 1e-9}),
+    "given.A ": lambda d: rewritten(d / "given.safetensors", lambda t: {"A": t["A"].float()}),
+    "scalars.lam": lambda d: (d / "run.json").write_text((d / "run.json").read_text().replace('"scalars": {}', '"scalars": {"lam": 0.3}')),
+    "W1": lambda d: rewritten(d / "weights.safetensors", lambda t: {**t, "W1": t["W1"] * 1.001}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_run_folder_that_was_edited_is_refused_by_name(run, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    assert torch.equal(trained(folder).W1, run.net.W1)
+    EDITED[name](folder)
+    for call in (trained, lambda d: evaluate(d, quiet=True)):
+        with pytest.raises(SpecError, match=rf"E510.*{name.strip()} is"):
+            call(folder)

@@ -32,7 +32,10 @@ def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
     parts = [losses.run(net, batch.inputs) for batch in held.batches(settings.batch)]
     z = {name: torch.cat([part[name] for part in parts]) for name in net.variables}
     value = float(loss.value(net, held, z, settings))
-    return {"held_out": value, "nmse": float(nmse(flat(z), flat(held.targets))) if held.targets else math.nan}
+    return {
+        "held_out": value,
+        "nmse": float(nmse(flat(losses.known(z, held.targets)), flat(held.targets))) if held.targets else math.nan,
+    }
 
 
 def with_targets(job: Job, data: Data) -> Data:
@@ -97,36 +100,56 @@ def _values(packed: Tensors) -> Tensors:
 def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
     """Untrained, plain algorithms of the same depth, trained, and the converged optimum."""
     spec, held = job.spec, data.validation
-    solved = optimum(job, held, data.parameters, "validation")
     truth = held.targets if job.settings.target != "optimum" else {}
     kind = "truth" if truth else "optimum"
-    reference = Reference(kind, truth or _values(solved), solved["objective"])
+    solved, unsolved = (
+        _optimum(job, held, data.parameters) if truth else (optimum(job, held, data.parameters, "validation"), ())
+    )
+    reference = Reference(kind, truth or _values(solved), solved.get("objective"))
     layers = cast(Net, net).layers
     baselines, notes = _baselines(job, data, layers)
+    notes = (*notes, *unsolved)
     depth = f"{layers} iterations"
-    nets = {f"untrained (= {spec.unroll.algorithm if spec.unroll else ''}, {depth})": initial}
+    nets = {f"untrained (= {(spec.unroll and spec.unroll.algorithm) or 'the steps as written'}, {depth})": initial}
     nets |= {f"{name}, {depth}": baseline for name, baseline in baselines.items()}
     nets[f"{spec.title}, trained"] = net
     rows = [measure(name, cast(Net, item), held, reference) for name, item in nets.items()]
-    error, kind_of_error = float(solved["error"].max()), "gap" if solved["certified"] else "residual"
-    if error > TOLERANCE:
-        notes = (*notes, f"the optimum is not converged: {kind_of_error} {error:.1e} after {ITERATIONS:,} iterations")
-    last = f"converged optimum ({kind_of_error} {error:.0e})"
-    rows.append(score(last, solved["objective"], _values(solved), reference, math.nan))
+    if solved:
+        error, kind_of_error = float(solved["error"].max()), "gap" if solved["certified"] else "residual"
+        if error > TOLERANCE:
+            notes = (
+                *notes,
+                f"the optimum is not converged: {kind_of_error} {error:.1e} after {ITERATIONS:,} iterations",
+            )
+        last = f"converged optimum ({kind_of_error} {error:.0e})"
+        rows.append(score(last, solved["objective"], _values(solved), reference, math.nan))
     errors = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
     footer = f"NMSE and support F1 are against {AGAINST[kind]}"
     return Closing(rows, CODES, len(held), kind, footer, notes, errors)
+
+
+def _optimum(job: Job, held: Split, parameters: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """The converged optimum, or why there is none: the truth does without."""
+    try:
+        return optimum(job, held, parameters, "validation"), ()
+    except UnrollError as error:
+        if error.code == "E510":  # a damaged file is no reason to go without it
+            raise
+        return {}, (f"no converged optimum: {error.message}",)
 
 
 def _baselines(job: Job, data: Data, layers: int) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
     """Networks of the algorithms to compare with, and why some are not there."""
     found: dict[str, nn.Module] = {}
     notes: list[str] = []
+    step = job.spec.unroll.step if job.spec.unroll else None
     for name in job.settings.baselines:
-        try:
-            found[name] = build(job, data, plain_spec(job.spec, name, layers))
-        except UnrollError as error:
-            if error.code != "E303":
-                raise
-            notes.append(f"no baseline {name}: {error.message}")
+        steps = [{}] if step in (None, "1/L") else [{}, {"step": step}]
+        for more in steps:  # 1/L where L is known, else the step of the spec
+            try:
+                found[name] = build(job, data, plain_spec(job.spec, name, layers, **more))
+                break
+            except UnrollError as error:
+                if more is steps[-1]:
+                    notes.append(f"no baseline {name}: {error.message}")
     return found, tuple(notes)

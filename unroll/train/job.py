@@ -57,11 +57,12 @@ def build(job: Job, data: Data, spec: Spec) -> nn.Module:
     )
 
 
-def plain_spec(spec: Spec, algorithm: str, layers: int) -> Spec:
+def plain_spec(spec: Spec, algorithm: str, layers: int, step: float | str | None = None) -> Spec:
     """The same objective with an algorithm of which nothing is learned."""
     document: dict[str, Any] = spec.to_dict()
     start = document.get("unroll", {}).get("start")
     document["unroll"] = {"algorithm": algorithm, "layers": layers} | ({"start": start} if start else {})
+    document["unroll"] |= {} if step is None else {"step": step}
     return load({k: v for k, v in document.items() if k not in ("data", "train", "model", "weights")})
 
 

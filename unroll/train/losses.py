@@ -109,16 +109,21 @@ def _objective(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
     return objective(net, batch.inputs, z).mean()
 
 
+def known(z: Tensors, targets: Tensors) -> Tensors:
+    """Of an answer the variables that have targets: others are the network's own, such as a residual that it carries along."""
+    return {name: z[name] for name in targets}
+
+
 def _mse(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
     """mean over samples and entries of (z − target)²."""
     del net, settings
-    return (flat(z) - flat(batch.targets)).square().mean()
+    return (flat(known(z, batch.targets)) - flat(batch.targets)).square().mean()
 
 
 def _nmse(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
     """Σ‖z − target‖² / Σ‖target‖² over the batch: its gradient does not depend on the scale of the data."""
     del net, settings
-    return nmse(flat(z), flat(batch.targets))
+    return nmse(flat(known(z, batch.targets)), flat(batch.targets))
 
 
 def _cross_entropy(net: Net, batch: Split, logits: Tensor, settings: Train) -> Tensor:

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,12 +34,13 @@ from torch import Tensor, nn
 
 from unroll.api import build as emit
 from unroll.api import derive
-from unroll.errors import SpecError
+from unroll.errors import SpecError, UnrollError
 from unroll.model.module import Model
 from unroll.model.whitebox import Batch, Measured, white_box
 from unroll.network.network import network
+from unroll.network.saved import Value, differences, seal, values_of
 from unroll.spec import Spec, load
-from unroll.spec.schema import Dictionary
+from unroll.spec.schema import Characters, Dictionary, Files, TokenEmbed
 from unroll.train import losses, plots
 from unroll.train.data import make_data
 from unroll.train.dictionary import Code, alternate
@@ -105,12 +107,38 @@ def train(
     console = None if quiet else Console(stderr=True)
     spec = source if isinstance(source, Spec) else load(source, overrides)
     _installed(spec)
+    _refuse_at_sight(spec, parameters or {})
+    new = out is None or not Path(out).exists()
     folder = new_folder(out if out is None else Path(out), spec.title)
     job = Job(folder, spec, dict(dims or {}), dict(scalars or {}), dict(parameters or {}), console)
     if first_rank():
         _write_start(job, command)
-    with _shared(folder):
-        return _train(job, device, devices)
+    try:
+        with _shared(folder):
+            return _train(job, device, devices)
+    except UnrollError:
+        if new and first_rank() and not (folder / "checkpoints").exists():  # nothing was trained
+            shutil.rmtree(folder)
+        raise
+
+
+def _refuse_at_sight(spec: Spec, given: Mapping[str, Any]) -> None:
+    """What the sections of a spec say against each other once they are trained on. Raises SpecError E507, E511."""
+    embed = spec.model.embed if spec.model is not None else None
+    if isinstance(spec.data, Characters) and isinstance(embed, TokenEmbed) and spec.data.length > embed.length:
+        message = f"samples of {spec.data.length:,} characters are longer than the model reads, {embed.length:,} tokens"
+        where, hint = (
+            spec.origin("data", "length").where(),
+            f"data.length={embed.length}, or a longer model.embed.length",
+        )
+        raise SpecError("E511", message, where, hint)
+    if isinstance(spec.data, Files):
+        learned = spec.data.dictionary.learn if spec.data.dictionary is not None else None
+        known = {*spec.data.files, *given, learned}
+        for name in (n for n, p in spec.parameters.items() if p.init is None and n not in known):
+            where = spec.key_where("data", "files")
+            hint = f"{name}: FILE, or let the spec ask for a draw: parameters: {{{name}: {{.., init: gaussian}}}}"
+            raise SpecError("E507", f"data: files: no file for the parameter {name}", where, hint)
 
 
 def _installed(spec: Spec) -> None:
@@ -138,15 +166,13 @@ def resume(folder: str | Path, *, device: str = "auto", devices: int = 1, quiet:
 def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
     """The closing table of a finished run, measured again. Raises SpecError E510 if the folder holds none."""
     package("lightning", "a run of unroll train")
-    from unroll.train.engine import read_weights
-
     job = _read_finished(Path(folder), None if quiet else Console(stderr=True), "weights.safetensors", "table.json")
     with reading(job.folder / "table.json"):
         ended = read_json(job.folder / "table.json")
         outcome = Outcome(ended["status"], ended["steps"], ended["seconds"], math.nan)
     data, net = ready(job)
     initial = copy.deepcopy(net)
-    read_weights(net, job.folder / "weights.safetensors")
+    _read_trained(job, net)
     return _close(job, data, initial, net, outcome)
 
 
@@ -185,12 +211,19 @@ def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
 
 def _restored(folder: str | Path) -> tuple[Job, Data, nn.Module]:
     package("lightning", "a run of unroll train")
-    from unroll.train.engine import read_weights
-
     job = _read_finished(Path(folder), None, "weights.safetensors")
     data, net = ready(job)
-    read_weights(net, job.folder / "weights.safetensors")
+    _read_trained(job, net)
     return job, data, net.eval()
+
+
+def _read_trained(job: Job, net: nn.Module) -> None:
+    """Raises SpecError E510 for weights that are damaged, or not those that the run ended with."""
+    from unroll.train.engine import read_weights
+
+    path = job.folder / "weights.safetensors"
+    read_weights(net, path)
+    _refuse_others(job.folder, "weights", read_tensors(path))
 
 
 def _train(job: Job, device: str, devices: int) -> Run:
@@ -231,22 +264,35 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     data, exact = prepare(job)
     _keep_meaning(job, data)
     net = build(job, data, job.spec)
-    parameters = _keep_given(job, cast(Net, net), exact)
+    parameters = _keep_given(job, net, exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
     return replace(data, parameters=parameters), net
 
 
-def _keep_given(job: Job, net: Net, exact: Tensors) -> Tensors:
-    """The values of all parameters of the problem, drawn ones too."""
-    parameters = {name: value.clone() for name, value in net.given.items()}
+def _keep_given(job: Job, net: Any, exact: Tensors) -> Tensors:
+    """The values of all parameters of the problem, drawn ones too. Raises SpecError E510 if they are not what they were."""
+    parameters: Tensors = {name: value.clone() for name, value in net.given.items()}
+    kept = {**parameters, **exact}  # rounded values would give a resumed run other samples
+    numbers = {name: v for name, v in values_of(net).items() if not isinstance(v, Tensor)}
+    _refuse_others(job.folder, "manifest", {**numbers, **{f"given.{name}": v for name, v in kept.items()}})
     if parameters and first_rank():
-        kept = {**parameters, **exact}  # rounded values would give a resumed run other samples
         save_file({k: v.contiguous() for k, v in kept.items()}, job.folder / "given.safetensors")
         for name, value in parameters.items():
             if value.ndim == 2:
                 plots.atoms(value, job.folder / f"{name}.png")
     return parameters
+
+
+def _refuse_others(folder: Path, entry: str, values: Mapping[str, Value]) -> None:
+    """Compare values with their digests in run.json, or leave these there. Raises SpecError E510."""
+    path, now = folder / "run.json", {name: seal(value) for name, value in values.items()}
+    with reading(path):
+        was = {name: (kind, digest) for name, (kind, digest) in read_json(path).get(entry, {}).items()}
+    if was and (odd := "; ".join(differences(was, now))):
+        raise SpecError("E510", f"the run in '{folder}' is not as it was written: {odd}", hint=AGAIN)
+    if not was and first_rank():
+        _amend(path, {entry: now})
 
 
 def _keep_meaning(job: Job, data: Data) -> None:
@@ -324,9 +370,20 @@ def _close(job: Job, data: Data, initial: nn.Module, net: nn.Module, outcome: Ou
     from unroll.train.engine import read_rows, write_weights
 
     task = find_task(job.settings, data)
-    closing = task.close(job, data, initial, net)
     write_weights(net, job.folder / "weights.safetensors")
     ended = {"status": outcome.status, "steps": outcome.steps, "seconds": outcome.seconds}
+    _write_json(
+        job.folder / "table.json", ended
+    )  # should the table fail, the training is whole, and can be measured again
+    _amend(job.folder / "run.json", {"weights": {}})
+    _refuse_others(job.folder, "weights", read_tensors(job.folder / "weights.safetensors"))
+    try:
+        closing = task.close(job, data, initial, net)
+    except UnrollError as error:
+        if error.code == "E510":
+            raise
+        again = f"the weights are saved; unroll eval {job.folder} tries again"
+        closing = Closing((), (), len(data.validation), notes=(f"no closing table: {error.message}", again))
     layers = {name: [v if math.isfinite(v) else None for v in row] for name, row in closing.layers.items()}
     table = {"reference": closing.reference, "samples": closing.samples, "notes": closing.notes}
     rows = [row.to_dict() for row in closing.rows]

@@ -108,7 +108,7 @@ def measure(name: str, net: Net, held: Split, reference: Reference) -> Row:
 
 def score(name: str, value: Tensor, z: Tensors, reference: Reference, micros: float) -> Row:
     """The row of given codes. value: their objective, (B,)."""
-    found, ref = flat(z).double().cpu(), flat(reference.values).double().cpu()
+    found, ref = (flat(v).double().cpu() for v in (losses.known(z, reference.values), reference.values))
     best = reference.best
     return Row(
         name,
@@ -157,7 +157,8 @@ def errors_by_layer(net: Net, held: Split, reference: Reference) -> list[float]:
     """NMSE (sum ratio) of iterates 0 .. layers."""
     held = held.to(next(iter(losses.module(net).state_dict().values())))
     ref = flat(reference.values)
-    return [float(nmse(flat(state).to(ref), ref)) for state in losses.iterates(net, held.inputs)]
+    states = (losses.known(state, reference.values) for state in losses.iterates(net, held.inputs))
+    return [float(nmse(flat(state).to(ref), ref)) for state in states]
 
 
 def render(rows: Sequence[Line], columns: Sequence[Column], title: str) -> str:
