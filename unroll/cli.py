@@ -196,7 +196,11 @@ def solve(
 @cli.command()
 @click.argument("spec", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--resume", type=click.Path(exists=True, path_type=Path), help="Go on with a run folder.")
+@click.option(
+    "--resume",
+    type=click.Path(exists=True, path_type=Path),
+    help="Go on with a run folder; train.steps=N and the like move its end.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/NAME/TIME if left out.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0 or mps.")
 @click.option("--devices", default=1, show_default=True, help="How many of them.")
@@ -216,12 +220,14 @@ def train(
     from unroll.train import resume as go_on
     from unroll.train import train as start
 
+    if resume is not None and spec is not None and "=" in spec:  # no spec stands before what is to change
+        spec, overrides = None, (spec, *overrides)
     if (spec is None) == (resume is None):
         raise click.UsageError("give a SPEC to train, or --resume FOLDER to go on with a run")
     if resume is not None and (out is not None or seed is not None):
         raise click.UsageError("--out and --seed are those of the run that goes on: leave them out")
     if resume is not None:
-        run = go_on(resume, device=device, devices=devices, quiet=quiet)
+        run = go_on(resume, overrides=overrides, device=device, devices=devices, quiet=quiet)
     else:
         chosen = (*overrides, f"train.seed={seed}") if seed is not None else overrides
         run = start(str(spec), overrides=chosen, out=out, device=device, devices=devices, quiet=quiet)

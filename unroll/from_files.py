@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def restore(folder: str | os.PathLike[str]) -> Network | Model:
     """The network that `save` wrote, or the one that a run folder of `unroll train` holds. Raises UnrollError E405, E5xx."""
-    if (Path(folder) / "run.json").is_file():
+    if isfile(Path(folder) / "run.json"):
         from unroll.train import trained
 
         return trained(Path(folder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,3 +249,19 @@ def test_solve_without_restart_gets_there_too_and_takes_longer():
     quick, slow = (unroll.solve("lasso", x, parameters={"A": a}, tol=1e-9, restart=r) for r in (True, False))
     assert torch.allclose(quick.z, slow.z, atol=1e-6)
     assert quick.iterations < slow.iterations
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}.yaml", f"{LONG}/x.yaml", "a\0b.yaml", f"{LONG}.npy"])
+def test_a_name_that_no_file_can_have_is_refused_in_words(name: str):
+    """Names of 5,000 characters and of bytes of 0: the system raises, ours are words."""
+    from unroll.train.data import read_array
+
+    for call in (
+        lambda: unroll.load(f"use: {json.dumps(name)}\n"), lambda: unroll.restore(name), lambda: read_array(Path(name), "x"),
+    ):  # fmt: skip
+        with pytest.raises(unroll.UnrollError) as refused:
+            call()
+        assert len(str(refused.value)) < 10_000

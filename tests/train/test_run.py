@@ -316,5 +316,37 @@ def test_a_run_folder_that_was_edited_is_refused_by_name(run, tmp_path, name):
     assert torch.equal(trained(folder).W1, run.net.W1)
     EDITED[name](folder)
     for call in (trained, lambda d: evaluate(d, quiet=True)):
-        with pytest.raises(SpecError, match=rf"E510.*{name.strip()} is"):
+        with pytest.raises(SpecError, match=rf"E510.*{name.strip()} (is|was)"):
             call(folder)
+
+
+def test_a_finished_run_goes_on_for_longer_as_one_that_was_meant_to(tmp_path):
+    """A constant learning rate does not know the end: 6 steps and 4 more are 10, to the bit."""
+    settings = ["train.steps=6", "train.schedule=constant", "train.validate_every=2", "train.keep=last"]
+    train(SPEC, overrides=settings, out=tmp_path / "run", quiet=True)
+    with pytest.raises(SpecError, match="E511.*the run has done 6"):
+        resume(tmp_path / "run", overrides=["train.steps=5"], quiet=True)
+    longer = resume(tmp_path / "run", overrides=["train.steps=10"], quiet=True)
+    whole = train(SPEC, overrides=[*settings, "train.steps=10"], out=tmp_path / "whole", quiet=True)
+    assert longer.steps == 10 and all(
+        torch.equal(v, whole.net.state_dict()[k]) for k, v in longer.net.state_dict().items()
+    )
+    assert resume(tmp_path / "run", quiet=True).steps == 10
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["changes"] == [["train.steps=10"]]
+
+
+@pytest.mark.parametrize(
+    "change", ["train.lr=1", "data.train=10", "unroll.layers=4", "train.batch=8", "train.stepps=4", "scalars.lam=1"]
+)
+def test_what_would_make_another_run_is_refused_by_name(run, change):
+    before = (run.folder / "run.json").read_text()
+    with pytest.raises(SpecError, match=f"E511.*{change.partition('=')[0]}"):
+        resume(run.folder, overrides=[change], quiet=True)
+    assert (run.folder / "run.json").read_text() == before
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_bits(capsys):
+    """kill -9, which saves nothing and tells nobody; python -m tests.train.kill --times 10 tries more moments."""
+    from kill import main
+
+    assert main(times=2, seed=1) == 0 and "2 of 2 equal" in capsys.readouterr().out

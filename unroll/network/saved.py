@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from os.path import isfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -160,8 +161,8 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     """The network that `save` wrote. Raises UnrollError E405 for a folder that is not one, or no longer is."""
     place = Path(folder)
     for name in (SPEC, WEIGHTS):
-        if not (place / name).is_file():
-            raise UnrollError("E405", f"{place} holds no {name}: it is not a saved network")
+        if not isfile(place / name):
+            raise UnrollError("E405", f"{quote(str(place), 200)} holds no {name}: it is not a saved network")
     record, tensors = _opened(place / WEIGHTS)
     values: dict[str, Value] = {**tensors, **_numbers(place, record, "dims"), **_numbers(place, record, "scalars")}
     text = (place / SPEC).read_bytes()

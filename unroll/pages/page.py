@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,7 +64,7 @@ def _run_folder(source: Source) -> Path | None:
     """The folder, if the source is one that holds a run."""
     if not isinstance(source, str | Path) or "\n" in str(source):
         return None
-    return Path(source) if (Path(source) / "run.json").is_file() else None
+    return Path(source) if isfile(Path(source) / "run.json") else None
 
 
 def _of_spec(spec: Spec, derivation: Derivation) -> Iterator[Section]:

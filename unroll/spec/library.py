@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import re
+from os.path import isdir, isfile  # no error of the system for a name that no file can have
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ def find(name: str, kinds: tuple[Kind, ...], where: Where | None = None, near: P
         return _file(name, near, where)
     if NAME.fullmatch(name):
         for path in (folder / f"{name}.yaml" for kind in kinds for folder in folders(kind)):
-            if path.is_file():
+            if isfile(path):
                 return path
     known = sorted({n for kind in kinds for n in names(kind)})
     what = " or ".join(kind.removesuffix("s") for kind in kinds)
@@ -48,13 +49,13 @@ def find(name: str, kinds: tuple[Kind, ...], where: Where | None = None, near: P
 
 def _file(name: str, near: Path, where: Where | None) -> Path:
     for path in (near / name, Path(name)):
-        if "\0" not in name and path.is_file():
+        if isfile(path):
             return path
-    if "\0" not in name and Path(name).is_dir():
+    if isdir(name):
         raise SpecError("E001", f"'{quote(name)}' is a folder", where, "name the file in it")
-    hint = "" if "\0" in name else did_you_mean(Path(name).name, _siblings(Path(name).parent))
+    hint = did_you_mean(Path(name).name, _siblings(Path(name).parent))
     raise SpecError("E001", f"there is no file '{quote(name)}'", where, hint)
 
 
 def _siblings(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*.y*ml") if path.is_file()] if folder.is_dir() else []
+    return [path.name for path in folder.glob("*.y*ml") if isfile(path)] if isdir(folder) else []

@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -197,9 +198,11 @@ def find_source(name: str) -> Source:
 
 def read_array(path: Path, name: str) -> Tensor:
     """The array `name` of a .npy, .npz or .pt file; nothing in the file is executed. Raises SpecError E502 to E506."""
-    if not path.is_file():
+    if not isfile(path):
         raise SpecError(
-            "E502", f"there is no file '{path}' for {name}", hint="paths are relative to where you run unroll"
+            "E502",
+            f"there is no file '{quote(str(path))}' for {name}",
+            hint="paths are relative to where you run unroll",
         )
     readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pt": _read_torch}
     if path.suffix not in readers:

@@ -521,10 +521,15 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 def keep_rows(path: Path, step: int) -> None:
     """Forget rows after `step`: a resumed training writes them again."""
-    kept = [row for row in read_rows(path) if row["step"] <= step]
-    path.unlink(missing_ok=True)
-    for row in kept:
-        append_row(path, row)
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    for row in read_rows(path):
+        if row["step"] <= step:
+            append_row(part, row)
+    if part.exists():
+        os.replace(part, path)  # at once: a kill in between would lose the journal
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _board(folder: Path) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_folder(settings: Images, shapes: Shapes, given: Tensors) -> Data:
     """
     del shapes, given
     top = Path(settings.folder)
-    if not top.is_dir():
+    if not isdir(top):
         raise SpecError("E502", f"there is no folder '{top}'", hint="paths are relative to where you run unroll")
     parts = tuple(p.name for p in _folders(top)) == PARTS and all(map(_folders, (top / part for part in PARTS)))
     tops = [top / part for part in PARTS] if parts else [top]

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from unroll.api import build as emit
 from unroll.api import derive
-from unroll.errors import SpecError, UnrollError
+from unroll.errors import SpecError, UnrollError, quote
 from unroll.model.module import Model
 from unroll.model.whitebox import Batch, Measured, white_box
 from unroll.network.network import network
-from unroll.network.saved import Value, differences, seal, values_of
+from unroll.network.saved import Value, differences, seal
 from unroll.spec import Spec, load
 from unroll.spec.schema import Characters, Dictionary, Files, TokenEmbed
 from unroll.train import losses, plots
@@ -152,15 +152,52 @@ def _installed(spec: Spec) -> None:
     package("lightning", "unroll train")
 
 
-def resume(folder: str | Path, *, device: str = "auto", devices: int = 1, quiet: bool = False) -> Run:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted.
+MAY_CHANGE = ("train.steps", "train.epochs", "train.minutes", "train.patience", "train.baselines")
+"""When a run ends, and what its table compares with: all else would make it another run."""
 
-    Raises SpecError E510 if the folder holds no run, or a damaged one.
+
+def resume(
+    folder: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    devices: int = 1,
+    quiet: bool = False,
+) -> Run:
+    """Go on with an interrupted run, bit for bit as if it had not been interrupted; or with a finished one, for longer.
+
+    overrides: "train.steps=2000" and the like, of MAY_CHANGE; learning rates follow the new end.
+    Raises SpecError E510 if the folder holds no run, or a damaged one, E511 for an override that it cannot go on with.
     """
+    for name in (text.partition("=")[0].strip() for text in overrides):
+        if name not in MAY_CHANGE:
+            hint = f"what may change is {', '.join(MAY_CHANGE)}; for all else, train anew"
+            raise SpecError("E511", f"a run cannot go on with another {quote(name)}", hint=hint)
     job = _read_start(Path(folder), None if quiet else Console(stderr=True))
     _installed(job.spec)
+    if overrides:
+        job = _changed(job, overrides)
     with _shared(job.folder):
         return _train(job, device, devices)
+
+
+def _changed(job: Job, overrides: Sequence[str]) -> Job:
+    """The job with these settings, written down. Raises SpecError E511 for an end that the run has passed."""
+    spec = load(job.spec.to_dict(), overrides)
+    last = job.folder / "checkpoints" / "last.ckpt"
+    if last.exists() and spec.train is not None and spec.train.steps is not None:
+        with reading(last):
+            done = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+        if spec.train.steps < done:
+            raise SpecError(
+                "E511", f"train: steps: {spec.train.steps:,}, and the run has done {done:,}", hint="more steps"
+            )
+    if first_rank():
+        record = read_json(job.folder / "run.json")
+        changes = [*record.get("changes", []), list(overrides)]
+        (job.folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+        _amend(job.folder / "run.json", {"spec_sha256": spec.sha256, "changes": changes})
+    return replace(job, spec=spec)
 
 
 def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
@@ -264,17 +301,18 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     data, exact = prepare(job)
     _keep_meaning(job, data)
     net = build(job, data, job.spec)
-    parameters = _keep_given(job, net, exact)
+    parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
     return replace(data, parameters=parameters), net
 
 
-def _keep_given(job: Job, net: Any, exact: Tensors) -> Tensors:
+def _keep_given(job: Job, net: Net, exact: Tensors) -> Tensors:
     """The values of all parameters of the problem, drawn ones too. Raises SpecError E510 if they are not what they were."""
     parameters: Tensors = {name: value.clone() for name, value in net.given.items()}
     kept = {**parameters, **exact}  # rounded values would give a resumed run other samples
-    numbers = {name: v for name, v in values_of(net).items() if not isinstance(v, Tensor)}
+    settings: dict[str, Mapping[str, float]] = {"dims": job.dims, "scalars": job.scalars}
+    numbers: dict[str, Value] = {f"{part}.{name}": v for part, named in settings.items() for name, v in named.items()}
     _refuse_others(job.folder, "manifest", {**numbers, **{f"given.{name}": v for name, v in kept.items()}})
     if parameters and first_rank():
         save_file({k: v.contiguous() for k, v in kept.items()}, job.folder / "given.safetensors")
@@ -288,10 +326,11 @@ def _refuse_others(folder: Path, entry: str, values: Mapping[str, Value]) -> Non
     """Compare values with their digests in run.json, or leave these there. Raises SpecError E510."""
     path, now = folder / "run.json", {name: seal(value) for name, value in values.items()}
     with reading(path):
-        was = {name: (kind, digest) for name, (kind, digest) in read_json(path).get(entry, {}).items()}
-    if was and (odd := "; ".join(differences(was, now))):
+        found: dict[str, list[str]] | None = read_json(path).get(entry)
+        was = None if found is None else {name: (kind, digest) for name, (kind, digest) in found.items()}
+    if was is not None and (odd := "; ".join(differences(was, now))):
         raise SpecError("E510", f"the run in '{folder}' is not as it was written: {odd}", hint=AGAIN)
-    if not was and first_rank():
+    if was is None and first_rank():
         _amend(path, {entry: now})
 
 
@@ -375,7 +414,7 @@ def _close(job: Job, data: Data, initial: nn.Module, net: nn.Module, outcome: Ou
     _write_json(
         job.folder / "table.json", ended
     )  # should the table fail, the training is whole, and can be measured again
-    _amend(job.folder / "run.json", {"weights": {}})
+    _amend(job.folder / "run.json", {"weights": None})
     _refuse_others(job.folder, "weights", read_tensors(job.folder / "weights.safetensors"))
     try:
         closing = task.close(job, data, initial, net)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Callable
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unroll.errors import SpecError
+from unroll.errors import SpecError, quote
 from unroll.spec.schema import Characters
 from unroll.train.samples import Data, Shapes, Split, Tensors, Windows
 
@@ -77,9 +78,9 @@ def _text(source: str) -> str:
     if source in NAMED:
         return NAMED[source]()
     path = Path(source)
-    if not path.is_file():
+    if not isfile(path):
         hint = f"a path is relative to where you run unroll; without a file there are: {', '.join(NAMED)}"
-        raise SpecError("E502", f"data: there is no file '{source}'", hint=hint)
+        raise SpecError("E502", f"data: there is no file '{quote(source)}'", hint=hint)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
