@@ -322,12 +322,13 @@ def test_a_run_folder_that_was_edited_is_refused_by_name(run, tmp_path, name):
 
 def test_a_finished_run_goes_on_for_longer_as_one_that_was_meant_to(tmp_path):
     """A constant learning rate does not know the end: 6 steps and 4 more are 10, to the bit."""
-    settings = ["train.steps=6", "train.schedule=constant", "train.validate_every=2", "train.keep=last"]
-    train(SPEC, overrides=settings, out=tmp_path / "run", quiet=True)
+    spec = SPEC.replace("epochs: 3", "steps: 6")
+    settings = ["train.schedule=constant", "train.validate_every=2", "train.keep=last"]
+    train(spec, overrides=settings, out=tmp_path / "run", quiet=True)
     with pytest.raises(SpecError, match="E511.*the run has done 6"):
         resume(tmp_path / "run", overrides=["train.steps=5"], quiet=True)
     longer = resume(tmp_path / "run", overrides=["train.steps=10"], quiet=True)
-    whole = train(SPEC, overrides=[*settings, "train.steps=10"], out=tmp_path / "whole", quiet=True)
+    whole = train(spec, overrides=[*settings, "train.steps=10"], out=tmp_path / "whole", quiet=True)
     assert longer.steps == 10 and all(
         torch.equal(v, whole.net.state_dict()[k]) for k, v in longer.net.state_dict().items()
     )

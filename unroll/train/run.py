@@ -185,13 +185,18 @@ def _changed(job: Job, overrides: Sequence[str]) -> Job:
     """The job with these settings, written down. Raises SpecError E511 for an end that the run has passed."""
     spec = load(job.spec.to_dict(), overrides)
     last = job.folder / "checkpoints" / "last.ckpt"
-    if last.exists() and spec.train is not None and spec.train.steps is not None:
+    if last.exists():
         with reading(last):
-            done = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
-        if spec.train.steps < done:
+            kept: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True)
+            done, progress = int(kept["global_step"]), kept["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if spec.train is not None and spec.train.steps is not None and spec.train.steps < done:
             raise SpecError(
                 "E511", f"train: steps: {spec.train.steps:,}, and the run has done {done:,}", hint="more steps"
             )
+        if first_rank() and progress["is_last_batch"]:  # of the end that it had
+            progress["is_last_batch"] = False
+            torch.save(kept, last.with_suffix(".part"))
+            os.replace(last.with_suffix(".part"), last)
     if first_rank():
         record = read_json(job.folder / "run.json")
         changes = [*record.get("changes", []), list(overrides)]
