@@ -171,7 +171,7 @@ def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     "--tol",
     default=1e-8,
     show_default=True,
-    help="Largest certified gap or residual, relative to the objective at the start.",
+    help="Largest certified gap, relative to the objective at 0 or at the start; or residual, relative to the first step.",
 )
 @click.option("--max-iterations", type=click.IntRange(min=1), default=100_000, show_default=True)
 def solve(

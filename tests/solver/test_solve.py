@@ -1,12 +1,15 @@
 """Solving to convergence: the answer of other people's solvers, problem by problem of a batch."""
 
+import cvxpy as cp
+import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Lasso
+from scipy.optimize import nnls
+from sklearn.linear_model import Lasso, Ridge
 from torch import nn
 
 from unroll.errors import UnrollError
-from unroll.solver.solve import iterate, solve
+from unroll.solver.solve import DEFAULTS, iterate, least_tolerance, length, solve
 
 
 def draw(m, n, count, seed=0):
@@ -25,9 +28,12 @@ def test_the_fixed_point_of_a_linear_map_is_found_row_by_row():
     Q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     M = (Q * torch.linspace(0, 0.99, 6)) @ Q.mT  # as a gradient step with step 1/L: symmetric, eigenvalues in 0 .. 1
     c = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    z, residual, count = iterate(lambda z, rows: z @ M + c[rows], torch.zeros(5, 6, dtype=torch.float64), 1e-12, 10_000)
+    start = torch.zeros(5, 6, dtype=torch.float64)
+    z, error, count = iterate(
+        lambda z, rows: z @ M + c[rows], start, lambda z, moved, rows: length(moved), 1e-12, 10_000
+    )
     assert torch.allclose(z, torch.linalg.solve(torch.eye(6) - M, c.mT).mT, atol=1e-9)
-    assert residual.max() <= 1e-12 and count < 10_000
+    assert error.max() <= 1e-12 and count < 10_000
 
 
 def test_rows_do_not_disturb_each_other():
@@ -76,6 +82,42 @@ def test_inputs_that_are_no_numbers_are_named() -> None:
         solve("lasso", x, dims={"m": 16, "n": 8}, parameters={"A": torch.eye(16, 8, dtype=torch.float64)})
 
 
+def test_momentum_is_forgotten_where_it_points_uphill():
+    """Of condition 1e4, restarts take 2,080 iterations, no restarts 41,230, restarts at the wrong places more than 50,000."""
+    h = torch.logspace(-4, 0, 20, dtype=torch.float64)
+    start = torch.zeros(2, 20, dtype=torch.float64)
+    z, error, count = iterate(
+        lambda z, rows: z - h * (z - 1), start, lambda z, moved, rows: length(moved), 1e-10, 4_000
+    )
+    assert error.max() <= 1e-10 and count < 4_000 and (z - 1).abs().max() < 1e-5
+
+
+# --- tolerances -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS)
+def test_the_least_tolerance_can_be_met_and_nothing_below_it_is_taken(dtype):
+    A, x = draw(20, 40, 3)
+    data, least = {"parameters": {"A": A.to(dtype)}, "scalars": {"lam": 0.1}}, least_tolerance(dtype)
+    found = solve("lasso", x.to(dtype), **data, tol=least, max_iterations=5_000)
+    assert found.converged.all() and found.error.max() <= least < DEFAULTS[dtype]
+    assert least == 50 * float(np.finfo(str(dtype).split(".")[1]).eps)
+    with pytest.raises(UnrollError, match="E407.*can certify"):
+        solve("lasso", x.to(dtype), **data, tol=0.99 * least)
+
+
+@pytest.mark.parametrize("tol", [0, -1e-3, 1, 2.0, float("nan"), float("inf"), "1e-3", True])
+def test_a_tolerance_that_is_no_share_is_refused(tol):
+    with pytest.raises(UnrollError, match="E407.*not a number between 0 and 1"):
+        solve("lasso", torch.ones(2, 3), parameters={"A": torch.eye(3)}, tol=tol)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True])
+def test_a_number_of_iterations_that_is_none_is_refused(count):
+    with pytest.raises(UnrollError, match="E407.*1 or more"):
+        solve("lasso", torch.ones(2, 3), parameters={"A": torch.eye(3)}, max_iterations=count)
+
+
 def test_a_tolerance_that_float32_cannot_certify_is_refused():
     A, x = draw(20, 40, 3)
     with pytest.raises(UnrollError, match="E407"):
@@ -83,3 +125,157 @@ def test_a_tolerance_that_float32_cannot_certify_is_refused():
     found = solve("lasso", x.float(), parameters={"A": A})
     exact = solve("lasso", x, parameters={"A": A})
     assert found.converged.all() and (found.z - exact.z).abs().max() < 1e-2
+
+
+# --- units: scaling the data scales the answer, and nothing else -----------------------------------------------------
+
+
+def problem(minimize, constraints=(), **scalars):
+    """Least squares in A and what is added to it."""
+    return {
+        "dims": {"m": 12, "n": 8}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+        "scalars": {n: {"default": v, "positive": True} for n, v in scalars.items()},
+        "minimize": {"fit": "1/2 * sumsq(x - A @ z)", **minimize}, "constraints": list(constraints),
+    }  # fmt: skip
+
+
+def conic(A, x, term):
+    z = cp.Variable(A.shape[1])
+    cp.Problem(cp.Minimize(cp.sum_squares(x - A @ z) / 2 + term(z))).solve(solver=cp.CLARABEL)
+    return z.value
+
+
+def counts_by_newton(x, mu):
+    """argmin mu/2 |differences|^2 + sum(z - x log z)."""
+    D = np.diff(np.eye(len(x)), axis=0)
+    z = x.copy()
+    for _ in range(100):
+        step = np.linalg.solve(mu * D.T @ D + np.diag(x / z**2), mu * D.T @ D @ z + 1 - x / z)
+        z = np.maximum(z - step, z / 2)
+    return z
+
+
+COUNTS = {
+    "dims": {"n": 8}, "variables": {"z": ["n"]}, "inputs": {"x": {"shape": ["n"], "positive": True}},
+    "scalars": {"mu": {"default": 0.3, "positive": True}},
+    "minimize": {"smooth": "mu/2 * sumsq(difference(z))", "counts": "sum(z - x * log(z))"},
+}  # fmt: skip
+UNITS = {
+    "lasso": (problem({"g": "lam*norm1(z)"}, lam=0.5), {"lam": 1}, lambda A, x: sklearn_lasso(torch.from_numpy(A), torch.from_numpy(x), 0.5).numpy()),
+    "ridge": (problem({"g": "mu/2*sumsq(z)"}, mu=0.3), {"mu": 0}, lambda A, x: Ridge(alpha=0.3, fit_intercept=False).fit(A, x).coef_),
+    "nonnegative": (problem({}, ["z >= 0"]), {}, lambda A, x: nnls(A, x)[0]),
+    "one group": (problem({"g": "lam*norm2(z)"}, lam=0.5), {"lam": 1}, lambda A, x: conic(A, x, lambda z: 0.5 * cp.norm2(z))),
+    "counts": (COUNTS, {"mu": -1}, lambda A, x: counts_by_newton(x, 0.3)),
+}  # fmt: skip
+"""Spec, power of the unit in each scalar, the answer of others in units of 1."""
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_scaled_data_scale_the_answer_and_nothing_else(name):
+    """By a power of 2, to the bit: iterations, errors and digits are the same in units of a millionth and of a million."""
+    spec, powers, reference = UNITS[name]
+    A, x = draw(12, 8, 3)
+    x = x + torch.linspace(-1, 1, 12, dtype=torch.float64)
+    given = {} if spec is COUNTS else {"A": A}
+    x = x[:, :8].abs() + 0.1 if spec is COUNTS else x
+    scalars = {n: spec["scalars"][n]["default"] for n in powers}
+
+    def at(unit, dtype):
+        return solve(
+            spec, x.to(dtype) * unit, parameters=given, scalars={n: v * unit ** powers[n] for n, v in scalars.items()}
+        )
+
+    best = torch.from_numpy(np.stack([reference(A.numpy(), row) for row in x.numpy()]))
+    for dtype, units in ((torch.float64, [2.0**-20]), (torch.float32, [2.0**-20, 2.0**20])):
+        one = at(1.0, dtype)
+        assert one.converged.all() and (one.z - best).norm() < 3 * DEFAULTS[dtype] ** 0.5 * best.norm()
+        for unit in units:
+            found = at(unit, dtype)
+            assert torch.equal(found.z / unit, one.z) and torch.equal(found.error, one.error)
+            assert found.iterations == one.iterations
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS)
+@pytest.mark.parametrize("name", [n for n in UNITS if n != "counts"])
+def test_a_zero_sample_among_others_is_solved_and_its_answer_is_0(name, dtype):
+    spec, _, _ = UNITS[name]
+    A, x = draw(12, 8, 3)
+    x[1] = 0
+    found = solve(spec, x.to(dtype), parameters={"A": A})
+    assert found.converged.all() and found.error[1] == 0 and bool((found.z[1] == 0).all())
+
+
+def test_what_underflows_is_not_called_solved():
+    A, x = draw(20, 40, 2)
+    found = solve("lasso", x.float() * 1e-22, parameters={"A": A}, scalars={"lam": 1e-24}, max_iterations=30)
+    assert not found.converged.any()
+
+
+# --- degenerate problems ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS)
+@pytest.mark.parametrize(("m", "n"), [(1, 5), (5, 1), (1, 1), (6, 6)])
+def test_one_row_one_column_and_twin_columns_are_solved_as_by_scikit_learn(m, n, dtype):
+    A, x = draw(m, n, 3, seed=m + n)
+    A[:, -1] = A[:, 0]
+    x = x + 1
+    found = solve("lasso", x.to(dtype), parameters={"A": A}, scalars={"lam": 0.1})
+    best = torch.stack([sklearn_lasso(A, row, 0.1) for row in x])
+    value = (x - best @ A.mT).square().sum(-1) / 2 + 0.1 * best.abs().sum(-1)
+    assert found.converged.all() and torch.allclose(found.objective.double(), value, rtol=2 * DEFAULTS[dtype], atol=0)
+
+
+def test_a_batch_of_none_has_as_many_answers():
+    A, x = draw(20, 40, 0)
+    found = solve("lasso", x.reshape(0, 2, 20), parameters={"A": A})
+    assert found.z.shape == (0, 2, 40) and found.error.shape == (0, 2) and "0 of 0" in str(found)
+
+
+def test_a_matrix_of_zeros_is_refused_in_words():
+    with pytest.raises(UnrollError, match="E403.*not finite(.|\n)*a matrix of zeros"):
+        solve("lasso", torch.ones(2, 3), parameters={"A": torch.zeros(3, 3)})
+
+
+MASKED = {
+    "dims": {"n": 6}, "variables": {"z": ["n"]}, "inputs": {"w": ["n"], "x": ["n"]}, "scalars": {"lam": 0.2},
+    "minimize": {"fit": "1/2 * sumsq(w * (x - z))", "sparsity": "lam * norm1(z)"},
+}  # fmt: skip
+
+
+def test_inputs_share_their_batch_axes_and_what_was_not_seen_is_0():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, 6, generator=g), torch.tensor([[1.0] * 6, [1, 0, 1, 0, 1, 0], [0] * 6])
+    found = solve(MASKED, w, x)
+    soft = x.sign() * (x.abs() - 0.2).clamp_min(0)
+    assert found.converged.all() and torch.allclose(found.z, torch.where(w > 0, soft, 0), atol=1e-5)
+    with pytest.raises(UnrollError, match=r"E404.*batch axes of the inputs do not fit: w \(3,\), x \(2,\)"):
+        solve(MASKED, w, x[:, 0])
+
+
+def test_a_family_comes_before_its_axes():
+    spec = {
+        "dims": {"n": 4, "K": 2}, "variables": {"z": ["n"]}, "inputs": {"C": {"family": "K", "shape": ["n"]}},
+        "minimize": {"fit": "sum(sumsq(z - C[k]) for k in K)"},
+    }  # fmt: skip
+    C = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = solve(spec, C)
+    assert found.converged.all() and found.z.shape == (3, 4) and torch.allclose(found.z, C.mean(1), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.int64), r"torch.int64.*(\n.*)*x.to\("),
+        (torch.ones(2, 3, dtype=torch.complex64), r"torch.complex64.*(\n.*)*x.real"),
+        (torch.ones(2, 3, dtype=torch.float16), r"torch.float16(.|\n)*x.float\(\)"),
+        (torch.ones(2, 3, dtype=torch.bfloat16), r"torch.bfloat16(.|\n)*x.float\(\)"),
+        (np.ones((2, 3)), r"type ndarray(.|\n)*from_numpy"),
+        ([[1.0, 2, 3]], r"type list(.|\n)*as_tensor"),
+        (torch.ones(2, 4), r"shape \(2, 4\)"),
+        (torch.tensor(1.0), r"shape \(\)"),
+    ],
+)
+def test_what_solve_does_not_take_is_refused_with_the_remedy(x, message):
+    with pytest.raises(UnrollError, match=f"E404(.|\\n)*{message}"):
+        solve("lasso", x, parameters={"A": torch.eye(3)})

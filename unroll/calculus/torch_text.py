@@ -69,6 +69,13 @@ class power(sp.Function):
     nargs = (2,)
 
 
+class nonzero(sp.Function):
+    """x >= 0, and 1 in the place of an x that is too small to divide by."""
+
+    nargs = (1,)
+    is_positive = True
+
+
 HELPERS = (quadratic_root, cubic_root, wright_omega)
 
 

@@ -17,6 +17,7 @@ from unroll.calculus.cones import nonnegative
 from unroll.calculus.curvature import Bounds
 from unroll.calculus.gradient import gradient, kinked
 from unroll.calculus.prox import Proximal, proximable
+from unroll.calculus.torch_text import nonzero
 from unroll.derivation.step import LAYER, Assign, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant, constant, elementwise, eye, prox, scale, split, symbol, zeros
@@ -328,6 +329,9 @@ def _step_size(
             "the smooth part is linear: L is 0, so 1/L is no step size",
             hint="give the step size yourself: step: 0.1",
         )
+    if any(s.role != "parameter" for s in lipschitz.symbols):
+        # L may be 0 for one sample: its smooth part is constant there, and every number is a bound
+        value = value.subs(LIPSCHITZ, cast(sp.Expr, nonzero(LIPSCHITZ)))
     note = f"L: {found.proof}, {found.reason}"
     return (Assign(LIPSCHITZ, lipschitz, "Lipschitz constant of the gradient"), Assign(STEP, value, "step size")), (
         note,

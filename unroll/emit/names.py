@@ -21,6 +21,7 @@ _TAKEN = (
 MEMBERS = frozenset(
     [
         "takes",
+        "shared_sizes",
         "numbers",
         "drawn",
         "terms_of",

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import sympy as sp
 
-from unroll.calculus.torch_text import as_fraction, decimal, logcosh, power, sigmoid, softplus, stable
+from unroll.calculus.torch_text import as_fraction, decimal, logcosh, nonzero, power, sigmoid, softplus, stable
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -88,6 +88,7 @@ TEMPLATES: dict[type[Any], tuple[str, str]] = {
     **{f: (f"{tensor}({{}})", f"{plain}({{}})") for f, (tensor, plain) in FUNCTIONS.items()},
     softplus: ("F.softplus({})", "math.log1p(math.exp({}))"),
     sigmoid: ("torch.sigmoid({})", "(1 / (1 + math.exp(-({}))))"),
+    nonzero: ("torch.where({0} >= torch.finfo({0}.dtype).tiny, {0}, 1)", "({0} or 1.0)"),
 }
 
 

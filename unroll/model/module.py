@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from unroll.derivation.step import Learned
 from unroll.errors import UnrollError
 from unroll.model.source import Wrapped, wrap
+from unroll.network.kinds import check_kind, check_place
 from unroll.network.network import Network, load
 from unroll.network.saved import WAY_OUT, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
@@ -108,7 +109,12 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         """As the emitted class says. Raises UnrollError E404."""
-        return cast(Any, super()).forward(*self._checked(x, mask))
+        given = self._checked(x, mask)
+        try:
+            return cast(Any, super()).forward(*given)
+        except IndexError:  # a word that no table has
+            self._refuse_unknown_words(x)
+            raise
 
     def trace(self, x: Tensor, mask: Tensor | None = None, **asked: Any) -> Trace:
         """Every iterate of the layers on these samples; of an autoencoder behind a mask, a random one if left out.
@@ -117,9 +123,10 @@ class Model(nn.Module):
         """
         net = cast(Any, self)
         (x, *_) = self._checked(x, mask)
-        if self.wrapped.model.mask is None:
-            return self.body.trace(net.embedding(x), **asked)
-        return self.body.trace(net.embedding(x, net.random_mask(x) if mask is None else mask), **asked)
+        if self.wrapped.model.mask is not None:
+            return self.body.trace(net.embedding(x, net.random_mask(x) if mask is None else mask), **asked)
+        self._refuse_unknown_words(x)
+        return self.body.trace(net.embedding(x), **asked)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write spec, weights and source into a folder, each file whole or not at all."""
@@ -156,9 +163,13 @@ class Model(nn.Module):
         new.__dict__ = {k: v if k in SHARED else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         return new
 
-    def _checked(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    def _checked(self, x: Any, mask: Any) -> tuple[Tensor, ...]:
         """The arguments of the emitted class. Raises UnrollError E404 where they do not fit."""
         name, want = self.wrapped.argument, self.wrapped.shape
+        if isinstance(self.wrapped.model.embed, TokenEmbed):
+            self._check_words(name, x)
+        else:
+            check_kind(name, x, next(self.parameters(), None))
         shape = tuple(x.shape)
         last = shape[max(len(shape) - len(want), 0) :]
         batched = len(shape) >= len(want) if self.wrapped.flat else len(shape) == len(want) + 1
@@ -166,24 +177,43 @@ class Model(nn.Module):
             axes = ", ".join("N" if n is None else str(n) for n in want)
             lead = "..." if self.wrapped.flat else "B"
             raise UnrollError("E404", f"{name} has shape {shape}, expected ({lead}, {axes})")
-        self._check_words(x)
         if mask is None:
             return (x,)
         if self.wrapped.model.mask is None:
             raise UnrollError("E404", "this model has no mask", hint="add  mask: {ratio: 0.75}  to model:")
         hidden = (shape[0], self.wrapped.tokens)
-        if mask.dtype != torch.bool or tuple(mask.shape) != hidden:
-            raise UnrollError("E404", f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {hidden}")
+        if getattr(mask, "dtype", None) != torch.bool or tuple(mask.shape) != hidden:
+            found = (
+                f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
+            )
+            raise UnrollError("E404", f"mask is {found}, expected torch.bool {hidden}")
+        check_place("mask", mask, x, name)
         return (x, mask)
 
-    def _check_words(self, x: Tensor) -> None:
-        embed = self.wrapped.model.embed
-        if not isinstance(embed, TokenEmbed):
-            return
-        if x.dtype not in (torch.int64, torch.int32):
-            raise UnrollError("E404", f"tokens are whole numbers below {embed.vocabulary}, not {x.dtype}")
-        if x.shape[-1] > embed.length:
+    def _check_words(self, name: str, x: Any) -> None:
+        embed = cast(TokenEmbed, self.wrapped.model.embed)
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
+            found = x.dtype if isinstance(x, Tensor) else f"of type {type(x).__name__}"
+            message = f"{name} are whole numbers below {embed.vocabulary}, not {found}"
+            raise UnrollError(
+                "E404", message, hint=f"torch.as_tensor({name}, dtype=torch.int64), of the number of each word"
+            )
+        if (own := next(self.parameters(), None)) is not None:
+            check_place(name, x, own, "the network")
+        if x.ndim and x.shape[-1] > embed.length:
             raise UnrollError("E404", f"{x.shape[-1]} tokens are more than the longest text has, {embed.length}")
+        if x.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+            self._refuse_unknown_words(x)  # elsewhere than on a CPU, a lookup beyond the table ends the process
+
+    def _refuse_unknown_words(self, x: Tensor) -> None:
+        """Raises UnrollError E404 for tokens that the table has no row for."""
+        embed = self.wrapped.model.embed
+        if not isinstance(embed, TokenEmbed) or not x.numel():
+            return
+        low, high = (int(end) for end in torch.aminmax(x))
+        if low < 0 or high >= embed.vocabulary:
+            message = f"{self.wrapped.argument} are whole numbers from 0 to {embed.vocabulary - 1}; these go from {low} to {high}"
+            raise UnrollError("E404", message, hint="words by the vocabulary that the model was made for")
 
 
 def _named(net: Network) -> list[tuple[str, Learned]]:

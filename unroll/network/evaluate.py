@@ -78,6 +78,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "Heaviside": lambda x, half=0.5: (torch.sign(_wide(x)) + 1) / 2,
     "max": _extreme(torch.maximum),
     "min": _extreme(torch.minimum),
+    "nonzero": lambda x: torch.where(_wide(x) >= torch.finfo(torch.float64).tiny, _wide(x), 1),
     "pow": lambda x, p: torch.pow(_wide(x), _wide(p)),
     "where": lambda yes, a, b: torch.where(yes, _wide(a), _wide(b)),
 }

@@ -38,6 +38,7 @@ from unroll.lower.graph import Graph, lower_terms
 from unroll.lower.operations import HELPERS
 from unroll.lower.passes import Sizes, optimise
 from unroll.lower.scalar_text import Text, formula, number
+from unroll.network.kinds import check_kind, check_place
 from unroll.network.network import layout, load, same_samples, values_of
 from unroll.spec import Spec
 
@@ -507,13 +508,16 @@ class Loss(nn.Module):
                 raise UnrollError("E404", f"'{name}' is missing", hint=f"this loss takes {', '.join(names)}")
         return tuple(values.get(name) for name in names)
 
-    def _check(self, values: tuple[Tensor | None, ...]) -> None:
-        """The last axes are those declared, and a size is the same wherever it is met. Raises UnrollError E404."""
-        found = dict(self.sizes)
+    def _check(self, values: tuple[Any, ...]) -> None:
+        """Real tensors in one place, their last axes those declared, a size the same wherever it is met. Raises UnrollError E404."""
+        found, first = dict(self.sizes), next((v for v in values if isinstance(v, Tensor)), torch.empty(()))
         batches: dict[str, tuple[int, ...]] = {}
         for (name, axes), value in zip(self.shapes.items(), values, strict=True):
             if value is None:
                 continue
+            if not isinstance(value, Tensor) or value.is_complex() or value.layout is not torch.strided:
+                check_kind(name, value)  # whole numbers are taken: the text brings all to one type
+            check_place(name, value, first, "the first tensor")
             shape, known = tuple(value.shape), dict(found)
             last = shape[len(shape) - len(axes) :] if len(shape) >= len(axes) else ()
             batches[name] = shape[: len(shape) - len(axes)]

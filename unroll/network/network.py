@@ -33,6 +33,7 @@ from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import swap
 from unroll.language.nodes import LogDet, Sym, walk
 from unroll.language.problem import Problem
+from unroll.network.kinds import check_kind
 from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.stepwise import Replay, learned_value
 from unroll.network.trace import Measure, Trace, measure
@@ -55,6 +56,8 @@ class Network(nn.Module):
     drawn: tuple[str, ...]
     takes: dict[str, tuple[str, tuple[int | None, ...], bool]]
     """Inputs, then variables: the word in the text, the sizes of the last axes, whether it must be given."""
+    shared_sizes: tuple[tuple[str, str, int], ...]
+    """Sizes that the spec leaves open and several tensors have: (size, word, axis)."""
     built: bool
     """Have the parameters that depend on data been worked out?"""
 
@@ -129,7 +132,8 @@ class Network(nn.Module):
                     "E404",
                     f"the data to construct with are {', '.join(wanted)}; '{name}' is {'missing' if name in wanted else 'not one of them'}",
                 )
-            self._check(name, given[name])
+            check_kind(name, given[name], self._like)
+            check_shape(self.program, name, given[name])
             if given[name].ndim != len(self.program.axes(self.program.problem.symbols[name])):
                 raise UnrollError(
                     "E404", f"{name} has shape {tuple(given[name].shape)}: data to construct with have no batch axes"
@@ -263,7 +267,8 @@ class Network(nn.Module):
         for name in named:
             if name not in self.program.problem.symbols:
                 self._refuse_unknown({name: named[name]})
-            self._check(name, named[name])
+            check_kind(name, named[name], self._like)
+            check_shape(self.program, name, named[name])
         self._refuse_broadcast(named)
         return self._terms(named)
 
@@ -316,17 +321,13 @@ class Network(nn.Module):
             out["layers"] = self._depth(named.pop("layers"))
         if args:
             named |= self._by_name(args)
+        like = self._like
         for name, (word, sizes, needed) in self.takes.items():
             value = named.pop(name, None)
             if value is not None:
-                if not isinstance(value, Tensor) or not value.is_floating_point():
-                    raise UnrollError(
-                        "E404",
-                        f"{name} is {_kind(value)}, not a tensor of real numbers",
-                        hint=f"torch.as_tensor({name}, dtype=torch.float32)",
-                    )
+                check_kind(name, value, like)
                 if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
-                    self._check(name, value)
+                    check_shape(self.program, name, value)
                 out[word] = value
                 if needed:
                     batches[name] = tuple(value.shape[: value.ndim - len(sizes)])
@@ -336,14 +337,25 @@ class Network(nn.Module):
             self._refuse_unknown(named)
         if len(batches) > 1:
             same_samples(batches, list(batches)[:1])
+        if self.shared_sizes:
+            self._check_shared_sizes(out)
         return out
 
-    def _depth(self, layers: int | None) -> int | None:
+    def _check_shared_sizes(self, given: Mapping[str, Any]) -> None:
+        """A size that the spec leaves open is the same wherever it is met. Raises UnrollError E404."""
+        found: dict[str, tuple[str, int]] = {}
+        for size, word, axis in self.shared_sizes:
+            if isinstance(value := given.get(word), Tensor):
+                first, n = found.setdefault(size, (word, value.shape[axis]))
+                if value.shape[axis] != n:
+                    raise UnrollError("E404", f"{size} is {n} in {first} and {value.shape[axis]} in {word}")
+
+    def _depth(self, layers: Any) -> Any:
         if layers is not None and not self.program.any_depth:
             own = f"this network has parameters of its own in each of its {self.layers} layers: its depth is fixed"
             raise UnrollError("E406", own)
-        if layers is not None and layers < 0:
-            raise UnrollError("E406", f"a network has 0 or more layers, not {layers}")
+        if layers is not None and (not isinstance(layers, int | torch.SymInt) or layers < 0):
+            raise UnrollError("E406", f"a network has 0 or more layers, not {layers!r}")
         return layers
 
     def _refuse_unknown(self, named: Mapping[str, Any]) -> None:
@@ -352,22 +364,19 @@ class Network(nn.Module):
                 hint = did_you_mean(name, self.takes)
                 raise UnrollError("E404", f"'{name}' is neither an input nor a variable", hint=hint)
 
-    def _check(self, name: str, value: Tensor) -> None:
-        """The last axes are those declared; axes before them are batch axes. Raises UnrollError E404."""
-        symbol = self.program.problem.symbols[name]
-        sizes = self.program.tensor_sizes(symbol)
-        shape = tuple(value.shape)
-        last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
-        if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
-            want = ", ".join(["...", *map(_axis, self.program.axes(symbol), sizes)])
-            raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=layout(symbol))
-
     def _refuse_broadcast(self, values: Mapping[str, Tensor]) -> None:
         """Inputs are of the samples that the variables, or the first of the inputs, have, or of no sample. Raises UnrollError E404."""
         symbols = self.program.problem.symbols
         axes = {name: len(self.program.axes(symbols[name])) for name in values if symbols[name].role != "parameter"}
         batches = {name: tuple(values[name].shape[: values[name].ndim - n]) for name, n in axes.items()}
         same_samples(batches, [v for v in self.variables if v in batches] or list(batches)[:1])
+
+    @property
+    def _like(self) -> Tensor | None:
+        """A tensor of the network's type, in its place; None where it has none."""
+        held = cast(nn.Module, self._modules["_given"])
+        own = (*self._parameters.values(), *self._buffers.values(), *held._buffers.values())
+        return next((t for t in own if t is not None and t.is_floating_point()), None)
 
     def terms_of(self, problem: Problem) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         """The terms of another problem in the same symbols (a duality gap, say), given inputs and variables by name."""
@@ -441,8 +450,15 @@ def same_samples(batches: Mapping[str, tuple[int, ...]], first: Iterable[str]) -
             )
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+def check_shape(program: Program, name: str, value: Tensor) -> None:
+    """The last axes are those declared; axes before them are batch axes. Raises UnrollError E404."""
+    symbol = program.problem.symbols[name]
+    sizes = program.tensor_sizes(symbol)
+    shape = tuple(value.shape)
+    last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
+    if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
+        want = ", ".join(["...", *map(_axis, program.axes(symbol), sizes)])
+        raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=layout(symbol))
 
 
 def _at_least_float32(value: Any) -> Any:
@@ -523,7 +539,7 @@ def network(
     net.layers, net.program, net.numbers = program.layers, program, numbers
     net.spec, net.derivation = spec, derivation
     net.drawn = ()
-    net.takes = _arguments(program)
+    net.takes, net.shared_sizes = _arguments(program), _shared_sizes(program)
     net.built = not program.construct_inputs
     net.register_load_state_dict_post_hook(_mark_built)
     _hold(net, given)
@@ -597,6 +613,17 @@ def _arguments(program: Program) -> dict[str, tuple[str, tuple[int | None, ...],
     problem, words, sizes = program.problem, program.words, program.tensor_sizes
     ins = {s.name: (words["symbol", s.name], sizes(s), True) for s in problem.inputs if s.name in program.inputs}
     return ins | {s.name: (words["symbol", s.name], sizes(s), False) for s in problem.variables}
+
+
+def _shared_sizes(program: Program) -> tuple[tuple[str, str, int], ...]:
+    found = [
+        (str(n), word, i - len(sizes))
+        for name, (word, sizes, _) in _arguments(program).items()
+        for i, n in enumerate(program.axes(program.problem.symbols[name]))
+        if sizes[i] is None
+    ]
+    names = [size for size, *_ in found]
+    return tuple(x for x in found if names.count(x[0]) > 1)
 
 
 def values_of(problem: Problem, scalars: Mapping[str, float]) -> dict[str, float]:

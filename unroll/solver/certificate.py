@@ -11,6 +11,8 @@ Source: Boyd & Vandenberghe 2004, ch. 5; Kim et al. 2007, doi:10.1109/JSTSP.2007
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import sympy as sp
 
 from unroll.calculus.curvature import operator_norm
@@ -32,7 +34,6 @@ from unroll.language.constructors import (
 from unroll.language.nodes import Add, Expr, Indicator, Map, Sum, Sym, slot
 
 u, w = slot(0), slot(1)
-TINY = sp.Float("1e-300")
 
 
 def duality_gap(parts: tuple[Part, ...], z: Sym) -> Expr | None:
@@ -56,14 +57,15 @@ def duality_gap(parts: tuple[Part, ...], z: Sym) -> Expr | None:
     if outside is None or not all(_is_square(t, z) for t in (f.terms if isinstance(f, Add) else (f,))):
         return None
     inner = add(scale(2, f), scale(-1, total(times(slope, z))))
-    s = elementwise(sp.Max(0, sp.Min(u / (2 * sp.Max(w, TINY)), 1 / sp.Max(slot(2), TINY))), inner, f, outside)
-    return add(f, *rest_values(rest), scale(-1, times(s, inner)), times(elementwise(u**2, s), f))
+    largest_s = sp.Max(0, u) / sp.Max(2 * w, u * slot(2))  # min(u / 2w, 1 / polar), of which one may be 1/0
+    s = elementwise(sp.Piecewise((largest_s, w > 0), (0, True)), inner, f, outside)
+    return add(f, *values_of(rest), scale(-1, times(s, inner)), times(elementwise(u**2, s), f))
 
 
-def rest_values(rest: list[Expr]) -> list[Expr]:
+def values_of(terms: Iterable[Expr]) -> list[Expr]:
     """The terms that are numbers; constraints are 0 where they hold."""
     return [
-        e for r in rest for e in (r.terms if isinstance(r, Add) else (r,)) if not isinstance(split(e)[1], Indicator)
+        e for t in terms for e in (t.terms if isinstance(t, Add) else (t,)) if not isinstance(split(e)[1], Indicator)
     ]
 
 

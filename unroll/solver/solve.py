@@ -8,7 +8,7 @@ Sources: Beck & Teboulle 2009, doi:10.1137/080716542; O'Donoghue & Candes 2015, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from unroll.api import Source, compile_layers, read
-from unroll.derivation.algorithms import ALGORITHMS, classify
+from unroll.calculus.gradient import gradient
+from unroll.derivation.algorithms import ALGORITHMS, LIPSCHITZ, classify
 from unroll.errors import SpecError, UnrollError
+from unroll.language.constructors import add, elementwise, total
+from unroll.language.nodes import Expr, slot
 from unroll.language.problem import from_spec
-from unroll.network.network import Network, finite
-from unroll.solver.certificate import duality_gap
+from unroll.network.kinds import check_kind
+from unroll.network.network import Network, check_shape, finite
+from unroll.solver.certificate import duality_gap, values_of
 from unroll.spec import Spec, load
 
 PLAIN = ("proximal_gradient", "projected_gradient", "gradient_descent")
@@ -30,14 +34,19 @@ PLAIN = ("proximal_gradient", "projected_gradient", "gradient_descent")
 CHECK = 10
 """Iterations between two looks at who has converged."""
 
+DEFAULTS = {torch.float64: 1e-8, torch.float32: 1e-5}
+"""Tolerances where none is asked for, of the types that can certify a solution."""
+
 Map = Callable[[Tensor, Tensor], Tensor]
+Error = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Solution:
     """values: {variable: (..., n)}.  objective, error: (...), one per problem.
 
-    error: the certified duality gap divided by max(1, objective) where `certified`, else the residual (see `iterate`).
+    error has no unit. Where `certified` it is the duality gap, divided by the objective at 0 (|x|^2/2 of least squares) or
+    at the start, the larger; else the residual z - prox(z - step grad), divided by the length of the first gradient step.
     """
 
     values: dict[str, Tensor]
@@ -79,12 +88,13 @@ def solve(
     console: Console | None = None,
     label: str = "solve",
 ) -> Solution:
-    """The optimum for every sample of `inputs`, each (..., n): certified gap (else residual) at most `tol`.
+    """The optimum for every sample of `inputs`, each (..., n): certified gap (else residual) at most `tol`, see `Solution`.
 
-    restart: forget the momentum of a problem where it points uphill.  The gap is relative to max(1, objective). tol: 1e-8 in float64 and 1e-5 in float32, if left out. Works in the dtype and
-    on the device of the inputs.  console: where a progress bar is drawn; None: nowhere.
-    Raises SpecError E303 if no algorithm fits, UnrollError E402 for a parameter without a value, E407 for a tol below the
-    precision of the inputs.
+    Samples that come in other units, c x in the place of x, are solved to the same share.  restart: forget the momentum of
+    a problem where it points uphill.  tol: 1e-8 in float64 and 1e-5 in float32, if left out. Works in the dtype (float32 or
+    float64) and on the device of the inputs.  console: where a progress bar is drawn; None: nowhere.
+    Raises SpecError E303 if no algorithm fits, UnrollError E402 for a parameter without a value, E404 for inputs of another
+    kind or shape, E407 for a tol below the precision of the inputs.
     """
     spec = read(source, overrides)
     missing = [name for name in spec.parameters if name not in (parameters or {})]
@@ -96,62 +106,132 @@ def solve(
         raise UnrollError(
             "E404", f"{spec.title} has {len(spec.inputs)} inputs ({', '.join(spec.inputs)}); {len(inputs)} were given"
         )
-    bad = [(name, x) for name, x in zip(spec.inputs, inputs, strict=True) if not finite(x)]
-    if bad:
-        name, x = bad[0]
-        raise UnrollError("E404", f"{int((~x.isfinite()).sum()):,} of {x.numel():,} entries of {name} are not finite")
-    like = inputs[0] if inputs else torch.empty(())
+    data = dict(zip(spec.inputs, inputs, strict=True))
+    like = _refuse_other_kinds(data)
     tol = _tolerance(tol, like.dtype)
+    _refuse_none(max_iterations)
     net = compile_layers(
         one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device
     )
-    name, axes = net.variables[0], len(next(iter(spec.inputs.values())).shape)
-    shape = like.shape[: like.ndim - axes]
-    flat = [x.reshape(-1, *x.shape[len(shape) :]) for x in inputs]
+    shape, data = _flat(net, data)
+    name, read_by_layers = net.variables[0], {n: x for n, x in data.items() if n in net.inputs}
 
     def step(z: Tensor, rows: Tensor) -> Tensor:
-        return net(*(x[rows] for x in flat), **{name: z})
+        return net(**{n: x[rows] for n, x in read_by_layers.items()}, **{name: z})
 
-    gap = gap_of(net)
-    certify = (
-        None
-        if gap is None
-        else lambda z, rows: gap(dict(zip(net.inputs, (x[rows] for x in flat), strict=True)) | {name: z})
+    start = net(**read_by_layers)
+    error, certified = error_of(net, data, start)
+    z, found, count = iterate(step, start, error, tol, max_iterations, console, label, restart)
+    value = net.objective(**data, **{name: z})["total"]
+    found = found.reshape(shape)
+    return Solution(
+        {name: z.reshape(*shape, *z.shape[1:])}, value.reshape(shape), found, certified, count, found <= tol
     )
-    z, error, count = iterate(step, net(*flat), tol, max_iterations, console, label, certify, restart)
-    value = net.objective(*flat, **{name: z})["total"]
-    answer = z.reshape(*shape, *z.shape[1:])
-    error = error.reshape(shape)
-    return Solution({name: answer}, value.reshape(shape), error, gap is not None, count, error <= tol)
 
 
-def _tolerance(tol: float | None, dtype: torch.dtype) -> float:
+def _refuse_other_kinds(data: Mapping[str, Any]) -> Tensor:
+    """The first input, whose type and place are those of all. Raises UnrollError E404."""
+    first = next((x for x in data.values() if isinstance(x, Tensor)), torch.empty(()))
+    for name, x in data.items():
+        check_kind(name, x, first, "the first input")
+        if x.dtype not in DEFAULTS:
+            hint = f"{name}.float(), or {name}.double()"
+            raise UnrollError("E404", f"{name} is a tensor of {x.dtype}, too coarse to certify a solution", hint=hint)
+        if not finite(x):
+            message = f"{int((~x.isfinite()).sum()):,} of {x.numel():,} entries of {name} are not finite"
+            raise UnrollError("E404", message)
+    return first
+
+
+def _flat(net: Network, data: dict[str, Tensor]) -> tuple[torch.Size, dict[str, Tensor]]:
+    """(batch axes, the inputs with one batch axis). Raises UnrollError E404."""
+    lead: dict[str, torch.Size] = {}
+    for name, x in data.items():
+        check_shape(net.program, name, x)
+        lead[name] = x.shape[: x.ndim - len(net.program.tensor_sizes(net.program.problem.symbols[name]))]
+    try:
+        shape = torch.broadcast_shapes(*lead.values())
+    except RuntimeError:
+        found = ", ".join(f"{name} {tuple(axes)}" for name, axes in lead.items())
+        raise UnrollError("E404", f"the batch axes of the inputs do not fit: {found}") from None
+    core = {name: x.shape[len(lead[name]) :] for name, x in data.items()}
+    return shape, {n: x.expand(*shape, *core[n]).reshape(shape.numel(), *core[n]) for n, x in data.items()}
+
+
+def least_tolerance(dtype: torch.dtype) -> float:
+    """What a dtype can tell from 0, beside 1."""
+    return 50 * torch.finfo(dtype).eps
+
+
+def _refuse_none(iterations: Any) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise UnrollError("E407", f"max_iterations={iterations!r} is not a number of iterations, 1 or more")
+
+
+def _tolerance(tol: Any, dtype: torch.dtype) -> float:
     """The default of a dtype, or what was asked for. Raises UnrollError E407 for what the dtype cannot tell from 0."""
     if tol is None:
-        return 1e-8 if dtype == torch.float64 else 1e-5
-    least = 50 * torch.finfo(dtype).eps
-    if not tol >= least:  # nan too
+        return DEFAULTS[dtype]
+    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 < tol < 1:  # nan too
+        hint = f"{DEFAULTS[dtype]:g}, say, of the objective at the start"
+        raise UnrollError("E407", f"tol={tol!r} is not a number between 0 and 1", hint=hint)
+    least = least_tolerance(dtype)
+    if tol < least:
         raise UnrollError(
             "E407", f"tol={tol:g} is below what {dtype} can certify, about {least:.0e}", hint="give inputs in float64"
         )
     return tol
 
 
-def gap_of(net: Network) -> Callable[[dict[str, Tensor]], Tensor] | None:
-    """The derived gap divided by max(1, objective), as a function of inputs and variable; None where none is derived."""
-    derivation = net.derivation
-    gap = duality_gap(derivation.parts, derivation.variable)
-    if gap is None:
-        return None
-    problem = replace(net.program.problem, terms={"gap": gap, **net.program.problem.terms})
-    evaluate = net.terms_of(problem)
+# --- what an error is measured against --------------------------------------------------------------------------------
 
-    def relative(values: dict[str, Tensor]) -> Tensor:
-        terms = evaluate(values)
-        found = terms.pop("gap")
-        return found.abs() / sum(terms.values()).abs().clamp_min(1)  # type: ignore[union-attr]
 
-    return relative
+def error_of(net: Network, data: Mapping[str, Tensor], start: Tensor) -> tuple[Error, bool]:
+    """(the error of points, as `Solution` says it; is it a certified gap?), for the problems of these data.
+
+    A gap is divided by the larger of the objective at 0 and at the start; a residual by the longer of the gradient steps
+    there. What may vanish at the answer is left out, but for the rounding of the answer itself.
+    """
+    parts, z = net.derivation.parts, net.derivation.variable
+    points = (torch.zeros_like(start), start)
+
+    def values(**terms: Expr) -> Callable[[Tensor, Any], dict[str, Tensor]]:
+        run = net.terms_of(replace(net.program.problem, terms=terms))
+        return lambda point, rows: run({**{name: x[rows] for name, x in data.items()}, z.name: point})
+
+    gap = duality_gap(parts, z)
+    if gap is not None:
+        objective = values(f=add(*values_of(p.e for p in parts)))
+        scale = _largest(objective(p, slice(None))["f"] for p in points)
+        gap_at = values(gap=gap)
+        return lambda new, moved, rows: relative(gap_at(new, rows)["gap"].abs(), scale[rows], moved), True
+    slope = gradient(add(*(p.e for p in parts if p.descended)), z)
+    (lipschitz,) = (a.value for a in net.derivation.exact.definitions if a.target == LIPSCHITZ)
+    steep = values(slope=total(elementwise(slot(0) ** 2, slope)), L=lipschitz)
+    first = _largest(found["slope"].sqrt() / found["L"] for found in (steep(p, slice(None)) for p in points))
+    rounding = least_tolerance(start.dtype) / DEFAULTS[start.dtype]
+
+    def residual(new: Tensor, moved: Tensor, rows: Tensor) -> Tensor:
+        return relative(length(moved), torch.maximum(first[rows], rounding * length(new)), moved)
+
+    return residual, False
+
+
+def _largest(values: Iterable[Tensor]) -> Tensor:
+    """Row by row, of what is finite."""
+    return torch.stack([v.abs().nan_to_num(0, 0, 0) for v in values]).amax(0)
+
+
+def relative(x: Tensor, scale: Tensor, moved: Tensor) -> Tensor:
+    """x / scale; where the scale is too small to divide by, 0 for a point that no longer moves, else infinite."""
+    info = torch.finfo(scale.dtype)
+    still = (moved == 0).flatten(1).all(1)
+    return torch.where(scale >= info.tiny / info.eps, x / scale, torch.where(still, 0.0, torch.inf).to(scale))
+
+
+def length(x: Tensor) -> Tensor:
+    """Of every row."""
+    return x.flatten(1).norm(dim=1)
 
 
 def one_step(spec: Spec) -> Spec:
@@ -177,19 +257,19 @@ def one_step(spec: Spec) -> Spec:
 def iterate(
     step: Map,
     z: Tensor,
+    error: Error,
     tol: float,
     iterations: int,
     console: Console | None = None,
     label: str = "",
-    certify: Map | None = None,
     restart: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """(fixed points, errors, iterations done) of z = step(z, rows), row by row of z, accelerated with restarts.
 
-    step(z, rows) maps the rows of z that belong to the problems `rows`.  certify(z, rows): their error, (rows,); without it
-    the residual |y - step(y)| / max(1, |step(y)|) at the extrapolated point y that was mapped last.
+    step(z, rows) maps the rows of z that belong to the problems `rows`.  error(z, moved, rows): that of z, reached from the
+    extrapolated point z + moved.  A row is done when its error is at most tol, or when it is no number any more.
     """
-    answer, residual = z.clone(), z.new_full((len(z),), torch.inf)
+    answer, errors = z.clone(), z.new_full((len(z),), torch.inf)
     active, y, before, k = torch.arange(len(z), device=z.device), z, z, 0
     t = z.new_ones(len(z), *[1] * (z.ndim - 1))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
@@ -201,18 +281,17 @@ def iterate(
             if restart:
                 t = torch.where(dot(moved, change) > 0, torch.ones_like(t), t)  # momentum points uphill: forget it
             t_new = (1 + (1 + 4 * t * t).sqrt()) / 2
-            residual_now = (moved.flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1).clamp_min(1)).to(residual)
             y, before, t = new + (t - 1) / t_new * change, new, t_new
             if k % CHECK and k < iterations:
                 continue
-            error = residual_now if certify is None else certify(new, active).to(residual)
-            answer[active], residual[active] = new, error
-            left = error > tol
+            found = error(new, moved, active).to(errors)
+            answer[active], errors[active] = new, found
+            left = ~(found <= tol) & new.flatten(1).isfinite().all(1)
             active, y, before, t = active[left], y[left], before[left], t[left]
             bar.update(task, completed=len(z) - len(active), note=f"iteration {k:,}, {len(active):,} left")
             if not len(active):
                 break
-    return answer, residual, k
+    return answer, errors, k
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
