@@ -200,6 +200,49 @@ def test_overrides_set_what_they_name(override, path, value):
     assert found == value
 
 
+def written_blocks(overrides):
+    return load(CRATE, overrides).to_dict()["unroll"]["blocks"]
+
+
+@pytest.mark.parametrize("entry", ["compress", "0"])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("step",), 0.125), (("learn", "W_out", "bias"), False), (("rewrites", "1"), "tight_frame(U)"), (("steps",), 3)],
+)
+def test_any_value_of_a_block_is_set_by_its_path_and_nothing_else_is(entry, path, value):
+    key = ".".join(("unroll.blocks", entry, *path))
+    found, expected = written_blocks([f"{key}={json.dumps(value)}"]), written_blocks([])
+    inner = expected[0]
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[int(path[-1]) if isinstance(inner, list) else path[-1]] = value
+    assert found == expected
+
+
+def test_a_whole_block_is_laid_on_the_one_of_its_name():
+    found, before = written_blocks(["unroll.blocks.sparsify={step: 0.5}"]), written_blocks([])
+    assert found == [before[0], {**before[1], "step": 0.5}]
+
+
+def test_an_entry_of_any_list_is_set_by_its_number():
+    assert load("net", ["parameters.A.shape.0=n"]).to_dict()["parameters"]["A"]["shape"] == ["n", "n"]
+
+
+@pytest.mark.parametrize(
+    ("override", "column", "hint"),
+    [
+        ("unroll.blocks.compres.step=1", 15, "there are: compress, sparsify"),
+        ("unroll.blocks.2.step=1", 15, "there are: compress, sparsify"),
+        ("unroll.blocks.-1.step=1", 15, "there are: compress, sparsify"),
+        ("unroll.blocks.compress.rewrites.3=x", 33, "there are: 0, 1, 2"),
+    ],
+)
+def test_an_entry_that_a_list_does_not_have_is_refused_with_those_it_has(override, column, hint):
+    with pytest.raises(SpecError) as caught:
+        load(CRATE, [override])
+    assert (caught.value.code, caught.value.where.column, caught.value.hint) == ("E210", column, hint)
+
+
 def test_an_override_of_one_term_keeps_the_others():
     assert load("net", ["minimize.sparsity=0"]).minimize == {"fidelity": "1/2 * sumsq(x - A @ z)", "sparsity": "0"}
 

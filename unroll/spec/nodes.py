@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import cast
 
-from unroll.errors import Where
+from unroll.errors import SpecError, Where, quote
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 Path = tuple[str | int, ...]
@@ -193,16 +193,40 @@ def _block_on(under: Entries, over: Entries) -> Entries:
 
 
 def put(root: Entries, path: Sequence[tuple[str, Origin]], value: Node) -> Entries:
-    """The tree with `value` laid on what is at `path`; mappings on the way are made where they are missing."""
+    """The tree with `value` laid on what is at `path`; mappings on the way are made where they are missing.
+
+    Raises SpecError E210 where a list on the way has no such entry.
+    """
     (name, key), *rest = path
-    old = root.get(name)
-    if rest:
-        inner = old if isinstance(old, Entries) else entries({}, rest[0][1])
-        new = put(inner, rest, value)
-    else:
-        new = _join(name, old, value) if old else value
+    new = _put_in(name, root.get(name), rest, value)
     kept = {k: v for k, v in root.entries.items() if k != OPPOSITE.get(name)}
     return entries({**kept, name: (key, new)}, root.origin)
+
+
+def _put_in(name: str, old: Node | None, rest: Sequence[tuple[str, Origin]], value: Node) -> Node:
+    match old:
+        case _ if not rest:
+            return _join(name, old, value) if old else value
+        case Items(items, origin):
+            i = _entry(items, *rest[0])
+            new = _put_in(rest[0][0], items[i], rest[1:], value)
+            return Items((*items[:i], new, *items[i + 1 :]), origin)
+        case Entries():
+            return put(old, rest, value)
+        case _:
+            return put(entries({}, rest[0][1]), rest, value)
+
+
+def _entry(items: Sequence[Node], name: str, key: Origin) -> int:
+    """The place in a list of the block of that name, else of the entry of that number, from 0. Raises SpecError E210."""
+    known = [_block(item) for item in items]
+    if name in known:
+        return known.index(name)
+    if name.isdecimal() and int(name) < len(items):
+        return int(name)
+    there = [n or str(i) for i, n in enumerate(known)]
+    hint = f"there {'is' if len(there) == 1 else 'are'}: {', '.join(there)}" if there else "the list is empty"
+    raise SpecError("E210", f"the list has no entry '{quote(name)}'", key.where(), hint)
 
 
 def _join(name: str, under: Node, over: Node) -> Node:
