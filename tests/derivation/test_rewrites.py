@@ -121,13 +121,18 @@ def test_every_spelling_of_the_rate_becomes_attention(name: str) -> None:
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("weight", [0.3, 0.03, 0.003])
-def test_neumann_stays_within_its_bound_and_is_not_the_identity(order: int, weight: float) -> None:
-    _, _, applied = rewritten("inv(I(d) + c * Z @ Z.T) @ Y", f"neumann(order={order})")
+@pytest.mark.parametrize(
+    ("written", "shift"), [("I(d)", 1.0), ("a * I(d)", 1.3), ("7 * I(d)", 7.0), ("a**2/4*I(d)", 0.4225)]
+)
+def test_neumann_stays_within_its_bound_and_is_not_the_identity(
+    order: int, weight: float, written: str, shift: float
+) -> None:
+    _, _, applied = rewritten(f"inv({written} + c * Z @ Z.T) @ Y", f"neumann(order={order})")
     (site,) = applied.sites
     assert site.core is not None
     before, after = (at(x, "wide", c=weight) for x in site.core)
     rho = float(at(site.assumption, "wide", c=weight))
-    truth = float(torch.linalg.matrix_norm(weight * values(SIZES["wide"])[Z] @ values(SIZES["wide"])[Z].mT, 2))
+    truth = float(torch.linalg.matrix_norm(weight / shift * values(SIZES["wide"])[Z] @ values(SIZES["wide"])[Z].mT, 2))
     assert rho == pytest.approx(truth)
     gap = float(torch.linalg.matrix_norm(before - after, 2) / torch.linalg.matrix_norm(before, 2))
     limit = applied.rewrite.limit(rho, order=order)
@@ -216,6 +221,25 @@ def test_check_says_where_a_series_diverges_and_where_it_does_not() -> None:
         rows = unroll.check("crate_neumann", overrides=["unroll.layers=1", f"scalars.eps2={eps2}"]).rows
         (row,) = [r for r in rows if "neumann" in r.law]
         assert row.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("shift", "rho", "verdict"), [(1, 2.0, "does NOT hold"), (4, 0.5, "holds"), (8, 0.25, "holds")]
+)
+def test_what_a_series_assumes_is_measured_against_the_identity_as_it_is_scaled(
+    shift: int, rho: float, verdict: str
+) -> None:
+    """|X X'| = 2 in all three: what decides is |X X'| / shift."""
+    spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "inputs": {"X": ["n", "n"]},
+        "minimize": {"f": f"1/2 * sum(z * (inv({shift} * I(n) + X @ X.T) @ z))"},
+        "unroll": {"algorithm": "gradient_descent", "layers": 1, "step": 0.1, "rewrites": ["neumann(order=1)"]},
+    }
+    given = torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64).sqrt())
+    (row,) = [r for r in unroll.check(spec, inputs={"X": given}).rows if "neumann" in r.law]
+    assert (row.verdict, f": {rho:.3g};" in row.measured) == (verdict, True), row
 
 
 @pytest.mark.parametrize("order", ["-1", "1/2", "1.5", "n"])
