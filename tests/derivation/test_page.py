@@ -136,3 +136,11 @@ def test_pages_fit_a_terminal(page: str) -> None:
 def test_every_prox_stands_once_per_block() -> None:
     page = stage("palm", "derivation")
     assert page.count("v ↦") == 1 and "in Z: smooth" in joined(page) and "in A: smooth" in joined(page)
+
+
+def test_the_page_names_the_terms_of_a_used_objective_that_were_not_taken() -> None:
+    written = (
+        "use: lasso\nminimize: {fidelity: 1/2 * sumsq(A @ z - x)}\nunroll: {algorithm: gradient_descent, layers: 2}\n"
+    )
+    assert "terms of lasso not taken: sparsity" in str(unroll.derive(written))
+    assert "not taken" not in str(unroll.derive("lista"))

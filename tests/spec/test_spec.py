@@ -243,6 +243,30 @@ def test_an_entry_that_a_list_does_not_have_is_refused_with_those_it_has(overrid
     assert (caught.value.code, caught.value.where.column, caught.value.hint) == ("E210", column, hint)
 
 
+@pytest.mark.parametrize(
+    ("laid", "said"),
+    [
+        ("minimize: {fidelity: sumsq(z)}", ["terms of lines not taken: sparsity"]),
+        ("maximize: {more: -sumsq(z)}", ["terms of lines not taken: fidelity, sparsity"]),
+        ("minimize: norm1(z)", ["terms of lines not taken: fidelity, sparsity"]),
+        ("minimize: {sparsity: norm1(z), fidelity: sumsq(z), more: sumsq(z)}", []),
+        ("scalars: {lam: 0.2}", []),
+    ],
+)
+def test_terms_that_an_objective_laid_over_does_not_take_are_named(laid, said):
+    under = "use: lines\nunroll: {layers: 1, algorithm: proximal_gradient}\n"
+    assert [str(x) for x in load(f"{under}{laid}\n").left] == said
+    key, value = laid.split(": ", 1)
+    over = [f"{key}={value}"] if key != "scalars" else ["scalars.lam=0.2"]
+    assert [str(x) for x in load(under, over).left] == [s.replace("lines", load(under).title) for s in said]
+
+
+def test_constraints_that_are_not_taken_are_named(tmp_path):
+    (tmp_path / "under.yaml").write_text(OBJECTIVE + "constraints: [z >= 0, sum(z) == 1]\n")
+    (tmp_path / "over.yaml").write_text('use: under.yaml\nconstraints: ["z in simplex", "z >= 0"]\n')
+    assert [str(x) for x in load(tmp_path / "over.yaml").left] == ["constraints of under not taken: sum(z) == 1"]
+
+
 def test_an_override_of_one_term_keeps_the_others():
     assert load("net", ["minimize.sparsity=0"]).minimize == {"fidelity": "1/2 * sumsq(x - A @ z)", "sparsity": "0"}
 

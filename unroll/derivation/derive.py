@@ -256,13 +256,15 @@ def _objective(d: Derivation) -> Iterable[str]:
         rows.append((head.rjust(max(len(goal) + 8, len("subject to"))), shown, name, _kind(d, name)))
     if sum(max(len(r[i]) for r in rows) for i in range(4)) + 9 <= WIDTH:
         yield from table(rows)
-        return
+        rows = []
     for head, shown, name, kind in rows:  # what is known of a term, below it
         first, *more = wrapped(shown, WIDTH - len(head) - 3)
         yield f"{head}   {first}"
         indent = " " * (len(head) + 3)
         yield from (indent + line for line in more)
         yield from (f"{indent}  {line}" for line in wrapped(f"{name}: {kind}", WIDTH - len(indent) - 2))
+    for left in d.spec.left:
+        yield from _row("", str(left))
 
 
 def _kind(d: Derivation, name: str) -> str:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path as FilePath
 from typing import Any, Self, cast
@@ -26,6 +27,7 @@ from unroll.spec.consistency import contradictions
 from unroll.spec.messages import known_paths, to_spec_error
 from unroll.spec.nodes import (
     Entries,
+    Items,
     Node,
     Origin,
     Plain,
@@ -52,11 +54,24 @@ ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029\ufeff"}  # text
 TEXT, DICT = "<text>", "<dict>"
 
 
+@dataclass(frozen=True)
+class Left:
+    """Terms or constraints that what is laid over a spec does not take: an objective and constraints are replaced whole."""
+
+    of: str
+    what: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.what} of {self.of} not taken: {', '.join(self.names)}"
+
+
 class Spec(Document):
     """A checked spec. Fields: see `Document`. origin, key_where: places in the file."""
 
     _root: Entries = PrivateAttr()
     _preset: str | None = PrivateAttr(default=None)
+    _left: tuple[Left, ...] = PrivateAttr(default=())
     _decoder: Spec | None = PrivateAttr(default=None)
 
     @property
@@ -74,6 +89,11 @@ class Spec(Document):
         """The preset that was worked into `unroll`."""
         return self._preset
 
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """What this spec does not take of those that it uses."""
+        return self._left
+
     def at(self, *path: str | int) -> Any:
         """The record or value at `path`."""
         value: Any = self
@@ -88,7 +108,7 @@ class Spec(Document):
 
     def layers(self) -> Spec:
         """The spec of the layers alone, with nothing around them."""
-        return self.check(self._root.without(*AROUND), self._preset)
+        return self.check(self._root.without(*AROUND), self._preset, self._left)
 
     def origin(self, *path: str | int) -> Origin:
         """Where the value at `path` is written; of a default, the nearest key around it, with the default as text."""
@@ -126,7 +146,7 @@ class Spec(Document):
         return value if isinstance(value, str) else ""
 
     @classmethod
-    def check(cls, root: Entries, preset: str | None) -> Self:
+    def check(cls, root: Entries, preset: str | None, left: tuple[Left, ...] = ()) -> Self:
         """The spec that a whole tree says. Raises SpecError E201 to E206 or E212 to E216, with all findings."""
         try:
             spec = cls.model_validate(_frozen(plain(root)))
@@ -134,7 +154,7 @@ class Spec(Document):
             raise to_spec_error(e, root, Document) from None
         if errors := contradictions(spec, root):
             raise SpecError.together(errors)
-        spec._root, spec._preset = root, preset
+        spec._root, spec._preset, spec._left = root, preset, left
         if isinstance(layers := node_at(root, DECODER), Entries) and spec.model and spec.model.decoder:
             spec._decoder = cls.check(layers, None)
         return spec
@@ -146,11 +166,11 @@ def load(source: str | bytes | FilePath | Mapping[str, Any], overrides: Sequence
     Raises SpecError E0xx (files, YAML), E2xx (what it says), with the place.
     """
     root, folder = _read(source)
-    root = _use(root, folder, ())
-    for text in overrides:
-        root = _override(root, text)
-    root, preset = _expand(_named(_around(root)))
-    return Spec.check(root, preset)
+    root, left = _use(root, folder, ())
+    whole = reduce(_override, overrides, root)
+    left = (*left, *_not_taken(str(plain(_named(root).entries["name"][1])), root, whole))
+    root, preset = _expand(_named(_around(whole)))
+    return Spec.check(root, preset, left)
 
 
 # --- where a spec comes from ---------------------------------------------------------------------------------------
@@ -208,20 +228,41 @@ def _as_text(source: Mapping[str, Any]) -> str:
 # --- use:, overrides, presets --------------------------------------------------------------------------------------
 
 
-def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> Entries:
-    """The tree laid on the one that it uses."""
+def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> tuple[Entries, tuple[Left, ...]]:
+    """The tree laid on the one that it uses, and what it does not take of it."""
     if isinstance(layers := _decoder(root), Entries):
-        root = _with_decoder(root, _use(layers, folder, chain))
+        root = _with_decoder(root, _use(layers, folder, chain)[0])
     match root.get("use"):
         case Scalar(str(name), origin):
             path = library.find(name, ("objectives", "specs"), origin.where(), folder)
             if path.resolve() in chain or len(chain) == MAX_USE:
                 loop = " uses ".join(p.stem for p in (*chain, path))
                 raise SpecError("E004", f"`use` goes in a circle or too deep: {loop}", origin.where())
-            under = _use(_file(path), path.parent, (*chain, path.resolve()))
-            return merge(under.without("name"), root.without("use"))
+            under, left = _use(_file(path), path.parent, (*chain, path.resolve()))
+            joined = merge(under.without("name"), root.without("use"))
+            return joined, (*left, *_not_taken(path.stem, under, joined))
         case _:
-            return root
+            return root, ()
+
+
+def _not_taken(of: str, under: Entries, joined: Entries) -> Iterator[Left]:
+    """Terms by name, constraints as they are written, that are in `under` alone."""
+    before, after = _terms(under), _terms(joined)
+    if lost := tuple(name for name in before if name not in after):
+        yield Left(of, "terms", lost)
+    written, kept = (_constraints(root) for root in (under, joined))
+    if lost := tuple(text for text in written if text not in kept):
+        yield Left(of, "constraints", lost)
+
+
+def _terms(root: Entries) -> list[str]:
+    objective = root.get("minimize") or root.get("maximize")
+    return list(objective.entries) if isinstance(objective, Entries) else ["objective"] if objective else []
+
+
+def _constraints(root: Entries) -> list[str]:
+    found = root.get("constraints")
+    return [str(plain(item)) for item in found.items] if isinstance(found, Items) else []
 
 
 def _named(root: Entries) -> Entries:
