@@ -21,7 +21,7 @@ from unroll.spec import Spec, load
 if TYPE_CHECKING:
     import torch
 
-    from unroll.calculus.prox_scalar import ScalarProx
+    from unroll.calculus.prox_function import ScalarProx
     from unroll.emit.program import Program
     from unroll.model.module import Model
     from unroll.network.loss import Loss

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from prox_catalogue import NONZERO, PEAKED, ROWS, UNSEEN, Row, abs_u, al, eps, gam, hi, lam, lo, mcp, scad, u
 from prox_catalogue import a as scad_a
 
-from unroll.calculus.prox_scalar import ScalarProx, derive_prox
+from unroll.calculus.prox_function import ScalarProx
+from unroll.calculus.prox_scalar import derive_prox
 from unroll.calculus.torch_functions import source_of
 from unroll.errors import DeriveError
 

@@ -438,7 +438,7 @@ def test_dropout_and_drop_path_act_on_the_update_while_training_only() -> None:
 
 
 def test_the_momentum_of_a_block_follows_its_own_steps() -> None:
-    """Chambolle and Dossal: (k - 1)/(k + a) in step k of the block, in whatever layer."""
+    """Chambolle and Dossal: (k - 1)/(k + a) in step k of the block, which goes on counting from layer to layer."""
     written = """
     dims: {m: 5, n: 7}
     variables: {z: [n]}
@@ -449,10 +449,8 @@ def test_the_momentum_of_a_block_follows_its_own_steps() -> None:
     """
     a, x = drawn(5, 7), drawn(4, 5, seed=1)
     net = unroll.compile(written, parameters={"A": a}, dtype=torch.float64)
-    z = torch.zeros(4, 7, dtype=torch.float64)
-    for _ in range(2):
-        y = z
-        for k in (1, 2, 3):
-            fresh = torch.nn.functional.softshrink(y + 0.1 * (x - y @ a.mT) @ a, 0.01)
-            y, z = fresh + (k - 1) / (k + 3) * (fresh - z), fresh
+    y = z = torch.zeros(4, 7, dtype=torch.float64)
+    for k in range(1, 7):
+        fresh = torch.nn.functional.softshrink(y + 0.1 * (x - y @ a.mT) @ a, 0.01)
+        y, z = fresh + (k - 1) / (k + 3) * (fresh - z), fresh
     assert torch.allclose(net(x), z, rtol=0, atol=EXACT)

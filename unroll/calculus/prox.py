@@ -22,7 +22,8 @@ import sympy as sp
 
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.gradient import gradient
-from unroll.calculus.prox_scalar import ScalarProx, derive_prox
+from unroll.calculus.prox_function import ScalarProx
+from unroll.calculus.prox_scalar import derive_prox
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,

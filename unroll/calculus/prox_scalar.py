@@ -9,244 +9,25 @@ pieces follow one another in v and thresholds b + t f'(b∓) tell which is activ
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import sympy as sp
 
-from unroll.calculus import prox_source
 from unroll.calculus.pieces import Piece, Profile, limit, split
-from unroll.calculus.roots import Root, stationary
+from unroll.calculus.prox_function import ScalarProx
+from unroll.calculus.prox_pieces import Knot, Part
+from unroll.calculus.roots import stationary
 from unroll.calculus.scalar import REALS, Curvature, as_ends, curvature_of, extremes, scalars, undecided, with_order
 from unroll.calculus.signs import Signs, Undecided
-from unroll.calculus.torch_functions import source_of
-from unroll.calculus.torch_text import quadratic_root, stable
+from unroll.calculus.torch_text import stable
+from unroll.calculus.verify import verified
 from unroll.errors import DeriveError
-from unroll.language.show import latex, pretty
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Part:
-    """One smooth piece: F = t f and G = F' on (lo, hi) in u, and where z + G(z) = x there."""
-
-    u: sp.Symbol
-    lo: sp.Expr
-    hi: sp.Expr
-    F: sp.Expr
-    G: sp.Expr
-    roots: tuple[Root, ...]
-
-
-@dataclass(frozen=True)
-class Knot:
-    """A breakpoint or finite end: F there, and the x from `below` to `above` that it is returned for, if flat."""
-
-    at: sp.Expr
-    value: sp.Expr
-    below: sp.Expr
-    above: sp.Expr
-    flat: bool
-
-
-@dataclass(frozen=True)
-class ScalarProx:
-    """prox of t f at v. mode: "threshold" or "candidates". even: parts and knots are of z ≥ 0, for x = |v|.
-
-    centred: shown that the prox of an even f is 0 at 0. Where it is not, z and −z are as good at v = 0, and z ≥ 0 is returned, the
-    limit from v > 0. Of other ties the first candidate wins: breakpoints before zeros of z + t f'(z) − v, small before large.
-    """
-
-    f: sp.Expr
-    u: sp.Symbol
-    v: sp.Symbol
-    t: sp.Symbol
-    x: sp.Symbol
-    domain: tuple[sp.Expr, sp.Expr]
-    curvature: Curvature
-    mode: str
-    even: bool
-    centred: bool
-    objective: sp.Expr
-    parts: tuple[Part, ...]
-    knots: tuple[Knot | None, ...]
-    proof: str
-
-    @property
-    def scalars(self) -> tuple[sp.Symbol, ...]:
-        """Arguments after v, in order: t first if it is one, then by name."""
-        found: set[sp.Basic] = set()
-        for e in self.expressions():
-            found |= e.free_symbols
-        return tuple(sorted(found - {self.u, self.v, self.x}, key=lambda s: (s != self.t, str(s))))
-
-    def expressions(self) -> Iterable[sp.Expr]:
-        """Every formula of the parts and knots."""
-        for p in self.parts:
-            yield from (e for e in (p.lo, p.hi, p.F, p.G, *(r.z for r in p.roots if r.z is not None)))
-        for k in self.knots:
-            if k is not None:
-                yield from (k.at, k.value, k.below, k.above)
-
-    def map(self, change: Callable[[sp.Expr], sp.Expr]) -> ScalarProx:
-        """The same prox with every expression changed by an exact identity or substitution."""
-
-        def of_root(r: Root) -> Root:
-            return replace(r, z=None if r.z is None else change(r.z), lo=change(r.lo), hi=change(r.hi))
-
-        def of_part(p: Part) -> Part:
-            mapped = [change(e) for e in (p.lo, p.hi, p.F, p.G)]
-            return Part(p.u, *mapped, tuple(of_root(r) for r in p.roots))
-
-        knots = [
-            k and replace(k, at=change(k.at), value=change(k.value), below=change(k.below), above=change(k.above))
-            for k in self.knots
-        ]
-        parts = tuple(of_part(p) for p in self.parts)
-        domain = (change(self.domain[0]), change(self.domain[1]))
-        return replace(self, parts=parts, knots=tuple(knots), objective=change(self.objective), domain=domain)
-
-    def substitute(self, values: Mapping[sp.Basic, Any]) -> ScalarProx:
-        """Scalars given other expressions or numbers, e.g. {t: step}."""
-        swap = {k: sp.sympify(e) for k, e in values.items()}
-        return self.map(lambda e: e.subs(swap, simultaneous=True))
-
-    def replace(self, product: sp.Expr, symbol: sp.Expr) -> ScalarProx:
-        """`symbol` in the place of a product of scalars, as theta for step*lam; exact wherever else they occur."""
-        choices = [self.substitute_identity(s, e) for s, e in _eliminations(product, symbol)]
-        if not choices:
-            raise DeriveError("E305", f"{product} is not a product of scalars of this proximal step")
-        return min(choices, key=lambda p: (len(p.scalars), sum(e.count_ops() for e in p.expressions())))
-
-    def substitute_identity(self, s: sp.Symbol, e: sp.Expr) -> ScalarProx:
-        """s = e everywhere, simplified."""
-        return self.map(lambda x: _tidy(x.subs(s, e)) if x.has(s) else x)
-
-    @property
-    def formula(self) -> sp.Expr | None:
-        """The prox as a SymPy expression in v and the scalars; None if a root has no closed form or values decide."""
-        if self.mode != "threshold":
-            return None
-        short = prox_source.textbook(self)
-        if short is not None:
-            return short
-        segs = prox_source.segments(self)
-        if any(z is None for _, z, _ in segs):
-            return None
-        cases = [(_textbook(z), self.x <= end) for end, z, _ in segs[:-1]] + [(_textbook(segs[-1][1]), True)]
-        whole = sp.Piecewise(*cases)
-        return (
-            sp.sign(self.v) * whole.xreplace({self.x: sp.Abs(self.v)})
-            if self.even
-            else whole.xreplace({self.x: self.v})
-        )
-
-    @property
-    def tie(self) -> str:
-        """Words for what is returned where two points are as good, at v = 0 of an even f that is not least there."""
-        return ", sign(0) = 1" if self.even and not self.centred else ""
-
-    @property
-    def slope(self) -> sp.Expr:
-        """d prox / dv as an expression in the output u (|u| for an even profile): 1/(1 + t f''(u)), 0 at knots."""
-        cases: list[tuple[sp.Expr, Any]] = []
-        for part, after in zip(self.parts, self.knots[1:], strict=True):
-            inside = 1 / (1 + sp.diff(part.G, self.u))
-            cases.append((inside, True if after is None else self.u < after.at))
-            if after is not None and after.flat:
-                cases.append((sp.S.Zero, sp.Eq(self.u, after.at)))
-        first = self.knots[0]
-        head = [(sp.S.Zero, sp.Eq(self.u, first.at))] if first is not None and first.flat else []
-        return sp.Piecewise(*head, *cases)
-
-    @property
-    def runtime(self) -> tuple[str, ...]:
-        """Names of the runtime operations that `source` calls."""
-        return tuple(sorted(prox_source.helpers_of(self)))
-
-    def source(self, name: str) -> str:
-        """Torch text of `def name(v, *scalars)`; it calls the operations named in `runtime`."""
-        return prox_source.emit(self, name)
-
-    def __call__(self, v: Tensor, t: Any = None, /, **values: Any) -> Tensor:
-        """Evaluate the emitted source. Scalars by name, numbers or tensors that broadcast against v."""
-        import torch
-
-        given = values if t is None else {str(self.t): t, **values}
-        missing = [str(s) for s in self.scalars if str(s) not in given]
-        if missing:
-            raise DeriveError("E401", f"the proximal step needs a value for {', '.join(missing)}")
-        like = {"dtype": v.dtype, "device": v.device}
-        arguments = [given[str(s)] for s in self.scalars]
-        return _loaded(self)(
-            v, *(a if isinstance(a, torch.Tensor) else torch.tensor(float(a), **like) for a in arguments)
-        )
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self) -> str:
-        """The formula on one line, for people."""
-        return f"prox_t(v) = {self.formula_text()}"
-
-    def formula_text(self) -> str:
-        """What v becomes."""
-        return self._body(pretty, str)
-
-    def latex(self) -> str:
-        """The formula in LaTeX."""
-        return self._body(latex, lambda words: rf"\text{{{words}}}")
-
-    def _body(self, show: Callable[[Any], str], say: Callable[[str], str]) -> str:
-        if self.formula is not None:
-            return show(self.formula)
-        points = [show(k.at) for k in self.knots if k is not None and k.flat]
-        for part in self.parts:
-            points += [
-                show(_textbook(r.z)) if r.z is not None else say("root of ") + show(self.u + part.G - self.x)
-                for r in part.roots
-            ]
-        head = say("sign(v) times ") if self.even else ""
-        where = say(", x = |v|") if self.even else ""
-        choice = "" if len(points) == 1 else "one of " if self.mode == "threshold" else "the best of "
-        return f"{head}{say(choice)}{', '.join(points)}{where}{say(self.tie)}"
-
-
-@cache
-def _loaded(prox: ScalarProx) -> Callable[..., Any]:
-    import torch
-
-    space: dict[str, Any] = {"torch": torch}
-    exec(compile(f"{source_of(prox.runtime)}\n\n{prox.source('prox')}", "<derived prox>", "exec"), space)
-    return space["prox"]
-
-
-def _textbook(e: sp.Expr | None) -> sp.Expr:
-    assert e is not None
-    return e.replace(quadratic_root, lambda *a: quadratic_root(*a).textbook())
-
-
-def _tidy(e: sp.Expr) -> sp.Expr:
-    """step * (theta / step) -> theta, under roots and inside arguments too."""
-    if e.is_Atom:
-        return e
-    inner = e.func(*[_tidy(a) for a in e.args])
-    return sp.cancel(inner) if isinstance(inner, (sp.Mul, sp.Add)) and not inner.is_number else inner
-
-
-def _eliminations(product: sp.Expr, symbol: sp.Expr) -> list[tuple[sp.Symbol, sp.Expr]]:
-    """s = ... for each scalar that `symbol` = product can be solved for."""
-    out: list[tuple[sp.Symbol, sp.Expr]] = []
-    for s in sorted(product.free_symbols, key=str):
-        power = sp.degree(product, s) if product.is_polynomial(s) else product.as_powers_dict().get(s, 0)
-        rest = sp.cancel(product / s**power)
-        if power != 0 and not rest.has(s):
-            out.append((s, (symbol / rest) ** (sp.S.One / power)))
-    return out
+    pass
 
 
 def derive_prox(
@@ -284,8 +65,6 @@ def _derive(
         raise undecided(f, e) from e
     if not verify:
         return prox
-    from unroll.calculus.verify import verified
-
     return verified(prox, signs)
 
 

@@ -13,15 +13,12 @@ import keyword
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import sympy as sp
 
+from unroll.calculus.prox_pieces import Knot, Part, Pieces
 from unroll.calculus.torch_text import HELPERS, helpers_in, torch_text
 from unroll.language import show
-
-if TYPE_CHECKING:
-    from unroll.calculus.prox_scalar import Knot, Part, ScalarProx
 
 LOCALS = {
     "v", "z", "x", "y", "g", "gv", "dv", "dz", "ctx", "grad", "inputs", "rule", "rad", "torch", "best", "value", "better", "width", "dtype", "sign",
@@ -30,10 +27,12 @@ LOCALS = {
 """Names that the source uses."""
 
 
-def emit(prox: ScalarProx, name: str) -> str:
+def emit(prox: Pieces, name: str) -> str:
     """One function NAME(v, *scalars) and the autograd rule behind it; scalars are tensors that broadcast against v."""
     prox, arguments = _named(prox)
     args = ", ".join(["v", *arguments])
+    if _is_identity(prox):  # a rule may not return what it was given
+        return f'def {name}({args}):\n    """{_docline(prox)}"""\n    return v\n'
     if (end := one_sided(prox)) is not None:  # autograd keeps the output of a relu alone, and so needs no rule
         gap = "v" if end == 0 else f"v - {_grouped(torch_text(end)) if end.is_Add else torch_text(end)}"
         return f'def {name}({args}):\n    """{_docline(prox)}"""\n    return torch.relu({gap})\n'
@@ -74,14 +73,14 @@ def _method(name: str, args: str, body: list[str]) -> list[str]:
     return ["", "    @staticmethod", f"    def {name}({args}):", *_indent(body, 8)]
 
 
-def helpers_of(prox: ScalarProx) -> set[str]:
+def helpers_of(prox: Pieces) -> set[str]:
     """Names of the runtime operations that the emitted source calls."""
     roots = [r for p in prox.parts for r in p.roots]
     named = {h for r in roots for e in (r.z, r.lo, r.hi) if e is not None for h in helpers_in(e)}
     return named | ({"bracketed_root"} if any(r.z is None for r in roots) else set())
 
 
-def _docline(prox: ScalarProx) -> str:
+def _docline(prox: Pieces) -> str:
     formula = "" if prox.formula is None else show.text(prox.formula)
     what = f"{formula}, the z that minimises" if 0 < len(formula) < 60 else "argmin over z of"
     return f"{what} {show.text(prox.objective.xreplace({prox.u: sp.Symbol('z')}))} + (z - v)**2/2{_over(*prox.domain)}{prox.tie}"
@@ -100,7 +99,7 @@ def _over(lo: sp.Expr, hi: sp.Expr) -> str:
     )
 
 
-def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
+def _named(prox: Pieces) -> tuple[Pieces, list[str]]:
     """The prox with scalars renamed to fit Python and not to clash with the names of the source or with one another."""
     new: dict[sp.Symbol, str] = {}
     for s in prox.scalars:  # a size and the step size may both be called `step`
@@ -110,6 +109,12 @@ def _named(prox: ScalarProx) -> tuple[ScalarProx, list[str]]:
         new[s] = word
     swap = {s: sp.Symbol(n, **s.assumptions0) for s, n in new.items() if n != str(s)}
     return (prox.map(lambda e: e.xreplace(swap)) if swap else prox), list(new.values())
+
+
+def _is_identity(prox: Pieces) -> bool:
+    """Is f constant on the whole line?"""
+    values = {*(p.F for p in prox.parts), *(k.value for k in prox.knots if k is not None)}
+    return prox.domain == (-sp.oo, sp.oo) and len(values) == 1 and not any(v.has(prox.u) for v in values)
 
 
 def _is_size(s: sp.Symbol) -> bool:
@@ -131,7 +136,7 @@ def _indent(lines: list[str], by: int) -> list[str]:
     return [" " * by + line for line in lines]
 
 
-def _forward(prox: ScalarProx) -> list[str]:
+def _forward(prox: Pieces) -> list[str]:
     wide = any(r.kind != "linear" for p in prox.parts for r in p.roots)
     up = ["dtype = torch.promote_types(v.dtype, torch.float32)"] if wide else []
     v = "v.to(dtype)" if wide else "v"
@@ -143,7 +148,7 @@ def _forward(prox: ScalarProx) -> list[str]:
 # ---------------------------------------------------------------- forward, threshold form
 
 
-def segments(prox: ScalarProx) -> list[tuple[sp.Expr, sp.Expr | None, int]]:
+def segments(prox: Pieces) -> list[tuple[sp.Expr, sp.Expr | None, int]]:
     """(up to which x, the value there or None for a bracketed root, index of the part or −1), ascending in x."""
     out: list[tuple[sp.Expr, sp.Expr | None, int]] = []
     for i, part in enumerate(prox.parts):
@@ -157,7 +162,7 @@ def segments(prox: ScalarProx) -> list[tuple[sp.Expr, sp.Expr | None, int]]:
     return out
 
 
-def textbook(prox: ScalarProx) -> sp.Expr | None:
+def textbook(prox: Pieces) -> sp.Expr | None:
     """The whole prox as max, min and sign where it has that shape: soft thresholds, clips, one-sided shrinkage."""
     segs, x = segments(prox), prox.x
     values = [s[1] for s in segs]
@@ -182,7 +187,7 @@ def textbook(prox: ScalarProx) -> sp.Expr | None:
     return sp.sign(prox.v) * out.xreplace({x: sp.Abs(prox.v)}) if prox.even else out.xreplace({x: prox.v})
 
 
-def one_sided(prox: ScalarProx) -> sp.Expr | None:
+def one_sided(prox: Pieces) -> sp.Expr | None:
     """c for a prox that is max(0, v - c)."""
     if prox.mode != "threshold" or prox.even or any(r.kind != "linear" for p in prox.parts for r in p.roots):
         return None
@@ -193,7 +198,7 @@ def one_sided(prox: ScalarProx) -> sp.Expr | None:
             return None
 
 
-def _threshold(prox: ScalarProx, v: str) -> list[str]:
+def _threshold(prox: Pieces, v: str) -> list[str]:
     segs, x = segments(prox), prox.x
     short = _short(prox, segs) if textbook(prox) is not None and v == "v" else None
     if short is not None:
@@ -216,7 +221,7 @@ def _threshold(prox: ScalarProx, v: str) -> list[str]:
     return lines
 
 
-def _short(prox: ScalarProx, segs: list[tuple[sp.Expr, sp.Expr | None, int]]) -> list[str] | None:
+def _short(prox: Pieces, segs: list[tuple[sp.Expr, sp.Expr | None, int]]) -> list[str] | None:
     """The fewest kernels for the shapes that every network has: v − clip(v), clip, one-sided."""
     values, ends, x = [s[1] for s in segs], [s[0] for s in segs], prox.x
     slopes = [sp.diff(z, x) for z in values if z is not None]
@@ -292,7 +297,7 @@ class Rival:
     line: str = ""
 
 
-def _candidates(prox: ScalarProx, v: str) -> list[str]:
+def _candidates(prox: Pieces, v: str) -> list[str]:
     """The best of all flat knots and of one point per root."""
     first, *rest = _rivals(prox)
     start = [f"x = {v}.abs()" if prox.even else f"x = {v}"]
@@ -308,7 +313,7 @@ def _candidates(prox: ScalarProx, v: str) -> list[str]:
     return [*lines, f"z = torch.where(x == x, {signed}, v)"]  # a NaN stays one
 
 
-def _rivals(prox: ScalarProx) -> list[Rival]:
+def _rivals(prox: Pieces) -> list[Rival]:
     x, u = prox.x, prox.u
     knots = [k for k in prox.knots if k is not None and k.flat]
     out = [
@@ -333,7 +338,7 @@ def _rivals(prox: ScalarProx) -> list[Rival]:
 # ---------------------------------------------------------------- backward: implicit derivatives at the output
 
 
-def _backward(prox: ScalarProx, arguments: list[str]) -> list[str]:
+def _backward(prox: Pieces, arguments: list[str]) -> list[str]:
     """1 + G'(z) in the denominator; at a knot z does not move with v, only with the knot itself."""
     slopes = _slopes(prox)
     if _only_zero_is_flat(prox) and not slopes[0].has(prox.u):
@@ -350,7 +355,7 @@ def _backward(prox: ScalarProx, arguments: list[str]) -> list[str]:
     return [*_size_of(prox, lines), f"return {', '.join(['gv', *given])}"]
 
 
-def _tangent(prox: ScalarProx, arguments: list[str]) -> list[str]:
+def _tangent(prox: Pieces, arguments: list[str]) -> list[str]:
     """How far z moves with v and with the scalars: the derivatives of _backward, forward."""
     lines = [f"dz = {_chain(prox, _slopes(prox), lambda knot: sp.S.Zero, 'dv')}"]
     for s, argument in zip(prox.scalars, arguments, strict=True):
@@ -362,23 +367,23 @@ def _tangent(prox: ScalarProx, arguments: list[str]) -> list[str]:
     return [*_size_of(prox, lines), "return dz"]
 
 
-def _slopes(prox: ScalarProx) -> list[sp.Expr]:
+def _slopes(prox: Pieces) -> list[sp.Expr]:
     return [_neat(1 / (1 + sp.diff(p.G, prox.u))) for p in prox.parts]
 
 
-def _moved(prox: ScalarProx, s: sp.Symbol, grad: str) -> str:
+def _moved(prox: Pieces, s: sp.Symbol, grad: str) -> str:
     """`grad` times the derivative of the output, or of its absolute value, in a scalar."""
     rates = [_neat(-sp.diff(p.G, s) / (1 + sp.diff(p.G, prox.u))) for p in prox.parts]
     return _chain(prox, rates, lambda knot: sp.diff(knot.at, s), grad)
 
 
-def _size_of(prox: ScalarProx, lines: list[str]) -> list[str]:
+def _size_of(prox: Pieces, lines: list[str]) -> list[str]:
     """The lines, after that of |z| where they read it."""
     used = any(re.search(r"\by\b", line) for line in lines)
     return ["y = z.abs()", *lines] if prox.even and used else lines
 
 
-def _only_zero_is_flat(prox: ScalarProx) -> bool:
+def _only_zero_is_flat(prox: Pieces) -> bool:
     """The shape of soft and hard thresholds: z = 0, or one smooth piece on either side."""
     first = prox.knots[0]
     return prox.even and len(prox.parts) == 1 and first is not None and first.flat and first.at == 0
@@ -401,7 +406,7 @@ def _neat(e: sp.Expr) -> sp.Expr:
     return -top / -bottom if bottom.could_extract_minus_sign() else top / bottom
 
 
-def _chain(prox: ScalarProx, values: list[sp.Expr], at_knot: Callable[[Knot], sp.Expr], grad: str) -> str:
+def _chain(prox: Pieces, values: list[sp.Expr], at_knot: Callable[[Knot], sp.Expr], grad: str) -> str:
     """`grad` times the value of the piece that the output lies in, or of the flat knot that it is."""
     y = sp.Symbol("y" if prox.even else "z")
 

@@ -75,6 +75,9 @@ class nonzero(sp.Function):
     nargs = (1,)
     is_positive = True
 
+    def _torchcode(self, printer: Any) -> str:  # what SymPy's own printer of torch asks for
+        return f"nonzero({printer.doprint(self.args[0])})"
+
 
 HELPERS = (quadratic_root, cubic_root, wright_omega)
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import sympy as sp
 
+from unroll.calculus.prox_function import ScalarProx
 from unroll.calculus.signs import Signs
 from unroll.errors import DeriveError
-
-if TYPE_CHECKING:
-    from unroll.calculus.prox_scalar import ScalarProx
 
 POINTS, GRID, DRAWS, BISECTIONS = 48, 1601, 3, 12
 STEPS = (0.3, 1.1, 4.0)

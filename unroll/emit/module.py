@@ -10,7 +10,7 @@ from functools import cached_property
 import sympy as sp
 from torch import nn
 
-from unroll.calculus.prox_scalar import ScalarProx
+from unroll.calculus.prox_function import ScalarProx
 from unroll.derivation.step import Learned, Step
 from unroll.emit.names import MEMBERS, Names, identifier
 from unroll.emit.section import Section, hint
