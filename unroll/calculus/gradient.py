@@ -12,6 +12,7 @@ from typing import assert_never, cast
 
 import sympy as sp
 
+from unroll.calculus.stable import vanishing
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -247,10 +248,26 @@ def kinked(profile: sp.Expr, by: frozenset[sp.Symbol]) -> bool:
 @cache
 def derivative(profile: sp.Expr, by: sp.Symbol) -> sp.Expr:
     """d profile / d by, piecewise where the profile has kinks: sign(0) = 0, and a branch's own slope at its border."""
+    if (ended := _of_log(profile, by)) is not None:
+        return ended
     slope = sp.diff(profile.replace(lambda x: isinstance(x, sp.Max | sp.Min), _as_piecewise), by)
     for s in slope.atoms(sp.sinh):  # sinh / cosh overflows where tanh is 1
         slope = slope.subs(s / sp.cosh(s.args[0]), sp.tanh(s.args[0]))
     return slope
+
+
+def _of_log(profile: sp.Expr, by: sp.Symbol) -> sp.Expr | None:
+    """m g'/g for m log g, 0 where m is 0, whatever g is: there the product is 0 log g = 0."""
+    logs = [f for f in sp.Mul.make_args(profile) if isinstance(f, sp.log)]
+    if len(logs) != 1 or not logs[0].has(by) or not vanishing(logs[0]):
+        return None
+    m, g = profile / logs[0], logs[0].args[0]
+    if m.has(by) or not m.free_symbols or m.is_positive:
+        return None
+    top, bottom = sp.fraction(sp.cancel(sp.diff(g, by) / g))
+    weight = sp.Mul(*(f for f in sp.Mul.make_args(m) if f.free_symbols))
+    both = sp.And(*(cast(sp.logic.boolalg.Boolean, sp.Eq(x, 0)) for x in (weight, bottom)))
+    return m * top / (bottom + sp.Piecewise((1, both), (0, True)))
 
 
 def _as_piecewise(e: sp.Expr) -> sp.Expr:

@@ -22,7 +22,7 @@ from unroll.calculus.prox_pieces import Knot, Part
 from unroll.calculus.roots import stationary
 from unroll.calculus.scalar import REALS, Curvature, as_ends, curvature_of, extremes, scalars, undecided, with_order
 from unroll.calculus.signs import Signs, Undecided
-from unroll.calculus.torch_text import stable
+from unroll.calculus.stable import stable
 from unroll.calculus.verify import verified
 from unroll.errors import DeriveError
 

@@ -11,6 +11,7 @@ from typing import Any
 import sympy as sp
 from sympy.printing.str import StrPrinter
 
+from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
 from unroll.errors import DeriveError
 
 
@@ -36,33 +37,6 @@ class wright_omega(sp.Function):
     nargs = (1,)
 
 
-class sigmoid(sp.Function):
-    """1 / (1 + e^{−x})."""
-
-    nargs = (1,)
-
-    def fdiff(self, argindex: int = 1) -> sp.Expr:
-        return self * (1 - self)
-
-
-class softplus(sp.Function):
-    """log(1 + e^x)."""
-
-    nargs = (1,)
-
-    def fdiff(self, argindex: int = 1) -> sp.Expr:
-        return sigmoid(self.args[0])
-
-
-class logcosh(sp.Function):
-    """log cosh x."""
-
-    nargs = (1,)
-
-    def fdiff(self, argindex: int = 1) -> sp.Expr:
-        return sp.tanh(self.args[0])
-
-
 class power(sp.Function):
     """x^p for 0 < p < 1, of what is 0 where it is least: with slope 0 there."""
 
@@ -82,23 +56,6 @@ class nonzero(sp.Function):
 HELPERS = (quadratic_root, cubic_root, wright_omega)
 
 
-def stable(e: sp.Expr) -> sp.Expr:
-    """e, with log(1 + e^a), log cosh a and 1/(1 + e^a) named, so that derivatives and text stay finite."""
-
-    def rewrite(n: sp.Basic) -> sp.Basic:
-        match n:
-            case sp.log(args=(sp.cosh() as c,)):
-                return logcosh(c.args[0])
-            case sp.log(args=(sp.Add() as s,)) if len(s.args) == 2 and sp.S.One in s.args and (s - 1).func is sp.exp:
-                return softplus((s - 1).exp)
-            case sp.Pow(base=sp.Add() as s, exp=sp.core.numbers.NegativeOne()) if (s - 1).func is sp.exp:
-                return sigmoid(-(s - 1).exp)
-            case _:
-                return n
-
-    return e.replace(lambda n: isinstance(n, (sp.log, sp.Pow)), rewrite)
-
-
 CALLS = {
     sp.exp: "torch.exp",
     sp.log: "torch.log",
@@ -116,6 +73,9 @@ CALLS = {
     sp.erfc: "torch.erfc",
     sigmoid: "torch.sigmoid",
     softplus: "torch.nn.functional.softplus",
+    logaddexp: "torch.logaddexp",
+    xlogy: "torch.xlogy",
+    entr: "torch.special.entr",
     quadratic_root: "quadratic_root",
     cubic_root: "cubic_root",
     wright_omega: "wright_omega",
@@ -159,8 +119,6 @@ class TorchPrinter(StrPrinter):
         inside = ", ".join(self._print(a) for a in expr.args)
         if expr.func in CALLS:
             return f"{CALLS[expr.func]}({inside})"
-        if isinstance(expr, logcosh):
-            return f"({inside} + torch.nn.functional.softplus(-2*({inside})) - 0.6931471805599453)"
         raise NotImplementedError(f"no torch text for {expr.func}")
 
     _print_log = _print_exp = _print_tanh = _print_sinh = _print_cosh = _print_Function

@@ -428,7 +428,55 @@ def elementwise(profile: Any, *args: Expr) -> Expr:
                 return flat.setdefault(e, _leaf(len(flat)))
 
     profile = profile.xreplace({slot(i): inline(a) for i, a in enumerate(args)})
+    if profile.has(sp.exp):
+        profile = cast(sp.Expr, profile.replace(sp.Mul, _one_exponential))
+    if profile.has(sp.log, sp.Pow) and (found := _exponentials(profile, {s: e for e, s in flat.items()})):
+        return elementwise(*found)
     return _mapped(_primitive(_plain_conditions(profile)), {s: e for e, s in flat.items()}, shape)
+
+
+def _one_exponential(*factors: sp.Expr) -> sp.Expr:
+    """e^a e^b -> e^(a + b): neither overflows where their product does not."""
+    powers = [f for f in factors if isinstance(f, sp.exp)]
+    if len(powers) < 2:
+        return sp.Mul(*factors)
+    return sp.Mul(sp.exp(sp.Add(*(cast(sp.Expr, p.args[0]) for p in powers))), *(f for f in factors if f not in powers))
+
+
+def _exponentials(profile: sp.Expr, named: dict[sp.Symbol, Expr]) -> tuple[sp.Expr, *tuple[Expr, ...]] | None:
+    """The profile and its arguments with what overflows under a log or a fraction bar in other words: a sum of exponentials is
+    e^logsumexp, or what it is after the largest is pulled out where weights have any sign; a softmax under a log is e^(x - logsumexp)."""
+    args = list(named.values())
+    place: Callable[[Expr], sp.Symbol] = lambda e: args.append(e) or slot(len(args) - 1)
+    inner = {slot(i): s for i, s in enumerate(named)}
+    profile = swap(profile, {s: i for i, s in inner.items()})
+    logs = profile.atoms(sp.log)
+    narrow = [*logs, *(p for p in profile.atoms(sp.Pow) if p.exp.is_negative)]
+    swaps: dict[Any, sp.Expr] = {}
+    for i, e in enumerate(named.values()):
+        match e:
+            case Sum(Map(p, parts), axis) if any(f.has(slot(i)) for f in narrow) and not any(
+                isinstance(x, Hold) for x in parts
+            ):
+                weight, power = p.as_independent(sp.exp, as_Add=False)
+                if not isinstance(power, sp.exp):
+                    continue
+                exponent = elementwise(power.args[0], *parts)
+                if exponent.shape != e.x.shape:
+                    continue
+                if weight.is_positive:
+                    swaps[slot(i)] = weight * sp.exp(place(logsumexp(exponent, axis)))
+                else:
+                    most = hold(largest(exponent, axis))
+                    shifted = p.xreplace({power: sp.exp(power.args[0] - slot(len(parts)))})
+                    swaps[slot(i)] = sp.exp(place(most)) * place(total(elementwise(shifted, *parts, most), axis))
+            case Softmax(x, axis, False):
+                under = [f for f in logs if f.has(slot(i))]
+                share = sp.exp(place(x) - place(logsumexp(x, axis))) if under else slot(i)
+                swaps |= {f: cast(sp.Expr, f.xreplace({slot(i): share})) for f in under}
+            case _:
+                pass
+    return (cast(sp.Expr, profile.xreplace(swaps)), *args) if swaps else None
 
 
 def _plain_conditions(profile: sp.Expr) -> sp.Expr:

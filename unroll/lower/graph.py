@@ -16,6 +16,7 @@ import networkx as nx
 import sympy as sp
 
 from unroll.calculus.cones import definite, is_hermitian
+from unroll.calculus.stable import stable
 from unroll.derivation.rewrites.frequencies import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
@@ -355,7 +356,7 @@ class Lowering:
         shaped = [r for s, r in refs.items() if s not in used]
         order = list(dict.fromkeys(used.values()))
         names = {s: slot(order.index(r)) for s, r in used.items()}
-        out = self.builder.map(swap(profile, names) if names else profile, order)
+        out = self.builder.map(stable(swap(profile, names) if names else profile), order)
         for r in shaped:  # an argument of which only the shape counts: ones
             out = self.builder.add("map", (out, r), slot(0) * slot(1))
         return out
@@ -526,7 +527,7 @@ class Lowering:
 
     def _spectral(self, op: str, profile: sp.Expr, x: Expr) -> Ref:
         free = sorted((cast(sp.Symbol, s) for s in profile.free_symbols if s != slot(0)), key=str)
-        core = swap(profile, {s: slot(i + 1) for i, s in enumerate(free)})
+        core = stable(swap(profile, {s: slot(i + 1) for i, s in enumerate(free)}))
         return self.builder.add(op, (self.lower(x), *map(self._symbol, free)), core)
 
     def _prox(self, e: ProxMap) -> Ref:

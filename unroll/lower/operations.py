@@ -20,6 +20,7 @@ from typing import Any
 import sympy as sp
 
 from unroll.calculus.gradient import derivative
+from unroll.calculus.stable import xlogy
 from unroll.calculus.torch_text import power
 from unroll.language.nodes import ONE, Shape, broadcast, operator_shape, slot
 from unroll.lower import spectral
@@ -650,8 +651,9 @@ def helpers_of(node: Node) -> tuple[str, ...]:
     """Module-level functions that the text of a node calls."""
     if node.op == "softmax" and node.attrs[1]:
         return ("causal_softmax",)
-    if node.op == "map" and node.attrs[0].has(power):
-        return ("power",)
+    if node.op in ("map", "spectral_sum", "spectral_map"):
+        called = tuple(f.__name__ for f in (power, xlogy) if node.attrs[0].has(f))
+        return (*BY_NAME[node.op].helpers, *called)
     if node.op in ("project", "indicator"):
         name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
         return (*BY_NAME[node.op].helpers, *((f"project_{name}",) if f"project_{name}" in HELPERS else ()))
@@ -906,6 +908,12 @@ HELPERS: dict[str, Helper] = {
         "U h(S) V' for x = U S V'. slope: that of h, from s and h(s).",
         spectral.SPECTRAL_MAP,
         ("recomposed",),
+    ),
+    "xlogy": Helper(
+        '''def xlogy(x, y):
+    """x log y, 0 where x is 0, and so is its slope in y."""
+    return torch.xlogy(x, torch.where((x == 0) & (y == 0), 1, y))
+'''
     ),
     "softplus_inverse": Helper(
         'def softplus_inverse(y):\n    """x with softplus(x) = y > 0."""\n    return y + torch.log(-torch.expm1(-y))\n'

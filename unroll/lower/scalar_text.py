@@ -1,4 +1,4 @@
-"""SymPy scalar formulas -> torch source text, in a stable form: softplus and sigmoid, not quotients of exponentials."""
+"""SymPy scalar formulas -> torch source text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import sympy as sp
 
-from unroll.calculus.torch_text import as_fraction, decimal, logcosh, nonzero, power, sigmoid, softplus, stable
+from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
+from unroll.calculus.torch_text import as_fraction, decimal, nonzero, power
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -35,36 +36,11 @@ class Text:
 
 def formula(e: sp.Expr, names: Mapping[sp.Symbol, Text]) -> Text:
     """Torch text of a SymPy formula, its symbols replaced by `names`. Raises DeriveError E401: no torch form."""
-    return _text(_stable(e), names)
+    return _text(cast(Any, e).replace(softplus, lambda u: -cast(Any, logsigmoid)(-u)), names)
 
 
-# --- stable forms -----------------------------------------------------------------------------------------------------
-
-
-def _stable(e: sp.Expr) -> sp.Expr:
-    """log(1 + exp(u)) -> softplus(u), exp(u) / (1 + exp(u)) -> sigmoid(u): no overflow for large u."""
-    powers = cast(Any, e).replace(_is_logistic_power, lambda x: stable(1 / x.base) ** -x.exp)
-    return cast(Any, stable(powers)).replace(lambda x: isinstance(x, sp.Mul) and x.has(sigmoid), _merge_exponentials)
-
-
-def _is_logistic_power(e: sp.Basic) -> bool:
-    """(1 + exp(u)) ** -n, n = 2, 3, ..."""
-    return (
-        isinstance(e, sp.Pow)
-        and e.exp.is_Integer is True
-        and e.exp < -1
-        and isinstance(e.base, sp.Add)
-        and e.base.has(sp.exp)
-    )
-
-
-def _merge_exponentials(e: sp.Expr) -> sp.Expr:
-    """exp(u) * sigmoid(-u) -> sigmoid(u)."""
-    for s in (a for a in e.args for a in (a.base if isinstance(a, sp.Pow) else a,) if isinstance(a, sigmoid)):
-        u = -cast(sp.Expr, s.args[0])
-        if any(isinstance(a, sp.exp) and sp.expand(a.args[0] - u) == 0 for a in e.args):
-            return _merge_exponentials(e / (sp.exp(u) * s) * sigmoid(u))
-    return e
+class logsigmoid(sp.Function):
+    """log(1 / (1 + e^{-x})): torch's softplus is only right to 2e-9."""
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -86,7 +62,7 @@ FUNCTIONS: dict[type[Any], tuple[str, str]] = {
 """SymPy function -> its name for tensors, for plain numbers."""
 TEMPLATES: dict[type[Any], tuple[str, str]] = {
     **{f: (f"{tensor}({{}})", f"{plain}({{}})") for f, (tensor, plain) in FUNCTIONS.items()},
-    softplus: ("F.softplus({})", "math.log1p(math.exp({}))"),
+    logsigmoid: ("F.logsigmoid({})", "-math.log1p(math.exp(-({})))"),
     sigmoid: ("torch.sigmoid({})", "(1 / (1 + math.exp(-({}))))"),
     nonzero: ("torch.where({0} >= torch.finfo({0}.dtype).tiny, {0}, 1)", "({0} or 1.0)"),
 }
@@ -99,9 +75,6 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
     match e:
         case sp.Symbol():
             return names[e]
-        case logcosh():
-            u = cast(sp.Expr, e.args[0])
-            return go(u + softplus(-2 * u) - sp.log(2))
         case sp.Number() | sp.NumberSymbol() | sp.core.numbers.Infinity() | sp.core.numbers.NegativeInfinity():
             return number(cast(sp.Expr, e))
         case sp.Add():
@@ -128,10 +101,19 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
             return Text(f"(torch.sign({x.code}) + 1) / 2", PRODUCT)
         case sp.Piecewise():
             return _piecewise(e, go)
-        case softplus() if (x := go(-cast(sp.Expr, e.args[0]))).tensor:  # F.softplus is only right to 2e-9
-            return Text(f"-F.logsigmoid({x.code})", UNARY)
         case sp.Rel() | sp.And() | sp.Or() | sp.Not():
             return _condition(e, go)
+        case logaddexp() | xlogy():
+            x, y = map(go, e.args)
+            a, b = cast(tuple[sp.Expr, sp.Expr], e.args)
+            if isinstance(e, logaddexp) and not (x.tensor and y.tensor):
+                a, b = (b, a) if x.tensor else (a, b)
+                return go(a - cast(Any, logsigmoid)(a - b))
+            if not (x.tensor or y.tensor):
+                return go(a * sp.log(b))
+            return Text(f"{'torch.logaddexp' if isinstance(e, logaddexp) else 'xlogy'}({x.code}, {y.code})")
+        case entr():
+            return Text(f"torch.special.entr({go(e.args[0]).code})")
         case _ if type(e) in TEMPLATES:
             x = go(e.args[0])
             return Text(TEMPLATES[type(e)][0 if x.tensor else 1].format(x.code), POSTFIX, x.tensor)

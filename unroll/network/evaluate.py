@@ -89,7 +89,15 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 def _function(c: sp.Expr) -> tuple[tuple[sp.Symbol, ...], Callable[..., Any]]:
     """The symbols of c, and c as a function of them."""
     symbols = cast(tuple[sp.Symbol, ...], tuple(sorted(c.free_symbols, key=str)))
-    return symbols, sp.lambdify(symbols, c, modules=[_FUNCTIONS, "torch"])
+    return symbols, sp.lambdify(symbols, cast(Any, c).replace(sp.Mul, _at_zero), modules=[_FUNCTIONS, "torch"])
+
+
+def _at_zero(*factors: sp.Expr) -> sp.Expr:
+    """0 log 0 = 0."""
+    e = sp.Mul(*factors)
+    logs = [f for f in factors if isinstance(f, sp.log)]
+    m = e / logs[0] if logs else sp.S.One
+    return sp.Piecewise((0, sp.Eq(m, 0)), (e, True)) if m.free_symbols and not m.is_positive else e
 
 
 @dataclass(frozen=True)

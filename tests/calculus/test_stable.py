@@ -1,0 +1,166 @@
+"""Formulas of exponentials and logs at their extremes, in every way they are written, against mpmath with 1000 digits."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from typing import Any
+
+import mpmath
+import pytest
+import sympy as sp
+import torch
+
+import unroll
+from unroll.calculus.stable import stable
+
+WIDE = (-1e3, -88.0, -30.0, -1.3, 0.0, 0.4, 40.0, 1e3)
+NARROW = tuple(max(min(z, 500.0), -500.0) for z in WIDE)
+WRITTEN = [
+    "log(sigmoid(z))", "log(1 - sigmoid(z))", "x*log(sigmoid(z)) + (1 - x)*log(1 - sigmoid(z))", "-log(1/(1 + exp(-z)))",
+    "log(exp(z)/(1 + exp(z)))", "log(sigmoid(z)/(1 - sigmoid(z)))", "log(exp(z) + exp(-z))", "log(cosh(z))", "log(cosh(z) + 1)",
+    "log(2 + exp(z))", "log(3 + 1/2*exp(2*z))", "log(a + b*exp(c*z))", "log(b*exp(z) + exp(-c*z) + a)", "log(1 + exp(z) + exp(2*z))",
+    "log(exp(z) + exp(z/2))", "log((1 + exp(z))/2)", "log(1 + exp(z)**2)", "log(1 + x*exp(z))", "log(x*exp(z) + (1 - x)*exp(-z))",
+    "log(1 + exp(z + x))", "log(3/10 + 7/10*sigmoid(z))", "log(1 + tanh(z))", "log(1 - tanh(z)**2)", "1/(1 + exp(-z))",
+    "exp(z)/(1 + exp(z))", "exp(2*z)/(1 + exp(2*z))", "exp(-z)/(1 + exp(-z))**2", "exp(z/2)/(1 + exp(z))", "(1 + exp(z))/(2 + exp(z))",
+    "(exp(z) - exp(-z))/(exp(z) + exp(-z))", "(1 - exp(-2*z))/(1 + exp(-2*z))", "2*sigmoid(2*z) - 1", "sigmoid(z)*(1 - sigmoid(z))",
+    "z*sigmoid(z)", "softplus(z)**2", "1/cosh(z)", "1/(exp(z) + exp(-z))**2", "sqrt(sigmoid(z))", "exp(z - softplus(z))",
+    "-sigmoid(z)*log(sigmoid(z))",
+]  # fmt: skip
+"""Logistic losses, cross entropies, sums of exponentials under a log, sigmoids and hyperbolic functions."""
+NUMBERS, X = {"a": 3.0, "b": 0.5, "c": 2.0}, 0.25
+EXACT: dict[str, Any] = {
+    **{f: getattr(mpmath, f) for f in ("exp", "log", "tanh", "cosh", "sqrt")},
+    "sigmoid": lambda u: 1 / (1 + mpmath.exp(-u)),
+    "softplus": lambda u: mpmath.log1p(mpmath.exp(u)),
+}
+
+
+def reads_x(text: str) -> bool:
+    return re.search(r"\bx\b", text) is not None
+
+
+@cache
+def loss(text: str, n: int = 8) -> unroll.Loss:
+    used = {k: v for k, v in NUMBERS.items() if re.search(rf"\b{k}\b", text)}
+    parts = {"inputs": {"x": ["n"]} if reads_x(text) else {}, "scalars": used}
+    spec = {"dims": {"n": n}, "variables": {"z": ["n"]}, "minimize": {"f": text}}
+    return unroll.loss(spec | {k: v for k, v in parts.items() if v})
+
+
+@cache
+def exactly(text: str, z: float) -> tuple[float, float]:
+    """Value and slope."""
+    with mpmath.workdps(1000):
+        known = {**EXACT, **{k: mpmath.mpf(v) for k, v in NUMBERS.items()}, "x": mpmath.mpf(X)}
+        f = lambda u: eval(
+            text.replace("3/10", "mpf(3)/10").replace("7/10", "mpf(7)/10"), {**known, "mpf": mpmath.mpf}, {"z": u}
+        )
+        return float(f(mpmath.mpf(z))), float(mpmath.diff(f, mpmath.mpf(z), h=mpmath.mpf(10) ** -400))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("text", WRITTEN)
+def test_values_and_slopes_are_finite_and_right_however_they_are_written(text: str, dtype: torch.dtype) -> None:
+    net, zs = loss(f"sum({text})"), WIDE if dtype == torch.float64 else NARROW
+    given = (torch.full((8,), X, dtype=dtype),) if reads_x(text) else ()
+    z = torch.tensor(zs, dtype=dtype, requires_grad=True)
+    (slopes,) = torch.autograd.grad(net(z, *given), z)
+    for u, got in zip(zs, slopes.tolist(), strict=True):
+        at = torch.full((8,), u, dtype=dtype)
+        value, slope = exactly(text, float(at[0]))
+        allowed = 1e3 * torch.finfo(dtype).eps
+        assert abs(float(net(at, *given)) / 8 - value) <= allowed * (1 + abs(u) + abs(value)), u
+        assert abs(got - slope) <= allowed * (1 + abs(u) + abs(slope)), u
+
+
+@pytest.mark.parametrize("text", WRITTEN[:24:2])
+def test_the_derived_slope_is_right_at_the_extremes_too(text: str) -> None:
+    """Of the profile, differentiated by SymPy and written by the same rule."""
+    z, x, *numbers = sp.symbols("z x a b c", real=True)
+    names = {
+        "z": z,
+        "x": x,
+        **{str(s): s for s in numbers},
+        "sigmoid": lambda u: 1 / (1 + sp.exp(-u)),
+        "softplus": lambda u: sp.log(1 + sp.exp(u)),
+    }
+    slope = stable(
+        sp.diff(sp.sympify(text, locals=names), z).subs({str(k): sp.Rational(v) for k, v in NUMBERS.items()})
+    )
+    from unroll.lower.scalar_text import Text, formula
+
+    at = torch.tensor(WIDE, dtype=torch.float64)
+    code = formula(
+        slope.subs(dict(zip(numbers, map(sp.Rational, NUMBERS.values()), strict=True))), {z: Text("z"), x: Text("x")}
+    ).code
+    got = eval(code, {"torch": torch, "F": torch.nn.functional, "math": math, "z": at, "x": torch.full_like(at, X)})
+    for u, y in zip(WIDE, (got + 0 * at).tolist(), strict=True):
+        want = exactly(text, u)[1]
+        assert abs(y - want) <= 1e-12 * (1 + abs(u) + abs(want)), (u, code)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("log(sum(exp(z)))", lambda z, x: z.logsumexp(-1)),
+        ("log(sum(x*exp(z)))", lambda z, x: (z + x.log()).logsumexp(-1)),
+        ("log(1 + sum(exp(z)))", lambda z, x: torch.nn.functional.pad(z, (0, 1)).logsumexp(-1)),
+        ("-dot(x, log(softmax(z, 0)))", lambda z, x: -(x * z.log_softmax(-1)).sum()),
+        ("dot(x, exp(z)/sum(exp(z)))", lambda z, x: (x * z.softmax(-1)).sum()),
+        ("kl(x, softmax(z, 0))", lambda z, x: (x * x.log() - x * z.log_softmax(-1) - x).sum() + 1),
+        ("entropy(softmax(z, 0))", lambda z, x: -(z.softmax(-1) * z.log_softmax(-1)).sum()),
+    ],
+)
+def test_sums_over_entries_do_not_overflow_either(text: str, right: Any) -> None:
+    z, x = torch.tensor(WIDE, dtype=torch.float64), torch.linspace(0.1, 2, 8, dtype=torch.float64)
+    net = loss(text)
+    call = (lambda z: net(z, x)) if reads_x(text) else net
+    torch.testing.assert_close(call(z), right(z, x))
+    torch.testing.assert_close(torch.func.grad(call)(z), torch.func.grad(lambda z: right(z, x))(z))
+
+
+# --- 0 log 0 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_divergence_from_zero_counts_is_what_is_predicted(dtype: torch.dtype) -> None:
+    """kl(0, z) = z with slope 1, at z = 0 too."""
+    z = torch.tensor([0.5, 0.0, 1.0, 3.0], dtype=dtype, requires_grad=True)
+    x = torch.tensor([0.0, 0.0, 1.0, 2.0], dtype=dtype)
+    value = loss("kl(x, z)", 4)(z, x)
+    want = 0.5 + 2 * math.log(2 / 3) + 1
+    assert abs(float(value.detach()) - want) < 10 * torch.finfo(dtype).eps
+    (slope,) = torch.autograd.grad(value, z)
+    torch.testing.assert_close(slope, torch.tensor([1, 1, 0, 1 / 3], dtype=dtype))
+
+
+def test_a_step_on_zero_counts_and_its_trace_are_finite() -> None:
+    spec = {
+        "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": {"f": "kl(x, z)"},
+        "unroll": {"algorithm": "gradient_descent", "layers": 2, "step": 0.1},
+    }  # fmt: skip
+    net = unroll.compile(spec, dtype=torch.float64)
+    x, z = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64), torch.tensor([0.5, 0.1, 4.0], dtype=torch.float64)
+    torch.testing.assert_close(net(x, z=z, layers=1), torch.tensor([0.4, 0.0, 3.95], dtype=torch.float64))
+    assert net(x, z=z).isfinite().all()  # the second step starts at 0 / 0
+    assert abs(float(net.objective(x, z=z)["total"]) - (0.6 + 2 * math.log(0.5) + 2)) < 1e-12
+    own = torch.func.jacrev(lambda x: net(x, z=z))(x)
+    assert own.isfinite().all()
+
+
+def test_entropy_at_zero_is_zero_and_its_slope_infinite() -> None:
+    z = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    value = loss("entropy(z)", 3)(z)
+    assert abs(float(value.detach()) - 0.5 * math.log(2)) < 1e-15
+    (slope,) = torch.autograd.grad(value, z)
+    assert slope[0] == math.inf
+    torch.testing.assert_close(slope[1:], torch.tensor([-1, math.log(2) - 1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("power", ["z*log(z)", "z**2*log(z)", "x*log(z)", "x**2*log(x/z)", "x*log(x/sigmoid(z))"])
+def test_what_vanishes_times_a_log_is_zero(power: str) -> None:
+    value = loss(f"sum({power})", 2)
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert float(value(zero, zero) if reads_x(power) else value(zero)) == 0.0
