@@ -337,3 +337,15 @@ def test_a_step_that_is_a_plain_number_goes_into_a_prox_that_autograd_can_save(t
     )  # fmt: skip
     y = torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
     assert torch.autograd.gradcheck(net, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["where(z > 0, 1, 0)", "where(z > 1/2, 2, -1)", "3*where(z > 0, 1, 0) + 1"])
+def test_a_choice_between_whole_numbers_is_of_the_type_of_what_it_is_chosen_by(choice: str) -> None:
+    """A product of matrices takes no integers: the module could not be called."""
+    s, z = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[-1.0, 0.2, 2.0]])
+    loss = unroll.loss(
+        {"dims": {"n": 3}, "variables": {"z": ["n"]}, "parameters": {"S": ["n", "n"]}, "minimize": {"f": f"sumsq(S @ ({choice}))"}},
+        parameters={"S": s},
+    )  # fmt: skip
+    by_hand = eval(choice, {"where": lambda c, a, b: torch.where(c, float(a), float(b)), "z": z})
+    assert torch.allclose(loss(z), (by_hand @ s.mT).square().sum())
