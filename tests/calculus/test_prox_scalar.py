@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prox_catalogue import NONZERO, PEAKED, ROWS, UNSEEN, Row, abs_u, al, eps, gam, hi, lam, lo, mcp, scad, u
 from prox_catalogue import a as scad_a
 
+import unroll
 from unroll.calculus.prox_function import ScalarProx
 from unroll.calculus.prox_scalar import derive_prox
 from unroll.calculus.torch_functions import source_of
@@ -525,3 +526,11 @@ def test_a_one_sided_threshold_needs_no_rule_of_its_own() -> None:
     slopes = torch.autograd.grad(out.sum(), (v, t))
     assert slopes[0].tolist() == [0, 0, 0, 1]
     assert float(slopes[1]) == -1
+
+
+def test_constants_with_all_their_digits_meet_in_all_but_the_last():
+    """Huber at sqrt(3), written out: its pieces differ by 2e-16 where they meet."""
+    p = unroll.prox("where(abs(u) <= 1.7320508075688772, u**2/2, 1.7320508075688772*abs(u) - 1.5)")
+    v, t, edge = torch.linspace(-5, 5, 41, dtype=torch.float64), 0.6, 3**0.5
+    want = torch.where(v.abs() <= edge * (1 + t), v / (1 + t), v - t * edge * v.sign())
+    torch.testing.assert_close(p(v, t), want, rtol=0, atol=1e-12)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     pass
 
 
+ROUNDING = sp.Float("1e-12")
+
+
 def derive_prox(
     f: sp.Expr,
     u: sp.Symbol,
@@ -116,7 +119,7 @@ def _refuse_unattained(f: sp.Expr, profile: Profile, signs: Signs) -> None:
     for piece in profile.pieces:
         for end, side in ((piece.lo, "+"), (piece.hi, "-")):
             inside = limit(piece.f, u, end, side) if end in at else sp.oo
-            if inside != sp.oo and (at[end] == sp.oo or signs.of(sp.expand(at[end] - inside)) > 0):
+            if inside != sp.oo and (at[end] == sp.oo or _jumps(sp.expand(at[end] - inside), inside, signs)):
                 raise DeriveError(
                     "E302",
                     f"{f} has no proximal step: its value at {u} = {end} is above its limit from the side, so a minimum need not exist",
@@ -134,6 +137,13 @@ def _least_at_0(half: Profile, signs: Signs) -> bool:
         return all(r.proof != "sampled" and signs.known(r.lo) in (0, 1) for r in ranges)
     except (DeriveError, Undecided):
         return False
+
+
+def _jumps(gap: sp.Expr, inside: sp.Expr, signs: Signs) -> bool:
+    """Is the gap above 0? Constants written as decimals meet in all but their last digits."""
+    if gap.is_number and inside.is_number:
+        return bool(gap > ROUNDING * (1 + abs(inside)))
+    return signs.of(gap) > 0
 
 
 def _near(end: sp.Expr) -> str:

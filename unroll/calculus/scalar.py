@@ -4,6 +4,7 @@
 # pyright: reportReturnType=false, reportAssignmentType=false, reportArgumentType=false
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -226,6 +227,10 @@ def _sampled(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     return Range(lo, sp.oo, "sampled", f"sign of f'' on {GRID} points for {len(runs)} draws of the scalars")
 
 
+NUMPY = [{f.__name__: np.vectorize(f, otypes=[float]) for f in (math.erf, math.erfc)}, "numpy"]
+"""Modules of a formula as a function of arrays; NumPy has no error function."""
+
+
 def _values(h: sp.Expr, piece: Piece, u: sp.Symbol, draw: dict[sp.Basic, sp.Expr]) -> np.ndarray:
     lo, hi = (float(e.xreplace(draw)) for e in (piece.lo, piece.hi))
     grid = np.linspace(0, 1, GRID + 2)[1:-1]
@@ -236,5 +241,5 @@ def _values(h: sp.Expr, piece: Piece, u: sp.Symbol, draw: dict[sp.Basic, sp.Expr
     else:
         x = (2 * grid - 1) / (1 - (2 * grid - 1) ** 2) * 2
     with np.errstate(all="ignore"):
-        y = np.asarray(sp.lambdify(u, h.xreplace(draw), "numpy")(x), dtype=float) * np.ones_like(x)
+        y = np.asarray(sp.lambdify(u, h.xreplace(draw), NUMPY)(x), dtype=float) * np.ones_like(x)
     return y[np.isfinite(y)]

@@ -16,6 +16,7 @@ import numpy as np
 import sympy as sp
 
 from unroll.calculus.prox_function import ScalarProx
+from unroll.calculus.scalar import NUMPY
 from unroll.calculus.signs import Signs
 from unroll.errors import DeriveError
 
@@ -108,7 +109,7 @@ def _takeovers(run: Callable[[np.ndarray], np.ndarray], v: np.ndarray) -> np.nda
 
 def objective(f: sp.Expr, u: sp.Symbol, lo: float, hi: float) -> Any:
     """f as a numpy function, +inf outside [lo, hi]; where the formula has no value at a point, a value next to it."""
-    raw = sp.lambdify(u, f, "numpy")
+    raw = sp.lambdify(u, f, NUMPY)
 
     def value(z: np.ndarray) -> np.ndarray:
         z = np.asarray(z, dtype=float)
