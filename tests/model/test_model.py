@@ -404,7 +404,7 @@ def test_two_different_proximal_steps_keep_their_own_names() -> None:
     }
     net, x = model(changed(MAE, decoder={"layers": layers})), images()
     assert [net.source.count(f"{name}(") for name in ("class _prox", "def prox", "class _prox_decoder")] == [1, 1, 1]
-    assert "def prox_decoder(" in net.source and "_prox_decoder.apply(" in net.source
+    assert "def prox_decoder(" in net.source and "rule = _prox_decoder if " in net.source
     space: dict[str, Any] = {}
     exec(net.source, space)
     alone = space["ToyModel"]().double()
