@@ -16,6 +16,7 @@ from sklearn.linear_model import ElasticNet, Lasso, MultiTaskLasso, Ridge
 from torch import Tensor
 
 import unroll
+from unroll.derivation import algorithms
 from unroll.derivation.algorithms import ALGORITHMS
 from unroll.errors import SpecError
 from unroll.spec import load
@@ -476,3 +477,25 @@ def test_a_step_that_is_not_finite_is_refused() -> None:
     dims, parameters, _ = tensors(spec)
     with pytest.raises(unroll.UnrollError, match="not finite"):
         network(spec, dims, {k: 0 * v for k, v in parameters.items()}, "proximal_gradient", 2)
+
+
+@pytest.mark.parametrize(
+    "f", ["sum((z - x)**64)", "sum(tanh(z) * log(1 + z**2))", "entropy(sigmoid(1/3 + z)) + sumsq(z - x)"]
+)
+def test_what_nothing_reads_is_not_derived(f: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+    for name, where in (("bounds", algorithms.curvature), ("proximable", algorithms)):
+        monkeypatch.setattr(where, name, lambda e, z: asked.append(e))  # pyright: ignore[reportUnknownLambdaType]
+    spec: Spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "inputs": {"x": ["n"]},
+        "minimize": {"f": f},
+        "unroll": {"algorithm": "gradient_descent", "layers": 1, "step": 0.01},
+    }
+    net, x = unroll.compile(spec), torch.linspace(-1, 1, 3)
+    assert torch.isfinite(net(x[None])).all() and not asked
+    spec["unroll"]["step"] = "1/L"
+    with pytest.raises(SpecError, match="no Lipschitz constant"):
+        unroll.compile(spec)
+    assert asked

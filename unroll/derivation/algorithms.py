@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import sympy as sp
@@ -37,19 +38,63 @@ NONE_FITS = "no algorithm here fits; each term must be smooth, or the rest proxi
 
 @dataclass(frozen=True)
 class Part:
-    """One summand of the objective and what is known of it.
+    """One summand of the objective and what is known of it, derived when it is first read.
 
-    smooth: Hessian bounds, infinite where it is differentiable and no more.  proximal: its prox.  reason: why it has none.
-    weight: a number made of data, or held, that stands before a term which has a prox, and its name in that prox.
+    weight_name: what a number in front of it is called.  given: is it taken through its gradient, whatever else is known?
     """
 
     term: str
     e: Expr
     variable: Sym
-    smooth: Bounds | None
-    proximal: Proximal | None
-    reason: str = ""
-    weight: tuple[sp.Symbol, Expr] | None = None
+    weight_name: str = "weight"
+    given: bool = False
+
+    @cached_property
+    def differentiable(self) -> bool:
+        """Has it a gradient? Curvature is asked only where the formula leaves that open: |u| - log(1 + |u|)."""
+        return _differentiable(self.e, self.variable) or self._finite is not None
+
+    @cached_property
+    def smooth(self) -> Bounds | None:
+        """Hessian bounds, infinite where it is differentiable and no more."""
+        rough = Bounds(constant(-sp.oo), constant(sp.oo), "proved", "differentiable")
+        return self._finite or (rough if self.differentiable else None)
+
+    @cached_property
+    def _finite(self) -> Bounds | None:
+        found = None if self.is_set else curvature.bounds(self.e, self.variable)
+        return found if found is not None and found.smooth else None
+
+    @property
+    def proximal(self) -> Proximal | None:
+        """Its prox, where it is not smooth."""
+        return self._prox[0]
+
+    @property
+    def reason(self) -> str:
+        """Why it has no prox."""
+        return self._prox[1]
+
+    @property
+    def weight(self) -> tuple[sp.Symbol, Expr] | None:
+        """A number made of data, or held, that stands before a term which has a prox, and its name in that prox."""
+        return self._prox[2]
+
+    @cached_property
+    def _prox(self) -> tuple[Proximal | None, str, tuple[sp.Symbol, Expr] | None]:
+        if self.given or self._finite is not None:
+            return None, "", None
+        try:
+            return proximable(self.e, self.variable), "", None
+        except DeriveError as refused:
+            w, own = _unweighed(self.e, self.variable)
+            if as_constant(w) is None:
+                name = scalar(self.weight_name, positive=nonnegative(w))
+                try:
+                    return proximable(scale(name, own), self.variable), "", (name, w)
+                except DeriveError:
+                    pass
+            return None, refused.message, None
 
     @property
     def holds(self) -> bool:
@@ -66,7 +111,7 @@ class Part:
     @property
     def descended(self) -> bool:
         """Is it taken through its gradient, where both ways are open?"""
-        return self.smooth is not None and (self.smooth.smooth or self.proximal is None)
+        return self.given or (self.differentiable and self.proximal is None)
 
     @property
     def is_set(self) -> bool:
@@ -171,11 +216,11 @@ def _unsigned(parts: tuple[Part, ...]) -> str:
 
 
 def classify(problem: Problem) -> tuple[Part, ...]:
-    """Every summand of every term with its curvature and its prox."""
+    """Every summand of every term; what is known of it is derived when it is read."""
     (z,) = problem.variables
     parts: list[Part] = []
     for name, cost in problem.costs.items():
-        parts += [_part(name, e, z, f"weight_{name}{i or ''}") for i, e in enumerate(_summands(cost, z))]
+        parts += [Part(name, e, z, f"weight_{name}{i or ''}") for i, e in enumerate(_summands(cost, z))]
     if not parts:
         raise DeriveError("E303", f"the objective does not depend on {z.name}")
     return tuple(parts)
@@ -189,26 +234,6 @@ def _summands(cost: Expr, z: Sym) -> list[Expr]:
             inner = curvature.entrywise(e, z)
             groups.setdefault(e if inner is None else tuple(a for a in inner[1].args if depends(a, z)), []).append(e)
     return [add(*g) for g in groups.values()]
-
-
-def _part(name: str, e: Expr, z: Sym, weight: str) -> Part:
-    """weight: what a number in front of it is called."""
-    bounds = None if isinstance(split(e)[1], Indicator) else curvature.bounds(e, z)
-    if bounds is not None and bounds.smooth:
-        return Part(name, e, z, bounds, None)
-    rough = Bounds(constant(-sp.oo), constant(sp.oo), "proved", "differentiable") if _differentiable(e, z) else None
-    try:
-        return Part(name, e, z, rough, proximable(e, z))
-    except DeriveError as refused:
-        w, _ = _unweighed(e, z)
-        part = Part(name, e, z, rough, None, refused.message)
-        if as_constant(w) is not None:
-            return part
-        weighed = replace(part, weight=(scalar(weight, positive=nonnegative(w)), w))
-        try:
-            return replace(weighed, proximal=proximable(weighed.weighed, z), reason="")
-        except DeriveError:
-            return part
 
 
 def _unweighed(e: Expr, z: Sym) -> tuple[Expr, Expr]:
@@ -248,7 +273,7 @@ def _rest(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 
 
 def _all_smooth(parts: tuple[Part, ...]) -> str | None:
-    bad = [p for p in parts if p.smooth is None]
+    bad = [p for p in parts if not p.differentiable]
     return f"{pretty(bad[0].e)} is not smooth" if bad else None
 
 
@@ -391,7 +416,7 @@ def _descent(name: str) -> Callable[[Problem, tuple[Part, ...], Options], Step]:
 
 def _gradient_descent(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
     """Every term through its gradient."""
-    return _descent("gradient_descent")(problem, tuple(replace(p, proximal=None) for p in parts), options)
+    return _descent("gradient_descent")(problem, tuple(replace(p, given=True) for p in parts), options)
 
 
 def _fista(problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
