@@ -797,9 +797,16 @@ HELPERS: dict[str, Helper] = {
     ),
     "weighed_product": Helper(
         '''def weighed_product(x, weights, y):
-    """X' diag(w) Y for every row w of weights; samples, the rows of X and Y, that weigh 0 are left out."""
-    kept = [w.nonzero().squeeze(-1) for w in weights]
-    return torch.stack([x[i].mT @ (w[i, None] * y[i]) for w, i in zip(weights, kept)])
+    """X' diag(w) Y for every row w of weights. Samples, the rows of X and Y, that weigh 0 are left out where that may be:
+    not in batches, where code is compiled or mapped, and for a derivative in w."""
+    constant = not weights.requires_grad and torch.autograd.forward_ad.unpack_dual(weights).tangent is None
+    if constant and x.ndim == y.ndim == weights.ndim == 2 and not torch.compiler.is_compiling():
+        try:
+            kept = [w.nonzero().squeeze(-1) for w in weights]
+            return torch.stack([x[i].mT @ (w[i, None] * y[i]) for w, i in zip(weights, kept)])
+        except RuntimeError:  # of torch.func.vmap
+            pass
+    return x.mT.unsqueeze(-3) @ (weights.unsqueeze(-1) * y.unsqueeze(-3))
 '''
     ),
     "exact": Helper(_EXACT),

@@ -422,12 +422,13 @@ def _sum_of(graph: Graph, signal: int, reader: int) -> int | None:
 
 
 def weighed(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
-    """A diag(w) B' for all members w of a family of data, where parameters are worked out on data: what weighs 0 is left out.
+    """A diag(w) B' for all members w of a family of data, in an objective or where parameters are worked out on data: what weighs 0 is left out.
 
     Memberships that are labels are 0 for all classes but one, so the work for all classes is that for one.
     """
-    called = graph.reached(r.node for (kind, _), r in graph.roots.items() if kind != "learned")
-    apart = {id(node) for i, node in graph.nodes.items() if node.stage == Stage.BODY and i not in called}
+    called = graph.reached(r.node for (kind, _), r in graph.roots.items() if kind not in ("learned", "term"))
+    terms = graph.reached(r.node for (kind, _), r in graph.roots.items() if kind == "term")
+    apart = {id(n) for i, n in graph.nodes.items() if i not in called and (n.stage == Stage.BODY or i in terms)}
     count = 0
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:

@@ -317,17 +317,25 @@ class Writer:
         return ", ".join(["self", *(self.word(s.name) + ("=None" if s.name in r.held else "") for s in r.arguments)])
 
     def _outer(self) -> str:
-        """In float32 or better: what the caller gives is brought to one type, and autocast is off inside."""
+        """In float32 or better: what the caller gives is brought to one type, and autocast is off inside.
+
+        A determinant is worked out in float64: beside large features float32 loses the I of I + c X X', and the gradient with it.
+        """
         r = self.recipe
         words = [self.word(s.name) for s in r.arguments]
-        lines = ['"""Every term as written, per sample; in float32 or better, under autocast too."""']
+        det = any(isinstance(x, LogDet) for e in self.problem.terms.values() for x in walk(e))
+        type_ = "float64" if det else "float32 or better"
+        lines = [f'"""Every term as written, per sample; in {type_}, under autocast too."""']
         lines += [f"{w} = self.{self.attribute(n)} if {w} is None else {w}" for n in r.held for w in [self.word(n)]]
         lines += [
             f"dtype = torch.promote_types({words[0]}.dtype, torch.float32)",
             f"with torch.autocast({words[0]}.device.type, enabled=False):",
         ]
-        cast_ = ", ".join(f"{w}.to(dtype)" for w in words)
-        lines.append(f"    return self._terms({cast_})")
+        wide = "wide" if det else "dtype"
+        if det:  # Metal alone has no float64
+            lines.insert(-1, f'wide = dtype if {words[0]}.device.type == "mps" else torch.float64')
+        lines.append(f"    terms = self._terms({', '.join(f'{w}.to({wide})' for w in words)})")
+        lines.append("return {name: value.to(dtype) for name, value in terms.items()}" if det else "return terms")
         return f"def terms({self._arguments()}):\n" + textwrap.indent("\n".join(lines), "    ")
 
     def _terms(self) -> str:

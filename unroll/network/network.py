@@ -413,16 +413,21 @@ class Network(nn.Module):
         return UnrollError("E409", f"a matrix is not positive definite {place}".rstrip())
 
     def _evaluator(self, problem: Problem, source: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """The terms of a problem from named values, in float32 or better under autocast too, determinants on the smaller side."""
+        """The terms of a problem from named values, in float32 or better under autocast too; determinants in float64, on the smaller side."""
         order = [*problem.variables, *problem.inputs, *problem.parameters]
+        det = any(isinstance(x, LogDet) for e in problem.terms.values() for x in walk(e))
 
         def run(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             values: dict[str, Any] = {**named, **self.given, **self.numbers}
             text = _at_sizes(problem, self.program.dims, source, values)
             evaluate = load(text, f"objective of {problem.name}")["objective"]
             tensors = [_at_least_float32(values.get(s.name)) for s in order]
-            with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
-                return evaluate(*tensors, *(values[s.name] for s in problem.scalars))
+            first = next(t for t in tensors if t is not None)
+            if det and first.device.type != "mps":  # Metal alone has no float64
+                tensors = [t if t is None else t.double() for t in tensors]
+            with torch.autocast(first.device.type, enabled=False):
+                found = evaluate(*tensors, *(values[s.name] for s in problem.scalars))
+            return {name: value.to(first.dtype) for name, value in found.items()} if det else found
 
         return run
 
