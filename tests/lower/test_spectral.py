@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import unroll
 from unroll.emit.text import imports, needed
-from unroll.lower.operations import HELPERS
 from unroll.network.loss import _helper
 
 D = torch.float64
@@ -194,5 +194,14 @@ def test_sums_over_singular_values_have_slope_zero_at_those_that_are_zero(name: 
         assert torch.allclose(slope, u @ torch.diag(torch.where(kept, rate, 0)) @ v, atol=1e-9)
 
 
-def test_helpers_are_found_by_name() -> None:
-    assert {"recomposed", "divided_difference"} <= set(HELPERS)
+def test_a_transposed_map_is_the_map_of_the_transposed() -> None:
+    spec = {
+        "dims": {"a": 3, "b": 4},
+        "variables": {"X": ["a", "b"]},
+        "minimize": {"f": "sum(spectral_map(s**3, X).T @ X)"},
+    }
+    x = turned(4, 3, 3, 2, 1)
+    cubed = x @ x.mT @ x
+    assert torch.allclose(unroll.loss(spec)(x), (x.mT @ cubed).mT.sum()) or torch.allclose(
+        unroll.loss(spec)(x), (cubed @ x.mT).sum()
+    )

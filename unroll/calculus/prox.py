@@ -15,6 +15,7 @@ Source: Combettes & Pesquet 2011, doi:10.1007/978-1-4419-9569-8_10; Beck 2017, F
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -24,6 +25,7 @@ from unroll.calculus.cones import nonnegative
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_function import ScalarProx
 from unroll.calculus.prox_scalar import derive_prox
+from unroll.calculus.torch_text import reciprocal
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -35,6 +37,7 @@ from unroll.language.constructors import (
     project,
     prox_map,
     scale,
+    spectral_map,
     spectral_prox,
     split,
     swap,
@@ -226,6 +229,8 @@ class Parts:
         return replace(self, radial=(*self.radial, (swap(h, {slot(0): sp.Abs(k) * slot(0)}), axis, shift)))
 
     def _with_set(self, name: str, params: tuple[sp.Expr | Expr, ...]) -> Parts:
+        if (why := why_empty(name, [p for p in params if not isinstance(p, Expr)])) is not None:
+            raise DeriveError("E302", f"the set {name} has no point: {why}")
         match name, params:
             case "nonneg", ():
                 return replace(self, domain=(*self.domain, (sp.Integer(0), sp.oo)))
@@ -276,6 +281,17 @@ class Parts:
         if all(_left_factor(t, z) is not None for t in terms):
             return replace(self, quadratic=(*self.quadratic, slope))
         return replace(self, unknown=(*self.unknown, e))
+
+
+def why_empty(name: str, numbers: Sequence[sp.Expr]) -> str | None:
+    """Why a set has no point at these numbers, if that is known."""
+    match name, numbers:
+        case "box", [low, high] if low.is_number and high.is_number and low > high:
+            return f"its lower bound {float(low):g} is above its upper bound {float(high):g}"
+        case "ball1" | "ball2" | "ball_inf", [r] if r.is_number and r < 0:
+            return f"its radius {float(r):g} is negative"
+        case _:
+            return None
 
 
 def _root(p: sp.Expr) -> sp.Expr:
@@ -408,13 +424,10 @@ def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Prox
         case "ball2", (r,):
             found = derive_prox(sp.Integer(0), U, (-r, r))
             return Proximal(_lengthened(at, None, found), "the length clipped at the radius", True, found)
-        case "affine", (a, b) if isinstance(a, Expr) and isinstance(b, Expr):  # v - A' (A A')^-1 (A v - b)
+        case "affine", (a, b) if isinstance(a, Expr) and isinstance(b, Expr):  # v - A^+ (A v - b)
             gap = add(matmul(a, at), scale(-1, b))
-            return Proximal(
-                add(at, matmul(transpose(a), inverse(matmul(a, transpose(a))), gap, coef=-1)),
-                "projection on an affine set",
-                True,
-            )
+            step = add(at, matmul(transpose(spectral_map(reciprocal(slot(0)), a)), gap, coef=-1))
+            return Proximal(step, "projection on an affine set", True)
         case _ if name in PROJECTED:
             return Proximal(project(name, at, *params), f"projection on {name}", convex)
         case _:

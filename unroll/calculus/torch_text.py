@@ -53,6 +53,18 @@ class nonzero(sp.Function):
         return f"nonzero({printer.doprint(self.args[0])})"
 
 
+class reciprocal(sp.Function):
+    """1/x, and 0 for 0."""
+
+    nargs = (1,)
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return -(self**2)
+
+    def _torchcode(self, printer: Any) -> str:
+        return f"reciprocal({printer.doprint(self.args[0])})"
+
+
 HELPERS = (quadratic_root, cubic_root, wright_omega)
 
 

@@ -720,9 +720,7 @@ def spectral_map(profile: Any, e: Expr) -> Expr:
     c, core = profile.as_independent(slot(0), as_Add=False)
     if core == slot(0):
         return scale(c, e)
-    if isinstance(e, Transpose):
-        return transpose(spectral_map(profile, e.x))
-    return scale(c, intern(SpectralMap, core, e))
+    return scale(c, intern(SpectralMap, core, e))  # of a transposed matrix too: transpose moves inside
 
 
 def spectral_norm(e: Expr) -> Expr:

@@ -994,7 +994,7 @@ HELPERS: dict[str, Helper] = {
     "project_sparse": Helper(
         '''def project_sparse(v, s):
     """Nearest point with at most s entries that are not zero: the s largest."""
-    keep = v.abs().topk(s, dim=-1).indices
+    keep = v.abs().topk(min(s, v.shape[-1]), dim=-1).indices
     return torch.zeros_like(v).scatter(-1, keep, v.gather(-1, keep))
 '''
     ),

@@ -10,7 +10,7 @@ from typing import Any, cast
 import sympy as sp
 
 from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
-from unroll.calculus.torch_text import as_fraction, decimal, nonzero, power
+from unroll.calculus.torch_text import as_fraction, decimal, nonzero, power, reciprocal
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -83,6 +83,9 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
             return _product(e, go)
         case sp.Pow():
             return _power(e, go)
+        case reciprocal():
+            x = go(e.args[0]).code
+            return Text(f"torch.where({x} == 0, 0, 1 / torch.where({x} == 0, 1, {x}))")
         case power():
             x, p = cast(tuple[sp.Expr, sp.Expr], e.args)
             base = go(x)

@@ -76,6 +76,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{f: _of_tensors(f) for f in ["exp", "log", "tanh", "sqrt", "sign", "sin", "cos", "atan", "erf", "sinh", "cosh"]},
     "Abs": lambda x: _wide(x).abs(),
     "Heaviside": lambda x, half=0.5: (torch.sign(_wide(x)) + 1) / 2,
+    "reciprocal": lambda x: torch.where(x == 0, 0, 1 / torch.where(x == 0, 1, x)),
     "max": _extreme(torch.maximum),
     "min": _extreme(torch.minimum),
     "nonzero": lambda x: torch.where(_wide(x) >= torch.finfo(torch.float64).tiny, _wide(x), 1),
@@ -275,6 +276,7 @@ class Evaluator:
 
     def spectral(self, x: Expr, h: Callable[[Tensor], Tensor]) -> Tensor:
         u, s, v = torch.linalg.svd(self(x), full_matrices=False)
+        s = torch.where(s > s.amax(-1, keepdim=True) * 1e-13 * s.shape[-1], s, 0.0)
         return u @ torch.diag_embed(h(s)) @ v
 
     def prox(self, record: Any, v: Tensor, given: Mapping[sp.Symbol, Tensor]) -> Tensor:

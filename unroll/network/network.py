@@ -35,6 +35,7 @@ from unroll.language.nodes import LogDet, Sym, walk
 from unroll.language.problem import Problem
 from unroll.network.kinds import check_kind
 from unroll.network.saved import Written, recompile, refuse_changed, write
+from unroll.network.sets import refuse_empty
 from unroll.network.stepwise import Replay, learned_value
 from unroll.network.trace import Measure, Trace, measure
 
@@ -534,7 +535,7 @@ def network(
     """A network set to the algorithm itself; starts that the spec asks to draw are drawn from `seed`.
 
     given: a tensor for every parameter of the problem, as declared.  scalars: values in the place of defaults.
-    Raises UnrollError E402 (no value), E403 (a start value that its constraint excludes), E404 (shape).
+    Raises UnrollError E402 (no value), E403 (a start value that its constraint excludes, a set without a point), E404 (shape).
     """
     problem = program.problem
     numbers = values_of(problem, scalars or {})
@@ -548,6 +549,7 @@ def network(
     net.built = not program.construct_inputs
     net.register_load_state_dict_post_hook(_mark_built)
     _hold(net, given)
+    refuse_empty(problem, numbers, program.dims, given)
     net.to(dtype=dtype or torch.get_default_dtype(), device=device)
     exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
     wanted = program.initialise_arguments

@@ -1,0 +1,64 @@
+"""Constraint sets without a point, at the numbers of a network: refused by name, where a projection would answer something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import sympy as sp
+from torch import Tensor, finfo, linalg
+
+from unroll.calculus.prox import why_empty
+from unroll.errors import UnrollError
+from unroll.language.constructors import swap
+from unroll.language.nodes import Expr, Indicator, walk
+from unroll.language.problem import Problem
+from unroll.language.show import text
+from unroll.network.evaluate import evaluate
+
+
+def refuse_empty(
+    problem: Problem, numbers: Mapping[str, float], dims: Mapping[str, int], given: Mapping[str, Tensor]
+) -> None:
+    """Raises UnrollError E403 where a constraint set is empty for the scalars, sizes and parameters of a network."""
+    known: dict[sp.Symbol, Any] = {s: sp.Float(numbers[s.name]) for s in problem.scalars}
+    known |= {d: dims[d.name] for d in problem.dims if d.name in dims}
+    for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
+        for why in _empty(x, known, problem, given):
+            raise UnrollError(
+                "E403", f"no point fulfils {text(x)}: {why}", hint="give other numbers, or leave the constraint out"
+            )
+
+
+def _empty(x: Indicator, known: dict[sp.Symbol, Any], problem: Problem, given: Mapping[str, Tensor]) -> Iterator[str]:
+    """Why the set has no point, if it has none."""
+    numbers = [swap(p, known) for p in x.params if not isinstance(p, Expr)]
+    if (why := why_empty(x.set, numbers)) is not None:
+        yield why
+    match x.set:
+        case "stiefel" if swap(x.x.rows - x.x.cols, known).is_negative:
+            yield f"columns of {swap(x.x.rows, known)} entries, {swap(x.x.cols, known)} of them, cannot be orthonormal"
+        case "affine":
+            yield from _inconsistent(x, known, problem, given)
+        case _:
+            return
+
+
+def _inconsistent(
+    x: Indicator, known: dict[sp.Symbol, Any], problem: Problem, given: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Is b no A z, of an A and b made of parameters?"""
+    parts = [p for p in x.params if isinstance(p, Expr)]
+    if any(s.name not in given for p in parts for s in p.symbols):
+        return
+    values = {s: _columns(given[s.name]) for s in problem.parameters if s.name in given}
+    scalars = {s: v if isinstance(v, int) else float(v) for s, v in known.items()}
+    a, b = (evaluate(p, values, scalars) for p in parts)
+    gap, size = (a @ (linalg.pinv(a) @ b) - b).norm(), b.norm()
+    if gap > finfo(min((v.dtype for v in given.values()), key=lambda d: finfo(d).bits)).eps ** 0.5 * size:
+        yield f"its equations contradict one another, by {float(gap / size):.1g} of the right side at best"
+
+
+def _columns(value: Tensor) -> Tensor:
+    """A parameter as mathematics has it, vectors as columns."""
+    return value.double().unsqueeze(-1) if value.ndim == 1 else value.double()
