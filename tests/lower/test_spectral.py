@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import unroll
-from unroll.emit.text import imports, needed
-from unroll.network.loss import _helper
+from unroll.emit.text import helper, imports, needed
 
 D = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within itself
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torc
 
 def emitted(*names: str) -> dict[str, Any]:
     """The helpers as a module would hold them."""
-    text = "\n\n".join(map(_helper, needed(names)))
+    text = "\n\n".join(map(helper, needed(names)))
     module: dict[str, Any] = {}
     exec(f"{imports(text)}\n\n{text}", module)
     return module
