@@ -407,9 +407,13 @@ def _length(x: Expr, axis: Axis) -> Expr:
 
 
 def _sign_homogeneous(p: Parts) -> bool:
-    """Is the separable part c |z| (c >= 0), with or without z >= 0? Then radial after separable is the prox of the sum."""
+    """Is the separable part w |z|, w >= 0 by entry, with or without z >= 0? Then radial after separable is the prox of the sum.
+
+    Of all z of one length the best is along the shrunk v, whatever the weights: <w, |z|> - <z, v> >= -|z| |shrunk v|.
+    """
     c = slope_of_abs(sp.Add(*p.entries))
-    return bool(not p.others and c is not None and c.is_nonnegative and all(d == (0, sp.oo) for d in p.domain))
+    known = {slot(i + 1): sp.Symbol(f"_w{i}", nonnegative=True) for i, e in enumerate(p.others) if nonnegative(e)}
+    return bool(c is not None and c.xreplace(known).is_nonnegative and all(d == (0, sp.oo) for d in p.domain))
 
 
 def slope_of_abs(f: sp.Expr) -> sp.Expr | None:
