@@ -9,7 +9,9 @@ from torch import Tensor
 
 import unroll
 from unroll.calculus.cones import definite, is_hermitian, nonnegative
-from unroll.language.nodes import Expr, Sym, scalar
+from unroll.calculus.gradient import gradient
+from unroll.language.constructors import largest, scale
+from unroll.language.nodes import Expr, Map, Sym, scalar, walk
 from unroll.language.parse import Scope, parse_matrix
 from unroll.network.evaluate import evaluate
 
@@ -102,3 +104,31 @@ def test_an_inverse_of_something_definite_is_taken_by_its_factor(dtype: torch.dt
     assert "cholesky_inverse" in net.program.objective_source
     spec["inputs"]["w"]["positive"] = False
     assert "cholesky" not in unroll.compile(spec).program.objective_source
+
+
+SIGNED = (
+    "huber(norm2(v), 1)", "huber(norm_fro(A), 1)", "sum(huber(exp(v), 1))", "sum(abs(exp(v) + p))", "huber(sumsq(v), 2)",
+    "sum(huber(v, 1))", "sum(abs(v + p))", "sum(abs(exp(v) - p))", "huber(sum(v), 1)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", SIGNED)
+def test_a_gradient_knows_what_is_not_negative_and_stays_real(formula: str) -> None:
+    """Against autograd; a length is not a complex number, of which |.| would have an angle."""
+    e = parsed(formula)
+    (x, *_) = sorted((s for s in e.symbols if "positive" not in s.props), key=lambda s: s.name)
+    slope = gradient(e, x)
+    assert not any(m.profile.has(sp.atan2, sp.arg, sp.re, sp.im) for m in walk(slope) if isinstance(m, Map))
+    for seed in range(5):
+        given = values(seed)
+        at = given[x].requires_grad_()
+        (want,) = torch.autograd.grad(evaluate(e, given, SIZES).sum(), at)
+        assert (evaluate(slope, {**given, x: at.detach()}, SIZES) - want).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("formula", "known"), [("v**2", True), ("exp(v)", True), ("p + exp(v)", True), ("v", False), ("p - exp(v)", False)]
+)
+def test_the_smallest_of_what_is_not_negative_is_not_negative(formula: str, known: bool) -> None:
+    smallest = scale(-1, largest(scale(-1, parsed(formula))))
+    assert nonnegative(smallest) is known

@@ -41,15 +41,26 @@ def spec_of(name: str) -> dict[str, object]:
     }
 
 
-def invented(term: str) -> dict[str, object]:
+WEIGHTED = {
+    "weight by entry": "1/2 * sumsq(w * (A @ Z - X))",
+    "positive weight by entry": "sum(exp(w) * (A @ Z - X)**2)",
+    "one weight": "norm_fro(w) * sumsq(A @ Z - X)",
+}
+
+
+def invented(term: str, fit: str = "1/2 * sumsq(A @ Z - X)") -> dict[str, object]:
     return {
         "objective": "mine", "dims": {"m": 7, "n": 5, "T": 3}, "variables": {"Z": ["n", "T"]}, "inputs": {"X": ["m", "T"]},
-        "parameters": {"A": ["m", "n"]}, "scalars": {"lam": 0.3}, "minimize": {"fit": "1/2 * sumsq(A @ Z - X)", "g": term},
+        "parameters": {"A": ["m", "n"], "w": ["m", "T"]}, "scalars": {"lam": 0.3}, "minimize": {"fit": fit, "g": term},
         "unroll": {"algorithm": "fista", "layers": 2000},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", [*map(spec_of, GAPS), *map(invented, INVENTED.values())], ids=[*GAPS, *INVENTED])
+SPECS = {n: spec_of(n) for n in GAPS} | {n: invented(g) for n, g in INVENTED.items()}
+SPECS |= {n: invented("lam * norm1(Z)", fit) for n, fit in WEIGHTED.items()}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_gap_bounds_the_distance_to_the_optimum_and_closes_there(spec):
     d = unroll.derive(spec)
     sample = Sample(d, seed=1)
@@ -83,4 +94,9 @@ def test_no_gap_is_claimed_where_none_is_derived(name):
         if name != "ridge"
         else {**spec_of(name), "unroll": {"algorithm": "gradient_descent", "layers": 1}}
     )
+    assert duality_gap(d.parts, d.variable) is None
+
+
+def test_no_gap_where_a_weight_may_be_negative():
+    d = unroll.derive(invented("lam * norm1(Z)", "sum(w * (A @ Z - X)**2)"))
     assert duality_gap(d.parts, d.variable) is None

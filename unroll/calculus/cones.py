@@ -5,10 +5,12 @@ True means proved; False, or 0, only that nothing shows it.
 
 from __future__ import annotations
 
+from typing import cast
+
 import sympy as sp
 from sympy.core.relational import Relational
 
-from unroll.language.constructors import as_constant, conjugated, matmul, scalar_factor, transpose
+from unroll.language.constructors import as_constant, conjugated, matmul, scalar_factor, scale, transpose
 from unroll.language.nodes import (
     Add,
     Diag,
@@ -51,6 +53,8 @@ def nonnegative(e: Expr) -> bool:
             return nonnegative(x)
         case Add(terms):
             return all(map(nonnegative, terms))
+        case Mul(c, (Max(x, _),)) if c.is_negative:  # c times the largest entry of x is the smallest of c x
+            return nonnegative(scale(c, x))
         case Mul(c, factors):
             return c.is_nonnegative is True and all(map(nonnegative, factors))
         case Map(profile, args):
@@ -59,6 +63,12 @@ def nonnegative(e: Expr) -> bool:
             return profile.xreplace(signs).is_nonnegative is True
         case _:
             return False
+
+
+def signed(profile: sp.Expr, args: tuple[Expr, ...]) -> sp.Expr:
+    """The profile of a map with |p| written p where p has no negative value at these arguments: |√u| → √u, u a sum of squares."""
+    known = {slot(i): sp.Symbol(f"_{i}", nonnegative=True) for i, a in enumerate(args) if nonnegative(a)}
+    return cast(sp.Expr, profile.replace(sp.Abs, lambda p: p if p.xreplace(known).is_nonnegative else sp.Abs(p)))
 
 
 def is_hermitian(e: Expr) -> bool:

@@ -17,7 +17,6 @@ from unroll.calculus.scalar import curvature as scalar_curvature
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
-    as_constant,
     constant,
     elementwise,
     eye,
@@ -83,20 +82,17 @@ class Bounds:
     @property
     def convex(self) -> bool:
         """Is low >= 0 certain?"""
-        value = as_constant(self.low)
-        return value is not None and value.is_nonnegative is True
+        return nonnegative(self.low)
 
     @property
     def concave(self) -> bool:
         """Is high <= 0 certain?"""
-        value = as_constant(self.high)
-        return value is not None and value.is_nonpositive is True
+        return nonnegative(scale(-1, self.high))
 
     @property
     def lipschitz(self) -> Expr:
         """Lipschitz constant of the gradient: the larger of -low and high."""
-        low = as_constant(self.low)
-        if low is not None and low.is_nonnegative:
+        if self.convex:
             return self.high
         return elementwise(sp.Max(slot(0), -slot(1)), self.high, self.low)
 
@@ -208,9 +204,8 @@ def _square(e: Expr) -> Expr:
 
 def _lift(mu: Expr, high: Expr, norm: Expr, exact: bool) -> tuple[Expr, Expr]:
     """Curvature of f(M z) from that of f: times |M|^2, except that a positive lower bound survives only M = identity."""
-    value = as_constant(mu)
     if not exact:
-        mu = NOTHING if value is not None and value.is_nonnegative else elementwise(sp.Min(0, slot(0)), mu)
+        mu = NOTHING if nonnegative(mu) else elementwise(sp.Min(0, slot(0)), mu)
     return times(mu, _square(norm)), times(high, _square(norm))
 
 

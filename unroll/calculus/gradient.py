@@ -12,6 +12,7 @@ from typing import assert_never, cast
 
 import sympy as sp
 
+from unroll.calculus.cones import signed
 from unroll.calculus.stable import vanishing
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
@@ -147,7 +148,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
                 if slot(i) in profile.free_symbols:
                     if jumps(profile, slot(i)):
                         raise no_gradient(node, "it jumps")
-                    slope = elementwise(derivative(profile, slot(i)), *args)
+                    slope = elementwise(derivative(signed(profile, args), slot(i)), *args)
                     yield a, _reduce(times(slope, g), a)
         case Diag(x):
             yield x, diagonal(g)

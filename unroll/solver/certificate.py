@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import sympy as sp
 
+from unroll.calculus.cones import nonnegative
 from unroll.calculus.curvature import operator_norm
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox import Parts, slope_of_abs
@@ -25,13 +26,14 @@ from unroll.language.constructors import (
     as_constant,
     elementwise,
     largest,
+    scalar_factor,
     scale,
     spectral_norm,
     split,
     times,
     total,
 )
-from unroll.language.nodes import Add, Expr, Indicator, Map, Sum, Sym, slot
+from unroll.language.nodes import Add, Expr, Indicator, Map, Sum, Sym, depends, slot
 
 u, w = slot(0), slot(1)
 
@@ -70,11 +72,19 @@ def values_of(terms: Iterable[Expr]) -> list[Expr]:
 
 
 def _is_square(e: Expr, z: Sym) -> bool:
-    """c |M z + b|^2 with c > 0."""
+    """c times the sum of w (M z + b)^2 entry by entry, c > 0, w >= 0 data."""
     c, body = split(e)
-    match body:
-        case Sum(Map(p, (x,)), None):
-            return bool(p == u**2 and c.is_positive and operator_norm(x, z) is not None)
+    weight, inner = scalar_factor(body, lambda a: depends(a, z))
+    match inner:
+        case Sum(Map(p, args), None) if c.is_positive and nonnegative(weight):
+            moving = [i for i, a in enumerate(args) if depends(a, z)]
+            weights = sp.cancel(p / slot(moving[0]) ** 2)
+            return (
+                len(moving) == 1
+                and not weights.has(slot(moving[0]))
+                and nonnegative(elementwise(weights, *args))
+                and operator_norm(args[moving[0]], z) is not None
+            )
         case _:
             return False
 
