@@ -202,17 +202,25 @@ def where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[A
 
 
 def _unsigned(parts: tuple[Part, ...]) -> str:
-    """A hint where terms have no prox because the sign of a scalar is open."""
-    open_signs = sorted(
-        {
-            s.name
-            for p in parts
-            if p.smooth is None and p.proximal is None
-            for s in p.e.scalars
-            if s.is_positive is None and not s.is_integer
-        }
+    """A hint where terms have no prox because the sign of a scalar, or of data, is open."""
+    refused = [p for p in parts if p.smooth is None and p.proximal is None]
+    open_signs = sorted({s.name for p in refused for s in p.e.scalars if s.is_positive is None and not s.is_integer})
+    if open_signs:
+        return f"declare its sign: {open_signs[0]}: {{default: .., positive: true}}, under scalars"
+    names = [s.name for p in refused for s in sorted(p.e.symbols, key=lambda s: s.name) if _fits_if_positive(p, s)]
+    return (
+        f"{names[0]} may be negative: declare {names[0]}: {{shape: [..], positive: true}}, or write abs({names[0]}) or exp({names[0]})"
+        if names
+        else ""
     )
-    return f"declare its sign: {open_signs[0]}: {{default: .., positive: true}}, under scalars" if open_signs else ""
+
+
+def _fits_if_positive(p: Part, data: Sym) -> bool:
+    if data is p.variable or "positive" in data.props:
+        return False
+    s = symbol(data.name, data.nrows, data.ncols, data.role, data.rank, data.family, {*data.props, "positive"})
+    known = _part(p.term, substitute(p.e, {data: s}), p.variable, f"weight_{p.term}")
+    return known.smooth is not None or known.proximal is not None
 
 
 def classify(problem: Problem) -> tuple[Part, ...]:

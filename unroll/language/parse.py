@@ -614,8 +614,9 @@ class _Reader:
             self.fail(
                 node,
                 "E132",
-                f"{self.source(node)} is {self.shape(value)}; a number is needed here",
+                f"{self.source(node)} is {self.shape(value)}; a number that every sample shares is needed here",
                 notes=self.declared(node),
+                hint="write a number, or a name declared under scalars",
             )
         return value
 
