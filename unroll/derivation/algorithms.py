@@ -219,7 +219,7 @@ def _fits_if_positive(p: Part, data: Sym) -> bool:
     if data is p.variable or "positive" in data.props:
         return False
     s = symbol(data.name, data.nrows, data.ncols, data.role, data.rank, data.family, {*data.props, "positive"})
-    known = _part(p.term, substitute(p.e, {data: s}), p.variable, f"weight_{p.term}")
+    known = Part(p.term, substitute(p.e, {data: s}), p.variable, f"weight_{p.term}")
     return known.smooth is not None or known.proximal is not None
 
 
