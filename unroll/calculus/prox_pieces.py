@@ -13,6 +13,7 @@ import sympy as sp
 
 from unroll.calculus.roots import Root
 from unroll.calculus.scalar import Curvature
+from unroll.calculus.stable import xlogy
 from unroll.errors import DeriveError
 
 
@@ -136,6 +137,9 @@ def _tidy(e: sp.Expr) -> sp.Expr:
     if e.is_Atom:
         return e
     inner = e.func(*[_tidy(a) for a in e.args])
+    if isinstance(inner, sp.Mul) and len(logs := [a for a in inner.args if isinstance(a, xlogy)]) == 1:
+        c, x = logs[0].args
+        return xlogy(sp.cancel(inner / logs[0] * c), x)
     return sp.cancel(inner) if isinstance(inner, (sp.Mul, sp.Add)) and not inner.is_number else inner
 
 
