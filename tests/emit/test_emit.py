@@ -349,3 +349,25 @@ def test_a_choice_between_whole_numbers_is_of_the_type_of_what_it_is_chosen_by(c
     )  # fmt: skip
     by_hand = eval(choice, {"where": lambda c, a, b: torch.where(c, float(a), float(b)), "z": z})
     assert torch.allclose(loss(z), (by_hand @ s.mT).square().sum())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "want"),
+    [
+        ("where(z > 0, 3, 0.001)", 3.003),
+        ("where(z > 0, 1, 0)", 1),
+        ("where(z > 0, 0.1, where(z > -1, 2, 5))", 9.1),
+        ("where(z > lam, 0.1, 0.7)", 2.2),
+    ],
+)
+def test_a_choice_between_numbers_has_the_type_it_is_chosen_by(chosen: str, want: float):
+    """0.001 was 0.000999987 in float64: a mask times a number is of the default type."""
+    spec = {
+        "dims": {"n": 4}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "scalars": {"lam": 0.2},
+        "minimize": {"fit": f"sumsq(z - x) + sum({chosen})"},
+    }  # fmt: skip
+    for dtype, gap in ((torch.float64, 1e-15), (torch.float32, 1e-6)):
+        z = torch.tensor([[-2.0, -0.5, 0.0, 3.0]], dtype=dtype)
+        found = unroll.loss(spec).to(dtype)(z, z)
+        assert found.dtype == dtype
+        assert abs(float(found) - want) <= gap * want

@@ -223,17 +223,8 @@ def _product_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
 
 
 def _map_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    """Elementwise formula attrs[0] in slots; one that only chooses between whole numbers is brought to their dtype."""
-    text = formula(out.attrs[0], {slot(i): a.aligned(out.tags) for i, a in enumerate(args)})
-    if out.plain or not _chooses(out.attrs[0]):
-        return text
-    return Text(f"{text.at(POSTFIX)}.to({c.like}.dtype)")
-
-
-def _chooses(profile: sp.Expr) -> bool:
-    """Do its slots stand in conditions alone?"""
-    values = profile.replace(lambda x: isinstance(x, sp.Piecewise), lambda x: sp.Add(*(v for v, _ in x.args)))
-    return profile.has(sp.Piecewise) and not values.free_symbols
+    """Elementwise formula attrs[0] in slots."""
+    return formula(out.attrs[0], {slot(i): a.aligned(out.tags) for i, a in enumerate(args)})
 
 
 def _add_text(out: Node, args: Sequence[Operand], c: Context) -> Text:

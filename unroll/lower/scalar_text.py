@@ -220,16 +220,22 @@ def _piecewise(e: sp.Basic, go: Go) -> Text:
     out = go(cases[-1].args[0])
     for case in reversed(cases[:-1]):
         value, condition = go(case.args[0]), go(case.args[1])
-        if condition.tensor and (value.code, out.code) in (("1", "0"), ("0", "1")):
-            yes = case.args[1] if value.code == "1" else sp.Not(case.args[1])
-            out = Text(f"1 * ({go(yes).code})", PRODUCT)
-        elif condition.tensor and not (value.tensor or out.tensor):  # two plain numbers: kept in double precision
-            out = Text(f"{out.at(SUM)} + ({condition.code}) * ({value.code} - {out.at(PRODUCT)})", SUM)
+        if condition.tensor and not (value.tensor or out.tensor):  # two plain numbers, of the type they are chosen by
+            like = next(x.code for x in map(go, sorted(case.args[1].free_symbols, key=_slots_first)) if x.tensor)
+            if (value.code, out.code) in (("1", "0"), ("0", "1")):
+                yes = case.args[1] if value.code == "1" else sp.Not(case.args[1])
+                out = Text(f"({go(yes).code}).to({like})")
+            else:
+                out = Text(f"torch.where({condition.code}, {value.code}, torch.full_like({like}, {out.code}))")
         elif condition.tensor:
             out = Text(f"torch.where({condition.code}, {value.code}, {out.code})")
         else:
             out = Text(f"({value.code} if {condition.code} else {out.code})", POSTFIX, value.tensor or out.tensor)
     return out
+
+
+def _slots_first(s: sp.Basic) -> tuple[bool, str]:
+    return not str(s).startswith("_"), str(s)
 
 
 def _condition(e: sp.Basic, go: Go) -> Text:
