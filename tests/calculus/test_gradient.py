@@ -13,7 +13,7 @@ from library_objectives import NAMES, drawn
 from random_expressions import DIMS, LAM, A, K, M, N, Q, Smooth, T, U, Y, Z, values
 from torch import Tensor
 
-from unroll.calculus.gradient import gradient
+from unroll.calculus.gradient import gradient, jumps
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -192,3 +192,25 @@ def test_a_wrong_gradient_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 
 gradient_of = gradient
+
+
+s, other, rate = slot(0), slot(1), sp.Symbol("lam", positive=True)
+
+
+@pytest.mark.parametrize(
+    ("profile", "steps"),
+    [
+        (sp.Piecewise((1, s > 0), (0, True)), True),
+        (sp.Piecewise((s**2 / 2, abs(s) <= 1), (abs(s), True)), True),
+        (sp.Piecewise((rate * abs(s), abs(s) <= rate), (2 * rate**2, True)), True),
+        (sp.Piecewise((s, s < other), (other + 1, True)), True),
+        (sp.Piecewise((1, s > 0), (0, True)) * s**2, False),
+        (sp.Piecewise((s**2 / 2, abs(s) <= 1), (abs(s) - sp.Rational(1, 2), True)), False),
+        (sp.Piecewise((rate * abs(s), abs(s) <= rate), (rate**2, True)), False),
+        (sp.Piecewise((s, s < other), (other, True)), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_between_cases_is_seen(profile: sp.Expr, steps: bool):
+    """Its slope is 0 on either side: descent along it would be silently along nothing."""
+    assert jumps(profile, s) == steps

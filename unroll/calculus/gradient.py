@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import assert_never, cast
+from itertools import pairwise
+from typing import Any, assert_never, cast
 
 import sympy as sp
 
@@ -230,12 +231,37 @@ def no_gradient(e: Expr, why: str) -> DeriveError:
     )
 
 
+ROUNDING = 1e-9
+"""Of cases whose constants were written as decimals."""
+
+
 @cache
 def jumps(profile: sp.Expr, by: sp.Symbol) -> bool:
     """Does the profile itself (not its slope) have a step, as sign(u) and 1[u != 0] have?"""
+    choices = [(p, *pair) for p in profile.atoms(sp.Piecewise) for pair in pairwise(p.args)]
     conditions = [branch.args[1] for p in profile.atoms(sp.Piecewise) for branch in p.args]
     exact = any(isinstance(c, sp.Eq | sp.Ne) and c.has(by) for c in conditions)
-    return exact or any(s.has(by) for s in profile.atoms(sp.sign, sp.Heaviside))
+    if exact or any(s.has(by) for s in profile.atoms(sp.sign, sp.Heaviside)):
+        return True
+    return any(_apart(profile, p, yes, no, by) for p, yes, no in choices)
+
+
+def _apart(profile: sp.Expr, p: sp.Piecewise, yes: Any, no: Any, by: sp.Symbol) -> bool:
+    """Do two cases give the profile other values where one takes over from the other?"""
+    condition = yes.args[1]
+    if not isinstance(condition, sp.Rel) or not condition.has(by):
+        return False
+    gap, border = profile.xreplace({p: yes.args[0]}) - profile.xreplace({p: no.args[0]}), condition.lhs - condition.rhs
+    for sign in (1, -1) if condition.has(sp.Abs) else (1,):
+        straight = border.xreplace({sp.Abs(by): sign * by})
+        slope = sp.diff(straight, by)
+        if slope.has(by) or slope == 0:
+            continue  # where they meet is not worked out
+        at = sp.expand(by - straight / slope)
+        jump = sp.expand(gap.xreplace({by: at}))
+        if not (sign * at).is_negative and (abs(jump) > ROUNDING if jump.is_number else jump.is_zero is False):
+            return True
+    return False
 
 
 @cache
