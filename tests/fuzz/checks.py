@@ -242,6 +242,8 @@ def check_curvature(case: Case) -> None:
     stated = bounds(r.cost, r.z)
     if stated is None:
         raise Nothing("no rule for its curvature")
+    if r.z in stated.low.symbols | stated.high.symbols:
+        raise Nothing("its bounds move with what is held")
     low, high = (float(r.at(b)) for b in (stated.low, stated.high))
     if low == -torch.inf and high == torch.inf:
         raise Nothing("its curvature has no bound")

@@ -251,7 +251,8 @@ def _apart(profile: sp.Expr, p: sp.Piecewise, yes: Any, no: Any, by: sp.Symbol) 
     condition = yes.args[1]
     if not isinstance(condition, sp.Rel) or not condition.has(by):
         return False
-    gap, border = profile.xreplace({p: yes.args[0]}) - profile.xreplace({p: no.args[0]}), condition.lhs - condition.rhs
+    one, two = (cast(sp.Expr, profile.xreplace({p: case.args[0]})) for case in (yes, no))
+    gap, border = one - two, cast(Any, condition).lhs - cast(Any, condition).rhs
     for sign in (1, -1) if condition.has(sp.Abs) else (1,):
         straight = border.xreplace({sp.Abs(by): sign * by})
         slope = sp.diff(straight, by)

@@ -250,9 +250,11 @@ def _polynomial_zeros(poly: sp.Poly, signs: Signs) -> list[sp.Expr]:
             return []
         return [(-b - sp.sqrt(gap)) / (2 * a), (-b + sp.sqrt(gap)) / (2 * a)]
     if not poly.free_symbols_in_domain:
-        return [
-            sp.nsimplify(r) if r.is_Rational else r.evalf(30) for r in poly.real_roots(multiple=False) for r in [r[0]]
-        ]
+        try:
+            roots = [root for root, _ in poly.real_roots(multiple=False)]
+        except NotImplementedError:  # coefficients such as exp(1/3): SymPy does not sort their roots
+            raise DeriveError("E302", f"the zeros of {poly.as_expr()} are out of reach") from None
+        return [sp.nsimplify(r) if r.is_Rational else r.evalf(30) for r in roots]
     even = all(p % 2 == 0 for (p,) in poly.monoms())
     if even and poly.degree() == 4:
         y = sp.Symbol("y", positive=True)
