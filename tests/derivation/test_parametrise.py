@@ -286,6 +286,72 @@ def test_a_parameter_that_would_do_nothing_is_refused(name: str) -> None:
         assert "the step" in str(refused.value)
 
 
+def weighted(sparsity: str, learn: Spec, fidelity: str = "1/2 * sumsq(x - A @ z)") -> Spec:
+    unrolled = {"algorithm": "proximal_gradient", "layers": 3, "step": 0.05, "learn": learn}
+    return {
+        **BASE,
+        "parameters": {"A": ["m", "n"], "w": {"shape": ["n"], "positive": True}},
+        "minimize": {"fidelity": fidelity, "sparsity": sparsity},
+        "unroll": unrolled,
+    }
+
+
+WEIGHT: Spec = {"omega": {"replaces": "w", "positive": True}}
+IN_A_MAP = "pos(2 * (I(n) - B) @ z + u)"
+
+
+def declared(output: str, learn: Spec) -> Spec:
+    block = {"block": "b", "over": "z", "output": output, "learn": learn}
+    return {
+        "dims": {"n": 4}, "variables": {"z": ["n"], "q": [1]}, "inputs": {"u": ["n"]}, "parameters": {"B": ["n", "n"]},
+        "minimize": {"idle": "1/2 * sumsq(q)"},
+        "unroll": {"layers": 3, "blocks": [block, {"block": "i", "over": "q", "algorithm": "gradient_descent"}]},
+    }  # fmt: skip
+
+
+INSIDE = {
+    "weights in a prox": weighted("lam * norm1(w * z)", WEIGHT),
+    "weights in a prox, in that place": weighted("lam * norm1(w * z)", {"omega": {**WEIGHT["omega"], "where": "prox"}}),
+    "weights in a prox and in the gradient": weighted("lam * norm1(w * z)", WEIGHT, "1/2 * sumsq(x - A @ (w * z))"),
+    "weights of squares in a prox": weighted("lam * sum(w * z**2) + lam * norm1(z)", WEIGHT),
+    "a sum in a map": declared(IN_A_MAP, {"W": {"replaces": "2 * (I(n) - B)"}}),
+    "a sum in a map, expanded": declared("tanh(z - B @ z + u)", {"W": {"replaces": "I(n) - B"}}),
+    "a sum in a map in a map": declared("pos(u - B @ tanh(z - B @ z))", {"W": {"replaces": "I(n) - B"}}),
+    "a sum in a map and beside it": declared("z - B @ z + tanh(z - B @ z) + u", {"W": {"replaces": "I(n) - B"}}),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_is_replaced_inside_a_prox_or_a_map_starts_as_it_was_and_counts(name: str) -> None:
+    learned, algorithm = pair(INSIDE[name])
+    given = inputs(learned)
+    for ours, theirs in zip(*(net.trace(*given).iterates["z"] for net in (learned, algorithm)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    z_of(learned, given).sum().backward()
+    found = [p for n, p in learned.named_parameters() if n.split(".")[0] in ("omega", "W")]
+    assert found and any(bool((p.grad != 0).any()) for p in found if p.grad is not None)
+    with torch.no_grad():
+        for p in found:
+            p.add_(0.1)
+    assert not torch.allclose(z_of(learned, given), z_of(algorithm, given))
+
+
+def z_of(net: Any, given: Any) -> torch.Tensor:
+    found = net(*given)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def test_every_occurrence_inside_a_map_is_replaced() -> None:
+    step = unroll.derive(INSIDE["a sum in a map and beside it"]).step
+    assert "B" not in {s.name for a in step.assigns if a.block == "b" for s in a.value.symbols}
+
+
+def test_a_weight_that_may_change_its_sign_in_a_prox_is_refused_with_both_ways_out() -> None:
+    with pytest.raises(SpecError, match="positive: true.*where: gradient") as refused:
+        unroll.derive(weighted("lam * norm1(w * z)", {"omega": {"replaces": "w"}}))
+    assert refused.value.code == "E306"
+
+
 TWO_BLOCKS = """
 dims: {{m: 5, n: 7}}
 variables: {{z: [n]}}

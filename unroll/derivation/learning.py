@@ -21,7 +21,7 @@ from unroll.derivation.rewrites.frequencies import circulant_block
 from unroll.derivation.rewrites.record import Applied
 from unroll.derivation.rewrites.rewriting import rewritten
 from unroll.derivation.step import LAYER, Assign, Constraint, Departure, Learned, Step
-from unroll.errors import SpecError, Where, did_you_mean
+from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
     add,
     as_constant,
@@ -454,7 +454,8 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
             "E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'"
         )
     rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
-    s = symbol(w.name, *value.shape, "learned", rank, w.size)
+    known = {"positive"} if record.positive else set[str]()  # a weight in a prox has to have a sign
+    s = symbol(w.name, *value.shape, "learned", rank, w.size, known)
     found = Learned(
         w.name,
         s,
@@ -504,9 +505,9 @@ def _constraint(w: _Wanted) -> Constraint:
 
 def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | sp.Expr:
     assert isinstance(w.value, Expr) and isinstance(learned.symbol, Sym)
-    if not isinstance(value, Expr) or w.record.where == "prox":
+    if not isinstance(value, Expr):
         return value
-    into = learned.symbol
+    into, place = learned.symbol, w.record.where
 
     def pairs(e: Expr) -> list[tuple[Expr, Expr]]:
         """(pattern, parameter), for every name that the index of a family, or that of frequencies, has in e."""
@@ -515,17 +516,38 @@ def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
         return [(w.at(i, f), w.parameter(into, i, f)) for i in names for f in frequencies if i != f or not i]
 
     def inside(e: Expr) -> Expr:
-        """The pattern lives in what is fed to the prox, not in the term that the prox belongs to."""
+        """In what is fed to the prox, up to algebra; in the term that the prox belongs to, as it stands there."""
         if isinstance(e, Prox):
-            return prox(e.term, e.variable, e.t, inside(e.at), e.swaps)
-        if w.record.where == "output":
+            at = inside(e.at)
+            term = e.term
+            for pattern, parameter in pairs(term) if place in (None, "prox") else ():
+                term = structural(term, pattern, parameter)
+            return prox(term, e.variable, e.t, at, e.swaps) if term is e.term else _derivable(e, term, at, w)
+        if place == "prox":
+            return e
+        if place == "output":
             return outermost(e, pairs(e), symbol(f"{w.name}_bias", into.rows, 1, "learned") if w.record.bias else None)
         for pattern, parameter in pairs(e):
             found = structural(e, pattern, parameter)
-            e = algebraic(e, pattern, parameter) if found is e and not w.index else found
+            e = algebraic_within(e, pattern, parameter) if found is e and not w.index else found
         return e
 
     return inside(value)
+
+
+def _derivable(e: Prox, term: Expr, at: Expr, w: _Wanted) -> Expr:
+    """The prox of the term with a parameter in it. Raises SpecError E306 where the step of that prox cannot be derived."""
+    try:
+        derive_prox(term, e.variable, e.t, at, e.swaps)
+    except DeriveError as failed:
+        signs = "" if w.record.positive else "positive: true keeps its entries above 0; "
+        raise SpecError(
+            "E306",
+            f"with {w.name} in the place of {w.record.replaces.strip()} the prox of {text(e.term)} cannot be derived: {failed.message}",
+            w.where,
+            f"{signs}where: gradient, if it occurs there, leaves the prox as it is",
+        ) from None
+    return prox(term, e.variable, e.t, at, e.swaps)
 
 
 def outermost(e: Expr, pairs: list[tuple[Expr, Expr]], bias: Sym | None) -> Expr:
@@ -633,6 +655,16 @@ def algebraic(e: Expr, pattern: Expr, into: Expr) -> Expr:
         return e
     rest = [scale(c, matmul(*f) if f else eye(e.rows)) for f, c in terms.items()]
     return add(*found, *rest)
+
+
+def algebraic_within(e: Expr, pattern: Expr, into: Expr) -> Expr:
+    """`algebraic` of e as a whole, and of every whole polynomial inside its functions: pos(z - A @ z) becomes pos(W @ z)."""
+
+    def functions(x: Expr) -> Expr:
+        inner = functions if isinstance(x, Add | Mul) else lambda a: algebraic_within(a, pattern, into)
+        return rebuild(x, tuple(map(inner, x.children)))
+
+    return algebraic(functions(e), pattern, into)
 
 
 # --- scalars ----------------------------------------------------------------------------------------------------------
