@@ -1,0 +1,248 @@
+"""Break the code on purpose and see a test go red: `python -m tests.mutations --only fista`.
+
+A mutation is what a slip of the hand would be where a wrong answer would not be noticed: a sign, a factor, an axis, a state
+that is dropped, a count that is off by one. Each is made in a copy of the tree, never in the checkout.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+ROOT = Path(__file__).parent.parent
+APART = shutil.ignore_patterns(".venv", ".git", ".hypothesis", "runs", "__pycache__", ".*_cache")
+SECONDS = 900
+"""A test that hangs has seen the mutation too."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """file: below unroll/.  old occurs in it once; new takes its place.  tests: below tests/, those that ought to see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    # calculus
+    Mutation("product rule, factors in their order", "calculus/gradient.py", "map(transpose, reversed(factors[i + 1 :]))", "map(transpose, factors[i + 1 :])", "calculus/test_gradient.py"),
+    Mutation("sphere, its slope below eps", "calculus/gradient.py", "slot(1) > node.eps", "slot(1) >= 0", "calculus/test_gradient.py laws/test_corners.py"),
+    Mutation("max, the slope at a tie", "calculus/gradient.py", "sp.Ge(first, other)", "sp.Gt(first, other)", "calculus/test_gradient.py laws/test_corners.py"),
+    Mutation("0 log 0, its slope", "calculus/gradient.py", "m * top / (bottom + sp.Piecewise((1, both), (0, True)))", "m * top / bottom", "lower/test_at_zero.py laws/test_corners.py"),
+    Mutation("difference, no sign is known of it", "calculus/cones.py", 'case Op(name, x) if name != "difference":', "case Op(name, x):", "calculus/test_cones.py"),
+    Mutation("definite, one term that is not", "calculus/cones.py", "return 0 if 0 in grades else max(grades)", "return max(grades)", "calculus/test_cones.py"),
+    Mutation("log-sum-exp, half the norm squared", "calculus/curvature.py", "sp.Rational(1, 2), _square(norm)", "sp.Rational(1, 4), _square(norm)", "calculus/test_curvature.py"),
+    Mutation("difference, its norm", "calculus/curvature.py", "scale(2, inner)", "inner", "calculus/test_curvature.py"),
+    Mutation("sum, its norm", "calculus/curvature.py", "scale(sp.sqrt(count), inner)", "inner", "calculus/test_curvature.py"),
+    Mutation("repetition, its norm", "calculus/curvature.py", "scale(sp.sqrt(sp.Mul(*sizes)), inner)", "inner", "calculus/test_curvature.py"),
+    Mutation("broadcast, its norm", "calculus/curvature.py", "scale(sp.sqrt(repeats), times(inner, largest(weights)))", "times(inner, largest(weights))", "calculus/test_curvature.py"),
+    Mutation("Lipschitz, where it bends down more than up", "calculus/curvature.py", "elementwise(sp.Max(slot(0), -slot(1)), self.high, self.low)", "self.high", "calculus/test_curvature.py"),
+    Mutation("quadratic of no sign, bounded below", "calculus/curvature.py", "else:\n            low.append(scale(-1, size))", "else:\n            low.append(NOTHING)", "calculus/test_curvature.py"),
+    Mutation("trace, its norm", "calculus/curvature.py", "scale(sp.sqrt(x.rows), inner)", "inner", "calculus/test_curvature.py"),
+    Mutation("ridge, the point is shrunk too", "calculus/prox.py", "t / (1 + t * ridge), scale(1 / (1 + t * ridge), at)", "t / (1 + t * ridge), at", "calculus/test_prox_matrix.py"),
+    Mutation("largest entry, the step in its radius", "calculus/prox.py", 'project("ball1", at, t * c)', 'project("ball1", at, c)', "calculus/test_prox_matrix.py"),
+    Mutation("rotated prox, its shift", "calculus/prox.py", "(c, profile, m, scale(1 / k, rest))", "(c, profile, m, rest)", "calculus/test_prox_matrix.py"),
+    Mutation("linear system, the step before its right side", "calculus/prox.py", "add(at, scale(-t, b))", "add(at, scale(-1, b))", "calculus/test_prox_matrix.py"),
+    Mutation("prox of a length, its shift", "calculus/prox.py", "shift = zeros(*z.shape) if rest is None else scale(1 / k, rest)", "shift = zeros(*z.shape) if rest is None else rest", "calculus/test_prox_matrix.py"),
+    Mutation("even prox, the tie at 0", "calculus/prox_scalar.py", "return all(r.proof != ", "return True or all(r.proof != ", "calculus/test_prox_scalar.py"),
+    Mutation("bracket, weakly convex", "calculus/roots.py", "sp.Max(gap / floor, 0)", "sp.Max(gap, 0)", "calculus/test_prox_scalar.py"),
+    Mutation("prox, the slope in its scalars", "calculus/prox_source.py", "_neat(-sp.diff(p.G, s)", "_neat(sp.diff(p.G, s)", "calculus/test_prox_scalar.py"),
+    Mutation("prox, no slope at a breakpoint", "calculus/prox_source.py", "text(at_knot(knot))) if knot.flat else after", "text(values[i])) if knot.flat else after", "calculus/test_prox_scalar.py"),
+    Mutation("range, the least of the limits", "calculus/scalar.py", "mu = -sp.oo if min(jumps, default=0) < 0 else mu", "mu = mu", "calculus/test_curvature_scalar.py calculus/test_prox_scalar.py"),
+    Mutation("sums of exponentials, differences", "calculus/stable.py", "(sp.expand(_log_sum(up) - _log_sum(down)) / 2)", "(sp.expand(_log_sum(up) - _log_sum(down)))", "calculus/test_stable.py"),
+    Mutation("logaddexp, its slope", "calculus/stable.py", "self.args if argindex == 1 else self.args[::-1]", "self.args", "calculus/test_stable.py"),
+    Mutation("cubic root, without Newton", "calculus/torch_functions.py", "for _ in range(3):  # Newton", "for _ in range(0):  # Newton", "calculus/test_runtime.py"),
+    Mutation("Wright's omega, fewer steps", "calculus/torch_functions.py", "for _ in range(7):", "for _ in range(4):", "calculus/test_runtime.py"),
+    # derivation
+    Mutation("fista, Chambolle's count", "derivation/algorithms.py", "LAYER / (LAYER + a + 1)", "LAYER / (LAYER + a)", "derivation/test_algorithms.py::test_fista_is_the_algorithm_of_the_paper"),
+    Mutation("fista, weights at the extrapolated point", "derivation/algorithms.py", "(*_weights(parts, y), *definitions)", "(*_weights(parts, state), *definitions)", "derivation/test_held.py derivation/test_algorithms.py"),
+    Mutation("a step that an input makes infinite", "derivation/algorithms.py", "value = value.subs(LIPSCHITZ, cast(sp.Expr, nonzero(LIPSCHITZ)))", "pass", "network/test_steps_of_inputs.py"),
+    Mutation("blocks, what moves with the variable", "derivation/blocks.py", "if goes_on and (still or s.start is not inner or not isinstance(s.symbol, Sym)):", "if goes_on:", "derivation/test_blocks.py"),
+    Mutation("blocks, iterations are counted on", "derivation/blocks.py", "count * LAYER + k if goes_on", "LAYER + k if goes_on", "derivation/test_blocks.py"),
+    Mutation("blocks, iterations that start anew", "derivation/blocks.py", "else sp.Integer(k)}", "else sp.Integer(0)}", "derivation/test_blocks.py"),
+    Mutation("learning, what is larger comes first", "derivation/learning.py", "_size(w)), reverse=True", "_size(w)), reverse=False", "derivation/test_parametrise.py"),
+    Mutation("Woodbury, its scale", "derivation/rewrites/exact.py", "scale(-c / (a + c), matmul(*factors))", "scale(-c / (1 + c), matmul(*factors))", "derivation/test_rewrites.py"),
+    Mutation("push through, the sides that are left", "derivation/rewrites/exact.py", "(arg.rows - small.rows) * sp.log(a)", "(small.rows - arg.rows) * sp.log(a)", "derivation/test_rewrites.py"),
+    Mutation("Neumann, what its rho is of", "derivation/rewrites/bounded.py", "spectral_norm(ratio)", "spectral_norm(m)", "derivation/test_rewrites.py"),
+    Mutation("Neumann, the order of its bound", "derivation/rewrites/bounded.py", "rho ** (int(order) + 1)", "rho ** (int(order) + 2)", "derivation/test_rewrites.py"),
+    Mutation("spectral bound, its constant", "derivation/rewrites/bounded.py", "constant(e.x.rows * sp.log(a))), gap)", "constant(q.cols * sp.log(a))), gap)", "derivation/test_rewrites.py"),
+    Mutation("attention, the axis of its shares", "derivation/rewrites/causal.py", "coef=scale), 0, causal)", "coef=scale), 1, causal)", "derivation/test_rewrites.py"),
+    Mutation("causal, the number of tokens so far", "derivation/rewrites/causal.py", "case Map(profile, args) if profile.has(n):", "case Map(profile, args) if False:", "derivation/test_rewrites.py laws/test_corners.py"),
+    Mutation("frequencies, the transpose is conjugate", "derivation/rewrites/frequencies.py", "transpose(conjugated(b))", "transpose(b)", "lower/test_shifts.py"),
+    Mutation("frequencies, the scale of the transform", "derivation/rewrites/frequencies.py", "scale(1 / sp.sqrt(sp.Mul(*sizes)), block)", "block", "lower/test_shifts.py"),
+    # lower
+    Mutation("attention, fused along the other axis", "lower/passes.py", "shares.attrs[0] != (1 if weights.flip else 0)", "False", "lower/test_graph.py"),
+    Mutation("attention, scores of the others", "lower/passes.py", "node.inputs == (b.flip(v), v)", "node.inputs in ((b.flip(v), v), (v, b.flip(v)))", "lower/test_graph.py"),
+    Mutation("flattened sums, transposed", "lower/passes.py", "refs += [b.flip(r) for r in inner.inputs] if ref.flip else inner.inputs", "refs += inner.inputs", "lower/test_graph.py"),
+    Mutation("distributed products, transposed", "lower/passes.py", "tuple(b.flip(r) for r in reversed(node.inputs[1:])) if term.flip else", "tuple(b.flip(r) for r in node.inputs[1:]) if term.flip else", "lower/test_graph.py"),
+    Mutation("Parseval, weights of each place", "lower/passes.py", 'not (weights.node.op == "signal" or weights.shape[0] != 1)', 'not (weights.node.op == "signal")', "lower/test_shifts.py"),
+    Mutation("roots, sums with a minus", "lower/passes.py", "all(c > 0 for c in node.attrs[0]) and all(", "all(", "lower/test_at_zero.py laws/test_corners.py"),
+    Mutation("sums over samples, of sums over samples", "lower/sums_over_samples.py", "if behind[i] or not _adds(node, views, samples):", "if not _adds(node, views, samples):", "model/test_model.py network/test_published.py"),
+    Mutation("sums over samples, a projection of all", "lower/sums_over_samples.py", 'case "project" if node.attrs[0] not in COLUMNWISE:\n            return False', 'case "project":\n            return True', "model/test_model.py network/test_published.py"),
+    Mutation("memberships that are no labels", "lower/operations.py", "x[i].mT @ (w[i, None] * y[i])", "x[i].mT @ y[i]", "network/test_losses.py network/test_rates_float32.py"),
+    Mutation("causal softmax, along rows", "lower/operations.py", "seen.tril() if dim == -1 else seen.triu()", "seen.triu()", "lower/test_graph.py derivation/test_rewrites.py"),
+    Mutation("drop path, its mean", "lower/operations.py", "return x * kept / (1 - rate)", "return x * kept", "network/test_networks.py"),
+    Mutation("frequencies that stand for two", "lower/operations.py", "x[..., 0] if n % 2 else", "x[..., 0] if True else", "lower/test_shifts.py"),
+    Mutation("ball of the 1-norm, inside", "lower/operations.py", "shift.gather(-1, last).clamp_min(0)).clamp_min(0)", "shift.gather(-1, last)).clamp_min(0)", "lower/test_graph.py"),
+    Mutation("x log y, its slope in y", "lower/operations.py", "torch.where((x == 0) & (y == 0), 1, y)", "torch.where(x == 0, 1, y)", "lower/test_at_zero.py laws/test_corners.py"),
+    Mutation("singular values, the opposite ones", "lower/spectral.py", "*a, -b[0], -b[1], b[2]", "*a, -b[0], b[1], b[2]", "lower/test_spectral.py"),
+    Mutation("symmetric, of elementwise parts", "lower/graph.py", "(keeps and even)", "keeps", "lower/test_graph.py"),
+    # emit
+    Mutation("a name that is still read", "emit/layer.py", "name in holds and holds[name] not in later", "name in holds", "emit/test_emit.py lower/test_graph.py network/test_networks.py"),
+    Mutation("uniform draws, their variance", "emit/initialise.py", "math.sqrt(3 / {rows})", "math.sqrt(1 / {rows})", "derivation/test_parametrise.py emit/test_emit.py"),
+    Mutation("symmetric parameters", "emit/layer.py", '.mT) / 2", PRODUCT)', '.mT)", PRODUCT)', "derivation/test_parametrise.py"),
+    # solver
+    Mutation("restart, its sign", "solver/solve.py", "dot(moved, change) > 0", "dot(moved, change) < 0", "solver/test_solve.py"),
+    Mutation("the least tolerance", "solver/solve.py", "return 50 * torch.finfo(dtype).eps", "return 5 * torch.finfo(dtype).eps", "solver/test_solve.py"),
+    Mutation("momentum of every problem its own", "solver/solve.py", "before[left], t[left]", "before[left], t[: int(left.sum())]", "solver/test_solve.py"),
+    Mutation("gap, its scale at 0", "solver/solve.py", "points = (torch.zeros_like(start), start)", "points = (start, start)", "solver/test_solve.py"),
+    Mutation("gap, the dual point is feasible", "solver/certificate.py", "sp.Max(2 * w, u * slot(2))", "(2 * w)", "solver/test_certificate.py"),
+    Mutation("gap, of weights of any sign", "solver/certificate.py", "if c.is_positive and nonnegative(weight):", "if c.is_positive:", "solver/test_certificate.py"),
+    Mutation("gap, of what is held", "solver/certificate.py", "if any(p.holds for p in parts):", "if False:", "solver/test_certificate.py"),
+    # network
+    Mutation("trace, terms by the layer's own matrices", "network/trace.py", "known = k > 0 and (not self.by_layer or self.labels[k - 1][0] == layer)", "known = k > 0", "model/test_whitebox.py network/test_network.py"),
+    Mutation("trace, what stands in on the way out", "network/trace.py", """ and p.where != "output":""", ":", "model/test_whitebox.py network/test_network.py"),
+    Mutation("orthonormal, columns", "network/values.py", "gram = m.mT @ m", "gram = m @ m.mT", "network/test_network.py network/test_kinds.py"),
+    Mutation("saved, a value that was edited", "network/saved.py", "elif was[name] != now[name]:", "elif False:", "network/test_saved.py"),
+    Mutation("loss, determinants in float64", "network/loss.py", """== "mps" else torch.float64\'""", """== "mps" else dtype\'""", "network/test_rates_float32.py network/test_losses.py"),
+    Mutation("loss, what is maximised", "network/loss.py", 'minus = "" if self.problem.sign > 0 else "-"', 'minus = ""', "network/test_losses.py"),
+    # model
+    Mutation("moments, between batches", "model/whitebox.py", "off.square() * self.count * n / both", "off.square() * n / both", "model/test_whitebox.py"),
+    Mutation("weights, positive ones", "model/weights.py", "state[name].copy_(_inside(self.net, name, value))", "state[name].copy_(value)", "model/test_weights.py"),
+    Mutation("weights, two for one place", "model/weights.py", "if bool((filled[place] & (target[place] != value)).any()):", "if False:", "model/test_weights.py"),
+    Mutation("weights, a part that nothing reads", "model/weights.py", "used[_place(slices(move.part), used)] = True", "used[...] = True", "model/test_weights.py"),
+    # train
+    Mutation("samples, another order in each epoch", "train/engine.py", "generator(self.seed + epoch)", "generator(self.seed)", "train/test_train.py"),
+    Mutation("augmentation, other draws in each step", "train/engine.py", "generator((self.seed + 1) * FOREVER + step)", "generator((self.seed + 1) * FOREVER)", "train/test_train.py train/test_train_models.py"),
+    Mutation("resume, random numbers", "train/engine.py", "torch.set_rng_state(state)", "pass", "train/test_train.py"),
+    Mutation("resume, patience", "train/engine.py", 'float(state_dict["best"]), int(state_dict["stale"])', 'float(state_dict["best"]), 0', "train/test_train.py"),
+    Mutation("resume, the best so far", "train/engine.py", 'float(state_dict["best"]), int(state_dict["stale"])', 'math.inf, int(state_dict["stale"])', "train/test_train.py"),
+    Mutation("resume, the clock", "train/engine.py", 'self.before = float(state_dict["seconds"])', "pass", "train/test_train.py"),
+    Mutation("resume, the loss since the last row", "train/engine.py", 'float(state_dict["sum"]), int(state_dict["count"])', "0.0, 0", "train/test_train.py"),
+    Mutation("averaged weights, the first steps", "train/engine.py", "(1 - self.decay) / (1 - self.decay**trainer.global_step)", "(1 - self.decay)", "train/test_train.py train/test_train_models.py"),
+    Mutation("warm-up, its first step", "train/engine.py", "(step + 1) / settings.warmup", "step / settings.warmup", "train/test_train.py"),
+    Mutation("cosine, from the start of its stage", "train/engine.py", "(self.global_step - self.stage.start) / (self.stage.stop - self.stage.start)", "self.global_step / self.stage.stop", "train/test_train.py"),
+    Mutation("vectors do not decay", "train/groups.py", '"vector": (lr.matrices, 0.0)', '"vector": (lr.matrices, decay)', "train/test_train.py train/test_train_models.py"),
+    Mutation("held-out patches, beyond the cut", "train/data.py", "_choose(images[:, :, cut:], settings.validation", "_choose(images, settings.validation", "train/test_data.py"),
+    Mutation("noise, in decibels of amplitude", "train/data.py", "10 ** (-settings.snr / 20)", "10 ** (-settings.snr / 10)", "train/test_data.py"),
+    Mutation("hidden patches, the same at every look", "train/masked.py", "settings.seed + k):", "int(torch.initial_seed()) + k):", "train/test_train_models.py"),
+    # laws and specs
+    Mutation("check, a module that is not the mathematics", "laws/laws.py", 'f"{EXACT:.0e}", _verdict(worst <= EXACT))\n\n\ndef by_hand(', 'f"{EXACT:.0e}", _verdict(True))\n\n\ndef by_hand(', "laws/test_laws.py::test_an_emitted_module_that_is_not_the_mathematics_is_found"),
+    Mutation("check, a bound that does not hold", "laws/laws.py", "holds = math.isfinite(limit) and relative <= limit * (1 + 1e-9)", "holds = math.isfinite(limit)", "derivation/test_rewrites.py laws/test_laws.py"),
+    Mutation("check, an objective that rises", "laws/laws.py", "_verdict(rise <= 1e-12)", "_verdict(True)", "laws/test_laws.py derivation/test_algorithms.py"),
+    Mutation("check, a prox that is beaten", "laws/laws.py", "_verdict(worst <= 1e-8)", "_verdict(True)", "laws/test_laws.py"),
+    Mutation("check, descent of what is maximised", "laws/laws.py", "cosine = value * d.problem.sign", "cosine = value", "laws/test_laws.py cli/test_cli.py"),
+    Mutation("specs, a positive default of 0", "spec/consistency.py", "if number.positive and default <= 0", "if number.positive and default < 0", "spec/test_spec.py spec/test_bad_specs.py"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """said: the test that went red, or why there is none."""
+
+    mutation: Mutation
+    verdict: str
+    said: str
+    seconds: float
+
+
+class Tree:
+    """A copy of the checkout.  green: tests that are not red without a mutation."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.green, self.written = place / "tree", set[str](), int(time.time())
+        shutil.copytree(ROOT, self.place, ignore=APART)
+
+    def write(self, file: Path, text: str) -> None:
+        """At a second of its own: to Python two texts of one second and length are the same."""
+        file.write_text(text, encoding="utf-8")
+        self.written += 1
+        os.utime(file, (self.written, self.written))
+
+    def tried(self, m: Mutation) -> Result:
+        """The mutation, made, tried and taken back. A test that is red without it too kills nothing."""
+        file, begun, tests = self.place / "unroll" / m.file, time.monotonic(), [f"tests/{t}" for t in m.tests.split()]
+        text = file.read_text(encoding="utf-8")
+        if text.count(m.old) != 1:
+            return Result(m, "text not found", f"{m.file} has it {text.count(m.old)} times", 0.0)
+        self.write(file, text.replace(m.old, m.new))
+        red = failed(self.place, tests)
+        self.write(file, text)
+        anyway = red not in {"", *self.green} and failed(self.place, ["--last-failed", *tests])
+        self.green |= set() if anyway else {red}
+        verdict = "red anyway" if anyway else "killed" if red else "survived"
+        return Result(m, verdict, red.removeprefix("tests/"), time.monotonic() - begun)
+
+
+def failed(tree: Path, words: list[str]) -> str:
+    """The first test that fails in a tree, "" if none does; in a process that has loaded what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "sympy", "networkx", "pydantic"])
+    here, there = context.Pipe()
+    process = context.Process(target=run, args=(tree, words, there))
+    process.start()
+    there.close()
+    try:
+        red = here.recv() if here.poll(SECONDS) else f"no end after {SECONDS} s"
+    except EOFError:
+        red = "the tests broke off"
+    process.kill()
+    process.join()
+    return red
+
+
+def run(tree: Path, words: list[str], told: Connection) -> None:
+    os.chdir(tree)
+    os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(tree))
+    seen = Seen()
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        code = pytest.main(["-x", "-q", "-n", "0", *words], plugins=[seen])
+    assert (tree / "unroll" / "__init__.py").samefile(sys.modules["unroll"].__file__ or "")
+    told.send(seen.red or (f"pytest ended with {int(code)}" if code else ""))
+
+
+class Seen:
+    """The first test, or file, that fails."""
+
+    red = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.red = self.red or (report.nodeid if report.failed else "")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+@click.command()
+@click.option("--only", default="", help="those with this in their name, their file or their tests")
+def main(only: str) -> None:
+    """Try mutations against the tests that ought to see them. Ends with 1 if one survives."""
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as place:
+        tree = Tree(Path(place))
+        for m in (m for m in MUTATIONS if only in f"{m.name} {m.file} {m.tests}"):
+            results.append(r := tree.tried(m))
+            click.echo(f"{r.verdict:14} {m.file}: {m.name}  [{r.said}]  {r.seconds:.0f} s")
+    counts = Counter(r.verdict for r in results)
+    click.echo(", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+    raise SystemExit(any(r.verdict != "killed" for r in results))
+
+
+if __name__ == "__main__":
+    main()
