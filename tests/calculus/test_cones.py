@@ -68,7 +68,7 @@ def test_positive_definite_is_what_the_eigenvalues_say(formula: str, grade: int)
 SIGNS = {
     "p": True, "A**2": True, "exp(v)": True, "diag(p) @ abs(A.T)": True, "sum(p) * softmax(v, axis=0)": True, "p/(1 + p)": True,
     "where(p <= 1, p, 1)": True, "where(p <= 0, -1, 1)": False, "2*sign(p) - 1": False, "sign(p)": True,
-    "v": False, "p - 1": False, "A.T @ A @ p": False, "mu*p": False, "log(1 + p) * v": False,
+    "v": False, "difference(p)": False, "difference_T(p)": False, "repeat(p, 2)": True, "p - 1": False, "A.T @ A @ p": False, "mu*p": False, "log(1 + p) * v": False,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import sympy as sp
 import torch
 from library_objectives import NAMES, drawn
-from random_expressions import DIMS, LAM, SYMBOLS, K, M, N, Q, T, Z, values
+from random_expressions import DIMS, LAM, SYMBOLS, A, K, M, N, Q, T, Y, Z, values
 from torch import Tensor
 
 import unroll
@@ -158,6 +158,18 @@ def test_bounds_that_can_be_met_are_met(name: str) -> None:
     assert max(abs(lowest), abs(highest)) >= met * evaluate(found.lipschitz, at, SCALARS).item()
 
 
+def test_the_bound_of_a_log_sum_exp_is_met_where_two_are_the_largest() -> None:
+    """log 2 cosh(a'q) bends by |a|^2 at 0, half the squared norm of the rows a and -a; the others are far below."""
+    e = parse_matrix("logsumexp(A @ q - y)", SCOPE)
+    found, at, a = bounds(e, Q), given(0), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    far = torch.tensor([0.0, 0.0, 60.0, 60.0], dtype=torch.float64)
+    at = {**at, A: torch.stack([a, -a, 0 * a, 0 * a]), Y: far[:, None], Q: 0 * at[Q]}
+    assert found is not None
+    _, highest = inside(found, e, Q, at, SCALARS)
+    assert highest == pytest.approx(float(a @ a))
+    assert evaluate(found.high, at, SCALARS).item() == pytest.approx(float(a @ a))
+
+
 CONVEX = (
     "least squares",
     "two least squares",
@@ -226,6 +238,10 @@ MAPS = {
     "repeat": "q @ ones(1, T)",
     "difference": "difference(G @ q)",
     "first": "first(A @ q, 2)",
+    "entries repeated": "repeat(q, T)",
+    "sums of what is repeated": "repeat_T(repeat(G @ q, T), T)",
+    "all shifts": "shifts(repeat(q, T), T)",
+    "all shifts, moved back": "shifts_T(shifts(repeat(q, T), T), T)",
     "difference adjoint": "difference_T(difference(q))",
     "row sums": "sum(w @ q.T, axis=1)",
     "total": "sum(A @ q)",

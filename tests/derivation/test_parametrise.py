@@ -253,6 +253,20 @@ def test_constraints_hold_for_all_values_of_the_parameter(name: str) -> None:
         assert net(*x).isfinite().all()
 
 
+@pytest.mark.parametrize("init", ["gaussian", "uniform"])
+def test_draws_have_the_deviation_that_is_asked_for(init: str) -> None:
+    """scale / sqrt(rows), the mean 0, a draw of its own in each layer; the sum of n squares lies within 6 deviations of its mean."""
+    wide = {**BASE, "dims": {"m": 80, "n": 100}}
+    spec = on({"W": {"replaces": "step * A.T", "init": init, "scale": 0.3}}, objective=wide)
+    (w,) = unroll.compile(spec, dtype=torch.float64, seed=2).parameters()
+    assert w.shape == (LAYERS, 100, 80)
+    unit = w.detach() / (0.3 / 100**0.5)
+    assert abs(float(unit.mean())) < 6 / unit.numel() ** 0.5
+    assert abs(float(unit.square().mean()) - 1) < 6 * (2 / unit.numel()) ** 0.5
+    assert float(unit.abs().max()) <= 3**0.5 if init == "uniform" else float(unit.abs().max()) > 3
+    assert not torch.equal(w[0], w[1])
+
+
 # --- not found --------------------------------------------------------------------------------------------------------
 
 MISSING: dict[str, tuple[Spec, str]] = {

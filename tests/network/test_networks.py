@@ -437,6 +437,23 @@ def test_dropout_and_drop_path_act_on_the_update_while_training_only() -> None:
     assert abs(float(gone.double().mean()) - 1 / 3) < 0.03
 
 
+def test_drop_path_keeps_the_mean_of_an_update() -> None:
+    """A sample's update is left out as a whole, or divided by the chance that it is not."""
+    written = """
+    dims: {n: 6}
+    variables: {z: [n]}
+    inputs: {x: [n]}
+    minimize: {fit: 1/2 * sumsq(x - z)}
+    unroll: {layers: 1, blocks: [{block: fit, algorithm: gradient_descent, step: 0.1, gauge: {residual: 1}, drop_path: 0.25}]}
+    """
+    x = drawn(4000, 6)
+    torch.manual_seed(0)
+    share = unroll.compile(written, dtype=torch.float64).train()(x) / (0.1 * x)
+    kept = share[:, 0] != 0
+    assert (share[~kept] == 0).all() and torch.allclose(share[kept], torch.full((), 4 / 3, dtype=torch.float64))
+    assert abs(float(share.mean()) - 1) < 0.04
+
+
 def test_the_momentum_of_a_block_follows_its_own_steps() -> None:
     """Chambolle and Dossal: (k - 1)/(k + a) in step k of the block, which goes on counting from layer to layer."""
     written = """

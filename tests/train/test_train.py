@@ -111,6 +111,8 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, data, stop, dropo
         for d in ("whole", "cut")
     ]
     assert str(rows[0]) == str(rows[1]) and len(rows[0]) == 4
+    seconds = [r["seconds"] for r in read_rows(tmp_path / "cut" / "metrics.csv")]
+    assert seconds == sorted(seconds) and rest.seconds > cut.seconds  # the clock counts all sessions
 
 
 def test_layerwise_training_and_sgd_resume_bit_for_bit_too(tmp_path, data):
@@ -121,6 +123,18 @@ def test_layerwise_training_and_sgd_resume_bit_for_bit_too(tmp_path, data):
     fit(first, data, settings(**options), tmp_path / "cut")
     fit(again, data, settings(**options), tmp_path / "cut", resume=True)
     assert digest(again) == digest(whole) != digest(first)
+
+
+def test_a_resumed_training_knows_the_best_so_far_and_since_when(tmp_path, data):
+    """At a learning rate of 1 the first row stays the best: patience ends the training where it would have ended it."""
+    options = {"epochs": 50, "patience": 3, "lr": 1.0, "clip": None, "keep": "best"}
+    whole, first, again = fresh(data), fresh(data), fresh(data)
+    done = fit(whole, data, settings(**options), tmp_path / "whole")
+    first.interrupt_at = done.steps - 4  # one epoch and two thirds without a better row are behind it
+    fit(first, data, settings(**options), tmp_path / "cut")
+    rest = fit(again, data, settings(**options), tmp_path / "cut", resume=True)
+    assert rest.status == done.status == "patience"
+    assert (rest.steps, rest.best) == (done.steps, done.best) and digest(again) == digest(whole)
 
 
 def test_the_seed_decides_the_result_and_the_global_state_does_not(tmp_path, data):
@@ -213,6 +227,15 @@ def test_cosine_falls_from_one_to_nought_and_warm_up_rises():
     assert factors[0] == 0.25 and factors[100] == pytest.approx(0, abs=1e-12)
     assert factors[50] == pytest.approx(0.5) and factors[3:] == sorted(factors[3:], reverse=True)
     assert {rate(Train(schedule="constant"), stage, k, k / 100) for k in range(101)} == {1.0}
+
+
+def test_the_learning_rate_of_each_step_is_that_of_its_stage(tmp_path, data):
+    """1 in stages that add a layer, cosine over the steps of the last stage alone."""
+    options = {"stages": "layerwise", "refine": 0.5, "validate_every": 1, "loss": "objective"}
+    fit(fresh(data), data, settings(**options), tmp_path)
+    found = [row["lr"] / 1e-3 for row in read_rows(tmp_path / "metrics.csv")]  # after step 1 .. 24: that of the next
+    cosine = [(1 + math.cos(math.pi * k / 12)) / 2 for k in range(13)]
+    assert found == pytest.approx([1.0] * 11 + cosine, abs=1e-9)
 
 
 def test_matrices_and_scalars_have_their_own_learning_rates(data):

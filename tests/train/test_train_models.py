@@ -465,6 +465,19 @@ def test_a_batch_is_a_function_of_seed_and_step(start):
             assert not torch.equal(a.inputs[name], c.inputs[name])
 
 
+def test_every_epoch_has_each_sample_once_in_an_order_of_its_own():
+    """Two epochs of 5 batches, from any step on."""
+    samples = Split({"x": torch.arange(20.0)[:, None]})
+    orders = [
+        torch.cat([b.inputs["x"][:, 0] for b in Batches(samples, None, 4, seed, 10, stand(0))]).reshape(2, 20)
+        for seed in (0, 7)
+    ]
+    for epochs in orders:
+        assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in epochs)
+        assert not torch.equal(*epochs)
+    assert not torch.equal(*orders)
+
+
 def test_every_step_changes_images_anew():
     same = Split({"image": torch.rand(1, 1, 8, 8).expand(40, 1, 8, 8)}, labels=torch.zeros(40).long())
     batches = [b.inputs["image"] for b in Batches(same, change_of(Augment(shift=3), "image"), 20, 0, 4, stand(0))]
