@@ -13,7 +13,8 @@ import sympy as sp
 import torch
 
 import unroll
-from unroll.calculus.stable import stable
+from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, stable, xlogy
+from unroll.calculus.torch_text import decimal
 
 WIDE = (-1e3, -88.0, -30.0, -1.3, 0.0, 0.4, 40.0, 1e3)
 NARROW = tuple(max(min(z, 500.0), -500.0) for z in WIDE)
@@ -164,3 +165,18 @@ def test_what_vanishes_times_a_log_is_zero(power: str) -> None:
     value = loss(f"sum({power})", 2)
     zero = torch.zeros(2, dtype=torch.float64)
     assert float(value(zero, zero) if reads_x(power) else value(zero)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("primitive", "value"),
+    [
+        (softplus(0) ** 2, math.log(2) ** 2),
+        (sigmoid(-40), 1 / (1 + math.exp(40))),
+        (logaddexp(3, 5), 5 + math.log1p(math.exp(-2))),
+        (1 + xlogy(0, 0) + entr(0), 1.0),
+        (entr(sp.Rational(1, 3)), math.log(3) / 3),
+    ],
+    ids=str,
+)
+def test_a_primitive_of_numbers_is_a_number_in_the_text(primitive: sp.Expr, value: float) -> None:
+    assert float(decimal(primitive)) == pytest.approx(value, rel=1e-15)

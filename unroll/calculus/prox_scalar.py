@@ -80,7 +80,7 @@ def assemble(f: sp.Expr, profile: Profile, curved: Curvature, small_step: bool, 
     _refuse_unattained(f, profile, signs)
     t, v = _fresh("t", f, profile.u, positive=True), _fresh("v", f, profile.u, real=True)
     steps = Signs({*signs.symbols, t}, (*signs.assume, *_small(t, curved, small_step)))
-    steps.sampled = signs.sampled
+    steps.sampled, steps.left = signs.sampled, signs.left
     even = _is_even(profile, steps) and (len(profile.pieces) > 1 or not threshold)
     x = _fresh("x", f, profile.u, nonnegative=True) if even else v
     half = _half(profile, steps) if even else profile

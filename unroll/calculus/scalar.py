@@ -13,7 +13,7 @@ import numpy as np
 import sympy as sp
 
 from unroll.calculus.pieces import Piece, Profile, limit, roots_of, split
-from unroll.calculus.signs import Signs, Undecided
+from unroll.calculus.signs import SLOW, Signs, Undecided
 from unroll.errors import DeriveError
 
 REALS = (-sp.oo, sp.oo)
@@ -22,7 +22,7 @@ GRID = 4001
 
 @dataclass(frozen=True)
 class Curvature:
-    """mu ≤ f'' ≤ L between kinks, |f'| ≤ slope; mu = −oo at a downward kink or jump, L = oo at any kink.
+    """mu ≤ f'' ≤ L between kinks; mu = −oo at a downward kink or jump, L = oo at any kink.
 
     proof: "proved" by assumptions, critical points and limits; "bounded" by adding the ranges of terms; "sampled" if a
     grid or draws of the scalars were needed.
@@ -30,8 +30,6 @@ class Curvature:
 
     mu: sp.Expr
     L: sp.Expr
-    slope: sp.Expr
-    monotone: int  # 1 nondecreasing, −1 nonincreasing, 0 neither known
     proof: str
     reason: str
 
@@ -117,18 +115,14 @@ def curvature_of(profile: Profile, signs: Signs) -> Curvature:
     """Second derivatives of the pieces, and the jumps of f and f' between them."""
     u, sampled = profile.u, len(signs.sampled)
     ranges = [extremes(sp.diff(p.f, u, 2), p, u, signs) for p in profile.pieces]
-    slopes = [extremes(sp.diff(p.f, u), p, u, signs) for p in profile.pieces]
     mu, top = _least([r.lo for r in ranges], signs), -_least([-r.hi for r in ranges], signs)
     jumps = [_jump(profile, i, signs) for i in range(len(profile.pieces) - 1)] + [*_end_jumps(profile, signs)]
     mu = -sp.oo if min(jumps, default=0) < 0 else mu
     top = sp.oo if any(jumps) else top
-    low, high = _least([s.lo for s in slopes], signs), -_least([-s.hi for s in slopes], signs)
     grades = {r.proof for r in ranges} | ({"sampled"} if len(signs.sampled) > sampled else set())
     proof = next(grade for grade in ("sampled", "bounded", "proved") if grade in grades)
-    monotone = 0 if min(jumps, default=0) == -2 else 1 if _settled(low, signs) >= 0 else -(_settled(high, signs) <= 0)
     reason = "; ".join(dict.fromkeys(r.reason for r in ranges))
-    steep = -_least([low, -high], signs)
-    return Curvature(_convex_mark(mu, signs), top, sp.oo if -2 in jumps else steep, monotone, proof, reason)
+    return Curvature(_convex_mark(mu, signs), top, proof, reason)
 
 
 def _settled(e: sp.Expr, signs: Signs) -> int:
@@ -170,17 +164,24 @@ def _end_jumps(profile: Profile, signs: Signs) -> Iterator[int]:
 
 
 def extremes(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
-    """Infimum and supremum of a smooth h on a piece, from its critical points and its limits at the ends."""
-    h = sp.simplify(h) if h.has(sp.exp, sp.cosh, sp.sinh, sp.tanh) else sp.factor(h)
-    if not h.has(u):
-        return Range(h, h, "proved", "f'' constant")
+    """Infimum and supremum of a smooth h on a piece, from its critical points and its limits at the ends; on a grid once the budget is spent."""
+    if not signs.afford(h):
+        return _sampled(h, piece, u, signs)
+    whole = sp.factor(h.rewrite(sp.exp))
+    if not whole.has(u):
+        return Range(whole, whole, "proved", "f'' constant")
     try:
-        points = [b for b in roots_of(sp.diff(h, u), u, signs) if inside(b, piece, signs)]
-        values = [limit(h, u, piece.lo, "+"), limit(h, u, piece.hi, "-"), *(sp.simplify(h.subs(u, b)) for b in points)]
+        points = [b for b in roots_of(sp.diff(whole, u), u, signs) if inside(b, piece, signs)]
+        ends = limit(whole, u, piece.lo, "+"), limit(whole, u, piece.hi, "-")
+        values = [*ends, *(_shortened(whole.subs(u, b), signs) for b in points)]
     except (DeriveError, Undecided):
         return _bounded(h, piece, u, signs)
     way = f"f'' monotone between {len(points)} critical points" if points else "f'' monotone"
     return Range(_least(values, signs), -_least([-x for x in values], signs), "proved", way)
+
+
+def _shortened(e: sp.Expr, signs: Signs) -> sp.Expr:
+    return sp.simplify(e) if signs.afford(e, SLOW) else e
 
 
 def inside(b: sp.Expr, piece: Piece, signs: Signs) -> bool:
@@ -208,9 +209,13 @@ def _bounded(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     terms = sp.Add.make_args(sp.expand(h))
     if len(terms) == 1:
         return _sampled(h, piece, u, signs)
-    ranges = [extremes(term, piece, u, signs) for term in terms]
+    ranges = list[Range]()
+    for term in terms:
+        ranges.append(extremes(term, piece, u, signs))
+        if ranges[-1].proof == "sampled":
+            return _sampled(h, piece, u, signs)
     lo, hi = sp.Add(*(r.lo for r in ranges)), sp.Add(*(r.hi for r in ranges))
-    if any(r.proof == "sampled" for r in ranges) or lo in (sp.nan, -sp.oo) or hi is sp.nan:
+    if lo in (sp.nan, -sp.oo) or hi is sp.nan:
         return _sampled(h, piece, u, signs)
     return Range(lo, hi, "bounded", "f'' bounded term by term")
 

@@ -12,6 +12,10 @@ from sympy.core.relational import Relational
 
 DRAWS = 12
 TRIES = 4000
+BUDGET = 2000
+"""Operations that the expressions of one derivation may have together when they are factored, solved or put in order."""
+SLOW = 10
+"""What simplifying an expression, or taking its limit, costs: as much as factoring one that is so many times as long."""
 
 
 class Undecided(Exception):
@@ -46,7 +50,13 @@ class Signs:
         self.swap = _swaps(self.assume)
         self.draws = self._draw()
         self.sampled: list[str] = []
+        self.left = BUDGET
         self._known: dict[sp.Expr, int] = {}
+
+    def afford(self, expr: sp.Expr, times: int = 1) -> bool:
+        """Pay for work on expr; False once the budget is spent. Counted in operations, so that all machines decide alike."""
+        self.left -= times * int(sp.count_ops(expr))
+        return self.left >= 0
 
     def of(self, expr: sp.Expr) -> int:
         """−1, 0 or 1.  Raises Undecided where the draws disagree."""
@@ -80,7 +90,11 @@ class Signs:
         return out
 
     def _settle(self, expr: sp.Expr) -> int:
-        proved = _by_assumption(expr.xreplace(self.swap))
+        e = expr.xreplace(self.swap)
+        proved = _by_assumption(e)
+        for form in (sp.expand, sp.factor):
+            if proved is None and self.afford(e):
+                proved = _by_assumption(form(e))
         if proved is not None:
             return proved
         values = self.values(expr)
@@ -127,13 +141,5 @@ def _swaps(assume: tuple[sp.Expr, ...]) -> dict[sp.Basic, sp.Expr]:
     return swap
 
 
-def _by_assumption(expr: sp.Expr) -> int | None:
-    for form in (lambda e: e, sp.expand, sp.factor):
-        e = form(expr)
-        if e.is_zero:
-            return 0
-        if e.is_extended_positive:
-            return 1
-        if e.is_extended_negative:
-            return -1
-    return None
+def _by_assumption(e: sp.Expr) -> int | None:
+    return 0 if e.is_zero else 1 if e.is_extended_positive else -1 if e.is_extended_negative else None

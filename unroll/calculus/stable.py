@@ -16,12 +16,26 @@ from functools import cache, reduce
 from itertools import product
 
 import sympy as sp
+from mpmath.libmp import prec_to_dps
 
 
-class sigmoid(sp.Function):
+class Primitive(sp.Function):
+    """A function with a stable operation of its own; of numbers it has the value of its textbook form."""
+
+    def textbook(self) -> sp.Expr:
+        raise NotImplementedError
+
+    def _eval_evalf(self, prec: int) -> sp.Expr:
+        return self.textbook().evalf(prec_to_dps(prec))
+
+
+class sigmoid(Primitive):
     """1 / (1 + e^{−x})."""
 
     nargs = (1,)
+
+    def textbook(self) -> sp.Expr:
+        return 1 / (1 + sp.exp(-self.args[0]))
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         return self * sigmoid(-self.args[0])
@@ -30,10 +44,13 @@ class sigmoid(sp.Function):
         return self.args[0].is_extended_real
 
 
-class softplus(sp.Function):
+class softplus(Primitive):
     """log(1 + e^x)."""
 
     nargs = (1,)
+
+    def textbook(self) -> sp.Expr:
+        return sp.log(1 + sp.exp(self.args[0]))
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         return sigmoid(self.args[0])
@@ -42,10 +59,13 @@ class softplus(sp.Function):
         return self.args[0].is_extended_real
 
 
-class logaddexp(sp.Function):
+class logaddexp(Primitive):
     """log(e^x + e^y)."""
 
     nargs = (2,)
+
+    def textbook(self) -> sp.Expr:
+        return sp.log(sum(map(sp.exp, self.args)))
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         x, y = self.args if argindex == 1 else self.args[::-1]
@@ -55,20 +75,34 @@ class logaddexp(sp.Function):
         return all(a.is_extended_real for a in self.args) or None
 
 
-class xlogy(sp.Function):
+class xlogy(Primitive):
     """x log y, 0 where x is 0."""
 
     nargs = (2,)
+
+    @classmethod
+    def eval(cls, x: sp.Expr, y: sp.Expr) -> sp.Expr | None:
+        return sp.S.Zero if x.is_zero else None
+
+    def textbook(self) -> sp.Expr:
+        return self.args[0] * sp.log(self.args[1])
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         x, y = self.args
         return sp.log(y) if argindex == 1 else x / y
 
 
-class entr(sp.Function):
+class entr(Primitive):
     """−x log x, 0 where x is 0."""
 
     nargs = (1,)
+
+    @classmethod
+    def eval(cls, x: sp.Expr) -> sp.Expr | None:
+        return sp.S.Zero if x.is_zero else None
+
+    def textbook(self) -> sp.Expr:
+        return -self.args[0] * sp.log(self.args[0])
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         return -sp.log(self.args[0]) - 1
