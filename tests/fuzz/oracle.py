@@ -49,7 +49,8 @@ def _fro(x: Tensor, axis: int | None = None) -> Tensor:
 
 
 def _values(x: Tensor) -> Tensor:
-    return torch.linalg.svdvals(x)[..., None]
+    known = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.linalg.svdvals(x.where(known, 0))[..., None].where(known, torch.nan)
 
 
 def _logdet(x: Tensor) -> Tensor:

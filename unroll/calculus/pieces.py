@@ -12,6 +12,7 @@ from itertools import combinations, pairwise
 import sympy as sp
 from sympy.core.relational import Relational
 
+from unroll.calculus.factored import factored
 from unroll.calculus.signs import Signs, Undecided
 from unroll.errors import DeriveError
 
@@ -195,7 +196,7 @@ def roots_of(e: sp.Expr, u: sp.Symbol, signs: Signs) -> tuple[sp.Expr, ...]:
         raise DeriveError("E302", f"the zeros of an expression in {u} are not sought: it has {sp.count_ops(e)} operations", hint="write the term as a sum of simpler ones")
     top, bottom = sp.fraction(sp.together(e))
     out: list[sp.Expr] = []
-    for factor in sp.Mul.make_args(sp.factor(top)) + sp.Mul.make_args(sp.factor(bottom)):
+    for factor in sp.Mul.make_args(factored(top)) + sp.Mul.make_args(factored(bottom)):
         base = factor.base if isinstance(factor, sp.Pow) and not factor.exp.has(u) else factor
         if base.has(u):
             out += _zeros(base, u, signs)
@@ -247,7 +248,7 @@ def _polynomial_zeros(poly: sp.Poly, signs: Signs) -> list[sp.Expr]:
         return [sp.cancel(-b / a)]
     if poly.degree() == 2:
         a, b, c = poly.all_coeffs()
-        gap = sp.factor(b**2 - 4 * a * c)
+        gap = factored(b**2 - 4 * a * c)
         if signs.of(gap) < 0:
             return []
         return [(-b - sp.sqrt(gap)) / (2 * a), (-b + sp.sqrt(gap)) / (2 * a)]

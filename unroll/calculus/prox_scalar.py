@@ -169,10 +169,16 @@ def _small(t: sp.Symbol, curved: Curvature, small_step: bool) -> tuple[sp.Expr, 
 
 def _part(piece: Piece, u: sp.Symbol, t: sp.Symbol, x: sp.Symbol, signs: Signs, floor: sp.Expr | None) -> Part:
     f = stable(piece.f)
-    F, G = sp.expand(t * f), sp.expand(t * sp.diff(f, u))
+    F, G = _expanded(t * f), _expanded(t * sp.diff(f, u))
     plain = sp.expand(t * sp.diff(piece.f, u))
     roots = stationary(plain, G, piece, u, x, signs, floor)
     return Part(u, piece.lo, piece.hi, F, G, roots)
+
+
+def _expanded(e: sp.Expr) -> sp.Expr:
+    """e as a sum, unless that is far longer: what is evaluated entry by entry is short."""
+    longer = sp.expand(e)
+    return e if sp.count_ops(longer) > 2 * sp.count_ops(e) else longer
 
 
 def _knots(

@@ -260,9 +260,10 @@ def _root_text(part: Part, k: int, x: sp.Symbol) -> str:
         text = torch_text(root.z)
         return text if root.kind == "linear" else _clamped(text, part)
     z = sp.Symbol("z")
-    h, rise, bend = (e.xreplace({u: z}) for e in (u + part.G - x, 1 + sp.diff(part.G, u), sp.diff(part.G, u, 2)))
+    h, rise = (e.xreplace({u: z}) for e in (u + part.G - x, 1 + sp.diff(part.G, u)))
     lo, hi = torch_text(root.lo), torch_text(root.hi)
     if root.turn:
+        bend = sp.diff(part.G, u, 2).xreplace({u: z})
         turn = f"bracketed_root({_lambda(root.turn * rise)}, {_lambda(root.turn * bend)}, {lo}, {hi}, x)"
         lo, hi = (turn, hi) if root.turn == 1 else (lo, turn)
     return f"bracketed_root({_lambda(h)}, {_lambda(rise)}, {lo}, {hi}, x)"

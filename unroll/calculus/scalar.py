@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import sympy as sp
 
+from unroll.calculus.factored import factored
 from unroll.calculus.pieces import Piece, Profile, limit, roots_of, split
 from unroll.calculus.signs import SLOW, Signs, Undecided
 from unroll.errors import DeriveError
@@ -167,11 +168,13 @@ def extremes(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     """Infimum and supremum of a smooth h on a piece, from its critical points and its limits at the ends; on a grid once the budget is spent."""
     if not signs.afford(h):
         return _sampled(h, piece, u, signs)
-    whole = sp.factor(h.rewrite(sp.exp))
+    whole = factored(h.rewrite(sp.exp))
     if not whole.has(u):
         return Range(whole, whole, "proved", "f'' constant")
     try:
         points = [b for b in roots_of(sp.diff(whole, u), u, signs) if inside(b, piece, signs)]
+        if (piece.lo.is_infinite or piece.hi.is_infinite) and not signs.afford(whole, SLOW):
+            return _sampled(h, piece, u, signs)
         ends = limit(whole, u, piece.lo, "+"), limit(whole, u, piece.hi, "-")
         values = [*ends, *(_shortened(whole.subs(u, b), signs) for b in points)]
     except (DeriveError, Undecided):
@@ -227,6 +230,7 @@ def _sampled(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
         return Range(-sp.oo, sp.oo, "sampled", "f'' has no value on a grid")
     if not signs.symbols:
         lo, hi = float(runs[0].min()), float(runs[0].max())
+        lo = 0.0 if lo >= -1e-12 * hi else lo  # rounding
         return Range(sp.Float(lo), sp.Float(hi), "sampled", f"f'' on {GRID} points in [{lo:.4g}, {hi:.4g}]")
     lo = sp.S.Zero if all((r >= -1e-12 * np.abs(r).max()).all() for r in runs) else -sp.oo
     return Range(lo, sp.oo, "sampled", f"sign of f'' on {GRID} points for {len(runs)} draws of the scalars")

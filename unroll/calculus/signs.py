@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import sympy as sp
 from sympy.core.relational import Relational
 
+from unroll.calculus.factored import factored
+
 DRAWS = 12
 TRIES = 4000
 BUDGET = 2000
@@ -92,7 +94,7 @@ class Signs:
     def _settle(self, expr: sp.Expr) -> int:
         e = expr.xreplace(self.swap)
         proved = _by_assumption(e)
-        for form in (sp.expand, sp.factor):
+        for form in (sp.expand, factored):
             if proved is None and self.afford(e):
                 proved = _by_assumption(form(e))
         if proved is not None:

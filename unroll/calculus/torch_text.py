@@ -11,6 +11,7 @@ from typing import Any
 import sympy as sp
 from sympy.printing.str import StrPrinter
 
+from unroll.calculus.factored import factored
 from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
 from unroll.errors import DeriveError
 
@@ -22,7 +23,7 @@ class quadratic_root(sp.Function):
 
     def textbook(self) -> sp.Expr:
         a, b, c = self.args
-        return (sp.sqrt(sp.factor(b**2 - 4 * a * c)) - b) / (2 * a)
+        return (sp.sqrt(factored(b**2 - 4 * a * c)) - b) / (2 * a)
 
 
 class cubic_root(sp.Function):
