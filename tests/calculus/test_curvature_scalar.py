@@ -105,7 +105,9 @@ def test_signs_by_assumption_by_draws_and_not_at_all():
     assert Signs([lam, al], [lam > al]).of(al - lam) == -1
 
 
-@pytest.mark.parametrize("f", [sp.log(1 + sp.exp(u)) / (1 + sp.log(1 + sp.exp(-u)) ** 2), sp.tanh(u) * sp.log(1 + u**2)], ids=str)
+@pytest.mark.parametrize(
+    "f", [sp.log(1 + sp.exp(u)) / (1 + sp.log(1 + sp.exp(-u)) ** 2), sp.tanh(u) * sp.log(1 + u**2)], ids=str
+)
 def test_a_budget_ends_what_has_no_end_and_the_bounds_still_hold(f: sp.Expr, monkeypatch: pytest.MonkeyPatch):
     paid = list[int]()
     afford = Signs.afford

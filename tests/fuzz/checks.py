@@ -173,7 +173,12 @@ def _at_degenerate_points(
         smooth = bool(left.isfinite().all() and right.isfinite().all())
         if bool(outside.any()) or (smooth and bool(g.isnan().any())):
             raise Wrong(f"gradient {_few(g)}, one-sided slopes {_few(left)} and {_few(right)} at {_few(z)}")
-        if taken and smooth and bool((steady & ((left - right).abs() <= 1e-4 * size)).all()) and _differ(derived, right, 1e-3):
+        if (
+            taken
+            and smooth
+            and bool((steady & ((left - right).abs() <= 1e-4 * size)).all())
+            and _differ(derived, right, 1e-3)
+        ):
             raise Wrong(f"derived gradient {_few(derived)}, slopes from both sides {_few(right)} at {_few(z)}")
         compared += bool(steady.any())
     return compared
@@ -204,7 +209,9 @@ def check_prox(case: Case) -> None:
                 raise Wrong(f"the prox of {_few(centre)} is {_few(x)}, outside the constraints, t = {t}")
             cost = lambda p, centre=centre, t=t: t * f(p) + (p - centre).square().sum((-2, -1)) / 2
             best, value = lowest(cost, onto, [x, centre, 0 * x])
-            own = float(cost(torch.stack([(1 + s) * x for s in (0, 1e-12, -1e-12)])).min())  # at a jump: the side it is on
+            own = float(
+                cost(torch.stack([(1 + s) * x for s in (0, 1e-12, -1e-12)])).min()
+            )  # at a jump: the side it is on
             if not own <= value + 1e-6 * (1 + abs(value)):
                 raise Wrong(
                     f"the prox of {_few(centre)} is {_few(x)} with cost {own:.8g}; {_few(best)} has {value:.8g}, t = {t}"

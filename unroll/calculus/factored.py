@@ -1,7 +1,7 @@
 """Factors of a formula with exponentials, whatever numbers stand in them."""
 
 # SymPy annotates what its trees hold and return as Basic, where Expr is meant; only that is let pass.
-# pyright: reportReturnType=false, reportArgumentType=false
+# pyright: reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Iterable

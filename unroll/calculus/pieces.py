@@ -193,7 +193,11 @@ def limit(e: sp.Expr, u: sp.Symbol, to: sp.Expr, side: str) -> sp.Expr:
 def roots_of(e: sp.Expr, u: sp.Symbol, signs: Signs) -> tuple[sp.Expr, ...]:
     """Real zeros (and poles) of a smooth expression in u.  Raises DeriveError E302 where they are out of reach."""
     if not signs.afford(e):
-        raise DeriveError("E302", f"the zeros of an expression in {u} are not sought: it has {sp.count_ops(e)} operations", hint="write the term as a sum of simpler ones")
+        raise DeriveError(
+            "E302",
+            f"the zeros of an expression in {u} are not sought: it has {sp.count_ops(e)} operations",
+            hint="write the term as a sum of simpler ones",
+        )
     top, bottom = sp.fraction(sp.together(e))
     out: list[sp.Expr] = []
     for factor in sp.Mul.make_args(factored(top)) + sp.Mul.make_args(factored(bottom)):
