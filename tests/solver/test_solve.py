@@ -92,6 +92,36 @@ def test_momentum_is_forgotten_where_it_points_uphill():
     assert error.max() <= 1e-10 and count < 4_000 and (z - 1).abs().max() < 1e-5
 
 
+def test_every_problem_keeps_its_own_momentum_when_others_are_done():
+    """Of conditions 10 to 1e3, each restarts and stops at a time of its own: together they take the steps that they take alone."""
+    h = torch.stack([torch.logspace(-k, 0, 20, dtype=torch.float64) for k in (1, 3, 2)])
+
+    def solved(which):
+        step = lambda z, rows: z - h[which][rows] * (z - 1)
+        error = lambda z, moved, rows: length(moved)
+        return iterate(step, torch.zeros(len(which), 20, dtype=torch.float64), error, 1e-8, 4_000)
+
+    z, error, count = solved([0, 1, 2])
+    alone = [solved([k]) for k in range(3)]
+    assert count == max(n for _, _, n in alone) and len({n for _, _, n in alone}) == 3
+    for k, (one, off, _) in enumerate(alone):
+        assert torch.allclose(z[k], one[0], rtol=1e-9) and error[k] == pytest.approx(float(off[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("iterations", [1, 5, 40])
+def test_the_error_of_a_lasso_is_its_gap_in_parts_of_half_the_squared_data(iterations):
+    """F(z) - D(s r) over |x|^2 / 2, r = x - A z, D(u) = <x, u> - |u|^2 / 2 at the best s with |A' s r| <= lam."""
+    A, x = draw(20, 40, 3)
+    found = solve("lasso", x, parameters={"A": A}, scalars={"lam": 0.1}, tol=1e-13, max_iterations=iterations)
+    r = x - found.z @ A.mT
+    value = r.square().sum(-1) / 2 + 0.1 * found.z.abs().sum(-1)
+    along, size = (x * r).sum(-1), r.square().sum(-1)
+    s = torch.minimum(along / size, 0.1 / (r @ A).abs().amax(-1)).clamp_min(0)
+    gap = value - (s * along - s.square() * size / 2)
+    assert torch.allclose(found.error, gap / (x.square().sum(-1) / 2), rtol=1e-9, atol=1e-14)
+    assert torch.allclose(found.objective, value, rtol=1e-12)
+
+
 # --- tolerances -------------------------------------------------------------------------------------------------------
 
 
