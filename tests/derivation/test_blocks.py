@@ -141,18 +141,19 @@ def test_blocks_about_other_variables_leave_a_block_alone() -> None:
 # --- what others make of the variable is where a block goes on ---------------------------------------------------------
 
 
-def by_hand(A: Tensor, x: Tensor, layers: int, between: Any, lam: float = 0.1) -> Tensor:
-    """FISTA, written out: whatever `between` makes of z, the point y that is ahead of z moves with it."""
+def by_hand(A: Tensor, x: Tensor, layers: int, between: Any, lam: float = 0.1, momentum: str = MOMENTA[0]) -> Tensor:
+    """FISTA, written out, k / (k + 4) the momentum of Chambolle and Dossal: whatever `between` makes of z, the point y that is ahead of z moves with it."""
     step, t = 1 / torch.linalg.matrix_norm(A, 2) ** 2, 1.0
     z = x.new_zeros(*x.shape[:-1], A.shape[1])
     ahead = torch.zeros_like(z)
-    for _ in range(layers):
+    for k in range(layers):
         z = between(z)
         y = z + ahead
         v = y - step * (y @ A.mT - x) @ A
         new = v.sign() * (v.abs() - step * lam).clamp_min(0)
         t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        ahead, z, t = (t - 1) / t_new * (new - z), new, t_new
+        weight = (t - 1) / t_new if momentum == MOMENTA[0] else k / (k + 4)
+        ahead, z, t = weight * (new - z), new, t_new
     return z
 
 
@@ -182,23 +183,26 @@ def test_a_norm_after_the_step_moves_all_that_a_layer_reads() -> None:
     same(net(x), norm(by_hand(net.given["A"], x, 5, norm)))
 
 
-def test_a_variable_of_a_blocks_own_starts_anew_with_all_that_its_algorithm_keeps() -> None:
-    block = {"block": "inner", "variable": {"a": ["n"]}, "algorithm": "fista", "steps": 3, "output": "a",
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_a_variable_of_a_blocks_own_starts_anew_with_all_that_its_algorithm_keeps(momentum: str) -> None:
+    block = {"block": "inner", "variable": {"a": ["n"]}, "algorithm": "fista", "steps": 3, "output": "a", "momentum": momentum,
              "surrogate": {"replaces": ["fidelity", "sparsity"], "by": "1/2 * sumsq(x - A @ a) + lam * norm1(a)", "assumes": "incoherent(A)"}}  # fmt: skip
     net = network(LASSO, {"blocks": [block], "layers": 3})
     (x,) = inputs(net)
     seen = net.trace(x).iterates["z"]
-    want = by_hand(net.given["A"], x, 3, lambda z: z)
+    want = by_hand(net.given["A"], x, 3, lambda z: z, momentum=momentum)
     for z in seen[1:]:
         same(z, want)
-    assert "t_inner: anew in every layer" in str(net.derivation)
+    kept = "y_inner, t_inner" if momentum == MOMENTA[0] else "y_inner"
+    assert f"{kept}: anew in every layer" in str(net.derivation)
 
 
-def test_a_block_that_starts_elsewhere_starts_anew() -> None:
-    block = {"block": "b", "algorithm": "fista", "steps": 3, "start": "zeros(n)"}
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_a_block_that_starts_elsewhere_starts_anew(momentum: str) -> None:
+    block = {"block": "b", "algorithm": "fista", "steps": 3, "start": "zeros(n)", "momentum": momentum}
     net = network(LASSO, {"blocks": [block], "layers": 2})
     (x,) = inputs(net)
-    same(net(x), by_hand(net.given["A"], x, 3, lambda z: z))
+    same(net(x), by_hand(net.given["A"], x, 3, lambda z: z, momentum=momentum))
 
 
 def test_what_a_block_keeps_is_said() -> None:

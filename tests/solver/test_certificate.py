@@ -100,3 +100,16 @@ def test_no_gap_is_claimed_where_none_is_derived(name):
 def test_no_gap_where_a_weight_may_be_negative():
     d = unroll.derive(invented("lam * norm1(Z)", "sum(w * (A @ Z - X)**2)"))
     assert duality_gap(d.parts, d.variable) is None
+
+
+@pytest.mark.parametrize("fit", ["1/2 * sumsq(A @ z - x) - 5 * sumsq(z)", "sum(log(1 + (A @ z - x)**2))"])
+def test_no_gap_where_the_smooth_part_is_not_convex(fit):
+    """Over a compact set too, where <grad F, z> and the support function are known: they bound nothing then."""
+    spec = {
+        "dims": {"m": 4, "n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+        "minimize": {"fit": fit}, "constraints": ["z in simplex"], "unroll": {"algorithm": "projected_gradient", "layers": 1},
+    }  # fmt: skip
+    d = unroll.derive(spec)
+    assert duality_gap(d.parts, d.variable) is None
+    convex = unroll.derive({**spec, "minimize": {"fit": "1/2 * sumsq(A @ z - x)"}})
+    assert duality_gap(convex.parts, convex.variable) is not None
