@@ -24,8 +24,8 @@ d, N, p, K = (dim(n) for n in ("d", "N", "p", "K"))
 a, c, r = (scalar(n, positive=True) for n in ("a", "c", "r"))
 Z, Y = symbol("Z", d, N, "variable", 2), symbol("Y", d, N, "input", 2)
 U, Q, D = symbol("U", d, p, "parameter", 2, K), symbol("Q", d, d), symbol("D", d, d)
-O = symbol("O", d, p, props={"orthonormal"})
-SCOPE = Scope({s.name: s for s in (Z, Y, U, Q, D, O, d, N, p, K, a, c, r)}, broadcast=True)
+O, F = symbol("O", d, p, props={"orthonormal"}), symbol("F", d, 2 * d)
+SCOPE = Scope({s.name: s for s in (Z, Y, U, Q, D, O, F, d, N, p, K, a, c, r)}, broadcast=True)
 SIZES = {"wide": {d: 4, N: 7, p: 2, K: 3}, "tall": {d: 6, N: 3, p: 2, K: 2}, "one": {d: 1, N: 1, p: 1, K: 1}}
 
 
@@ -35,7 +35,7 @@ def values(sizes: dict[sp.Symbol, int], seed: int = 0) -> dict[Sym, Tensor]:
     n = {k.name: v for k, v in sizes.items()}
     return {
         Z: draw(n["d"], n["N"]), Y: draw(n["d"], n["N"]), U: draw(n["K"], n["d"], n["p"]), Q: torch.linalg.qr(draw(n["d"], n["d"])).Q,
-        D: draw(n["d"], n["d"]), O: torch.linalg.qr(draw(n["d"], n["p"])).Q,
+        D: draw(n["d"], n["d"]), O: torch.linalg.qr(draw(n["d"], n["p"])).Q, F: torch.linalg.qr(draw(2 * n["d"], n["d"])).Q.mT,
     }  # fmt: skip
 
 
@@ -149,6 +149,26 @@ def test_the_spectral_bound_is_one_and_is_tight_at_eigenvectors() -> None:
     z = values(SIZES["wide"])[Z]
     best = {**values(SIZES["wide"]), Q: torch.linalg.eigh(z @ z.mT).eigenvectors}
     tight = Evaluator(best, {a: 1.3, c: 0.4, r: 0.2, **SIZES["wide"]}, {})
+    assert float(tight(after)) == pytest.approx(float(tight(e)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("by", "bounds"), [("Q", True), ("F", True), ("O", False)])
+def test_the_spectral_bound_needs_rows_that_are_orthonormal(by: str, bounds: bool, size: str) -> None:
+    """Of any frame with Q Q' = I, as log is concave; of a tall Q what lies outside its span is lost, and the assumption says so."""
+    e, after, applied = rewritten("logdet(a * I(d) + c * Z @ Z.T)", f"spectral_bound({by})")
+    off = float(at(applied.sites[0].assumption, size))
+    whole = bounds or SIZES[size][d] == SIZES[size][p]
+    assert off == pytest.approx(0 if whole else 1, abs=1e-12)
+    assert (float(at(after, size)) >= float(at(e, size)) - 1e-12) is whole
+
+
+def test_the_spectral_bound_of_a_frame_is_tight_too() -> None:
+    """Eigenvectors beside as many zeros."""
+    e, after, _ = rewritten("logdet(a * I(d) + c * Z @ Z.T)", "spectral_bound(F)")
+    z = values(SIZES["wide"])[Z]
+    v = torch.linalg.eigh(z @ z.mT).eigenvectors
+    tight = Evaluator({Z: z, F: torch.cat([v, 0 * v], 1)}, {a: 1.3, c: 0.4, **SIZES["wide"]}, {})
     assert float(tight(after)) == pytest.approx(float(tight(e)))
 
 

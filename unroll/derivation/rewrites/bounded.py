@@ -85,7 +85,10 @@ def incoherence(d: Expr) -> Expr:
 
 
 def spectral_bound(by: Sym) -> Rule:
-    """log det(a I + c M) → n log a + Σ_i log(1 + c/a (Qᵀ M Q)_ii): an upper bound, tight where Q diagonalises M."""
+    """log det(a I + c M) → n log a + Σ_i log(1 + c/a (Qᵀ M Q)_ii): an upper bound where Q Qᵀ = I, tight where Q diagonalises M.
+
+    With Qᵀ Q = I alone, Q tall, what M does outside the span of Q is lost.
+    """
 
     def rule(e: Expr) -> Site | None:
         shifted = shifted_identity(e.x) if isinstance(e, LogDet) else None
@@ -100,7 +103,7 @@ def spectral_bound(by: Sym) -> Rule:
             return None
         energies = diagonal(matmul(transpose(q), scale(1 / a, m), q))
         value = total(elementwise(sp.log(1 + slot(0)), energies))
-        gap = spectral_norm(add(matmul(transpose(q), q), scale(-1, eye(q.cols))))
+        gap = spectral_norm(add(matmul(q, transpose(q)), scale(-1, eye(q.rows))))
         return Site(e, add(value, constant(e.x.rows * sp.log(a))), gap)
 
     return rule

@@ -34,7 +34,7 @@ REWRITES: tuple[Rewrite, ...] = (
         "Yu et al. 2023, arXiv:2306.01129", incoherent, (Argument("of", "symbol", optional=False),),
     ),
     Rewrite(
-        "spectral_bound", "log det(a I + c M)", "n log a + Σ_i log(1 + c/a (Qᵀ M Q)_ii)", "bounded", "Q orthogonal", "an upper bound, equal where Q diagonalises M",
+        "spectral_bound", "log det(a I + c M)", "n log a + Σ_i log(1 + c/a (Qᵀ M Q)_ii)", "bounded", "Q Qᵀ = I", "an upper bound, equal where Q diagonalises M",
         "Wu et al. 2025, Token Statistics Transformer, arXiv:2412.17810", spectral_bound, (Argument("by", "symbol", optional=False),), "objective",
     ),
     Rewrite(
