@@ -7,6 +7,7 @@ singular values and families. What no rule covers is None, never a guess.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import sympy as sp
@@ -97,6 +98,7 @@ class Bounds:
         return elementwise(sp.Max(slot(0), -slot(1)), self.high, self.low)
 
 
+@cache
 def bounds(e: Expr, z: Sym) -> Bounds | None:
     """Hessian bounds of the scalar e in z, or None where no rule applies."""
     if not depends(e, z):

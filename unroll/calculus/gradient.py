@@ -86,6 +86,7 @@ from unroll.language.show import text
 from unroll.language.traversal import require_scalar
 
 
+@cache
 def gradient(e: Expr, wrt: Sym) -> Expr:
     """de/dwrt, of the shape of `wrt`, for a scalar e. For a family: the gradient for member [k], free in the index k.
 

@@ -190,6 +190,8 @@ def swap(c: sp.Expr, values: Mapping[Any, Any]) -> sp.Expr:
     """c with symbols replaced, all at once."""
     if cast(Any, c).is_Atom:  # most sizes and coefficients are
         return sp.sympify(values.get(c, c))
+    if all(isinstance(s, sp.Symbol) for s in values):
+        return cast(sp.Expr, cast(Any, c).xreplace({s: sp.sympify(v) for s, v in values.items()}))
     return cast(sp.Expr, cast(Any, c).subs(values, simultaneous=True))
 
 
@@ -400,8 +402,12 @@ def _leaf(i: int) -> sp.Symbol:
 def elementwise(profile: Any, *args: Expr) -> Expr:
     """The map with SymPy `profile` in slot(0), slot(1), ..., normalised: nested maps composed, constants and coefficients
     absorbed, arguments distinct and ordered, sums split into terms (so no profile is a sum)."""
+    return _elementwise(number(profile), *args)
+
+
+@cache
+def _elementwise(profile: sp.Expr, *args: Expr) -> Expr:
     shape = broadcast(*(a.shape for a in args))
-    profile = number(profile)
     flat: dict[Expr, sp.Symbol] = {}
 
     def inline(e: Expr) -> sp.Expr:
@@ -427,7 +433,7 @@ def elementwise(profile: Any, *args: Expr) -> Expr:
             case _:
                 return flat.setdefault(e, _leaf(len(flat)))
 
-    profile = profile.xreplace({slot(i): inline(a) for i, a in enumerate(args)})
+    profile = cast(sp.Expr, profile.xreplace({slot(i): inline(a) for i, a in enumerate(args)}))
     if profile.has(sp.exp):
         profile = cast(sp.Expr, profile.replace(sp.Mul, _one_exponential))
     if profile.has(sp.log, sp.Pow) and (found := _exponentials(profile, {s: e for e, s in flat.items()})):
@@ -447,9 +453,10 @@ def _exponentials(profile: sp.Expr, named: dict[sp.Symbol, Expr]) -> tuple[sp.Ex
     """The profile and its arguments with what overflows under a log or a fraction bar in other words: a sum of exponentials is
     e^logsumexp, or what it is after the largest is pulled out where weights have any sign; a softmax under a log is e^(x - logsumexp)."""
     args = list(named.values())
+    if not any(isinstance(e, Softmax) or (isinstance(e, Sum) and isinstance(e.x, Map)) for e in args):
+        return None
     place: Callable[[Expr], sp.Symbol] = lambda e: args.append(e) or slot(len(args) - 1)
-    inner = {slot(i): s for i, s in enumerate(named)}
-    profile = swap(profile, {s: i for i, s in inner.items()})
+    profile = swap(profile, {s: slot(i) for i, s in enumerate(named)})
     logs = profile.atoms(sp.log)
     narrow = [*logs, *(p for p in profile.atoms(sp.Pow) if p.exp.is_negative)]
     swaps: dict[Any, sp.Expr] = {}

@@ -7,7 +7,7 @@ meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, reduce
 from itertools import product
 from math import prod
@@ -103,12 +103,13 @@ def _at_zero(*factors: sp.Expr) -> sp.Expr:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """values: tensors of symbols.  scalars: numbers or tensors (..., 1, 1), sizes too.  members: the k of U[k] now."""
+    """values: tensors of symbols.  scalars: numbers or tensors (..., 1, 1), sizes too.  members: the k of U[k] now.  known: what has been worked out."""
 
     values: Mapping[Sym, Tensor]
     scalars: Mapping[sp.Symbol, Any]
     members: Mapping[str, int]
     dtype: torch.dtype = torch.float64
+    known: dict[Expr, Tensor] = field(init=False, default_factory=dict[Expr, Tensor])
 
     def size(self, n: sp.Expr) -> int:
         return int(swap(n, {s: self.scalars[s] for s in n.free_symbols if isinstance(s, sp.Symbol)}))
@@ -129,7 +130,12 @@ class Evaluator:
         return torch.tensor(float(found), dtype=self.dtype)
 
     def __call__(self, e: Expr) -> Tensor:
-        match cast(Node, e):
+        if e not in self.known:
+            self.known[e] = self.value(cast(Node, e))
+        return self.known[e]
+
+    def value(self, e: Node) -> Tensor:
+        match e:
             case Sym() as s:
                 return self.values[s]
             case Member(of, index):
