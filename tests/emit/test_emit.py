@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sympy as sp
 import torch
+from lista_program import ETA, SOFT, THETA, lista
 from random_expressions import (
     DIMS,
     LAM,
@@ -36,8 +37,6 @@ from random_expressions import (
 from torch import Tensor
 
 import unroll
-from unroll.calculus.prox_scalar import derive_prox
-from unroll.calculus.prox_source import emit
 from unroll.derivation.step import LAYER, Assign, Learned, State, Step
 from unroll.emit import program as programs
 from unroll.language.constructors import (
@@ -55,8 +54,7 @@ from unroll.language.constructors import (
     transpose,
     zeros,
 )
-from unroll.language.nodes import Expr, Sym, scalar, slot
-from unroll.language.problem import Problem
+from unroll.language.nodes import Expr, Sym, slot
 from unroll.network.evaluate import Evaluator
 from unroll.network.network import Network, network
 
@@ -66,10 +64,7 @@ SHAPES = (
     {"m": 5, "n": 1, "T": 1, "K": 2},
 )
 BATCHES = ((), (3,), (2, 3), (0,))
-ETA, THETA, COUNT = scalar("eta", True), scalar("theta", True), sp.Symbol("t", positive=True)
-U_ = sp.Symbol("u", real=True)
-SOFT = derive_prox(sp.Abs(U_), U_)
-SOFT = SOFT.substitute({SOFT.t: THETA})
+COUNT = sp.Symbol("t", positive=True)
 
 
 def random_step(seed: int) -> Step:
@@ -186,30 +181,6 @@ def test_gradients_of_parameters_are_those_of_the_step(seed: int) -> None:
     for name, a, b in zip(mine, found, want, strict=True):
         assert a is not None and b is not None
         assert float((a - b).abs().max()) < 1e-9 * max(1.0, float(b.abs().max())), name
-
-
-def lista(n_layers: int = 4, dims: dict[str, int] | None = None, **names: str) -> emit.Program:
-    """LISTA, as the compiler would hand it over. names: other words for A, x, z, lam, W1."""
-    m, n = sp.Symbol("m", integer=True, positive=True), sp.Symbol("n", integer=True, positive=True)
-    word = {"A": "A", "x": "x", "z": "z", "lam": "lam", "W1": "W1", **names}
-    a, x, z = symbol(word["A"], m, n), symbol(word["x"], m, 1, "input"), symbol(word["z"], n, 1, "variable")
-    lam, w1, w2 = scalar(word["lam"], True), symbol(word["W1"], n, m, "learned"), symbol("W2", n, n, "learned")
-    fidelity = scale(sp.Rational(1, 2), total(elementwise(slot(0) ** 2, add(x, scale(-1, matmul(a, z))))))
-    terms = {"fidelity": fidelity, "sparsity": scale(lam, total(elementwise(sp.Abs(slot(0)), z)))}
-    p = Problem("lasso", "", (z,), (x,), (a,), {lam: sp.Rational(1, 10)}, {m: None, n: None}, terms)
-    step = Step(
-        "proximal_gradient",
-        (Assign(ETA, elementwise(1 / slot(0) ** 2, spectral_norm(a)), "1/L"),), (State(z, zeros(n)),),
-        (Assign(z, prox_map(SOFT, (), add(matmul(w2, z), matmul(w1, x))), "prox"),), (z,),
-        (
-            Learned(word["W1"], w1, scale(ETA, transpose(a)), (n, m), False),
-            Learned("W2", w2, add(eye(n), scale(-ETA, matmul(transpose(a), a))), (n, n), True),
-            Learned("theta", THETA, ETA * lam, (n,), True, "positive"),
-        ),
-    )  # fmt: skip
-    return programs.build(
-        p, step, layers=n_layers, dims=dims or {"m": 6, "n": 9}, name="lista", origin="specs/lista.yaml", sha="0" * 64
-    )
 
 
 def test_emitted_lista_reads_as_an_expert_would_write_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_emit import lista
+from lista_program import lista
 from torch import Tensor, nn
 
 import unroll
