@@ -52,9 +52,9 @@ from unroll.language.constructors import (
     transpose,
 )
 from unroll.language.nodes import ONE, Expr, slot
-from unroll.lower.graph import Graph, axes_text, lower_terms
+from unroll.lower.graph import Builder, Graph, axes_text, lower_terms
 from unroll.lower.operations import Stage
-from unroll.lower.passes import PASSES, Optimised, Sizes, optimise, verify
+from unroll.lower.passes import PASSES, Optimised, Sizes, flatten, optimise, verify
 from unroll.network.evaluate import evaluate
 from unroll.network.network import load
 from unroll.pages.graph_picture import graph_text, mermaid, svg
@@ -253,6 +253,17 @@ def test_no_pass_changes_a_value(block: int) -> None:
         gaps: list[float] = []
         optimise(graph, Sizes({d: dims[d.name] for d in DIMS}, 8), lambda a, b: gaps.append(difference(a, b, dims)))  # noqa: B023
         assert len(gaps) == len(PASSES) and max(gaps) < 1e-10, seed
+
+
+def test_a_sum_that_is_read_transposed_is_opened_transposed() -> None:
+    """x - (y + 2 z')', square: as one sum x - y' - 2 z."""
+    b, n = Builder(), sp.Integer(3)
+    x, y, z = (b.leaf("given", name, (n, n), Stage.SETUP) for name in "xyz")
+    inner = b.add("add", (y, b.flip(z)), (sp.Integer(1), sp.Integer(2)))
+    graph = b.graph({("term", "e"): b.add("add", (x, b.flip(inner)), (sp.Integer(1), sp.Integer(-1)))})
+    flat = flatten(graph)
+    assert [m.op for m in flat.nodes.values()].count("add") == 1
+    assert difference(graph, flat, {}) < 1e-14
 
 
 def test_a_pass_that_changes_a_value_is_caught() -> None:
