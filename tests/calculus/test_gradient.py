@@ -13,7 +13,7 @@ from library_objectives import NAMES, drawn
 from random_expressions import DIMS, LAM, A, K, M, N, Q, Smooth, T, U, Y, Z, values
 from torch import Tensor
 
-from unroll.calculus.gradient import gradient, jumps
+from unroll.calculus.gradient import derivative, gradient, jumps
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -214,3 +214,13 @@ s, other, rate = slot(0), slot(1), sp.Symbol("lam", positive=True)
 def test_a_step_between_cases_is_seen(profile: sp.Expr, steps: bool):
     """Its slope is 0 on either side: descent along it would be silently along nothing."""
     assert jumps(profile, s) == steps
+
+
+@pytest.mark.parametrize(
+    ("profile", "border"),
+    [(sp.Max(0, slot(0)), 0.0), (sp.Min(1, slot(0)), 1.0), (sp.Max(1, sp.Abs(slot(0))), 1.0), (sp.Abs(slot(0)), 0.0)],
+)
+def test_what_is_cut_off_has_slope_0_at_its_border(profile: sp.Expr, border: float) -> None:
+    """As relu has it in torch."""
+    assert derivative(profile, slot(0)).subs(slot(0), border) == 0
+    assert derivative(profile, slot(0)).subs(slot(0), border + (-0.5 if profile.has(sp.Min) else 0.5)) == 1

@@ -54,7 +54,7 @@ from unroll.language.constructors import (
 from unroll.language.nodes import ONE, Expr, slot
 from unroll.lower.graph import Builder, Graph, axes_text, lower_terms
 from unroll.lower.operations import Stage
-from unroll.lower.passes import PASSES, Optimised, Sizes, flatten, optimise, verify
+from unroll.lower.passes import PASSES, Optimised, Sizes, flatten, gram, optimise, verify
 from unroll.network.evaluate import evaluate
 from unroll.network.network import load
 from unroll.pages.graph_picture import graph_text, mermaid, svg
@@ -264,6 +264,18 @@ def test_a_sum_that_is_read_transposed_is_opened_transposed() -> None:
     flat = flatten(graph)
     assert [m.op for m in flat.nodes.values()].count("add") == 1
     assert difference(graph, flat, {}) < 1e-14
+
+
+def test_a_product_that_is_read_transposed_is_distributed_transposed() -> None:
+    """a' (y + (C D)'), square: cheaper as a' y + (a' D') C'."""
+    b, n = Builder(), sp.Integer(8)
+    c, d, y = (b.leaf("given", name, (n, n), Stage.BODY) for name in "cdy")
+    a, one = b.leaf("given", "a", (ONE, n), Stage.BODY), b.number(ONE)
+    inner = b.add("add", (y, b.flip(b.product(one, (c, d)))), (sp.Integer(1), sp.Integer(1)))
+    graph = b.graph({("term", "e"): b.product(one, (a, inner))})
+    cheap, did = gram(graph, Sizes({}, 1))
+    assert did.startswith("1 product")
+    assert difference(graph, cheap, {}) < 1e-13
 
 
 def test_a_pass_that_changes_a_value_is_caught() -> None:
