@@ -110,18 +110,19 @@ def compile_layers(
     import torch
 
     from unroll.network import values
+    from unroll.network.kinds import check_making
     from unroll.network.network import draw, network
 
+    check_making(seed, dtype, device)
     loaded = read(spec, overrides)
     loaded = loaded if loaded.model is None else loaded.layers()
     given = {name: values.as_tensor(name, value) for name, value in (parameters or {}).items()}
     derivation = derive_spec(loaded, values.sizes_of(loaded, dims or {}, given))
     program = build(derivation)
-    values.refuse_undeclared(derivation.problem, given)
+    values.refuse_undeclared(derivation.problem.parameters, given)
     values.refuse_out_of_bounds(loaded, scalars or {})
     missing = [s.name for s in derivation.problem.parameters if s.name not in given]
     values.refuse_too_large(program, missing)
-    values.refuse_blind(program)
     drawn = (
         draw(values.with_inits(loaded, derivation.problem, program.problem.symbols), program.dims, seed)
         if missing
@@ -132,6 +133,7 @@ def compile_layers(
     net = network(
         program, held, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed
     )
+    values.refuse_blind(program)
     net.drawn = tuple(missing)
     return net
 
@@ -157,12 +159,14 @@ def loss(
 
     from unroll.network import loss as losses
     from unroll.network import values
+    from unroll.network.kinds import check_making
     from unroll.network.network import draw
 
+    check_making(seed, None, None)
     loaded = read(spec, overrides)
     given = {name: values.as_tensor(name, value) for name, value in (parameters or {}).items()}
     problem = from_spec(loaded, values.sizes_of(loaded, dims or {}, given))
-    values.refuse_undeclared(problem, given)
+    values.refuse_undeclared(problem.parameters, given)
     values.refuse_out_of_bounds(loaded, scalars or {})
     missing = [name for name in loaded.parameters if name in learn and name not in given]
     recipe = losses.recipe(problem, loaded.title, held=(*given, *missing), learn=learn, origin=origin_of(loaded))

@@ -281,6 +281,10 @@ MISSING: dict[str, tuple[Spec, str]] = {
     "an input": (on({"w": {"replaces": "x @ x.T"}}), "E305"),
     "a name that is taken": (on({"A": {"replaces": "A"}}), "E213"),
     "momentum, not built yet": (on({"beta": {"replaces": "momentum"}}, "fista"), "E307"),
+    "momentum of a block": (
+        {"use": "lasso", "dims": {"m": 6, "n": 9}, "unroll": {"layers": 2, "blocks": [
+            {"block": "b", "terms": ["fidelity", "sparsity"], "algorithm": "fista", "learn": {"beta": {"replaces": "momentum"}}}
+        ]}}, "E307"),
     "a place that is none": (on({"w": {"replaces": "step", "where": "proxx"}}), "E"),
     "two constraints": (on({"w": {"replaces": "A.T @ A", "symmetric": True, "columns": "unit"}}), "E306"),
     "symmetric, not square": (on({"w": {"replaces": "A", "symmetric": True}}), "E306"),

@@ -154,3 +154,45 @@ def test_a_network_without_numbers_of_its_own_takes_any_real_type():
     check_kind("x", torch.ones(2, dtype=torch.float64))
     with pytest.raises(UnrollError, match="E404"):
         check_kind("x", torch.ones(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scalars": {"lam": "0.1"}}, "E403.*'lam' is a number; '0.1' is not"),
+        ({"scalars": {"lam": torch.ones(2)}}, "E403.*'lam' is a number"),
+        ({"scalars": {"lam": float("inf")}}, "E403.*'lam' is a number; inf is not"),
+        ({"scalars": {"lam": None}}, "E403.*'lam' is a number"),
+        ({"seed": None}, "E404.*seed=None is not a whole number"),
+        ({"seed": 1.5}, "E404.*seed=1.5"),
+        ({"dtype": torch.int32}, "E404.*dtype=torch.int32 is not a type of real numbers"),
+        ({"dtype": "float64"}, "E404.*dtype='float64'"),
+        ({"device": "gpu"}, "E404.*device='gpu' cannot be used"),
+    ],
+)
+def test_what_a_network_is_made_with_is_of_its_kind(given, message):
+    with pytest.raises(UnrollError, match=message):
+        unroll.compile("lista", dims={"m": 4, "n": 6}, overrides=["unroll.layers=1"], **given)
+
+
+def test_a_start_is_of_the_samples_that_come_in():
+    net = unroll.compile("lista", dims={"m": 4, "n": 6}, overrides=["unroll.layers=2"])
+    x, z = torch.randn(5, 4), torch.randn(6)
+    assert torch.allclose(net(x, z=z), net(x, z=z.expand(5, 6)))
+    assert torch.allclose(net(x[0], z=z.expand(5, 6)), net(x[0].expand(5, 4), z=z))
+    for batch in ((4,), (1,), (5, 1)):
+        with pytest.raises(UnrollError, match="E404.*batch axes"):
+            net(x, z=torch.zeros(*batch, 6))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_sign_is_tried_in_the_units_of_its_matrix(scale):
+    spec = {
+        "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "parameters": {"w": {"shape": ["n"], "positive": True}},
+        "minimize": {"fit": "1/2 * sumsq(x - z)", "sparsity": "dot(w, abs(z))"}, "unroll": {"algorithm": "proximal_gradient", "layers": 1},
+    }  # fmt: skip
+    for w in ([0.0, 0, 0], [1, 2, -1e-9], [3, 0, 1]):
+        unroll.compile(spec, parameters={"w": scale * torch.tensor(w)})
+    for w in ([-1.0, -1, -1], [1, 2, -1e-2]):
+        with pytest.raises(UnrollError, match="E403.*'w' is declared positive"):
+            unroll.compile(spec, parameters={"w": scale * torch.tensor(w)})

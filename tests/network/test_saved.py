@@ -201,3 +201,11 @@ def test_what_was_never_constructed_comes_back_so_and_loads_what_was(saved: Any,
     built, x = saved["redunet"][0], torch.randn(3, 4)
     again.load_state_dict(built.state_dict())
     assert torch.equal(again(x), built(x))
+
+
+def test_a_network_is_not_saved_where_a_file_is(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UnrollError, match="E405.*a file"):
+            unroll.compile("ista", dims={"m": 4, "n": 6}, overrides=["unroll.layers=1"]).save(target)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -61,11 +61,27 @@ def test_a_system_given_with_each_sample_has_a_gradient_where_rows_depend() -> N
         ("z in ball_inf(-1)", "radius -1 is negative"),
         ("z in ball2(r)", "radius -2 is negative"),
         ("z in box(0, r)", "lower bound 0 is above its upper bound -2"),
+        ("z in box(q, 0)", "lower bound q is above its upper bound 0"),
     ],
 )
 def test_a_set_without_a_point_is_refused(constraint: str, why: str) -> None:
     with pytest.raises(unroll.UnrollError, match=why):
-        unroll.compile(spec(constraint, scalars={"r": -2}))
+        unroll.compile(spec(constraint, scalars={"r": -2, "q": 3}))
+
+
+@pytest.mark.parametrize(
+    "together",
+    [("z >= 1", "z <= 0"), ("z >= a", "z <= 1"), ("z in box(1/2, 1)", "z in ball_inf(0.2)"), ("z >= 0", "z <= -1"), ("z >= 0", "z in box(-a, -1)"), ("z >= a", "z <= 0")],
+)  # fmt: skip
+def test_bounds_that_no_point_keeps_together_are_refused(together: tuple[str, str]) -> None:
+    for constraints in (together, together[::-1]):
+        with pytest.raises(unroll.UnrollError, match="no entry(.|\n)* is at least(.|\n)* and at most"):
+            unroll.compile(spec("", constraints=list(constraints), scalars={"a": 2}))
+
+
+def test_bounds_that_meet_in_a_point_are_a_set() -> None:
+    net = unroll.compile(spec("", constraints=["z >= 1", "z <= a"], scalars={"a": 1}), dtype=D)
+    assert torch.equal(net(torch.randn(5, 4, dtype=D)), torch.ones(5, 4, dtype=D))
 
 
 def test_equations_that_contradict_one_another_are_refused() -> None:

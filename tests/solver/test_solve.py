@@ -309,3 +309,15 @@ def test_a_family_comes_before_its_axes():
 def test_what_solve_does_not_take_is_refused_with_the_remedy(x, message):
     with pytest.raises(UnrollError, match=f"E404(.|\\n)*{message}"):
         solve("lasso", x, parameters={"A": torch.eye(3)})
+
+
+def test_an_input_that_is_not_what_it_is_declared_to_be_is_refused():
+    spec = {
+        "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"], "w": {"shape": ["n"], "positive": True}},
+        "minimize": {"fit": "1/2 * sumsq(x - z)", "sparsity": "dot(w, abs(z))"},
+    }  # fmt: skip
+    x, w = torch.tensor([[1.0, -2.0, 3.0]] * 2), torch.tensor([[0.0, 1.0, 0.5]] * 2)
+    assert torch.allclose(solve(spec, x, w).z, torch.tensor([[1.0, -1.0, 2.5]] * 2))
+    w[1, 2] = -0.5
+    with pytest.raises(UnrollError, match="E403.*'w' is declared positive"):
+        solve(spec, x, w)

@@ -205,6 +205,14 @@ def test_a_bad_file_gets_its_code_and_runs_nothing(tmp_path, kind):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_value_that_is_not_finite_is_at_its_place_in_the_file(tmp_path):
+    values = np.ones((50, 2))
+    values[3, 1] = np.inf
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(SpecError, match=r"E505.* 1 values .*\(3, 1\)"):
+        make_data(Files(source="file", files={"x": str(tmp_path / "x.npy")}), Shapes({"x": (2,)}))
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [({"y": "a.npy"}, "'y' is no name of this problem"), ({}, "no file for the input x")],

@@ -214,6 +214,16 @@ def own(folder, **more):
     }  # fmt: skip
 
 
+def test_an_input_that_is_not_what_it_is_declared_to_be_is_refused(tmp_path):
+    spec = own(
+        tmp_path,
+        inputs={"x": {"shape": ["m"], "positive": True}},
+        parameters={"A": {"shape": ["m", "n"], "init": "gaussian"}},
+    )
+    with pytest.raises(unroll.UnrollError, match="E403.*'x' is declared positive"):
+        train(spec, out=tmp_path / "run", quiet=True)
+
+
 def test_a_parameter_without_a_file_is_refused_unless_the_spec_asks_for_a_draw(tmp_path):
     with pytest.raises(SpecError, match="no file for the parameter A") as refused:
         train(own(tmp_path), out=tmp_path / "run", quiet=True)

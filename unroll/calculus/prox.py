@@ -286,12 +286,16 @@ class Parts:
 def why_empty(name: str, numbers: Sequence[sp.Expr]) -> str | None:
     """Why a set has no point at these numbers, if that is known."""
     match name, numbers:
-        case "box", [low, high] if low.is_number and high.is_number and low > high:
-            return f"its lower bound {float(low):g} is above its upper bound {float(high):g}"
-        case "ball1" | "ball2" | "ball_inf", [r] if r.is_number and r < 0:
-            return f"its radius {float(r):g} is negative"
+        case "box", [low, high] if (low - high).is_positive:
+            return f"its lower bound {_shown(low)} is above its upper bound {_shown(high)}"
+        case "ball1" | "ball2" | "ball_inf", [r] if r.is_negative:
+            return f"its radius {_shown(r)} is negative"
         case _:
             return None
+
+
+def _shown(number: sp.Expr) -> str:
+    return f"{float(number):g}" if number.is_number else str(number)
 
 
 def _root(p: sp.Expr) -> sp.Expr:
@@ -352,6 +356,8 @@ def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
     names = [_symbol_of(e, i) for i, e in enumerate(p.others)]
     profile = swap(sp.Add(*p.entries), {slot(i + 1): s for i, s in enumerate(names)})
     lo, hi = sp.Max(-sp.oo, *(d[0] for d in p.domain)), sp.Min(sp.oo, *(d[1] for d in p.domain))
+    if (lo - hi).is_positive:
+        raise DeriveError("E302", f"no entry is at least {_shown(lo)} and at most {_shown(hi)}")
     if not p.entries and not p.domain:
         return Proximal(at, "linear", True)
     try:

@@ -297,7 +297,8 @@ def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
     states = {s.name: s for z in problem.variables for s in [state_of(z)]}
     suffix = f"_{block}" if block else ""
     numbers = {s.name: scalar(s.name + suffix, positive=True) for s in (STEP, LIPSCHITZ)}
-    return {**own, **problem.scope.names, **states, **numbers, "momentum": MOMENTUM, "layer": LAYER}
+    momentum = {MOMENTUM.name: scalar(MOMENTUM.name + suffix)}
+    return {**own, **problem.scope.names, **states, **numbers, **momentum, "layer": LAYER}
 
 
 def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: tuple[str | int, ...]) -> _Wanted:
@@ -328,8 +329,9 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
             where,
             "name the scalar or the product that it belongs to",
         )
-    if MOMENTUM in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(
-        a.target == MOMENTUM for a in step.assigns
+    momentum = names[MOMENTUM.name]
+    if momentum in (value.scalars if isinstance(value, Expr) else value.free_symbols) and any(
+        a.target == momentum for a in step.assigns
     ):
         hint = "learn the step or a matrix; momentum follows its schedule"
         raise SpecError(

@@ -5,6 +5,9 @@ Nothing is converted: that would cost precision, time or a copy between devices 
 
 from __future__ import annotations
 
+from math import isfinite
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,3 +61,28 @@ def _as_real(name: str, value: Tensor, like: Tensor | None) -> str:
 def _cast(value: Tensor, like: Tensor) -> bool:
     """Does autocast see to the type?"""
     return value.dtype in NARROW and like.dtype in NARROW and torch.is_autocast_enabled(value.device.type)
+
+
+def as_number(name: str, value: Any) -> float:
+    """A finite scalar: a number, or a tensor or array of one. Raises UnrollError E403."""
+    try:
+        found = float("nan") if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = float("nan")
+    if not isfinite(found):
+        raise UnrollError("E403", f"'{name}' is a number; {value!r} is not")
+    return found
+
+
+def check_making(seed: Any, dtype: Any, device: Any) -> None:
+    """What a network is made with besides its spec. Raises UnrollError E404."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UnrollError("E404", f"seed={seed!r} is not a whole number")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        hint = "torch.float32, torch.float64, torch.float16 or torch.bfloat16"
+        raise UnrollError("E404", f"dtype={dtype!r} is not a type of real numbers", hint=hint)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UnrollError("E404", f"device={device!r} cannot be used: {reason}", hint='"cpu", say') from None

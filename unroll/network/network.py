@@ -33,7 +33,7 @@ from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import swap
 from unroll.language.nodes import LogDet, Sym, walk
 from unroll.language.problem import Problem
-from unroll.network.kinds import check_kind
+from unroll.network.kinds import as_number, check_kind
 from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.sets import refuse_empty
 from unroll.network.stepwise import Replay, learned_value
@@ -330,14 +330,13 @@ class Network(nn.Module):
                 if value.shape[max(value.ndim - len(sizes), 0) :] != sizes:
                     check_shape(self.program, name, value)
                 out[word] = value
-                if needed:
-                    batches[name] = tuple(value.shape[: value.ndim - len(sizes)])
+                batches[name] = tuple(value.shape[: value.ndim - len(sizes)])
             elif needed:
                 raise UnrollError("E404", f"the input '{name}' is missing")
         if named:
             self._refuse_unknown(named)
         if len(batches) > 1:
-            same_samples(batches, list(batches)[:1])
+            same_samples(batches, [max(batches, key=lambda name: len(batches[name]))])
         if self.shared_sizes:
             self._check_shared_sizes(out)
         return out
@@ -640,17 +639,17 @@ def values_of(problem: Problem, scalars: Mapping[str, float]) -> dict[str, float
     for name, value in scalars.items():
         if name not in known:
             raise UnrollError("E402", f"'{name}' is not a scalar of this problem", hint=did_you_mean(name, known))
-        if name in positive and not value > 0:
+        if name in positive and not as_number(name, value) > 0:
             raise UnrollError(
                 "E403",
-                f"'{name}' is declared positive, {float(value):g} is not",
+                f"'{name}' is declared positive, {as_number(name, value):g} is not",
                 hint="what was derived relies on its sign",
             )
     out: dict[str, float] = {}
     for name, default in known.items():
         if name not in scalars and default is None:
             raise UnrollError("E402", f"the scalar '{name}' has no value", hint=f"give it: scalars={{'{name}': ...}}")
-        out[name] = float(scalars[name] if name in scalars else cast(Any, default))
+        out[name] = as_number(name, scalars.get(name, default))
     return out
 
 

@@ -66,6 +66,8 @@ class Kept(Protocol):
 def write(folder: str | os.PathLike[str], spec: Written, net: Kept) -> Path:
     """A network as files in a folder, each whole or not at all."""
     target = Path(folder)
+    if next((p for p in (target, *target.parents) if p.exists()), target).is_file():
+        raise UnrollError("E405", f"a network is saved as a folder, and {target} is, or lies in, a file")
     target.mkdir(parents=True, exist_ok=True)
     values, texts = values_of(net), {SPEC: spec.to_yaml().encode(), SOURCE: net.source.encode()}
     record = {

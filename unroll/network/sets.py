@@ -16,6 +16,8 @@ from unroll.language.problem import Problem
 from unroll.language.show import text
 from unroll.network.evaluate import evaluate
 
+HINT = "give other numbers, or leave the constraint out"
+
 
 def refuse_empty(
     problem: Problem, numbers: Mapping[str, float], dims: Mapping[str, int], given: Mapping[str, Tensor]
@@ -25,9 +27,30 @@ def refuse_empty(
     known |= {d: dims[d.name] for d in problem.dims if d.name in dims}
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
         for why in _empty(x, known, problem, given):
+            raise UnrollError("E403", f"no point fulfils {text(x)}: {why}", hint=HINT)
+    for x, (low, high) in _between(problem, known).items():
+        if low.is_number and high.is_number and low > high:
             raise UnrollError(
-                "E403", f"no point fulfils {text(x)}: {why}", hint="give other numbers, or leave the constraint out"
+                "E403", f"no entry of {text(x)} is at least {float(low):g} and at most {float(high):g}", hint=HINT
             )
+
+
+def _between(problem: Problem, known: Mapping[sp.Symbol, Any]) -> dict[Expr, tuple[sp.Expr, sp.Expr]]:
+    """What is bounded entry by entry, and the bounds of all its constraints together."""
+    found: dict[Expr, tuple[sp.Expr, sp.Expr]] = {}
+    for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
+        match x.set, [swap(p, known) for p in x.params if isinstance(p, sp.Expr)]:
+            case "nonneg" | "simplex", []:
+                ends = sp.Integer(0), sp.oo
+            case "box", [low, high]:
+                ends = low, high
+            case "ball_inf", [r]:
+                ends = -r, r
+            case _:
+                continue
+        low, high = found.get(x.x, (-sp.oo, sp.oo))
+        found[x.x] = sp.Max(low, ends[0]), sp.Min(high, ends[1])
+    return found
 
 
 def _empty(x: Indicator, known: dict[sp.Symbol, Any], problem: Problem, given: Mapping[str, Tensor]) -> Iterator[str]:

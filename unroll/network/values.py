@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import swap
 from unroll.language.nodes import Sym, dim
 from unroll.language.problem import Problem
+from unroll.network.kinds import as_number
 from unroll.spec import Spec
 
 MOST_ENTRIES = 2**31
@@ -35,9 +36,9 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
     return found
 
 
-def refuse_undeclared(problem: Problem, given: Mapping[str, torch.Tensor]) -> None:
-    """What was derived relies on what parameters were declared to be. Raises UnrollError E403."""
-    for s in problem.parameters:
+def refuse_undeclared(declared: Iterable[Sym], given: Mapping[str, torch.Tensor]) -> None:
+    """What was derived relies on what parameters and inputs were declared to be. Raises UnrollError E403."""
+    for s in declared:
         for prop in sorted(s.props) if s.name in given else ():
             off = _distance(prop, given[s.name].detach())
             if off > (1e-4 if given[s.name].dtype.itemsize > 2 else 1e-2):
@@ -60,7 +61,7 @@ def _distance(prop: str, value: torch.Tensor) -> float:
         case "symmetric" if m.ndim > 1:
             return float((m - m.mT).abs().max() / m.abs().max().clamp_min(1e-30))
         case "positive":
-            return float(-m.clamp_max(0).min())
+            return float(-m.clamp_max(0).min() / m.abs().max().clamp_min(1e-30))
         case _:
             return 0.0
 
@@ -71,10 +72,7 @@ def refuse_out_of_bounds(spec: Spec, scalars: Mapping[str, Any]) -> None:
         record = spec.scalars.get(name)
         if record is None:
             continue  # `network` says that there is no such scalar
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise UnrollError("E403", f"'{name}' is a number; {value!r} is not") from None
+        number = as_number(name, value)
         if not (record.min is None or number >= record.min) or not (record.max is None or number <= record.max):
             bounds = f"{'' if record.min is None else f'{record.min:g} <= '}{name}{'' if record.max is None else f' <= {record.max:g}'}"
             raise UnrollError("E403", f"'{name}' = {number:g} breaks what the spec declares: {bounds}")

@@ -26,6 +26,7 @@ from unroll.language.nodes import Expr, slot
 from unroll.language.problem import from_spec
 from unroll.network.kinds import check_kind
 from unroll.network.network import Network, check_shape, finite
+from unroll.network.values import refuse_undeclared
 from unroll.solver.certificate import duality_gap, values_of
 from unroll.spec import Spec, load
 
@@ -93,8 +94,8 @@ def solve(
     Samples that come in other units, c x in the place of x, are solved to the same share.  restart: forget the momentum of
     a problem where it points uphill.  tol: 1e-8 in float64 and 1e-5 in float32, if left out. Works in the dtype (float32 or
     float64) and on the device of the inputs.  console: where a progress bar is drawn; None: nowhere.
-    Raises SpecError E303 if no algorithm fits, UnrollError E402 for a parameter without a value, E404 for inputs of another
-    kind or shape, E407 for a tol below the precision of the inputs.
+    Raises SpecError E303 if no algorithm fits, UnrollError E402 for a parameter without a value, E403 for an input that is not
+    what it is declared to be, E404 for inputs of another kind or shape, E407 for a tol below the precision of the inputs.
     """
     spec = read(source, overrides)
     missing = [name for name in spec.parameters if name not in (parameters or {})]
@@ -113,6 +114,7 @@ def solve(
     net = compile_layers(
         one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device
     )
+    refuse_undeclared(net.program.problem.inputs, data)
     shape, data = _flat(net, data)
     name, read_by_layers = net.variables[0], {n: x for n, x in data.items() if n in net.inputs}
 

@@ -154,6 +154,8 @@ def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
     if missing:
         raise SpecError("E507", f"data: files: no file for the input {', '.join(missing)}")
     loaded = {name: read_array(Path(path), name) for name, path in settings.files.items()}
+    for name, value in loaded.items():
+        _check_finite(name, value)  # here, before they are shuffled: the place is that of the file
     inputs, targets, parameters = (
         {k: v for k, v in loaded.items() if k in names}
         for names in (shapes.inputs, shapes.variables, shapes.parameters)

@@ -35,10 +35,12 @@ from torch import Tensor, nn
 from unroll.api import build as emit
 from unroll.api import derive
 from unroll.errors import SpecError, UnrollError, quote
+from unroll.language.problem import from_spec
 from unroll.model.module import Model
 from unroll.model.whitebox import Batch, Measured, white_box
 from unroll.network.network import network
 from unroll.network.saved import Value, differences, seal
+from unroll.network.values import refuse_undeclared
 from unroll.spec import Spec, load
 from unroll.spec.schema import Characters, Dictionary, Files, TokenEmbed
 from unroll.train import losses, plots
@@ -363,6 +365,8 @@ def prepare(job: Job) -> tuple[Data, Tensors]:
         names = "patches, digits, images, text, synthetic or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
     made = make_data(spec.data, shapes_of(spec, job.dims), given)
+    for samples in (made.train.whole(), made.validation):
+        refuse_undeclared(from_spec(spec, job.dims).inputs, samples.inputs)
     exact = {**made.parameters, **given}
     parameters = {k: v.to(job.dtype) for k, v in exact.items()}
     train, held = made.train.to(job.dtype), made.validation.to(job.dtype)
