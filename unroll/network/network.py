@@ -461,7 +461,7 @@ def check_shape(program: Program, name: str, value: Tensor) -> None:
     sizes = program.tensor_sizes(symbol)
     shape = tuple(value.shape)
     last = shape[len(shape) - len(sizes) :] if len(shape) >= len(sizes) else ()
-    if len(last) != len(sizes) or any(n not in (None, k) for n, k in zip(sizes, last, strict=True)):
+    if len(last) != len(sizes) or any(n is not None and n != k for n, k in zip(sizes, last, strict=True)):
         want = ", ".join(["...", *map(_axis, program.axes(symbol), sizes)])
         raise UnrollError("E404", f"{name} has shape {shape}, expected ({want})", hint=layout(symbol))
 
