@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import sympy as sp
@@ -531,8 +531,9 @@ def _members(
     nodes = [x for x in walk(site.before) if isinstance(x, Member | Spectrum)]
     sizes = {x.index: x.of.family if isinstance(x, Member) else sp.Mul(*x.sizes) for x in nodes}
     free = sorted(free_indices(site.before))
+    whole = Evaluator(values, numbers, {})
     for place in itertools.product(*(range(int(swap(cast(sp.Expr, sizes[i]), numbers))) for i in free)):
-        at = Evaluator(values, numbers, dict(zip(free, place, strict=True)))
+        at = replace(whole, members=dict(zip(free, place, strict=True)))
         before, after = map(at, site.core or (site.before, site.after))
         size: Callable[[Tensor], Tensor] = lambda x: torch.linalg.matrix_norm(x, 2 if site.core else "fro")
         assumed = None if site.assumption is None else float(at(site.assumption))

@@ -56,6 +56,7 @@ from unroll.language.nodes import (
     Trace,
     Transpose,
     Zero,
+    free_indices,
     slot,
 )
 
@@ -103,13 +104,15 @@ def _at_zero(*factors: sp.Expr) -> sp.Expr:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """values: tensors of symbols.  scalars: numbers or tensors (..., 1, 1), sizes too.  members: the k of U[k] now.  known: what has been worked out."""
+    """values: tensors of symbols.  scalars: numbers or tensors (..., 1, 1), sizes too.  members: the k of U[k] now.  known: what has been worked out, by the members that it is of."""
 
     values: Mapping[Sym, Tensor]
     scalars: Mapping[sp.Symbol, Any]
     members: Mapping[str, int]
     dtype: torch.dtype = torch.float64
-    known: dict[Expr, Tensor] = field(init=False, default_factory=dict[Expr, Tensor])
+    known: dict[tuple[Expr, tuple[int, ...]], Tensor] = field(
+        default_factory=dict[tuple[Expr, tuple[int, ...]], Tensor]
+    )
 
     def size(self, n: sp.Expr) -> int:
         return int(swap(n, {s: self.scalars[s] for s in n.free_symbols if isinstance(s, sp.Symbol)}))
@@ -130,9 +133,10 @@ class Evaluator:
         return torch.tensor(float(found), dtype=self.dtype)
 
     def __call__(self, e: Expr) -> Tensor:
-        if e not in self.known:
-            self.known[e] = self.value(cast(Node, e))
-        return self.known[e]
+        key = e, tuple(self.members[i] for i in _indices(e))
+        if key not in self.known:
+            self.known[key] = self.value(cast(Node, e))
+        return self.known[key]
 
     def value(self, e: Node) -> Tensor:
         match e:
@@ -199,11 +203,11 @@ class Evaluator:
             case Op(_, x, adjoint):
                 return self.difference(self(x), adjoint)
             case Spectrum(index, sizes, x, conjugate):
-                row = self.frequencies(sizes)[self.members[index]]
+                row = _frequencies(*map(self.size, sizes))[self.members[index]]
                 blocks = self(x).unflatten(-2, (-1, len(row)))
                 return torch.einsum("t,...ctn->...cn", row.conj() if conjugate else row, blocks.to(row.dtype))
             case Signal(index, sizes, body):
-                back = self.frequencies(sizes).conj()
+                back = _frequencies(*map(self.size, sizes)).conj()
                 blocks = torch.stack(self.family(index, sp.Mul(*sizes), body)).to(back.dtype)
                 return torch.einsum("wt,w...cn->...ctn", back, blocks).real.flatten(-3, -2)
             case Hold(x):
@@ -244,14 +248,6 @@ class Evaluator:
     def family(self, index: str, n: sp.Expr, body: Expr) -> list[Tensor]:
         """The body for every member."""
         return [replace(self, members={**self.members, index: k})(body) for k in range(self.size(n))]
-
-    def frequencies(self, sizes: tuple[sp.Expr, ...]) -> Tensor:
-        """The orthonormal Fourier matrix of the places, a Kronecker product over their axes: (T, T)."""
-        one = torch.ones(1, 1, dtype=torch.complex128)
-        for n in map(self.size, sizes):
-            k = torch.arange(n, dtype=torch.float64)
-            one = torch.kron(one, torch.exp(-2j * torch.pi / n * k.outer(k)) / n**0.5)
-        return one
 
     def shifts(self, x: Tensor, adjoint: bool, sizes: list[int]) -> Tensor:
         """Column (n, s) is column n with its places moved on by s; the adjoint moves back and sums over s."""
@@ -344,6 +340,21 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             return u[:, : int(r)] @ torch.diag(s[: int(r)]) @ v[: int(r)]
         case _:
             raise AssertionError(f"internal error, please report: no set {name}")
+
+
+@cache
+def _indices(e: Expr) -> tuple[str, ...]:
+    return tuple(sorted(free_indices(e)))
+
+
+@cache
+def _frequencies(*sizes: int) -> Tensor:
+    """The orthonormal Fourier matrix of the places, a Kronecker product over their axes: (T, T)."""
+    one = torch.ones(1, 1, dtype=torch.complex128)
+    for n in sizes:
+        k = torch.arange(n, dtype=torch.float64)
+        one = torch.kron(one, torch.exp(-2j * torch.pi / n * k.outer(k)) / n**0.5)
+    return one
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
