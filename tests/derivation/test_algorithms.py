@@ -235,6 +235,25 @@ def test_a_given_step_claims_nothing() -> None:
     )
 
 
+CHANGED = {
+    "an update of its own": {"gauge": {"update": "3"}},
+    "another share of what was": {"gauge": {"residual": "2"}},
+    "a norm": {"normalise": {"kind": "sphere", "when": "after"}},
+    "a weight of each layer": {"schedule": {"lam": "1 + layer"}},
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_step_that_a_spec_changes_claims_nothing(changed: str) -> None:
+    """It need not descend any more, and `check` calls no choice of a spec a law that is broken."""
+    spec = {**library("lasso"), "dims": {"m": 4, "n": 3}, "scalars": {"lam": 0.1}}
+    unrolled = {"algorithm": "proximal_gradient", "layers": 3}
+    plain, other = ({**spec, "unroll": unrolled | more} for more in ({}, CHANGED[changed]))
+    assert "monotone" in str(unroll.derive(plain)) and "monotone" not in str(unroll.derive(other))
+    rows = unroll.check(other).rows
+    assert not [r for r in rows if r.verdict == "BROKEN" or "falls in every layer" in r.law]
+
+
 # --- momentum ---------------------------------------------------------------------------------------------------------
 
 

@@ -121,8 +121,8 @@ def test_laws_hold_for_every_preset(preset, algorithm):
     assert_holds(unroll.check(one_network("lasso", algorithm, parametrisation=preset)))
 
 
-def broken(law: Any, parts: Any) -> str:
-    d = derive(load(one_network("lasso", "proximal_gradient")), {"m": 5, "n": 7})
+def broken(law: Any, parts: Any, **unrolled: Any) -> str:
+    d = derive(load(one_network("lasso", "proximal_gradient", **unrolled)), {"m": 5, "n": 7})
     (half,) = d.halves
     d.__dict__["halves"] = (replace(half, parts=parts(half.parts)),)
     return next(law(d, laws.Sample(d, seed=0))).verdict
@@ -149,3 +149,42 @@ def test_a_gradient_with_the_wrong_sign_is_found(monkeypatch):
     true = laws.gradient
     monkeypatch.setattr(laws, "gradient", lambda e, z: scale(-1, true(e, z)))
     assert broken(laws.gradients, parts=lambda parts: parts) == "BROKEN"
+
+
+def test_a_prox_that_is_beaten_is_found(monkeypatch):
+    true = laws.prox
+    monkeypatch.setattr(laws, "prox", lambda e, z, t, at: true(e, z, 1.01 * t, at))
+    assert broken(laws.proxes, parts=lambda parts: parts) == "BROKEN"
+
+
+@pytest.mark.parametrize(("law", "unrolled"), [("monotone", {}), ("initialisation", {"parametrisation": "lista"})])
+def test_another_iteration_than_the_one_that_is_claimed_is_found(law, unrolled, monkeypatch):
+    true = laws.plain
+    longer = lambda spec: load({**true(spec).to_dict(), "unroll": {**true(spec).to_dict()["unroll"], "step": "2.5/L"}})
+    monkeypatch.setattr(laws, "plain", longer)
+    assert broken(getattr(laws, law), parts=lambda parts: parts, **unrolled) == "BROKEN"
+
+
+NEUMANN = {
+    "dims": {"m": 4, "n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+    "minimize": {"fit": "1/2 * sumsq(x - A @ z)", "h": "1/2 * dot(z, inv(9 * I(n) + A.T @ A / spectral(A)**2) @ z)"},
+    "unroll": {"algorithm": "gradient_descent", "layers": 1, "step": 0.1, "rewrites": ["neumann(order=1)"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "verdict"), [(0.009, "holds"), (0.011, "BROKEN")])
+def test_a_bound_that_does_not_hold_is_found(error, verdict, monkeypatch):
+    """Of order 1 at rho 0.1: 0.01."""
+    monkeypatch.setattr(laws, "_members", lambda *found: [(0.1, error)])
+    (row,) = [r for r in unroll.check(NEUMANN).rows if "neumann" in r.law]
+    assert row.verdict == verdict
+
+
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+@pytest.mark.parametrize(("update", "verdict"), [("0.1", "descends"), ("-0.1", "ASCENDS")])
+def test_a_direction_is_told_by_what_it_does_to_the_objective(goal, update, verdict):
+    fit = {"fit": ("-" if goal == "maximize" else "") + "1/2 * sumsq(x - A @ z)"}
+    unrolled = {"algorithm": "gradient_descent", "layers": 1, "gauge": {"update": update}}
+    spec = {k: v for k, v in NEUMANN.items() if k not in ("minimize", "unroll")} | {goal: fit, "unroll": unrolled}
+    (row,) = [r for r in unroll.check(spec).rows if r.law.startswith("first-order change")]
+    assert row.verdict == verdict

@@ -140,7 +140,7 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         return step
     (z,) = problem.variables
     step, more = _framed(half, step, z, z, problem.scope, None)
-    return replace(step, departures=(*found, *more))
+    return _without_descent(replace(step, departures=(*found, *more)))
 
 
 def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[Departure], Problem]:
@@ -190,8 +190,13 @@ def _rewritten_step(half: Half, step: Step, call: Call, departures: list[Departu
     assigns = tuple(
         a if f is None else _renoted(replace(a, value=f[0])) for a, f in zip(step.assigns, found, strict=True)
     )
-    notes = tuple(n for n in step.notes if call.rewrite.kind == "exact" or not n.startswith("monotone"))
-    return replace(step, assigns=assigns, notes=notes)
+    step = step if call.rewrite.kind == "exact" else _without_descent(step)
+    return replace(step, assigns=assigns)
+
+
+def _without_descent(step: Step) -> Step:
+    """The step is no longer that of the algorithm: what the algorithm claims of the objective is not claimed of it."""
+    return replace(step, notes=tuple(n for n in step.notes if not n.startswith("monotone")))
 
 
 def _counted(step: Step, calls: list[Call]) -> Step:
@@ -763,7 +768,8 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
         return _renoted(replace(a, value=value))
 
     inside, once = algorithms.where_known([put(a) for a in step.definitions], set())
-    return replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
+    step = replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
+    return _without_descent(step)  # every layer has an objective of its own
 
 
 def affine_norms(spec: Spec) -> dict[str, bool]:
