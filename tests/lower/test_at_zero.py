@@ -87,6 +87,14 @@ def test_a_root_at_the_edge_of_its_domain_keeps_its_infinite_slope() -> None:
     assert torch.autograd.grad(unroll.loss(spec)(z), z)[0].isinf().all()
 
 
+@pytest.mark.parametrize("size", ["sumsq", "norm_inf", "norm2"])
+def test_a_root_of_a_difference_of_sizes_keeps_its_infinite_slope(size: str) -> None:
+    """What is under it is 0 where the sizes are equal, and less beyond: an edge too."""
+    spec = {"dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"y": ["n"]}, "minimize": {"f": f"sqrt({size}(y) - {size}(z))"}}  # fmt: skip
+    z = torch.full((3,), 2.0, dtype=D, requires_grad=True)
+    assert torch.autograd.grad(unroll.loss(spec)(z, z.detach()), z)[0].isinf().any()
+
+
 def on_the_sphere(**unrolled: Any) -> dict[str, Any]:
     return {
         "dims": {"d": 3, "N": 4}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]}, "parameters": {"A": ["d", "d"]},
