@@ -118,7 +118,7 @@ MUTATIONS = (
     # network
     Mutation("trace, terms by the layer's own matrices", "network/trace.py", "known = k > 0 and (not self.by_layer or self.labels[k - 1][0] == layer)", "known = k > 0", "model/test_whitebox.py"),
     Mutation("trace, what stands in on the way out", "network/trace.py", """ and p.where != "output":""", ":", "model/test_whitebox.py"),
-    Mutation("orthonormal, columns", "network/values.py", "gram = m.mT @ m", "gram = m @ m.mT", "network/test_network.py network/test_kinds.py"),
+    Mutation("orthonormal, columns", "network/values.py", "gram = m.mT @ m", "gram = m @ m.mT", "network/test_kinds.py::test_columns_are_what_orthonormal_is_about"),
     Mutation("saved, a value that was edited", "network/saved.py", "elif was[name] != now[name]:", "elif False:", "network/test_saved.py"),
     Mutation("loss, determinants in float64", "network/loss.py", """== "mps" else torch.float64\'""", """== "mps" else dtype\'""", "network/test_rates_float32.py network/test_losses.py"),
     Mutation("loss, what is maximised", "network/loss.py", 'minus = "" if self.problem.sign > 0 else "-"', 'minus = ""', "network/test_losses.py"),

@@ -196,3 +196,18 @@ def test_a_sign_is_tried_in_the_units_of_its_matrix(scale):
     for w in ([-1.0, -1, -1], [1, 2, -1e-2]):
         with pytest.raises(UnrollError, match="E403.*'w' is declared positive"):
             unroll.compile(spec, parameters={"w": scale * torch.tensor(w)})
+
+
+@pytest.mark.parametrize("rows", [5, 3])
+def test_columns_are_what_orthonormal_is_about(rows: int) -> None:
+    """Tall or square; a column of another length, or two that are not at right angles, are refused."""
+    spec = {
+        "dims": {"m": rows, "n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]},
+        "parameters": {"O": {"shape": ["m", "n"], "orthonormal": True}}, "minimize": {"f": "1/2 * sumsq(x - O @ z)"},
+        "unroll": {"algorithm": "gradient_descent", "layers": 1},
+    }  # fmt: skip
+    q = torch.linalg.qr(torch.randn(rows, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    assert unroll.compile(spec, parameters={"O": q}).given["O"].shape == (rows, 3)
+    for wrong in (q * torch.tensor([1.0, 1.0, 1.1]), q + 0.1 * q.roll(1, 1)):
+        with pytest.raises(UnrollError, match="declared orthonormal"):
+            unroll.compile(spec, parameters={"O": wrong})
