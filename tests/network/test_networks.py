@@ -247,6 +247,7 @@ def test_sums_over_samples_are_taken_batch_by_batch(objective: str, replaces: st
         ("sumsq(Z @ ones(N, N))", False),  # a sum over samples in every sample
         ("sum(softmax(Z, axis=1)**2)", False),
         ("1/4*sumsq(Z.T @ Z)", True),  # the smaller side is a sum over samples
+        ("sum(log(1 + sum((Z @ Z.T @ Z)**2, axis=0)))", False),  # a sum over samples that are weighed by such a sum
         ("sumsq(sum(Z, axis=1))", False),  # repeated over as many columns as there are samples
     ],
 )
