@@ -160,6 +160,16 @@ def test_entropy_at_zero_is_zero_and_its_slope_infinite() -> None:
     torch.testing.assert_close(slope[1:], torch.tensor([-1, math.log(2) - 1], dtype=torch.float64))
 
 
+def test_what_vanishes_times_a_log_has_the_log_for_its_slope() -> None:
+    """d/dz z log y = log y at z = 0 too, and z / y = 0 in y; 0 log 0 has slope 0 in both."""
+    spec = {"dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"y": ["n"]}, "minimize": {"f": "sum(z * log(y))"}}
+    z = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([3.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    in_z, in_y = torch.autograd.grad(unroll.loss(spec)(z, y), (z, y))
+    torch.testing.assert_close(in_z, torch.tensor([math.log(3), 0, math.log(0.5)], dtype=torch.float64))
+    torch.testing.assert_close(in_y, torch.tensor([0, 0, 4], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("power", ["z*log(z)", "z**2*log(z)", "x*log(z)", "x**2*log(x/z)", "x*log(x/sigmoid(z))"])
 def test_what_vanishes_times_a_log_is_zero(power: str) -> None:
     value = loss(f"sum({power})", 2)

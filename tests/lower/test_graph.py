@@ -150,6 +150,21 @@ def test_projections_are_those_of_the_definition_and_lie_in_their_set(name: str,
             inside = emitted(indicator(name, x, *params), dims, {**given, x: found})
             outside = emitted(indicator(name, x, *params), dims, {**given, x: 20 * given[x]})
             assert bool((inside == 0).all()) and bool((outside == torch.inf).all())
+            if name not in ("simplex", "sphere", "stiefel", "orthogonal"):  # the others hold 0, and what is between
+                half = emitted(nearest, dims, {**given, x: found / 2})
+                assert float((half - found / 2).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("scores", [G, matmul(transpose(Z), Z), matmul(transpose(Z), elementwise(sp.tanh(slot(0)), Z))])
+def test_causal_shares_look_back_along_either_axis(scores: Expr, axis: int) -> None:
+    """Stored as it is written, and transposed where there are samples: what is looked at comes no later than what looks."""
+    given, e = values(SHAPES[0], (3,), 0), softmax(scores, axis, causal=True)
+    found = emitted(e, SHAPES[0], given)
+    assert torch.allclose(found, exact(e, SHAPES[0], given), atol=1e-12)
+    assert torch.allclose(found.sum(axis - 2), torch.ones((), dtype=torch.float64))
+    later = found.tril(-1) if axis == 0 else found.triu(1)
+    assert bool((later == 0).all()) and bool((found != 0).any())
 
 
 def test_an_affine_set_is_where_the_equation_holds() -> None:
