@@ -321,3 +321,40 @@ def test_an_input_that_is_not_what_it_is_declared_to_be_is_refused():
     w[1, 2] = -0.5
     with pytest.raises(UnrollError, match="E403.*'w' is declared positive"):
         solve(spec, x, w)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e30), (torch.float64, 1e200)])
+@pytest.mark.parametrize("fit", ["1/2 * sumsq(x - A @ z)", "sum(huber(x - A @ z, lam))"])
+def test_units_in_which_the_objective_overflows_are_refused(dtype, unit, fit):
+    A, x = draw(6, 9, 3)
+    spec = {
+        "dims": {"m": 6, "n": 9}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+        "scalars": {"lam": 0.1}, "minimize": {"fit": fit, "sparsity": "lam * norm1(z)"},
+    }  # fmt: skip
+    x[1] *= unit
+    with pytest.raises(UnrollError, match=f"E404.*1 of 3 problems .*beyond what {dtype} can hold"):
+        solve(spec, x.to(dtype), parameters={"A": A}, scalars={"lam": 0.1 * unit})
+    assert solve(spec, x[::2].to(dtype), parameters={"A": A}).converged.all()
+
+
+@pytest.mark.parametrize(
+    ("objective", "constraints", "convex"),
+    [
+        ("1/2*sumsq(x - A @ z)", [], True),
+        ("1/2*sumsq(x - A @ z) + lam*norm1(z)", [], True),
+        ("1/2*sumsq(x - A @ z)", ["z in simplex"], True),
+        ("sum(logistic(A @ z)) + 1/2*sumsq(z - 1)", ["z >= 0"], True),
+        ("-1/2*sumsq(A @ z)", ["z in box(-1, 1)"], False),
+        ("1/2*sumsq(x - A @ z)", ["z in sphere"], False),
+        ("1/2*sumsq(x - A @ z) + lam*norm0(z)", [], False),
+        ("1/2*sumsq(x - A @ z) - lam*sumsq(z)", [], False),
+    ],
+)
+def test_only_of_what_is_known_to_be_convex_is_a_fixed_point_called_solved(objective, constraints, convex):
+    spec = {
+        "dims": {"m": 4, "n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+        "scalars": {"lam": 0.1}, "minimize": objective, "constraints": constraints,
+    }  # fmt: skip
+    A, x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4)
+    found = solve(spec, x, parameters={"A": A}, max_iterations=20)
+    assert found.convex is convex and ("problems solved" in str(found)) is convex

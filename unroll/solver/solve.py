@@ -48,6 +48,7 @@ class Solution:
 
     error has no unit. Where `certified` it is the duality gap, divided by the objective at 0 (|x|^2/2 of least squares) or
     at the start, the larger; else the residual z - prox(z - step grad), divided by the length of the first gradient step.
+    convex: is the objective known to be? Where it is not, a point that no step moves need not be the optimum.
     """
 
     values: dict[str, Tensor]
@@ -56,6 +57,7 @@ class Solution:
     certified: bool
     iterations: int
     converged: Tensor
+    convex: bool
 
     @property
     def z(self) -> Tensor:
@@ -72,7 +74,8 @@ class Solution:
         kind = "certified duality gap" if self.certified else "residual |z - prox(z - step grad)|"
         worst = float(self.error.max()) if count else 0.0
         mean = float(self.objective.mean()) if count else 0.0
-        return f"{done} of {count} problems solved in {self.iterations} iterations: {kind} <= {worst:.1e}, mean objective {mean:.10g}"
+        solved = "problems solved" if self.convex else "points found that no step moves (not known to be convex),"
+        return f"{done} of {count} {solved} in {self.iterations} iterations: {kind} <= {worst:.1e}, mean objective {mean:.10g}"
 
 
 @torch.no_grad()
@@ -127,8 +130,20 @@ def solve(
     value = net.objective(**data, **{name: z})["total"]
     found = found.reshape(shape)
     return Solution(
-        {name: z.reshape(*shape, *z.shape[1:])}, value.reshape(shape), found, certified, count, found <= tol
+        {name: z.reshape(*shape, *z.shape[1:])},
+        value.reshape(shape),
+        found,
+        certified,
+        count,
+        found <= tol,
+        _convex(net),
     )
+
+
+def _convex(net: Network) -> bool:
+    """Is every part of the objective known to be convex?"""
+    parts = net.derivation.parts
+    return all(p.smooth.convex if p.smooth is not None else p.proximal is not None and p.proximal.convex for p in parts)
 
 
 def _refuse_other_kinds(data: Mapping[str, Any]) -> Tensor:
@@ -220,14 +235,21 @@ def error_of(net: Network, data: Mapping[str, Tensor], start: Tensor) -> tuple[E
 
 
 def _largest(values: Iterable[Tensor]) -> Tensor:
-    """Row by row, of what is finite."""
-    return torch.stack([v.abs().nan_to_num(0, 0, 0) for v in values]).amax(0)
+    """Row by row, of what is finite. Raises UnrollError E404 where all is beyond the largest number of the type."""
+    found = torch.stack([v.abs() for v in values])
+    beyond = found.isinf().any(0) & ~found.isfinite().any(0)
+    if beyond.any():
+        message = f"{int(beyond.sum()):,} of {beyond.numel():,} problems have an objective, or a slope, beyond what {found.dtype} can hold"
+        raise UnrollError(
+            "E404", message, hint="other units" + ("" if found.dtype == torch.float64 else ", or float64")
+        )
+    return found.nan_to_num(0, 0, 0).amax(0)
 
 
 def relative(x: Tensor, scale: Tensor, moved: Tensor) -> Tensor:
     """x / scale; where the scale is too small to divide by, 0 for a point that no longer moves, else infinite."""
     info = torch.finfo(scale.dtype)
-    still = (moved == 0).flatten(1).all(1)
+    still = (moved == 0).flatten(1).all(1) & x.isfinite()
     return torch.where(scale >= info.tiny / info.eps, x / scale, torch.where(still, 0.0, torch.inf).to(scale))
 
 
