@@ -148,7 +148,7 @@ MUTATIONS = (
     Mutation("check, an objective that rises", "laws/laws.py", "_verdict(rise <= 1e-12)", "_verdict(True)", "laws/test_laws.py::test_another_iteration_than_the_one_that_is_claimed_is_found"),
     Mutation("check, a prox that is beaten", "laws/laws.py", "_verdict(worst <= 1e-8)", "_verdict(True)", "laws/test_laws.py::test_a_prox_that_is_beaten_is_found"),
     Mutation("check, descent of what is maximised", "laws/laws.py", "cosine = value * d.problem.sign", "cosine = value", "laws/test_laws.py::test_a_direction_is_told_by_what_it_does_to_the_objective"),
-    Mutation("specs, a positive default of 0", "spec/consistency.py", "if number.positive and default <= 0", "if number.positive and default < 0", "spec/test_spec.py spec/test_bad_specs.py"),
+    Mutation("specs, a positive default of 0", "spec/consistency.py", "if number.positive and default <= 0", "if number.positive and default < 0", "spec/test_spec.py::test_what_is_declared_positive_is_above_0_from_the_start"),
 )  # fmt: skip
 
 

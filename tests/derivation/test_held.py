@@ -134,8 +134,13 @@ def test_a_lipschitz_constant_that_is_held_is_that_of_each_layer_and_sample() ->
     assert (net(x) - z).abs().max() < 1e-10
 
 
-def test_what_holds_claims_neither_descent_nor_a_gap() -> None:
-    spec = {**SPEC, "minimize": SPEC["minimize"] | {"held": "lam * norm1(stop_gradient(1 + abs(z)) * z)"}}
+@pytest.mark.parametrize(
+    ("held", "inside"),
+    [("lam * norm1(stop_gradient(1 + abs(z)) * z)", []), ("sumsq(z - stop_gradient(abs(z)))", ["z in simplex"])],
+)
+def test_what_holds_claims_neither_descent_nor_a_gap(held: str, inside: list[str]) -> None:
+    """Over a compact set too, where any other convex smooth function has its gap."""
+    spec = {**SPEC, "minimize": SPEC["minimize"] | {"held": held}, "constraints": inside}
     d = unroll.derive({**spec, "unroll": {"algorithm": "proximal_gradient", "layers": 2}})
     assert "monotone" not in str(d)
     assert duality_gap(d.parts, d.variable) is None

@@ -400,3 +400,17 @@ def test_a_missing_name_is_told_with_those_that_exist():
 def test_a_name_is_not_a_way_to_other_files(name):
     with pytest.raises(SpecError, match=r"E00[13]"):
         load({"use": name})
+
+
+@pytest.mark.parametrize(("default", "fits"), [(0, False), (-1, False), (1e-300, True)])
+def test_what_is_declared_positive_is_above_0_from_the_start(default, fits):
+    text = f"""
+    variables: {{z: [3]}}
+    scalars: {{lam: {{default: {default}, positive: true}}}}
+    minimize: lam * sumsq(z)
+    """
+    if fits:
+        assert load(text).scalars["lam"].default == default
+    else:
+        with pytest.raises(SpecError, match="E205.*lam must be positive"):
+            load(text)
