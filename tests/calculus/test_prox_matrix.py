@@ -169,11 +169,20 @@ CONVEX: dict[str, tuple[Case, list[Case]]] = {
     "lam*norm1(y - 2*O.T @ q) + mu/2*sumsq(q)": (lambda z, a: lam * cp.norm1(a["y"] - 2 * a["O"].T @ z) + mu / 2 * cp.sum_squares(z), []),
     "sum(huber(F @ q, lam)) + dot(q, w)": (lambda z, a: cp.sum(cp.huber(a["F"] @ z, lam)) / 2 + cp.sum(cp.multiply(z, a["w"])), []),
     "lam*norm1(O.T @ q - y)": (lambda z, a: lam * cp.norm1(a["O"].T @ z - a["y"]), []),
+    "lam*norm2(O.T @ q)": (lambda z, a: lam * cp.norm(a["O"].T @ z), []),
+    "lam*norm_inf(2*O.T @ q) + dot(q, w)": (lambda z, a: lam * cp.norm_inf(2 * a["O"].T @ z) + cp.sum(cp.multiply(z, a["w"])), []),
+    "lam*nuclear(F @ Z)": (lambda z, a: lam * cp.normNuc(a["F"] @ z), []),
+    "lam*group_norm(F @ Z - C, axis=0) + mu/2*sumsq(Z)": (lambda z, a: lam * cp.sum(cp.norm(a["F"] @ z - a["C"], 2, axis=0)) + mu / 2 * cp.sum_squares(z), []),
+    "lam*nuclear(X @ F)": (lambda z, a: lam * cp.normNuc(z @ a["F"]), []),
+    "lam*norm_fro(X @ O)": (lambda z, a: lam * cp.norm(z @ a["O"], "fro"), []),
 }  # fmt: skip
 SMALL = {
     "lam*norm1(O.T @ q)",
     "lam*norm1(y - 2*O.T @ q) + mu/2*sumsq(q)",
     "lam*norm1(O.T @ q - y)",
+    "lam*norm2(O.T @ q)",
+    "lam*norm_inf(2*O.T @ q) + dot(q, w)",
+    "lam*norm_fro(X @ O)",
     "A @ q == y",
     "dot(q, w) + mu/2*sumsq(q); A @ q == y",
 }
@@ -398,6 +407,15 @@ def test_the_step_scales_the_term() -> None:
         assert torch.allclose(*(evaluate(p, {**given, at: v}, scalars("usual")) for p in (one, two)))
 
 
+def test_the_divergence_from_counts_has_its_prox_where_a_count_is_zero_too() -> None:
+    counts = torch.tensor([[0.0], [0.5], [3.0], [0.0]], dtype=torch.float64)
+    v = torch.tensor([[1.5], [-2.0], [0.3], [0.2]], dtype=torch.float64)
+    node = prox(read("kl(p, q)"), q, STEP, symbol("v", N, 1, "state"))
+    assert isinstance(node, Prox)
+    found = evaluate(plan(node), {P: counts, symbol("v", N, 1, "state"): v}, {STEP: t, N: 4})
+    assert torch.allclose(found, (v - t + ((v - t) ** 2 + 4 * t * counts).sqrt()) / 2)  # z - t count / z = v - t
+
+
 def test_projections_of_the_oracle_are_idempotent() -> None:
     g = torch.Generator().manual_seed(0)
     for name, params in (("simplex", []), ("ball1", [torch.tensor(0.7)]), ("unit_columns", []), ("sphere", [])):
@@ -433,6 +451,9 @@ REFUSED = {
     "sum(q**3)": "",
     "-sumsq(q) * sumsq(q)": "",
     "lam*norm1(Z @ C.T)": "",
+    "spectral(F @ Z)": "no rule gives its prox",
+    "q >= 1; q <= 0": "no entry is at least 1 and at most 0",
+    "q in box(r, 0)": "its lower bound r is above its upper bound 0",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -342,3 +343,34 @@ def test_a_choice_between_numbers_has_the_type_it_is_chosen_by(chosen: str, want
         found = unroll.loss(spec).to(dtype)(z, z)
         assert found.dtype == dtype
         assert abs(float(found) - want) <= gap * want
+
+
+@pytest.mark.parametrize(
+    ("formula", "slope"),
+    [
+        ("where(z > 0, z*log(z), 0)", [0, 0, 1, math.log(2) + 1]),
+        ("where(z > 0, 1/z, z)", [1, 1, -1, -0.25]),
+        ("where(z <= 0, 0, where(z < 1, z**1.5, log(z)))", [0, 0, 1, 0.5]),
+        ("where(abs(z) <= 0.5, z**2, sqrt(abs(z)))", [-0.5, 0, 0.5, 8**-0.5]),
+        ("where(z > 1, z*log(z/3), 0)", [0, 0, 0, math.log(2 / 3) + 1]),
+    ],
+)
+def test_a_case_that_is_not_taken_has_no_part_in_the_slope(formula: str, slope: list[float]) -> None:
+    spec = {"dims": {"n": 1}, "variables": {"z": ["n"]}, "minimize": {"f": f"sum({formula})"}}
+    z = torch.tensor([[-1.0], [0.0], [1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(unroll.loss(spec).terms(z)["f"].sum(), z)
+    torch.testing.assert_close(found.flatten(), torch.tensor(slope, dtype=torch.float64))
+
+
+def test_a_blank_sample_has_slopes_where_a_length_divides_in_the_case_not_taken() -> None:
+    spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "inputs": {"y": ["n"]},
+        "minimize": {"f": "huber(norm2(z - y), 1)"},
+    }
+    spec |= {"unroll": {"algorithm": "gradient_descent", "layers": 2, "step": 0.1}}
+    y = torch.tensor([[0.0, 0, 0], [1, 2, 3]], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(unroll.compile(spec)(y).sum(), y)
+    torch.testing.assert_close(slope[0], torch.full((3,), 1 - 0.9**2, dtype=torch.float64))
+    assert slope.isfinite().all()

@@ -217,8 +217,8 @@ def _cut(x: Tensor, r: int) -> Tensor:
 
 def _sparse(x: Tensor, s: int) -> Tensor:
     flat = x.flatten(-2)
-    least = flat.abs().sort(-1, descending=True).values[..., s - 1 : s]
-    return (flat * (flat.abs() >= least)).reshape(x.shape)
+    kept = flat.abs().topk(s, -1).indices
+    return torch.zeros_like(flat).scatter(-1, kept, flat.gather(-1, kept)).reshape(x.shape)
 
 
 SETS: dict[str, Callable[..., Tensor]] = {

@@ -5,7 +5,7 @@
     sparse groups        sum of f(|z_g|) + c |z|_1 (and z >= 0):               groups after entries (Yu 2013)
     spectral             sum of f(singular values):                            the scalar prox of each singular value
     largest entry        c |z|_inf:                                            Moreau, v - P(v) on the 1-norm ball
-    semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b
+    semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b; so for f(z M), M' M = I
     quadratic            an affine gradient H z + b:                           solve (I + t H) z = v - t b
     sets                 projections
 
@@ -111,10 +111,11 @@ def derive(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: tuple[tuple[sp.Expr,
 
 def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
     """The first rule that covers the kinds of parts that are there."""
-    kinds = [bool(p.radial), bool(p.spectral), bool(p.peak), bool(p.sets), bool(p.mapped), bool(p.quadratic)]
+    others = (p.radial, p.spectral, p.peak, p.sets, p.mapped, p.lifted)
+    kinds = [*map(bool, others), bool(p.quadratic)]
     if not any(kinds):
         return _separable(p, t, at, swaps)
-    if p.quadratic or sum(kinds) > 1 or len(p.radial + p.spectral + p.peak + p.sets + p.mapped) > 1:
+    if p.quadratic or sum(kinds) > 1 or sum(map(len, others)) > 1:
         return _solve(p, z, t, at) if not any(kinds[:-1]) and not p.domain and not p.entries else None
     if p.ridge != 0:  # prox_t of f + rho/2 |z|^2 at v is prox_{t/(1 + t rho)} of f at v/(1 + t rho)
         ridge = p.ridge
@@ -137,6 +138,13 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     if p.sets:
         ((name, params),) = p.sets
         return _projection(name, params, at)
+    if p.lifted:
+        (f,) = p.lifted
+        y = f.onto(at)
+        found = derive(f.term, f.y, t, y, swaps)
+        return Proximal(
+            add(at, f.back(add(found.step, scale(-1, y)))), f"semi-orthogonal map: {found.rule}", found.convex
+        )
     ((c, h, m, b),) = p.mapped
     y = add(matmul(m, at), b)
     found = _scalar(c * h, t, swaps)
@@ -161,6 +169,22 @@ def _scalar(f: sp.Expr, t: sp.Expr, swaps: Swaps, domain: tuple[sp.Expr, sp.Expr
 
 
 @dataclass(frozen=True)
+class Lifted:
+    """term: f(y), for f(M z), or f(z M) where `right`; the rows of M, or then its columns, are orthonormal."""
+
+    term: Expr
+    y: Sym
+    m: Expr
+    right: bool
+
+    def onto(self, v: Expr) -> Expr:
+        return matmul(v, self.m) if self.right else matmul(self.m, v)
+
+    def back(self, y: Expr) -> Expr:
+        return matmul(y, transpose(self.m)) if self.right else matmul(transpose(self.m), y)
+
+
+@dataclass(frozen=True)
 class Parts:
     """A term by what its summands are in z. Profiles are in slot(0); further slots of `entries` stand for `others`."""
 
@@ -173,6 +197,7 @@ class Parts:
     peak: tuple[sp.Expr, ...] = ()
     sets: tuple[tuple[str, tuple[sp.Expr | Expr, ...]], ...] = ()
     mapped: tuple[tuple[sp.Expr, sp.Expr, Expr, Expr], ...] = ()
+    lifted: tuple[Lifted, ...] = ()
     quadratic: tuple[Expr, ...] = ()
     unknown: tuple[Expr, ...] = field(default=())
 
@@ -215,8 +240,8 @@ class Parts:
                 return replace(self, tilt=(*self.tilt, gradient(e, z)))
             case Spectral(h, x) if x is z:
                 return replace(self, spectral=(*self.spectral, (c, h)))
-            case Max(Map(p, (x,)), None) if p == sp.Abs(slot(0)) and x is z and c.is_nonnegative:
-                return replace(self, peak=(*self.peak, c))
+            case Max(inner, None) if (k := _times_abs(inner, z)) is not None and k.is_positive and c.is_nonnegative:
+                return replace(self, peak=(*self.peak, c * k))
             case _:
                 return self._with_smooth(e, z)
 
@@ -231,15 +256,9 @@ class Parts:
     def _with_set(self, name: str, params: tuple[sp.Expr | Expr, ...]) -> Parts:
         if (why := why_empty(name, [p for p in params if not isinstance(p, Expr)])) is not None:
             raise DeriveError("E302", f"the set {name} has no point: {why}")
-        match name, params:
-            case "nonneg", ():
-                return replace(self, domain=(*self.domain, (sp.Integer(0), sp.oo)))
-            case "box", (lo, hi):
-                return replace(self, domain=(*self.domain, (lo, hi)))
-            case "ball_inf", (r,):
-                return replace(self, domain=(*self.domain, (-r, r)))
-            case _:
-                return replace(self, sets=(*self.sets, (name, params)))
+        if (ends := interval(name, params)) is not None:
+            return replace(self, domain=(*self.domain, ends))
+        return replace(self, sets=(*self.sets, (name, params)))
 
     def _with_entries(self, c: sp.Expr, inner: Map, e: Expr, z: Sym) -> Parts:
         """sum of profile(a z + b, data): profile in slot(0) = z, data as further slots."""
@@ -274,13 +293,32 @@ class Parts:
         try:
             slope = expand(gradient(e, z))
         except DeriveError:
-            return replace(self, unknown=(*self.unknown, e))
+            return self._with_lifted(e, z)
         if not depends(slope, z):
             return replace(self, tilt=(*self.tilt, slope))
         terms = [t for t in (slope.terms if isinstance(slope, Add) else (slope,)) if depends(t, z)]
         if all(_left_factor(t, z) is not None for t in terms):
             return replace(self, quadratic=(*self.quadratic, slope))
-        return replace(self, unknown=(*self.unknown, e))
+        return self._with_lifted(e, z)
+
+    def _with_lifted(self, e: Expr, z: Sym) -> Parts:
+        found = _lifted(e, z)
+        return (
+            replace(self, unknown=(*self.unknown, e)) if found is None else replace(self, lifted=(*self.lifted, found))
+        )
+
+
+def interval(name: str, params: Sequence[sp.Expr | Expr]) -> tuple[sp.Expr, sp.Expr] | None:
+    """(lo, hi) of a set that holds each entry between two numbers."""
+    match name, params:
+        case "nonneg", ():
+            return sp.S.Zero, sp.oo
+        case "box", (sp.Expr() as lo, sp.Expr() as hi):
+            return lo, hi
+        case "ball_inf", (sp.Expr() as r,):
+            return -r, r
+        case _:
+            return None
 
 
 def why_empty(name: str, numbers: Sequence[sp.Expr]) -> str | None:
@@ -332,6 +370,36 @@ def _orthonormal_rows(m: Expr) -> bool:
             return "orthonormal" in props and m.rows == m.cols
         case _:
             return False
+
+
+def _lifted(e: Expr, z: Sym) -> Lifted | None:
+    """e as a function of the product of z and one orthonormal map."""
+    for product in (x for x in walk(e) if isinstance(x, Mul)):
+        if (found := _orthonormal(product, z)) is not None:
+            m, right = found
+            y = symbol("y", *product.shape, "state")
+            term = substitute(e, {product: scale(split(product)[0], y)})
+            return Lifted(term, y, m, right) if not depends(term, z) and _is_proximable(term, y) else None
+    return None
+
+
+def _orthonormal(product: Mul, z: Sym) -> tuple[Expr, bool] | None:
+    """M of M z, whose rows are orthonormal, or of z M, whose columns are; and whether it stands on the right."""
+    match product.factors:
+        case (m, x) if x is z and _orthonormal_rows(m):
+            return m, False
+        case (x, m) if x is z and _orthonormal_rows(transpose(m)):
+            return m, True
+        case _:
+            return None
+
+
+def _is_proximable(term: Expr, y: Sym) -> bool:
+    try:
+        proximable(term, y)
+    except DeriveError:
+        return False
+    return True
 
 
 def _scaled(x: Expr, z: Sym) -> bool:
@@ -428,6 +496,16 @@ def slope_of_abs(f: sp.Expr) -> sp.Expr | None:
     return c if sp.expand(f - c * sp.Abs(slot(0))) == 0 else None
 
 
+def _times_abs(e: Expr, z: Sym) -> sp.Expr | None:
+    """k with e = k |z|, entry by entry."""
+    k, body = split(e)
+    match body:
+        case Map(p, (x,)) if x is z and (c := slope_of_abs(p)) is not None:
+            return k * c
+        case _:
+            return None
+
+
 def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Proximal | None:
     convex = name in CONVEX_SETS
     match name, params:
@@ -468,6 +546,11 @@ def _refused(term: Expr, z: Sym, parts: Parts) -> DeriveError:
         (x for x in walk(bad) if isinstance(x, Mul) and len(x.factors) > 1 and not x.is_scalar and depends(x, z)), None
     )
     if linear is not None:
-        why = f"{text(linear)} stands inside a function that is not smooth, and its matrix is not declared orthonormal"
+        why = f"{text(linear)} stands inside a function that is not smooth, and "
+        if _orthonormal(linear, z):
+            return DeriveError(
+                "E302", f"{text(bad)} is not proximable in {z.name}: {why}no rule gives its prox", hint=hint
+            )
+        why += "the rows of its matrix are not declared orthonormal"
         hint = "if its rows are orthonormal, write it O.T with O declared `orthonormal: true`; else an algorithm that splits is needed, such as ADMM"
     return DeriveError("E302", f"{text(bad)} is not proximable in {z.name}: {why}", hint=hint)

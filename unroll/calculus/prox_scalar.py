@@ -48,7 +48,18 @@ def derive_prox(
     candidates are compared by value, which is right for every t.
     Raises DeriveError E302 with the reason, also when brute force beats the derived formula.
     """
-    return _derive(sp.sympify(f), u, as_ends(domain), tuple(assume), small_step, verify)
+    return _derive(_logs_apart(sp.sympify(f), u), u, as_ends(domain), tuple(assume), small_step, verify)
+
+
+def _logs_apart(f: sp.Expr, u: sp.Symbol) -> sp.Expr:
+    """log(w / u) as log w - log u, w > 0: both have a value for the same u."""
+
+    def apart(x: sp.log) -> sp.Expr:
+        c, rest = x.args[0].as_independent(u, as_Add=False)
+        base, power = rest.as_base_exp()
+        return sp.log(c) + power * sp.log(base) if c.is_positive and power in (1, -1) and rest != 1 else x
+
+    return f.replace(lambda x: isinstance(x, sp.log) and x.has(u), apart)
 
 
 @cache
@@ -60,8 +71,8 @@ def _derive(
     small_step: bool,
     verify: bool,
 ) -> ScalarProx:
-    signs = Signs(scalars(f, u, domain), with_order(domain, assume))
     try:
+        signs = Signs(scalars(f, u, domain), with_order(domain, assume))
         profile = split(f, u, domain, signs)
         prox = assemble(f, profile, curvature_of(profile, signs), small_step, signs)
     except Undecided as e:

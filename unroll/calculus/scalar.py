@@ -84,8 +84,8 @@ def curvature(
 
 @cache
 def _curvature(f: sp.Expr, u: sp.Symbol, domain: tuple[sp.Expr, sp.Expr], assume: tuple[sp.Basic, ...]) -> Curvature:
-    signs = Signs(scalars(f, u, domain), with_order(domain, assume))
     try:
+        signs = Signs(scalars(f, u, domain), with_order(domain, assume))
         return curvature_of(split(f, u, domain, signs), signs)
     except Undecided as e:
         raise undecided(f, e) from e

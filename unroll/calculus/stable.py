@@ -361,7 +361,14 @@ def _with_zero(m: sp.Expr, g: sp.Expr) -> sp.Expr:
     powers = [f.as_base_exp() for f in sp.Mul.make_args(g)]
     if not any(_carries(m, b) for b, _ in powers):
         return xlogy(m, g)
-    return sp.Add(*(p * (m * sp.log(b) if b.is_positive else _of_zero(m, b)) for b, p in powers))
+    return sp.Add(*(p * _with_power(m, b, p) for b, p in powers))
+
+
+def _with_power(m: sp.Expr, b: sp.Expr, p: sp.Expr) -> sp.Expr:
+    """m log b, where the log of b^p was meant: that of |b| where p is even."""
+    if b.is_positive:
+        return m * sp.log(b)
+    return xlogy(m, sp.Abs(b)) if p.is_even and not b.is_nonnegative else _of_zero(m, b)
 
 
 def _carries(m: sp.Expr, b: sp.Expr) -> bool:

@@ -20,7 +20,8 @@ from unroll.calculus.scalar import NUMPY
 from unroll.calculus.signs import Signs
 from unroll.errors import DeriveError
 
-POINTS, GRID, DRAWS, BISECTIONS = 48, 1601, 3, 12
+POINTS, GRID, DRAWS = 48, 1601, 3
+ROUNDS, PARTS = 3, 16
 STEPS = (0.3, 1.1, 4.0)
 TOLERANCE = 1e-9
 
@@ -94,16 +95,15 @@ def _that_matter(prox: ScalarProx, draw: dict[sp.Basic, sp.Expr], t: float, knot
 
 
 def _takeovers(run: Callable[[np.ndarray], np.ndarray], v: np.ndarray) -> np.ndarray:
-    """Both sides of the points between neighbours of v at which the prox jumps, by bisection."""
+    """Both sides of the points between neighbours of v at which the prox jumps: the widest step of parts of parts."""
     z = run(v)
     jump = np.flatnonzero(np.abs(np.diff(z)) > 4 * np.diff(v))
-    left, right, low, high = v[jump], v[jump + 1], z[jump], z[jump + 1]
-    for _ in range(BISECTIONS if jump.size else 0):
-        middle = (left + right) / 2
-        at = run(middle)
-        nearer = np.abs(at - low) < np.abs(high - at)
-        left, low = np.where(nearer, middle, left), np.where(nearer, at, low)
-        right, high = np.where(nearer, right, middle), np.where(nearer, high, at)
+    left, right = v[jump], v[jump + 1]
+    for _ in range(ROUNDS if jump.size else 0):
+        points = np.linspace(left, right, PARTS + 1, axis=1)
+        steps = np.abs(np.diff(run(points.ravel()).reshape(points.shape), axis=1))
+        at = steps.argmax(axis=1)[:, None]
+        left, right = (np.take_along_axis(points, at + k, axis=1)[:, 0] for k in (0, 1))
     return np.concatenate([left, right])
 
 

@@ -105,6 +105,7 @@ def check(
     sample = Sample(derivation, seed)
     laws: tuple[Callable[[Derivation, Sample], Iterator[Row]], ...] = (
         printed, gradients, lipschitz, proxes, initialisation, monotone, emitted, gradients_flow,
+        degenerate,
     )  # fmt: skip
     rows = [row for law in laws for row in law(derivation, sample)]
     if derivation.step.departures:
@@ -409,6 +410,53 @@ def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
         "all",
         _verdict(not broken),
     )
+
+
+DEGENERATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "a blank sample among others": lambda x: torch.cat([x[:1], 0 * x[1:2], x[2:]]),
+    "units of 1e-6": lambda x: 1e-6 * x,
+    "units of 1e6": lambda x: 1e6 * x,
+    "ties": torch.ones_like,
+    "a batch of none": lambda x: x[:0],
+}
+"""Inputs at which formulas end: made of a batch of three."""
+
+
+def degenerate(d: Derivation, sample: Sample) -> Iterator[Row]:
+    """Of finite inputs the answer is finite, and so are its slopes, or they are refused; a blank sample leaves the others alone."""
+    if not d.problem.inputs:
+        return
+    net = sample.network(d.spec)
+    inputs = sample.taken(net)
+    found = {kind: _finite(net, {n: make(x) for n, x in inputs.items()}) for kind, make in DEGENERATE.items()}
+    wrong = [f"{kind}: {what}" for kind, what in found.items() if what]
+    told = "; ".join(wrong) or f"finite, slopes too: {len(found)} kinds"
+    yield Row("degenerate inputs", told, "finite or refused", "noted" if wrong else "holds")
+    if not found["a blank sample among others"]:
+        whole, others = (_answers(net, {n: x[kept] for n, x in inputs.items()}) for kept in (slice(0, 3), [0, 2]))
+        worst = max(_gap(a[[0, 2]], b) for a, b in zip(whole, others, strict=True))
+        yield Row("samples do not see each other", f"worst {worst:.0e}", f"{EXACT:.0e}", _verdict(worst <= EXACT))
+
+
+def _answers(net: Network, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    out = net(**inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _finite(net: Network, inputs: dict[str, Tensor]) -> str:
+    """What is not finite; nothing where all is, or where the input is refused."""
+    inputs = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    try:
+        out = _answers(net, inputs)
+    except UnrollError:
+        return ""
+    if not all(o.isfinite().all() for o in out):
+        return "the answer is not finite"
+    named = {**inputs, **dict(net.named_parameters())}
+    slopes = torch.autograd.grad(sum(o.sum() for o in out), list(named.values()), allow_unused=True)  # type: ignore[arg-type]
+    lost = [n for n, g in zip(named, slopes, strict=True) if g is not None and not g.isfinite().all()]
+    return f"the slope in {', '.join(lost)} is not finite" if lost else ""
 
 
 # --- what a spec assumes in addition ----------------------------------------------------------------------------------

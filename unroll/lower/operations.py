@@ -843,6 +843,15 @@ HELPERS: dict[str, Helper] = {
 ''',
         ("places",),
     ),
+    "transform": Helper(
+        '''def transform(f, x, **options):
+    """f of x; of a batch of none too, which not every library of transforms takes."""
+    if x.numel():
+        return f(x, **options)
+    one = x.new_zeros([n or 1 for n in x.shape]) + x.sum()
+    return f(one, **options)[tuple(slice(None if n else 0) for n in x.shape)]
+'''
+    ),
     "spectrum": Helper(
         '''def spectrum(x, dim, to, *sizes):
     """Orthonormal Fourier transform over places: axis dim, channels by places, keeps the channels; the frequencies become axis to.
@@ -851,8 +860,9 @@ HELPERS: dict[str, Helper] = {
     """
     x = (x if x.dtype == torch.float64 else x.float()).unflatten(dim, (-1, *sizes))
     axes = tuple(range(dim - len(sizes) + 1, dim + 1))
-    return torch.fft.rfftn(x, dim=axes, norm="ortho").flatten(axes[0], dim).movedim(dim, to)
-'''
+    return transform(torch.fft.rfftn, x, dim=axes, norm="ortho").flatten(axes[0], dim).movedim(dim, to)
+''',
+        ("transform",),
     ),
     "energy": Helper(
         '''def energy(x, dim):
@@ -874,8 +884,9 @@ HELPERS: dict[str, Helper] = {
     """The inverse of spectrum: the frequencies, axis of, go back into axis dim."""
     v = v.movedim(of, dim).unflatten(dim, (*sizes[:-1], sizes[-1] // 2 + 1))
     axes = tuple(range(dim - len(sizes) + 1, dim + 1))
-    return torch.fft.irfftn(v, s=sizes, dim=axes, norm="ortho").flatten(axes[0] - 1, dim)
-'''
+    return transform(torch.fft.irfftn, v, s=sizes, dim=axes, norm="ortho").flatten(axes[0] - 1, dim)
+''',
+        ("transform",),
     ),
     "power": Helper(
         '''def power(x, p):

@@ -590,7 +590,7 @@ def _nonnegative(b: Builder, ref: Ref) -> bool:
     match node.op:
         case "length" | "energy" | "spectral_norm" | "softmax":
             return True
-        case "sum" | "family_sum" | "max":
+        case "sum" | "family_sum" | "frequency_sum" | "max":
             return _nonnegative(b, node.inputs[0])
         case "matmul" | "trace_product" if node.shape == (ONE, ONE):
             return node.inputs[0] == b.flip(node.inputs[1])

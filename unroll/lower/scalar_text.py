@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any, cast
 
 import sympy as sp
+from sympy.logic.boolalg import Boolean
 
 from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
 from unroll.calculus.torch_text import as_fraction, decimal, nonzero, power, reciprocal
@@ -41,6 +42,12 @@ def formula(e: sp.Expr, names: Mapping[sp.Symbol, Text]) -> Text:
 
 class logsigmoid(sp.Function):
     """log(1 / (1 + e^{-x})): torch's softplus is only right to 2e-9."""
+
+
+class where_taken(sp.Function):
+    """x where a case is taken, 1 elsewhere."""
+
+    nargs = (2,)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -115,6 +122,9 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
             if not (x.tensor or y.tensor):
                 return go(a * sp.log(b))
             return Text(f"{'torch.logaddexp' if isinstance(e, logaddexp) else 'xlogy'}({x.code}, {y.code})")
+        case where_taken():
+            x, condition = map(go, e.args)
+            return Text(f"torch.where({condition.code}, {x.code}, 1)")
         case entr():
             return Text(f"torch.special.entr({go(e.args[0]).code})")
         case _ if type(e) in TEMPLATES:
@@ -217,9 +227,11 @@ def _piecewise(e: sp.Basic, go: Go) -> Text:
     cases = [cast(sp.Tuple, c) for c in e.args]
     if cases[-1].args[1] != sp.true:
         raise DeriveError("E401", f"a formula by cases must end in one that always holds: {e}")
-    out = go(cases[-1].args[0])
-    for case in reversed(cases[:-1]):
-        value, condition = go(case.args[0]), go(case.args[1])
+    conditions = [cast(Boolean, c.args[1]) for c in cases]
+    texts = [go(_guarded(cast(sp.Expr, c.args[0]), conditions[:k], conditions[k], go)) for k, c in enumerate(cases)]
+    out = texts[-1]
+    for case, value in zip(reversed(cases[:-1]), reversed(texts[:-1]), strict=True):
+        condition = go(case.args[1])
         if condition.tensor and not (value.tensor or out.tensor):  # two plain numbers, of the type they are chosen by
             like = next(x.code for x in map(go, sorted(case.args[1].free_symbols, key=_slots_first)) if x.tensor)
             if (value.code, out.code) in (("1", "0"), ("0", "1")):
@@ -232,6 +244,28 @@ def _piecewise(e: sp.Basic, go: Go) -> Text:
         else:
             out = Text(f"({value.code} if {condition.code} else {out.code})", POSTFIX, value.tensor or out.tensor)
     return out
+
+
+def _guarded(value: sp.Expr, before: list[Boolean], own: Boolean, go: Go) -> sp.Expr:
+    """A case with 1 in the place of what it divides by, or takes a root or a log of, where it is not taken: its slope, times 0, is NaN there."""
+    taken = sp.And(*(sp.Not(c) for c in before), own)
+    if taken == sp.true or not go(taken).tensor:
+        return value
+
+    def guarded(x: sp.Expr) -> sp.Expr:
+        *first, base = x.args if isinstance(x, xlogy) else x.args[:1]
+        if isinstance(base, where_taken) or base.is_positive or not base.free_symbols or not go(base).tensor:
+            return x
+        return x.func(*first, cast(Any, where_taken)(base, taken), *x.args[len(first) + 1 :])
+
+    return value.replace(_is_singular, guarded)
+
+
+def _is_singular(x: sp.Basic) -> bool:
+    """May it have no slope where its argument is 0?"""
+    return isinstance(x, sp.log | entr | xlogy) or (
+        isinstance(x, sp.Pow) and not (x.exp.is_integer and x.exp.is_nonnegative)
+    )
 
 
 def _slots_first(s: sp.Basic) -> tuple[bool, str]:

@@ -333,8 +333,8 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             u, _, v = torch.linalg.svd(x, full_matrices=False)
             return u @ v
         case "sparse", [s]:
-            smallest = x.abs().flatten().sort(descending=True).values[int(s) - 1]
-            return torch.where(x.abs() >= smallest, x, 0)
+            kept = x.abs().flatten().sort(descending=True, stable=True).indices[: int(s)]
+            return torch.zeros_like(x).flatten().scatter(0, kept, x.flatten()[kept]).reshape(x.shape)
         case "rank_at_most", [r]:
             u, s, v = torch.linalg.svd(x, full_matrices=False)
             return u[:, : int(r)] @ torch.diag(s[: int(r)]) @ v[: int(r)]
