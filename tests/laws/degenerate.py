@@ -1,7 +1,8 @@
 """What every function, set, algorithm and a network of each kind does with degenerate inputs: `python -m tests.laws.degenerate`.
 
 An answer is right if it is finite, as are its slopes in the input and in every parameter, and if one blank sample leaves the answers
-of the others alone; a refusal in words is right too.
+of the others alone and adds its own slopes to theirs (a parameter that is a bias moves the answer of a blank sample too); a refusal in
+words is right as well.
 """
 
 from __future__ import annotations

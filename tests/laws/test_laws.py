@@ -73,9 +73,18 @@ def one_network(objective: str, algorithm: str, **unrolled: Any) -> dict[str, An
     }
 
 
+ENDS = {
+    "crate_neumann": "the expansion has no sum where products are large",
+    "poisson_regression": "a step of 0.01 is too long for counts of 1e6",
+}
+"""Where degenerate inputs are not answered by finite numbers, and why."""
+
+
 def assert_holds(found: laws.Check) -> None:
     assert len(found.rows) >= 3
     assert found.ok, str(found)
+    noted = [r for r in found.rows if r.law == "degenerate inputs" and r.verdict != "holds"]
+    assert not noted or found.title.split(",")[0] in ENDS, noted
 
 
 def derivation_of(name: str) -> str:

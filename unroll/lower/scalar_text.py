@@ -256,9 +256,9 @@ def _guarded(value: sp.Expr, before: list[Boolean], own: Boolean, go: Go) -> sp.
         *first, base = x.args if isinstance(x, xlogy) else x.args[:1]
         if isinstance(base, where_taken) or base.is_positive or not base.free_symbols or not go(base).tensor:
             return x
-        return x.func(*first, cast(Any, where_taken)(base, taken), *x.args[len(first) + 1 :])
+        return cast(Any, x.func)(*first, cast(Any, where_taken)(base, taken), *x.args[len(first) + 1 :])
 
-    return value.replace(_is_singular, guarded)
+    return cast(sp.Expr, value.replace(_is_singular, guarded))
 
 
 def _is_singular(x: sp.Basic) -> bool:
