@@ -88,7 +88,7 @@ def least(energy, z0: np.ndarray, v: np.ndarray) -> np.ndarray:
 @rows
 @np.errstate(all="ignore")
 def test_no_point_beats_the_prox(row: Row):
-    prox, v = prox_of(row), inputs(500)
+    prox, v = prox_of(row), inputs(200)
     for salt, t in enumerate(STEPS):
         values = draw(row, salt)
         f = profile(row, values)
