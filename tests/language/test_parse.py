@@ -142,6 +142,12 @@ def test_short_forms_of_constraints_are_sets(short: str) -> None:
     assert parse_constraint(short, SCOPE) is parse_constraint(CONSTRAINTS[short], SCOPE)
 
 
+@pytest.mark.parametrize("constraint", ["y >= 0", "y in box(0, 1)", "A in unit_columns", "0 <= y <= 1"])
+def test_a_constraint_without_a_variable_would_do_nothing_and_is_refused(constraint: str) -> None:
+    with pytest.raises(SpecError, match="E132.*says nothing about a variable"):
+        parse_constraint(constraint, SCOPE)
+
+
 # --- functions --------------------------------------------------------------------------------------------------------
 
 

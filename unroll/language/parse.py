@@ -78,8 +78,15 @@ def parse_member(text: str, scope: Scope, place: Place = nowhere) -> tuple[Value
 
 
 def parse_constraint(text: str, scope: Scope, place: Place = nowhere) -> Expr:
-    """`z >= 0`, `z <= b`, `z in simplex`, `z in box(0, 1)` -> the indicator of the set."""
-    return _Reader(text, scope, place).constraint()
+    """`z >= 0`, `z <= b`, `z in simplex`, `z in box(0, 1)` -> the indicator of the set. Raises SpecError E132 where no variable is in it."""
+    found = _Reader(text, scope, place).constraint()
+    if all(s.role in ("input", "parameter") for s in found.symbols):
+        message, hint = (
+            f"{text} says nothing about a variable",
+            "what holds for data is declared where they are: positive: true, columns: unit",
+        )
+        raise SpecError("E132", message, place(0, len(text)), hint)
+    return found
 
 
 def parse_signature(text: str, place: Place = nowhere) -> tuple[str, tuple[str, ...]]:
