@@ -70,6 +70,15 @@ def test_cubic_root_of_one():
         assert ((z - p).abs() < 1e-8).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_only_cubic_root_is_right_to_its_last_digits(dtype: torch.dtype):
+    """z³ + p z = q, p > 0, of all sizes of q: the cube roots of Cardano alone are off by 4e-11, in float32 by 2 %."""
+    z = 10 ** torch.linspace(-4, 2, 4000, dtype=torch.float64)
+    p = torch.linspace(0.1, 5, 4000, dtype=torch.float64).roll(1234)
+    found = loaded("cubic_root")(1, 1, 0, p.to(dtype), -(z**3 + p * z).to(dtype)).double()
+    assert ((found - z).abs() / z).max() < 8 * torch.finfo(dtype).eps
+
+
 def test_cubic_root_in_single_precision_does_not_cancel():
     """z³ − v z² − c with v ≪ 0: the positive root is about √(c/|v|)."""
     v = -torch.logspace(0, 3, 50)
