@@ -294,6 +294,15 @@ def test_weakly_convex_with_a_small_step_has_a_threshold_form():
     torch.testing.assert_close(prox(v, **values), whole(v, **values))
 
 
+def test_a_bracket_is_as_wide_as_weak_convexity_needs():
+    """z - t sin z = v has its zero near v / (1 - t) for small v."""
+    prox = derive_prox(sp.cos(u), u, small_step=True)
+    assert [r.kind for p in prox.parts for r in p.roots] == ["bracket"] and prox.mode == "threshold"
+    z = torch.linspace(-7, 7, 201, dtype=torch.float64)
+    for t in (0.5, 0.9, 0.99):
+        assert float((prox(z - t * z.sin(), t) - z).abs().max()) < 1e-9
+
+
 def test_scad_with_a_small_step_has_a_threshold_form():
     prox, whole = (derive_prox(scad(), u, assume=(scad_a > 2,), small_step=s) for s in (True, False))
     v = torch.from_numpy(inputs(300, 20))
