@@ -119,3 +119,10 @@ def test_a_budget_ends_what_has_no_end_and_the_bounds_still_hold(f: sp.Expr, mon
     z = np.linspace(-20, 20, 20001)
     second = np.gradient(np.gradient(sp.lambdify(u, f, "numpy")(z), z), z)[2:-2]
     assert float(c.mu) - 1e-3 <= second.min() and second.max() <= float(c.L) + 1e-3
+
+
+def test_waves_beside_exponentials_keep_real_bounds():
+    c = curvature(sp.cos(2 * u) + sp.exp(-(u**2)), u)
+    z = np.linspace(-9, 9, 9001)
+    second = -4 * np.cos(2 * z) + (4 * z**2 - 2) * np.exp(-(z**2))
+    assert float(c.mu) <= second.min() + 1e-9 and second.max() - 1e-9 <= float(c.L)

@@ -79,7 +79,8 @@ def _kl(x: Tensor, y: Tensor) -> Tensor:
 
 
 NAMES: dict[str, Callable[..., Any]] = {
-    **{n: _of(getattr(torch, n)) for n in ["abs", "exp", "log", "sqrt", "tanh", "sinh", "cosh", "atan", "erf", "sin", "cos", "sign", "sigmoid"]},
+    **{n: _of(getattr(torch, n)) for n in ["abs", "exp", "sqrt", "tanh", "sinh", "cosh", "atan", "erf", "sin", "cos", "sign", "sigmoid"]},
+    "log": _of(lambda x: torch.log(x).where(x != 0, torch.nan)),  # at the edge of the domain: no value
     "softplus": _of(functional.softplus),
     "logistic": _of(lambda x: functional.softplus(-x)),
     "pos": _of(lambda x: x.clamp_min(0)),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unroll.calculus.gradient import gradient
 from unroll.errors import DeriveError, SpecError, Where
-from unroll.language.constructors import split
+from unroll.language.constructors import as_constant, split
 from unroll.language.functions import ELEMENTWISE, FUNCTIONS, SETS, as_expr
 from unroll.language.nodes import Expr, Indicator, walk
 from unroll.language.parse import Macro, Scope, parse, parse_constraint, parse_matrix, parse_signature
@@ -438,3 +438,8 @@ def test_formulas_with_symbolic_sizes_stay_open() -> None:
     e = parse_matrix("sumsq(X - A @ Z) / (2*m*T)", SCOPE)
     assert {s.name for s in e.scalars} >= {"m", "T"} or e.is_scalar
     assert substitute_scalars(e, {M: 4, N: 3, T: 2, K: 2}).is_scalar and N.is_positive
+
+
+@pytest.mark.parametrize("text", ["nuclear(A - A)", "spectral_sum(s**2/(1 + s), 0*A)"])
+def test_singular_values_of_nothing_add_up_to_nothing(text: str) -> None:
+    assert as_constant(parse_matrix(text, DERIVED)) == 0

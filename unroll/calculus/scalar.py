@@ -168,7 +168,7 @@ def extremes(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     """Infimum and supremum of a smooth h on a piece, from its critical points and its limits at the ends; on a grid once the budget is spent."""
     if not signs.afford(h):
         return _sampled(h, piece, u, signs)
-    whole = factored(h.rewrite(sp.exp))
+    whole = factored(h.rewrite([sp.cosh, sp.sinh, sp.tanh], sp.exp))
     if not whole.has(u):
         return Range(whole, whole, "proved", "f'' constant")
     try:

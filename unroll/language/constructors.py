@@ -716,6 +716,8 @@ def spectral(profile: Any, e: Expr) -> Expr:
     profile = number(profile)
     if profile == slot(0) ** 2:
         return total(elementwise(profile, e))
+    if as_constant(e) == 0 and profile.subs(slot(0), 0) == 0:
+        return zeros(1, 1)
     c, core = profile.as_independent(slot(0), as_Add=False)
     if isinstance(e, Transpose):
         e = e.x
