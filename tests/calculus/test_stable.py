@@ -192,17 +192,17 @@ def test_a_primitive_of_numbers_is_a_number_in_the_text(primitive: sp.Expr, valu
     assert float(decimal(primitive)) == pytest.approx(value, rel=1e-15)
 
 
-X, Y_ = sp.symbols("x y", positive=True)
+ONE, TWO = sp.symbols("x y", positive=True)
 MEANING = {
-    sigmoid(X): 1 / (1 + sp.exp(-X)), softplus(X): sp.log(1 + sp.exp(X)), logaddexp(X, Y_): sp.log(sp.exp(X) + sp.exp(Y_)),
-    xlogy(X, Y_): X * sp.log(Y_), entr(X): -X * sp.log(X),
+    sigmoid(ONE): 1 / (1 + sp.exp(-ONE)), softplus(ONE): sp.log(1 + sp.exp(ONE)), logaddexp(ONE, TWO): sp.log(sp.exp(ONE) + sp.exp(TWO)),
+    xlogy(ONE, TWO): ONE * sp.log(TWO), entr(ONE): -ONE * sp.log(ONE),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("stated", MEANING, ids=str)
 def test_slopes_of_stable_primitives_are_those_of_what_they_mean(stated: sp.Expr) -> None:
     """In each argument."""
-    at = {X: sp.Rational(7, 10), Y_: sp.Rational(19, 10)}
+    at = {ONE: sp.Rational(7, 10), TWO: sp.Rational(19, 10)}
     for s in sorted(stated.free_symbols, key=str):
         slope = sp.diff(stated, s).replace(sigmoid, lambda u: 1 / (1 + sp.exp(-u)))
         assert float(abs((slope - sp.diff(MEANING[stated], s)).subs(at).evalf())) < 1e-14
