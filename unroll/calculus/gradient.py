@@ -270,7 +270,8 @@ def _apart(profile: sp.Expr, p: sp.Piecewise, yes: Any, no: Any, by: sp.Symbol) 
 def kinked(profile: sp.Expr, by: frozenset[sp.Symbol]) -> bool:
     """May the slope of the profile in one of these symbols jump or be infinite: a branch, or a root of what can be 0?"""
     branches = profile.atoms(sp.Abs, sp.Max, sp.Min, sp.sign, sp.Piecewise)
-    roots = (p.base for p in profile.atoms(sp.Pow) if not p.exp.is_integer and not p.base.is_positive)
+    powers = (p for p in profile.atoms(sp.Pow) if not p.exp.is_integer and not (p.exp.is_number and p.exp > 1))
+    roots = (p.base for p in powers if not p.base.is_positive)
     return any(x.has(*by) for x in (*branches, *roots))
 
 
