@@ -423,6 +423,9 @@ DEGENERATE: dict[str, Callable[[Tensor], Tensor]] = {
 """Inputs at which formulas end: made of a batch of three."""
 
 
+ANSWERED = "degenerate inputs have answers and slopes"
+
+
 def degenerate(d: Derivation, sample: Sample) -> Iterator[Row]:
     """Of finite inputs the answer is finite, and so are its slopes, or they are refused; a blank sample leaves the others alone."""
     if not d.problem.inputs:
@@ -431,8 +434,8 @@ def degenerate(d: Derivation, sample: Sample) -> Iterator[Row]:
     inputs = sample.taken(net)
     found = {kind: _finite(net, {n: make(x) for n, x in inputs.items()}) for kind, make in DEGENERATE.items()}
     wrong = [f"{kind}: {what}" for kind, what in found.items() if what]
-    told = "; ".join(wrong) or f"finite, slopes too: {len(found)} kinds"
-    yield Row("degenerate inputs", told, "finite or refused", "noted" if wrong else "holds")
+    told = "; ".join(wrong) or f"{len(found)} of {len(found)} kinds"
+    yield Row(ANSWERED, told, "finite", "noted" if wrong else "holds")
     if not found["a blank sample among others"]:
         whole, others = (_answers(net, {n: x[kept] for n, x in inputs.items()}) for kept in (slice(0, 3), [0, 2]))
         worst = max(_gap(a[[0, 2]], b) for a, b in zip(whole, others, strict=True))
