@@ -49,6 +49,12 @@ class where_taken(sp.Function):
 
     nargs = (2,)
 
+    def _eval_is_extended_real(self) -> bool | None:
+        return cast(sp.Expr, self.args[0]).is_extended_real
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return cast(sp.Expr, self.args[0]).is_nonnegative
+
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
