@@ -336,7 +336,9 @@ class Network(nn.Module):
         if named:
             self._refuse_unknown(named)
         if len(batches) > 1:
-            same_samples(batches, [max(batches, key=lambda name: len(batches[name]))])
+            first, *others = batches
+            starts = [] if batches[first] else [n for n in others if not self.takes[n][2]]  # many starts for one sample
+            same_samples(batches, [first, *starts])
         if self.shared_sizes:
             self._check_shared_sizes(out)
         return out
