@@ -543,3 +543,8 @@ def test_constants_with_all_their_digits_meet_in_all_but_the_last():
     v, t, edge = torch.linspace(-5, 5, 41, dtype=torch.float64), 0.6, 3**0.5
     want = torch.where(v.abs() <= edge * (1 + t), v / (1 + t), v - t * edge * v.sign())
     torch.testing.assert_close(p(v, t), want, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_nobody_could_read_is_refused_by_its_length():
+    with pytest.raises(DeriveError, match="operations as it would be evaluated"):
+        derive_prox(sp.sinh(u) / (1 + sp.Abs(sp.sinh(u))), u)

@@ -218,9 +218,10 @@ def check_prox(case: Case) -> None:
                 raise Wrong(f"the prox of {_few(centre)} is {_few(x)}, outside the constraints, t = {t}")
             cost = lambda p, centre=centre, t=t: t * f(p) + (p - centre).square().sum((-2, -1)) / 2
             best, value = lowest(cost, onto, [x, centre, 0 * x])
-            own = float(
-                cost(torch.stack([(1 + s) * x for s in (0, 1e-12, -1e-12)])).min()
-            )  # at a jump: the side it is on
+            sides = cost(
+                torch.stack([(1 + e) * x for e in (0, 1e-12, -1e-12)])
+            )  # at a jump or an edge: the side it is on
+            own = float(sides.nan_to_num(torch.inf).min())
             if not own <= value + 1e-6 * (1 + abs(value)):
                 raise Wrong(
                     f"the prox of {_few(centre)} is {_few(x)} with cost {own:.8g}; {_few(best)} has {value:.8g}, t = {t}"

@@ -16,6 +16,9 @@ from unroll.calculus.signs import Signs
 from unroll.calculus.torch_text import cubic_root, quadratic_root, wright_omega
 from unroll.errors import DeriveError
 
+LONGEST = 64
+"""Operations of a slope whose zeros are found by bisection, every one of them evaluated some forty times."""
+
 
 @dataclass(frozen=True)
 class Root:
@@ -124,6 +127,12 @@ def _lambert(h: sp.Expr, u: sp.Symbol, signs: Signs) -> tuple[Root, ...]:
 def _bracketed(
     G: sp.Expr, named: sp.Expr, piece: Piece, u: sp.Symbol, x: sp.Symbol, signs: Signs, floor: sp.Expr | None
 ) -> tuple[Root, ...]:
+    if (longer := int(sp.count_ops(named))) > LONGEST:
+        raise DeriveError(
+            "E302",
+            f"the slope of {piece.f} has {longer} operations as it would be evaluated: a step with it is not written",
+            hint="write the term in fewer functions of the variable, or use a smooth algorithm",
+        )
     if floor is not None:
         return (Root("bracket", None, *_monotone_bracket(named, piece, u, x, floor)),)
     bends = [b for b in roots_of(sp.diff(G, u, 2), u, signs) if inside(b, piece, signs)]
