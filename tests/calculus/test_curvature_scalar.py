@@ -8,6 +8,7 @@ import sympy as sp
 from prox_catalogue import NONZERO, ROWS, al, eps, gam, hi, huber, lam, lo, mcp, scad, u
 from prox_catalogue import a as scad_a
 
+from unroll.calculus.prox_scalar import derive_prox
 from unroll.calculus.scalar import curvature
 from unroll.calculus.signs import BUDGET, Signs, Undecided
 from unroll.errors import DeriveError
@@ -126,3 +127,10 @@ def test_waves_beside_exponentials_keep_real_bounds():
     z = np.linspace(-9, 9, 9001)
     second = -4 * np.cos(2 * z) + (4 * z**2 - 2) * np.exp(-(z**2))
     assert float(c.mu) <= second.min() + 1e-9 and second.max() - 1e-9 <= float(c.L)
+
+
+def test_what_sympy_cannot_compare_is_undecided():
+    """Of long decimals under a power of 3/2, an imaginary part of 1e-24 was left: an error of SymPy's own."""
+    decimal = sp.Rational(7500000000000001, 25000000000000000)
+    with pytest.raises(DeriveError, match="cannot be put in order"):
+        derive_prox(lam * u**2 / 2 + sp.Abs(u * (al + decimal) - decimal / 1000) ** sp.Rational(3, 2), u)

@@ -374,3 +374,16 @@ def test_a_blank_sample_has_slopes_where_a_length_divides_in_the_case_not_taken(
     (slope,) = torch.autograd.grad(unroll.compile(spec)(y).sum(), y)
     torch.testing.assert_close(slope[0], torch.full((3,), 1 - 0.9**2, dtype=torch.float64))
     assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("formula", ["norm_fro(log(1 + abs(z)/mu))", "sqrt(sum(z**2/(mu + z**2)))"])
+def test_a_root_of_a_sum_with_a_positive_scalar_has_slope_0_at_a_blank_sample(formula: str) -> None:
+    spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "scalars": {"mu": {"default": 0.4, "positive": True}},
+        "minimize": {"f": formula},
+    }
+    z = torch.tensor([[0.0, 0, 0], [1, -2, 3]], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(unroll.loss(spec).terms(z)["f"].sum(), z)
+    assert (slope[0] == 0).all() and slope[1].isfinite().all() and (slope[1] != 0).all()

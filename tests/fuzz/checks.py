@@ -177,7 +177,13 @@ def _at_degenerate_points(
         steady = ((left - near[0]).abs() + (right - near[1]).abs()) <= 1e-3 * size  # no vertical slope, no edge
         size = size + 1e-4 * f(z[None]).abs()  # rounding of differences
         slack = 1e-4 * size + 3 * ((left - near[0]).abs() + (right - near[1]).abs())  # slopes such as |x|^(1/2) at 0
-        low, high = torch.minimum(left, right) - slack, torch.maximum(left, right) + slack
+        beside = oracle.slope(
+            f, z + 1e-6 * torch.randn(64, *z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+        )
+        beside = torch.cat(
+            [left[None], right[None], beside.nan_to_num(0)]
+        )  # Clarke: what gradients beside it are mixed of
+        low, high = beside.amin(0) - slack, beside.amax(0) + slack
         outside = steady & ~((g >= low) & (g <= high))
         smooth = bool(left.isfinite().all() and right.isfinite().all())
         if bool(outside.any()) or (smooth and bool(g.isnan().any())):
@@ -219,7 +225,7 @@ def check_prox(case: Case) -> None:
             cost = lambda p, centre=centre, t=t: t * f(p) + (p - centre).square().sum((-2, -1)) / 2
             best, value = lowest(cost, onto, [x, centre, 0 * x])
             sides = cost(
-                torch.stack([(1 + e) * x for e in (0, 1e-12, -1e-12)])
+                torch.stack([x + e * (1 + x.abs()) for e in (0, 1e-12, -1e-12)])
             )  # at a jump or an edge: the side it is on
             own = float(sides.nan_to_num(torch.inf).min())
             if not own <= value + 1e-6 * (1 + abs(value)):

@@ -248,7 +248,10 @@ def _elementwise(profile: sp.Expr, e: Map, z: Sym) -> Bounds | None:
 def _unscaled(profile: sp.Expr, i: int, count: int) -> tuple[sp.Expr, sp.Expr]:
     """(g, w) with profile(u) = g(w u), w a product of the other arguments, if g is then free of them; else (profile, 1)."""
     w = sp.Mul(*(slot(j) for j in range(count) if j != i and slot(j) in profile.free_symbols))
-    g = sp.simplify(profile.subs(slot(i), slot(i) / w)) if w != 1 else profile
+    try:
+        g = sp.simplify(profile.subs(slot(i), slot(i) / w)) if w != 1 else profile
+    except ValueError:  # SymPy compares cases that are then nothing
+        return profile, sp.Integer(1)
     return (g, w) if not (g.free_symbols & w.free_symbols) else (profile, sp.Integer(1))
 
 

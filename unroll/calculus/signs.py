@@ -74,8 +74,11 @@ class Signs:
             return None
 
     def values(self, expr: sp.Expr) -> list[complex]:
-        """The value of expr at every draw."""
-        return [complex(expr.xreplace(draw)) for draw in self.draws]
+        """The value of expr at every draw. Raises Undecided where SymPy cannot compare what is under a max or a min."""
+        try:
+            return [complex(expr.xreplace(draw)) for draw in self.draws]
+        except ValueError:
+            raise Undecided(expr) from None
 
     def ordered(self, points: Iterable[sp.Expr]) -> list[sp.Expr]:
         """Distinct points, ascending."""

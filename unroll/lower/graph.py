@@ -166,8 +166,9 @@ class Builder:
         families: tuple[tuple[str, sp.Expr], ...] = (),
         plain: bool = False,
         symmetric: bool = False,
+        positive: bool = False,
     ) -> Ref:
-        node = Node(op, (), (name, *shape), shape, batched, families, stage, plain, symmetric)
+        node = Node(op, (), (name, *shape), shape, batched, families, stage, plain, symmetric, positive)
         return self._intern(node)
 
     def copy(self, node: Node) -> Ref:
@@ -631,7 +632,7 @@ def _leaves(problem: Problem, b: Builder) -> dict[Sym | sp.Symbol, Ref]:
     for s in problem.inputs:
         env[s] = _tokens(b, "input", s, Stage.PROLOGUE, _family(s))
     for s in problem.scalars:
-        env[s] = b.leaf("scalar", s.name, (ONE, ONE), Stage.SETUP)
+        env[s] = b.leaf("scalar", s.name, (ONE, ONE), Stage.SETUP, positive=bool(s.is_positive))
     for s, n in problem.dims.items():
         dynamic = n == "dynamic"
         env[s] = b.leaf("dim", s.name, (ONE, ONE), Stage.PROLOGUE if dynamic else Stage.CONSTANT, plain=True)

@@ -64,6 +64,7 @@ class Node:
     stage: Stage = Stage.CONSTANT
     plain: bool = False
     symmetric: bool = False
+    positive: bool = False
 
     @property
     def tags(self) -> Tags:

@@ -567,7 +567,7 @@ def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         nonlocal count
         if node.op != "map":
             return None
-        known = {slot(i): sp.Dummy(nonnegative=_nonnegative(b, r) or None, real=True) for i, r in enumerate(inputs)}
+        known = {slot(i): _signed(b, r) for i, r in enumerate(inputs)}
         found = {p: power(p.base, p.exp) for p in node.attrs[0].atoms(sp.Pow) if _ends_at_zero(p, known)}
         if not found:
             return None
@@ -584,6 +584,13 @@ def _ends_at_zero(p: sp.Pow, known: Mapping[sp.Symbol, sp.Dummy]) -> bool:
     return bool(p.exp.is_Rational and 0 < p.exp < 1 and base.is_nonnegative and not base.is_positive)
 
 
+def _signed(b: Builder, ref: Ref) -> sp.Dummy:
+    """A symbol with the sign that is known of a value."""
+    if b.nodes[ref.node].positive:
+        return sp.Dummy(positive=True)
+    return sp.Dummy(nonnegative=_nonnegative(b, ref) or None, real=True)
+
+
 def _nonnegative(b: Builder, ref: Ref) -> bool:
     """Is a value at least 0 by the way it is made?"""
     node = b.nodes[ref.node]
@@ -597,9 +604,7 @@ def _nonnegative(b: Builder, ref: Ref) -> bool:
         case "add":
             return all(c > 0 for c in node.attrs[0]) and all(_nonnegative(b, r) for r in node.inputs)
         case "map":
-            known = {
-                slot(i): sp.Dummy(nonnegative=_nonnegative(b, r) or None, real=True) for i, r in enumerate(node.inputs)
-            }
+            known = {slot(i): _signed(b, r) for i, r in enumerate(node.inputs)}
             return bool(node.attrs[0].xreplace(known).is_nonnegative)
         case _:
             return False
