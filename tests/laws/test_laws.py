@@ -197,3 +197,15 @@ def test_a_direction_is_told_by_what_it_does_to_the_objective(goal, update, verd
     spec = {k: v for k, v in NEUMANN.items() if k not in ("minimize", "unroll")} | {goal: fit, "unroll": unrolled}
     (row,) = [r for r in unroll.check(spec).rows if r.law.startswith("first-order change")]
     assert row.verdict == verdict
+
+
+@pytest.mark.parametrize("weight", ["stop_gradient(spectral(L))", "stop_gradient(norm_fro(L))", "sumsq(D)"])
+def test_a_weight_that_is_held_or_made_of_data_is_checked_too(weight: str):
+    spec = {
+        "dims": {"m": 5, "T": 4},
+        "variables": {"L": ["m", "T"]},
+        "inputs": {"D": ["m", "T"]},
+        "scalars": {"l1": 0.3},
+    }
+    spec |= {"minimize": {"fit": "1/2*sumsq(D - L)", "low_rank": f"l1*{weight}*nuclear(L)"}}
+    assert_holds(unroll.check({**spec, "unroll": {"layers": 3, "algorithm": "proximal_gradient"}}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from unroll.api import Source, compile_layers, read
 from unroll.calculus import prox as proximal
 from unroll.calculus.gradient import gradient
-from unroll.derivation.algorithms import LIPSCHITZ, STEP, state_of
+from unroll.derivation.algorithms import LIPSCHITZ, STEP, Part, state_of
 from unroll.derivation.derive import Derivation, Half, derive
 from unroll.derivation.rewrites.record import Applied, Site
 from unroll.derivation.step import LAYER, Assign
@@ -173,11 +173,16 @@ class Sample:
         return out
 
     def feasible(self, half: Half, values: dict[Sym, Tensor]) -> Tensor:
-        rest = add(*(p.e for p in half.parts if not p.descended and p.proximal is not None))
+        parts = [p for p in half.parts if not p.descended and p.proximal is not None]
+        rest, held = add(*(p.weighed for p in parts)), self.held(parts, values)
         step = scalar("step", positive=True)
         start = proximal.replace_role(half.variable)
         node = prox(rest, half.variable, step, start)
-        return evaluate(node, {**values, start: values[half.variable]}, {**self.numbers, **self.sizes, step: 0.1})
+        return self.at(node, {**values, start: values[half.variable]}, {**held, step: 0.1})
+
+    def held(self, parts: Iterable[Part], values: dict[Sym, Tensor]) -> dict[sp.Symbol, Any]:
+        """What stands before terms that have a prox with a name in its place."""
+        return {p.weight[0]: float(self.at(p.weight[1], values)) for p in parts if p.weight is not None}
 
     def at(self, e: Expr, values: dict[Sym, Tensor], extra: dict[sp.Symbol, Any] | None = None) -> Tensor:
         return evaluate(e, values, {**self.numbers, **self.sizes, **(extra or {})})
@@ -281,10 +286,10 @@ def proxes(d: Derivation, sample: Sample) -> Iterator[Row]:
             yield Row(f"scalar prox of {pretty(node.term)}", found.scalar.proof, "brute force", "holds")
 
 
-def _excess(half: Half, rest: list[Any], sample: Sample, t: float) -> float:
+def _excess(half: Half, rest: list[Part], sample: Sample, t: float) -> float:
     """How much lower than at the derived prox the cost is at any of many points."""
     z, worst = half.variable, 0.0
-    e, step, start = add(*(p.e for p in rest)), scalar("step", positive=True), proximal.replace_role(z)
+    e, step, start = add(*(p.weighed for p in rest)), scalar("step", positive=True), proximal.replace_role(z)
     node = prox(e, z, step, start)
 
     def draw_like(x: Tensor) -> Tensor:
@@ -292,15 +297,15 @@ def _excess(half: Half, rest: list[Any], sample: Sample, t: float) -> float:
 
     for _ in range(DRAWS // 4):
         values = sample.values(half)
-        v = draw_like(values[z]) * 2
-        best = sample.at(node, {**values, start: v}, {step: t})
-        cost = lambda x, values=values, v=v: (
-            t * float(sample.at(e, {**values, z: x})) + float((x - v).square().sum()) / 2
+        v, held = draw_like(values[z]) * 2, sample.held(rest, values)
+        best = sample.at(node, {**values, start: v}, {**held, step: t})
+        cost = lambda x, values=values, v=v, held=held: (
+            t * float(sample.at(e, {**values, z: x}, held)) + float((x - v).square().sum()) / 2
         )
         low = cost(best)
         near = [best + size * draw_like(best) for size in (1e-3, 1e-2, 0.1, 1.0) for _ in range(4)]
         inside = [
-            sample.at(node, {**values, start: x}, {step: 1e-6}) for x in near
+            sample.at(node, {**values, start: x}, {**held, step: 1e-6}) for x in near
         ]  # feasible where there are constraints
         costs = [cost(x) for x in (*near, *inside, v, torch.zeros_like(v))]
         worst = max([worst, *(low - c for c in costs if c < float("inf"))]) if low < float("inf") else float("inf")
