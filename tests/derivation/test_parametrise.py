@@ -406,3 +406,15 @@ def test_a_scalar_is_not_named_as_what_an_algorithm_works_out(name: str) -> None
     with pytest.raises(unroll.UnrollError, match=f"'{name}' is a number that the algorithm works out") as refusal:
         unroll.compile(TWO_BLOCKS.format(scalar=name, first="", second=""))
     assert refusal.value.code == "E213"
+
+
+def test_a_step_whose_constant_depends_on_an_input_has_no_start_as_a_parameter() -> None:
+    spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "inputs": {"y": ["n"]},
+        "minimize": {"f": "sumsq(z - 1)/(1 + sumsq(y))"},
+    }
+    unrolled = {"algorithm": "gradient_descent", "step": "1/L", "layers": 2, "learn": {"a": {"replaces": "step"}}}
+    with pytest.raises(SpecError, match="depends on y: it has no value to start at"):
+        unroll.derive({**spec, "unroll": unrolled})

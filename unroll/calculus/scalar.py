@@ -166,6 +166,8 @@ def _end_jumps(profile: Profile, signs: Signs) -> Iterator[int]:
 
 def extremes(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     """Infimum and supremum of a smooth h on a piece, from its critical points and its limits at the ends; on a grid once the budget is spent."""
+    if h.has(sp.DiracDelta):
+        return Range(-sp.oo, sp.oo, "sampled", "f'' of a sign")
     if not signs.afford(h):
         return _sampled(h, piece, u, signs)
     whole = factored(h.rewrite([sp.cosh, sp.sinh, sp.tanh], sp.exp))

@@ -406,13 +406,24 @@ def _note(a: Assign) -> str:
     return f"{_name(a.target)} <- {text(a.value)}" if a.note and isinstance(a.value, Expr) else a.note
 
 
+def _read_by(value: Value, step: Step) -> set[Sym | sp.Basic]:
+    """Every symbol that a value is made of, those of the definitions it reads among them: of a step 1/L, what L is made of."""
+    defined = {_name(a.target): a.value for a in step.definitions}
+    found, todo = set[Sym | sp.Basic](), [value]
+    while todo:
+        e = todo.pop()
+        new = {*(e.symbols if isinstance(e, Expr) else e.free_symbols)} - found
+        found |= new
+        todo += [defined[name] for s in new if (name := str(getattr(s, "name", s))) in defined]
+    return found
+
+
 def _has_start(w: _Wanted, step: Step) -> None:
     """What a parameter takes the place of has a value before the network runs, or the spec says where its start comes from."""
-    record, value = w.record, w.value
-    if not isinstance(value, Expr):
-        return
+    record = w.record
     moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
-    depends_on = sorted(s.name for s in value.symbols if (s.role == "state" and s.name in moving) or s.role == "input")
+    read = [s for s in _read_by(w.value, step) if isinstance(s, Sym)]
+    depends_on = sorted(s.name for s in read if (s.role == "state" and s.name in moving) or s.role == "input")
     if depends_on and record.init == "value":
         hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
         raise SpecError(
