@@ -176,13 +176,13 @@ def test_what_a_network_is_made_with_is_of_its_kind(given, message):
 
 
 def test_a_start_is_of_the_samples_that_come_in():
-    net = unroll.compile("lista", dims={"m": 4, "n": 6}, overrides=["unroll.layers=2"])
-    x, z = torch.randn(5, 4), torch.randn(6)
+    net = unroll.compile("lista", dims={"m": 4, "n": 6}, overrides=["unroll.layers=2"], dtype=torch.float64)
+    x, z = torch.randn(5, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     assert torch.allclose(net(x, z=z), net(x, z=z.expand(5, 6)))
     assert torch.allclose(net(x[0], z=z.expand(5, 6)), net(x[0].expand(5, 4), z=z))
     for batch in ((4,), (1,), (5, 1)):
         with pytest.raises(UnrollError, match="E404.*batch axes"):
-            net(x, z=torch.zeros(*batch, 6))
+            net(x, z=torch.zeros(*batch, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -190,15 +190,12 @@ class Sample:
 
 def _gap(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the larger of 1 and the largest entry."""
-    if a.numel() == 0:
-        return 0.0
     a, b = a.detach(), b.detach()
     same = (a == b) | (a.isnan() & b.isnan())
-    return (
-        float(torch.where(same, 0, (a - b).abs()).max() / b[b.isfinite()].abs().max().clamp_min(1))
-        if b.isfinite().any()
-        else float("inf")
-    )
+    if same.all():
+        return 0.0
+    size = b[b.isfinite()].abs().max().clamp_min(1) if b.isfinite().any() else 0.0
+    return float(torch.where(same, 0, (a - b).abs()).max() / size)
 
 
 def _verdict(holds: bool) -> str:
