@@ -8,7 +8,7 @@ from typing import Any
 import sympy as sp
 from torch import Tensor, finfo, linalg
 
-from unroll.calculus.prox import why_empty
+from unroll.calculus.prox import interval, why_empty
 from unroll.errors import UnrollError
 from unroll.language.constructors import swap
 from unroll.language.nodes import Expr, Indicator, walk
@@ -39,15 +39,10 @@ def _between(problem: Problem, known: Mapping[sp.Symbol, Any]) -> dict[Expr, tup
     """What is bounded entry by entry, and the bounds of all its constraints together."""
     found: dict[Expr, tuple[sp.Expr, sp.Expr]] = {}
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
-        match x.set, [swap(p, known) for p in x.params if isinstance(p, sp.Expr)]:
-            case "nonneg" | "simplex", []:
-                ends = sp.Integer(0), sp.oo
-            case "box", [low, high]:
-                ends = low, high
-            case "ball_inf", [r]:
-                ends = -r, r
-            case _:
-                continue
+        params = [p if isinstance(p, Expr) else swap(p, known) for p in x.params]
+        ends = interval("nonneg" if x.set == "simplex" else x.set, params)  # a simplex too has no entry below 0
+        if ends is None:
+            continue
         low, high = found.get(x.x, (-sp.oo, sp.oo))
         found[x.x] = sp.Max(low, ends[0]), sp.Min(high, ends[1])
     return found
