@@ -209,3 +209,17 @@ def test_a_weight_that_is_held_or_made_of_data_is_checked_too(weight: str):
     }
     spec |= {"minimize": {"fit": "1/2*sumsq(D - L)", "low_rank": f"l1*{weight}*nuclear(L)"}}
     assert_holds(unroll.check({**spec, "unroll": {"layers": 3, "algorithm": "proximal_gradient"}}))
+
+
+@pytest.mark.parametrize(
+    ("minimize", "told"),
+    [
+        ("1/2*sumsq(z - x) + 0.01*sum(sqrt(x**2))", "6 of 6 kinds"),
+        ("1/2*sumsq(z - 1/x)", "zeros: the answer is not finite"),
+    ],
+)
+def test_degenerate_inputs_are_told_of(minimize: str, told: str):
+    spec = {"dims": {"n": 4}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": {"f": minimize}}
+    found = unroll.check({**spec, "unroll": {"layers": 2, "algorithm": "gradient_descent", "step": 0.5}})
+    (row,) = [r for r in found.rows if r.law == laws.ANSWERED]
+    assert told in row.measured and (row.verdict == "holds") == ("kinds" in told)

@@ -426,6 +426,7 @@ DEGENERATE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 ANSWERED = "degenerate inputs have answers and slopes"
+REFUSED = "refused in words"
 
 
 def degenerate(d: Derivation, sample: Sample) -> Iterator[Row]:
@@ -435,8 +436,10 @@ def degenerate(d: Derivation, sample: Sample) -> Iterator[Row]:
     net = sample.network(d.spec)
     inputs = sample.taken(net)
     found = {kind: _finite(net, {n: make(x) for n, x in inputs.items()}) for kind, make in DEGENERATE.items()}
-    wrong = [f"{kind}: {what}" for kind, what in found.items() if what]
-    told = "; ".join(wrong) or f"{len(found)} of {len(found)} kinds"
+    refused = [kind for kind, what in found.items() if what == REFUSED]
+    wrong = [f"{kind}: {what}" for kind, what in found.items() if what not in ("", REFUSED)]
+    answered = f"{len(found) - len(refused)} of {len(found)} kinds"
+    told = "; ".join([*wrong, *(f"{kind}: {REFUSED}" for kind in refused)] or [answered])
     yield Row(ANSWERED, told, "finite", "noted" if wrong else "holds")
     if not found["a blank sample among others"]:
         whole, others = (_answers(net, {n: x[kept] for n, x in inputs.items()}) for kept in (slice(0, 3), [0, 2]))
@@ -450,12 +453,12 @@ def _answers(net: Network, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def _finite(net: Network, inputs: dict[str, Tensor]) -> str:
-    """What is not finite; nothing where all is, or where the input is refused."""
+    """What is not finite, or that the input is refused; nothing where all is finite."""
     inputs = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     try:
         out = _answers(net, inputs)
     except UnrollError:
-        return ""
+        return REFUSED
     if not all(o.isfinite().all() for o in out):
         return "the answer is not finite"
     named = {**inputs, **dict(net.named_parameters())}
