@@ -98,8 +98,8 @@ def _matrix(x: Tensor, tags: list[str]) -> Tensor:
     return x if len(tags) == 2 else x.unsqueeze(-2 if tags == ["c"] else -1) if tags else x[..., None, None]
 
 
-def function(case: Case) -> Callable[[Tensor], Tensor]:
-    return oracle.function(case.document["minimize"].values(), case.names, case.variable)
+def function(case: Case, names: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
+    return oracle.function(case.document["minimize"].values(), {**case.names, **(names or {})}, case.variable)
 
 
 def _differ(found: Tensor, want: Tensor, tolerance: float = EXACT) -> bool:
@@ -127,7 +127,8 @@ def check_gradient(case: Case) -> None:
     taken = Part("t", r.cost, r.z).differentiable  # else no algorithm takes its gradient
     compared = _at_random_points(run, f, points, taken)
     if "stop_gradient" not in case.yaml:  # differences move what is held
-        compared += _at_degenerate_points(run, f, degenerate(case), taken)
+        kinks = function(case, oracle.beside_kinks(1e-6))
+        compared += _at_degenerate_points(run, f, kinks, degenerate(case), taken)
     if not compared:
         raise Nothing("no point lies in the domain")
 
@@ -162,7 +163,11 @@ def degenerate(case: Case) -> list[Tensor]:
 
 
 def _at_degenerate_points(
-    run: Callable[[Tensor], dict[str, Tensor]], f: Callable[[Tensor], Tensor], at: list[Tensor], taken: bool
+    run: Callable[[Tensor], dict[str, Tensor]],
+    f: Callable[[Tensor], Tensor],
+    kinks: Callable[[Tensor], Tensor],
+    at: list[Tensor],
+    taken: bool,
 ) -> int:
     compared = 0
     for z in at:
@@ -177,12 +182,11 @@ def _at_degenerate_points(
         steady = ((left - near[0]).abs() + (right - near[1]).abs()) <= 1e-3 * size  # no vertical slope, no edge
         size = size + 1e-4 * f(z[None]).abs()  # rounding of differences
         slack = 1e-4 * size + 3 * ((left - near[0]).abs() + (right - near[1]).abs())  # slopes such as |x|^(1/2) at 0
-        beside = oracle.slope(
-            f, z + 1e-6 * torch.randn(64, *z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
-        )
-        beside = torch.cat(
-            [left[None], right[None], beside.nan_to_num(0)]
-        )  # Clarke: what gradients beside it are mixed of
+        around = z + 1e-6 * torch.randn(64, *z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+        mixed = [
+            oracle.slope(g, around).nan_to_num(0) for g in (f, kinks)
+        ]  # Clarke: what slopes beside it are mixed of
+        beside = torch.cat([left[None], right[None], *mixed])
         low, high = beside.amin(0) - slack, beside.amax(0) + slack
         outside = steady & ~((g >= low) & (g <= high))
         smooth = bool(left.isfinite().all() and right.isfinite().all())

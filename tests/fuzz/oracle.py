@@ -126,6 +126,26 @@ NAMES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+KINKED = ("abs", "pos", "maximum", "minimum", "norm1", "norm_inf", "max_entry", "tv")
+
+
+def beside_kinks(size: float) -> dict[str, Callable[..., Any]]:
+    """The functions that have kinks, each a little beside its argument, on a side of its own at each entry and call.
+
+    At a tie inside a tie the chain rule takes a slope of each by itself: pos(minimum(x, x/2)) may have 0, 1/2, 1 at 0.
+    """
+    chance = torch.Generator().manual_seed(0)
+
+    def moved(name: str) -> Callable[..., Any]:
+        def f(x: Any, *others: Any) -> Any:
+            x = torch.broadcast_tensors(wide(x), *map(wide, others))[0] if others else wide(x)
+            return NAMES[name](x + size * torch.randn(x.shape, generator=chance, dtype=x.dtype), *others)
+
+        return f
+
+    return {n: moved(n) for n in KINKED}
+
+
 class Swapped(ast.NodeTransformer):
     """`x.T` of a batch, and products as calls of `times` where those of Python mean something else."""
 
