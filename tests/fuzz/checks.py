@@ -173,9 +173,9 @@ def _at_degenerate_points(
     for z in at:
         if not bool(f(z[None]).isfinite()):
             continue
-        at = z[None].clone().requires_grad_()
-        value = run(at)["value"].sum()
-        (g,) = torch.autograd.grad(value, at, materialize_grads=True) if value.requires_grad else (0 * z[None],)
+        leaf = z[None].clone().requires_grad_()
+        value = run(leaf)["value"].sum()
+        (g,) = torch.autograd.grad(value, leaf, materialize_grads=True) if value.requires_grad else (0 * z[None],)
         g, derived = g[0], run(z[None])["slope"].expand(1, *z.shape)[0]
         (left, right), near = oracle.sides(f, z), oracle.sides(f, z, 1e-5)
         size = torch.stack([left.abs(), right.abs()]).amax(0).clamp_min(1)
