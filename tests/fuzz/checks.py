@@ -182,10 +182,8 @@ def _at_degenerate_points(
         steady = ((left - near[0]).abs() + (right - near[1]).abs()) <= 1e-3 * size  # no vertical slope, no edge
         size = size + 1e-4 * f(z[None]).abs()  # rounding of differences
         slack = 1e-4 * size + 3 * ((left - near[0]).abs() + (right - near[1]).abs())  # slopes such as |x|^(1/2) at 0
-        around = z + 1e-6 * torch.randn(64, *z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
-        mixed = [
-            oracle.slope(g, around).nan_to_num(0) for g in (f, kinks)
-        ]  # Clarke: what slopes beside it are mixed of
+        noise = torch.randn(64, *z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+        mixed = [oracle.slope(h, z + far * noise).nan_to_num(0) for h, far in ((f, 1e-6), (kinks, 1e-9))]  # Clarke
         beside = torch.cat([left[None], right[None], *mixed])
         low, high = beside.amin(0) - slack, beside.amax(0) + slack
         outside = steady & ~((g >= low) & (g <= high))

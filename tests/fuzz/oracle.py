@@ -139,7 +139,10 @@ def beside_kinks(size: float) -> dict[str, Callable[..., Any]]:
     def moved(name: str) -> Callable[..., Any]:
         def f(x: Any, *others: Any) -> Any:
             x = torch.broadcast_tensors(wide(x), *map(wide, others))[0] if others else wide(x)
-            return NAMES[name](x + size * torch.randn(x.shape, generator=chance, dtype=x.dtype), *others)
+            noise = torch.randn(x.shape, generator=chance, dtype=x.dtype)
+            if len(noise) > 2:  # all ties one way, all the other
+                noise[0], noise[1] = 1, -1
+            return NAMES[name](x + size * noise, *others)
 
         return f
 

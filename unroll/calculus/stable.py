@@ -358,17 +358,22 @@ def _times_log(e: sp.Mul) -> sp.Expr:
 
 
 def _with_zero(m: sp.Expr, g: sp.Expr) -> sp.Expr:
-    powers = [f.as_base_exp() for f in sp.Mul.make_args(g)]
-    if not any(_carries(m, b) for b, _ in powers):
+    c, rest = g.as_coeff_Mul()
+    powers = [f.as_base_exp() for f in sp.Mul.make_args(rest)]
+    signed = [p for b, p in powers if not (p.is_even or b.is_nonnegative)]
+    joined = sum(bool(p.is_positive) for p in signed) > 1  # log(a b) is not log a + log b where both are negative
+    turned = c < 0 and not (len(signed) == 1 and signed[0].is_odd)
+    if not any(_carries(m, b) for b, _ in powers) or joined or turned:  # a/b is that of kl: neither is negative
         return xlogy(m, g)
-    return sp.Add(*(p * _with_power(m, b, p) for b, p in powers))
+    terms = [p * _with_power(m, b, p, -1 if c < 0 and p is signed[0] else 1) for b, p in powers]
+    return m * sp.log(abs(c)) + sp.Add(*terms)
 
 
-def _with_power(m: sp.Expr, b: sp.Expr, p: sp.Expr) -> sp.Expr:
-    """m log b, where the log of b^p was meant: that of |b| where p is even."""
+def _with_power(m: sp.Expr, b: sp.Expr, p: sp.Expr, sign: int) -> sp.Expr:
+    """m log(sign b), where the log of b^p was meant: that of |b| where p is even."""
     if b.is_positive:
         return m * sp.log(b)
-    return xlogy(m, sp.Abs(b)) if p.is_even and not b.is_nonnegative else _of_zero(m, b)
+    return xlogy(m, sp.Abs(b)) if p.is_even and not b.is_nonnegative else _of_zero(m, b, sign)
 
 
 def _carries(m: sp.Expr, b: sp.Expr) -> bool:
@@ -376,6 +381,6 @@ def _carries(m: sp.Expr, b: sp.Expr) -> bool:
     return not b.is_number and any(f.as_base_exp()[0] == b for f in sp.Mul.make_args(m))
 
 
-def _of_zero(m: sp.Expr, b: sp.Expr) -> sp.Expr:
-    rest = m / b
-    return -rest * entr(b) if not rest.has(b) else xlogy(m, b)
+def _of_zero(m: sp.Expr, b: sp.Expr, sign: int) -> sp.Expr:
+    rest = sign * m / b
+    return -rest * entr(sign * b) if not rest.has(b) else xlogy(m, sign * b)
