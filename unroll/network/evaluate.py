@@ -251,16 +251,12 @@ class Evaluator:
 
     def shifts(self, x: Tensor, adjoint: bool, sizes: list[int]) -> Tensor:
         """Column (n, s) is column n with its places moved on by s; the adjoint moves back and sums over s."""
-        axes = tuple(range(-1 - len(sizes), -1))
-        moves = list(product(*map(range, sizes)))
+        came = _moved(*sizes)
         if adjoint:
-            parts = x.unflatten(-1, (-1, len(moves))).unbind(-1)
-            rolled = [
-                p.unflatten(-2, (-1, *sizes)).roll([-n for n in s], axes) for p, s in zip(parts, moves, strict=True)
-            ]
-            return torch.stack(rolled).sum(0).flatten(-2 - len(sizes), -2)
-        rolled = [x.unflatten(-2, (-1, *sizes)).roll(s, axes).flatten(-2 - len(sizes), -2) for s in moves]
-        return torch.stack(rolled, -1).flatten(-2)
+            parts = x.unflatten(-2, (-1, len(came))).unflatten(-1, (-1, len(came)))
+            back = came.argsort(0)[:, None, :]
+            return torch.take_along_dim(parts, back.expand(parts.shape), -3).sum(-1).flatten(-3, -2)
+        return x.unflatten(-2, (-1, len(came)))[..., came, :].mT.flatten(-2).flatten(-3, -2)
 
     def seen(self, x: Tensor, axis: int) -> Tensor:
         """Scores of a causal softmax: -inf where what is looked at comes after what looks."""
@@ -355,6 +351,14 @@ def _frequencies(*sizes: int) -> Tensor:
         k = torch.arange(n, dtype=torch.float64)
         one = torch.kron(one, torch.exp(-2j * torch.pi / n * k.outer(k)) / n**0.5)
     return one
+
+
+@cache
+def _moved(*sizes: int) -> Tensor:
+    """Which place comes to place t when all are moved on by s: (t, s)."""
+    places = torch.arange(prod(sizes)).reshape(sizes)
+    moves = product(*map(range, sizes))
+    return torch.stack([places.roll(s, tuple(range(len(sizes)))).flatten() for s in moves], -1)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
