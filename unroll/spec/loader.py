@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import yaml
 
@@ -46,8 +47,12 @@ WRITE_OUT = "write the value out where it is needed; a formula that starts with 
 QUOTE_IT = 'put the formula in double quotes, or on the next line after "|"'
 
 
+@lru_cache(maxsize=256)
 def parse(data: str | bytes, file: str, shown: Source | None = None) -> Node:
-    """The tree of one YAML document; places are cited from `shown`. Raises SpecError E006, E010 to E026."""
+    """The tree of one YAML document; places are cited from `shown`. Raises SpecError E006, E010 to E026.
+
+    Remembered: trees do not change, and the same files of the library are read again and again.
+    """
     text = _decode(data, file)
     source = shown or Source(file, tuple(BREAK.split(text)))
     if len(text) > MAX_LENGTH:
