@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -32,3 +33,5 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: not to be looked through at every collection
+    gc.set_threshold(20_000, 20, 20)

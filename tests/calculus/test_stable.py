@@ -175,7 +175,12 @@ def test_what_vanishes_times_a_log_has_the_log_for_its_slope() -> None:
 )
 def test_a_log_is_split_where_its_factors_have_a_sign_only(formula: str) -> None:
     """log(a b) = log a + log b is false where both are negative: the formula as it is written, in numbers of Python."""
-    spec = {"dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": {"f": f"sum({formula} + x)"}}
+    spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "inputs": {"x": ["n"]},
+        "minimize": {"f": f"sum({formula} + x)"},
+    }
     net = unroll.loss(spec)
     z, x = torch.tensor([-0.5, -2.0, -3.0], dtype=torch.float64), torch.tensor([-1.0, -0.3, -5.0], dtype=torch.float64)
     want = eval(f"{formula} + x", {"log": torch.log, "z": z, "x": x}).sum()

@@ -25,7 +25,8 @@ def outcome(source: bytes | str | dict[str, object], overrides: tuple[str, ...] 
         for error in (e, *e.others):
             assert error.code.startswith(("E0", "E2"))
             assert not error.where or inside(error.where)
-        assert not any(c in str(e) for c in "\x00\x1b\x07")
+        told = str(e)
+        assert not any(c in told for c in "\x00\x1b\x07")
 
 
 def inside(where: Where) -> bool:
