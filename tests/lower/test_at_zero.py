@@ -113,3 +113,16 @@ def test_zero_stays_zero_on_the_sphere_and_nobody_else_is_touched() -> None:
     slope = torch.autograd.grad(found.pow(3).sum(), net.W)[0]
     assert torch.allclose(slope, torch.autograd.grad(net(X0)[[0, 2, 3]].pow(3).sum(), net.W)[0])
     assert sum(net.objective(Z=found, X=x).values()).isinf(), "0 is not on the sphere, and the objective says so"
+
+
+@pytest.mark.parametrize("term", ["group_norm(normalize(X, axis=0), axis=1)", "group_norm(X / (2*norm1(X)), axis=1)"])
+def test_a_row_of_zeros_leaves_the_slopes_of_the_others_alone(term: str) -> None:
+    """Squares over a sum of squares, which may be 0: under the root they are not less than 0."""
+    x = X0.clone()
+    x[:, 1] = 0
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(loss_of(term)(x), x)
+    kept = X0[:, [0, 2]].clone().requires_grad_()
+    y = kept / kept.norm(dim=1, keepdim=True) if "normalize" in term else kept / (2 * kept.abs().sum())
+    (want,) = torch.autograd.grad(y.norm(dim=0).sum(), kept)
+    assert torch.allclose(slope[:, [0, 2]], want, atol=1e-10) and slope[:, 1].isfinite().all()

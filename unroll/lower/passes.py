@@ -580,8 +580,14 @@ def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
 def _ends_at_zero(p: sp.Pow, known: Mapping[sp.Symbol, sp.Dummy]) -> bool:
     """Is it a root of what can be 0 but not less, within the values that its symbols may have?"""
-    base = p.base.xreplace(dict(known))
+    base = _finite(swap(p.base, known))
     return bool(p.exp.is_Rational and 0 < p.exp < 1 and base.is_nonnegative and not base.is_positive)
+
+
+def _finite(e: sp.Expr) -> sp.Expr:
+    """e where it has a value: there 1 over what is not negative is not, which SymPy leaves open for what may be 0."""
+    over = {p for p in e.atoms(sp.Pow) if p.exp.is_negative and p.base.is_nonnegative and not p.base.is_positive}
+    return cast(sp.Expr, e.xreplace({p: sp.Dummy(nonnegative=True) for p in over}))
 
 
 def _signed(b: Builder, ref: Ref) -> sp.Dummy:
@@ -605,7 +611,7 @@ def _nonnegative(b: Builder, ref: Ref) -> bool:
             return all(c > 0 for c in node.attrs[0]) and all(_nonnegative(b, r) for r in node.inputs)
         case "map":
             known = {slot(i): _signed(b, r) for i, r in enumerate(node.inputs)}
-            return bool(node.attrs[0].xreplace(known).is_nonnegative)
+            return bool(_finite(node.attrs[0].xreplace(known)).is_nonnegative)
         case _:
             return False
 
