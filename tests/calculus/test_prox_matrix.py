@@ -438,6 +438,8 @@ REFUSED = {
     "lam*norm1(q); q in simplex": "no rule joins them",
     "q in ball1(r); q in ball2(r)": "no rule joins them",
     "q in simplex; q in box(lo, hi)": "no rule joins them",
+    "sum(q**2/(1 + abs(q))); q in simplex": "no rule joins them",
+    "sum(q**2*atan(q)**2) + norm2(q)": "no rule joins them",
     "lam*norm2(q); q in box(lo, hi)": "no rule joins them",
     "lam*norm2(q - w) + mu*norm1(q)": "no rule joins them",
     "lam*norm2(q) - mu*norm1(q)": "no rule joins them",
@@ -464,3 +466,16 @@ def test_what_no_rule_covers_is_refused_with_the_reason(text: str) -> None:
         proximable(term, variable(term))
     assert refused.value.code == "E302"
     assert REFUSED[text] in refused.value.message
+
+
+def test_a_term_that_is_refused_is_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[sp.Expr] = []
+
+    def refuse(f: sp.Expr, *_: object) -> None:
+        asked.append(f)
+        raise DeriveError("E302", "not this one")
+
+    monkeypatch.setattr("unroll.calculus.prox.derive_prox", refuse)
+    with pytest.raises(DeriveError, match="not this one"):
+        proximable(read("sum(cosh(sinh(q)))"), q)
+    assert len(asked) == 1

@@ -15,8 +15,10 @@ from prox_catalogue import NONZERO, PEAKED, ROWS, UNSEEN, Row, abs_u, al, eps, g
 from prox_catalogue import a as scad_a
 
 import unroll
+from unroll.calculus.pieces import roots_of
 from unroll.calculus.prox_function import ScalarProx
 from unroll.calculus.prox_scalar import derive_prox
+from unroll.calculus.signs import BUDGET, Signs
 from unroll.calculus.torch_functions import source_of
 from unroll.errors import DeriveError
 
@@ -548,3 +550,35 @@ def test_constants_with_all_their_digits_meet_in_all_but_the_last():
 def test_a_step_that_nobody_could_read_is_refused_by_its_length():
     with pytest.raises(DeriveError, match="operations as it would be evaluated"):
         derive_prox(sp.sinh(u) / (1 + sp.Abs(sp.sinh(u))), u)
+
+
+def test_a_slope_with_many_bends_is_refused_before_it_grows(monkeypatch: pytest.MonkeyPatch):
+    f = sp.log(1 + ((u - sp.Rational(1, 10)) / (1 + (u - sp.Rational(1, 1000)) ** 2)) ** 2)
+    sizes: list[int] = []
+    afford = Signs.afford
+    monkeypatch.setattr(Signs, "afford", lambda s, e, *n: sizes.append(sp.count_ops(e)) or afford(s, e, *n))
+    with pytest.raises(DeriveError, match="bends 5 times"):
+        derive_prox(f, u)
+    assert 0 < max(sizes) < BUDGET
+
+
+@pytest.mark.parametrize("f", [u**3 * sp.log(u) / 3 - u**3 / 9, u * sp.log(u) + sp.log(1 + u**2) / 2], ids=str)
+def test_a_log_whose_weight_moves_is_no_lambert(f: sp.Expr):
+    """The prox solves z + t f'(z) = v."""
+    prox, t = derive_prox(f, u, (sp.S.Zero, sp.oo)), 0.6
+    v = torch.tensor([0.9, 2.0, 5.0], dtype=torch.float64)
+    z = prox(v, t)
+    slope = torch.from_numpy(sp.lambdify(u, sp.diff(f, u), "numpy")(z.numpy()))
+    torch.testing.assert_close(z + t * slope, v, rtol=0, atol=1e-9)
+
+
+def test_a_rate_that_moves_is_no_rate():
+    with pytest.raises(DeriveError, match="no closed solution"):
+        roots_of(sp.exp(u * sp.atan(u)) - 2, u, Signs([]))
+
+
+def test_far_away_a_term_that_levels_off_leaves_v_alone():
+    """Powers of z, multiplied out, are no numbers of float32 there."""
+    v = torch.tensor([-1e5, 30.0, 1e5], requires_grad=True)
+    (slope,) = torch.autograd.grad(derive_prox(1 / (1 + u**2) ** 2, u, verify=False)(v, 0.5).sum(), v)
+    torch.testing.assert_close(slope, torch.ones(3), rtol=0, atol=1e-3)

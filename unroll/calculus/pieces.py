@@ -229,11 +229,9 @@ def _zeros(e: sp.Expr, u: sp.Symbol, signs: Signs) -> list[sp.Expr]:
 
 def _exponential_rate(e: sp.Expr, u: sp.Symbol) -> sp.Expr | None:
     """k where e is a rational function of exp(k u); None otherwise."""
-    rates = {sp.expand(n.exp).coeff(u) for n in e.rewrite(sp.exp).atoms(sp.exp) if n.has(u)}
-    if not rates or any(
-        not (sp.expand(n.exp) - sp.expand(n.exp).coeff(u) * u).expand().free_symbols.isdisjoint({u})
-        for n in e.rewrite(sp.exp).atoms(sp.exp)
-    ):
+    exponents = {sp.expand(n.exp) for n in e.rewrite(sp.exp).atoms(sp.exp) if n.has(u)}
+    rates = {x.coeff(u) for x in exponents}
+    if not rates or any(r.has(u) for r in rates) or any((x - x.coeff(u) * u).expand().has(u) for x in exponents):
         return None
     base = next(iter(sorted(rates, key=sp.default_sort_key)))
     ratios = [sp.cancel(r / base) for r in rates]

@@ -213,9 +213,9 @@ class Parts:
 
     @property
     def ridge(self) -> sp.Expr:
-        """rho if rho/2 z^2 is in the separable part, the same for every entry; else 0."""
+        """rho if rho/2 z^2 is in the separable part, the same for every entry and every z; else 0."""
         rho = sp.expand(sp.Add(*self.entries)).coeff(slot(0), 2) * 2
-        return rho if not any(rho.has(slot(i + 1)) for i in range(len(self.others))) else sp.Integer(0)
+        return rho if not any(rho.has(slot(i)) for i in range(1 + len(self.others))) else sp.Integer(0)
 
     def without_ridge(self) -> Parts:
         rest = sp.expand(sp.Add(*self.entries) - self.ridge * slot(0) ** 2 / 2)
@@ -430,9 +430,9 @@ def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
         return Proximal(at, "linear", True)
     try:
         found, clipped = _scalar(profile, t, swaps, (lo, hi)), False
-    except (
-        DeriveError
-    ):  # ends that cannot be ordered among the pieces: of a convex f on a line, clip the free minimiser
+    except DeriveError:  # ends that cannot be ordered among the pieces: of a convex f, clip the free minimiser
+        if not p.domain:
+            raise
         found, clipped = _scalar(profile, t, swaps), True
         if not found.curvature.convex:
             raise

@@ -181,7 +181,7 @@ def _small(t: sp.Symbol, curved: Curvature, small_step: bool) -> tuple[sp.Expr, 
 def _part(piece: Piece, u: sp.Symbol, t: sp.Symbol, x: sp.Symbol, signs: Signs, floor: sp.Expr | None) -> Part:
     f = stable(piece.f)
     F, G = _expanded(t * f), _expanded(t * sp.diff(f, u))
-    plain = sp.expand(t * sp.diff(piece.f, u))
+    plain = _expanded(t * sp.diff(piece.f, u))
     roots = stationary(plain, G, piece, u, x, signs, floor)
     return Part(u, piece.lo, piece.hi, F, G, roots)
 

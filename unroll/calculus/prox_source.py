@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import sympy as sp
 
 from unroll.calculus.prox_pieces import Knot, Part, Pieces
+from unroll.calculus.roots import LONGEST
 from unroll.calculus.torch_text import HELPERS, helpers_in, torch_text
 from unroll.language import show
 
@@ -25,6 +26,8 @@ LOCALS = {
     *dir(builtins), *(h.__name__ for h in HELPERS), "bracketed_root",
 }  # fmt: skip
 """Names that the source uses."""
+HIGHEST = 4
+"""Power of z in a slope that is multiplied out: the square of a large number is one still in float32, its twelfth power is not."""
 
 
 def emit(prox: Pieces, name: str) -> str:
@@ -369,12 +372,12 @@ def _tangent(prox: Pieces, arguments: list[str]) -> list[str]:
 
 
 def _slopes(prox: Pieces) -> list[sp.Expr]:
-    return [_neat(1 / (1 + sp.diff(p.G, prox.u))) for p in prox.parts]
+    return [_neat(1 / (1 + sp.diff(p.G, prox.u)), prox.u) for p in prox.parts]
 
 
 def _moved(prox: Pieces, s: sp.Symbol, grad: str) -> str:
     """`grad` times the derivative of the output, or of its absolute value, in a scalar."""
-    rates = [_neat(-sp.diff(p.G, s) / (1 + sp.diff(p.G, prox.u))) for p in prox.parts]
+    rates = [_neat(-sp.diff(p.G, s) / (1 + sp.diff(p.G, prox.u)), prox.u) for p in prox.parts]
     return _chain(prox, rates, lambda knot: sp.diff(knot.at, s), grad)
 
 
@@ -399,11 +402,16 @@ def _summed(moved: str, argument: str) -> str:
     return f"{_grouped(moved)}.sum_to_size({argument}.shape)"
 
 
-def _neat(e: sp.Expr) -> sp.Expr:
-    """One fraction where that is safe, its denominator not beginning with a minus sign; e^{−z} is never moved below."""
-    if e.has(sp.exp, sp.cosh, sp.sinh, sp.tanh):
+def _neat(e: sp.Expr, u: sp.Symbol) -> sp.Expr:
+    """One fraction where that is safe, its denominator not beginning with a minus sign.
+
+    e^{−z} is never moved below, nor (1 + z²)^{−4} multiplied out: what vanishes far away would overflow.
+    """
+    if e.has(sp.exp, sp.cosh, sp.sinh, sp.tanh) or sp.count_ops(e) > LONGEST:
         return e
     top, bottom = sp.fraction(sp.cancel(e))
+    if any(side.is_polynomial(u) and sp.degree(side, u) > HIGHEST for side in (top, bottom)):
+        return e
     return -top / -bottom if bottom.could_extract_minus_sign() else top / bottom
 
 

@@ -18,6 +18,8 @@ from unroll.errors import DeriveError
 
 LONGEST = 64
 """Operations of a slope whose zeros are found by bisection, every one of them evaluated some forty times."""
+MOST = 8 * LONGEST
+"""Operations of all slopes of a piece with their derivatives: one for every stretch on which the slope bends to one side."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def _lambert(h: sp.Expr, u: sp.Symbol, signs: Signs) -> tuple[Root, ...]:
     """A log z + B z + C = 0 and A e^{kz} + B z + C = 0, where they increase, by Wright's omega."""
     log_part, slope = h.coeff(sp.log(u)), h.coeff(u)
     rest = sp.expand(h - log_part * sp.log(u) - slope * u)
-    if log_part != 0 and not rest.has(u) and signs.of(log_part) > 0:
+    if slope.has(u):
+        return ()
+    if log_part != 0 and not (log_part.has(u) or rest.has(u)) and signs.of(log_part) > 0:
         ratio = log_part / slope
         return (Root("Lambert", ratio * wright_omega(-rest / log_part - sp.log(ratio))),)
     exps = [n for n in sp.expand(h, power_exp=False).atoms(sp.exp) if n.has(u)]
@@ -119,7 +123,7 @@ def _lambert(h: sp.Expr, u: sp.Symbol, signs: Signs) -> tuple[Root, ...]:
     k, weight = sp.expand(exps[0].exp).coeff(u), h.coeff(exps[0])
     shift = sp.expand(exps[0].exp - k * u)
     rest = sp.expand(h - weight * exps[0] - slope * u)
-    if shift.has(u) or rest.has(u) or weight.has(u) or k == 0 or signs.of(k * weight) <= 0:
+    if any(e.has(u) for e in (k, shift, rest, weight)) or k == 0 or signs.of(k * weight) <= 0:
         return ()
     return (Root("Lambert", -rest / slope - wright_omega(sp.log(k * weight / slope) + shift - k * rest / slope) / k),)
 
@@ -135,7 +139,14 @@ def _bracketed(
         )
     if floor is not None:
         return (Root("bracket", None, *_monotone_bracket(named, piece, u, x, floor)),)
-    bends = [b for b in roots_of(sp.diff(G, u, 2), u, signs) if inside(b, piece, signs)]
+    bend = sp.diff(G, u, 2)
+    bends = [b for b in roots_of(bend, u, signs) if inside(b, piece, signs)]
+    if (all_of := (1 + len(bends)) * (longer + int(sp.count_ops(sp.diff(named, u))))) > MOST:
+        raise DeriveError(
+            "E302",
+            f"the slope of {piece.f} bends {len(bends)} times: to find its zeros takes {all_of} operations, forty times over",
+            hint="write the term in fewer functions of the variable, or use a smooth algorithm",
+        )
     knots = [piece.lo, *signs.ordered(bends), piece.hi]
     try:
         lo, hi = _reach(G, piece, u, x, signs)
@@ -146,7 +157,7 @@ def _bracketed(
         return (Root("bracket", None, *_monotone_bracket(named, piece, u, x, sp.S.One)),)  # convex on this piece
     out: list[Root] = []
     for start, stop in pairwise(knots):
-        turn = signs.of(sp.diff(G, u, 2).subs(u, midpoint(start, stop)))
+        turn = signs.of(bend.subs(u, midpoint(start, stop)))
         ends = (lo if start == -sp.oo else start, hi if stop == sp.oo else stop)
         out.append(Root("bracket", None, *ends, turn))
     return tuple(out)
