@@ -227,7 +227,7 @@ def _bounded(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
 
 def _sampled(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
     """A grid on the piece: numbers if h has no scalars, else only whether h ≥ 0 at every draw."""
-    runs = [_values(h, piece, u, draw) for draw in signs.draws]
+    runs = _values(h, piece, u, signs)
     if any(r.size == 0 for r in runs):
         return Range(-sp.oo, sp.oo, "sampled", "f'' has no value on a grid")
     if not signs.symbols:
@@ -242,15 +242,23 @@ NUMPY = [{f.__name__: np.vectorize(f, otypes=[float]) for f in (math.erf, math.e
 """Modules of a formula as a function of arrays; NumPy has no error function."""
 
 
-def _values(h: sp.Expr, piece: Piece, u: sp.Symbol, draw: dict[sp.Basic, sp.Expr]) -> np.ndarray:
-    lo, hi = (float(e.xreplace(draw)) for e in (piece.lo, piece.hi))
+def _values(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> list[np.ndarray]:
+    """h on a grid of the piece, where it is finite, at each draw of the scalars."""
+    value = sp.lambdify((u, *signs.symbols), h, NUMPY)
+    out: list[np.ndarray] = []
+    for draw in signs.draws:
+        x = _grid(*(float(e.xreplace(draw)) for e in (piece.lo, piece.hi)))
+        with np.errstate(all="ignore"):
+            y = np.asarray(value(x, *(float(draw[s]) for s in signs.symbols)), dtype=float) * np.ones_like(x)
+        out.append(y[np.isfinite(y)])
+    return out
+
+
+def _grid(lo: float, hi: float) -> np.ndarray:
+    """Points of an interval, close to one another near a finite end or near 0."""
     grid = np.linspace(0, 1, GRID + 2)[1:-1]
     if np.isfinite(lo) and np.isfinite(hi):
-        x = lo + (hi - lo) * grid
-    elif np.isfinite(lo) or np.isfinite(hi):
-        x = lo + grid / (1 - grid) if np.isfinite(lo) else hi - grid / (1 - grid)
-    else:
-        x = (2 * grid - 1) / (1 - (2 * grid - 1) ** 2) * 2
-    with np.errstate(all="ignore"):
-        y = np.asarray(sp.lambdify(u, h.xreplace(draw), NUMPY)(x), dtype=float) * np.ones_like(x)
-    return y[np.isfinite(y)]
+        return lo + (hi - lo) * grid
+    if np.isfinite(lo) or np.isfinite(hi):
+        return lo + grid / (1 - grid) if np.isfinite(lo) else hi - grid / (1 - grid)
+    return (2 * grid - 1) / (1 - (2 * grid - 1) ** 2) * 2
