@@ -8,6 +8,8 @@ import sympy as sp
 from prox_catalogue import NONZERO, ROWS, al, eps, gam, hi, huber, lam, lo, mcp, scad, u
 from prox_catalogue import a as scad_a
 
+from unroll.calculus import scalar
+from unroll.calculus.pieces import Piece
 from unroll.calculus.prox_scalar import derive_prox
 from unroll.calculus.scalar import curvature
 from unroll.calculus.signs import BUDGET, Signs, Undecided
@@ -134,3 +136,12 @@ def test_what_sympy_cannot_compare_is_undecided():
     decimal = sp.Rational(7500000000000001, 25000000000000000)
     with pytest.raises(DeriveError, match="cannot be put in order"):
         derive_prox(lam * u**2 / 2 + sp.Abs(u * (al + decimal) - decimal / 1000) ** sp.Rational(3, 2), u)
+
+
+@pytest.mark.parametrize("names", ["p q", "q p"])
+def test_a_grid_reads_every_scalar_as_itself(names: str):
+    """p > q gives p - q / (1 + u^2) its sign, whatever comes first."""
+    p, q = sp.symbols(names, positive=True)
+    signs = Signs([p, q], [p - q])
+    found = scalar._sampled(p - q / (1 + u**2), Piece(-sp.oo, sp.oo, u), u, signs)
+    assert (found.lo, found.proof) == (0, "sampled")

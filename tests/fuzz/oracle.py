@@ -81,6 +81,7 @@ def _kl(x: Tensor, y: Tensor) -> Tensor:
 NAMES: dict[str, Callable[..., Any]] = {
     **{n: _of(getattr(torch, n)) for n in ["abs", "exp", "sqrt", "tanh", "sinh", "cosh", "atan", "erf", "sin", "cos", "sign", "sigmoid"]},
     "log": _of(lambda x: torch.log(x).where(x != 0, torch.nan)),  # at the edge of the domain: no value
+    "over": lambda x, y: wide(x) / wide(y).where(wide(y) != 0, torch.nan),  # at a pole: no value, though that of 1/(1 + 1/0) is 0
     "softplus": _of(functional.softplus),
     "logistic": _of(lambda x: functional.softplus(-x)),
     "pos": _of(lambda x: x.clamp_min(0)),
@@ -150,7 +151,7 @@ def beside_kinks(size: float) -> dict[str, Callable[..., Any]]:
 
 
 class Swapped(ast.NodeTransformer):
-    """`x.T` of a batch, and products as calls of `times` where those of Python mean something else."""
+    """`x.T` and quotients of a batch; or products as calls of `times`, where those of Python mean something else."""
 
     def __init__(self, times: bool) -> None:
         self.times = times
@@ -161,9 +162,14 @@ class Swapped(ast.NodeTransformer):
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        if not self.times or not isinstance(node.op, ast.Mult):
-            return node
-        return ast.Call(ast.Name("times", ast.Load()), [node.left, node.right], [])
+        match self.times, node.op:
+            case True, ast.Mult():
+                name = "times"
+            case False, ast.Div():
+                name = "over"
+            case _:
+                return node
+        return ast.Call(ast.Name(name, ast.Load()), [node.left, node.right], [])
 
 
 def compiled(formula: str, times: bool = False) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from unroll.language.constructors import scale
 
-from . import checks
+from . import checks, oracle
 from .checks import check_curvature, check_gradient, check_prox, draw_gradient
 from .drawing import Author, Case
 from .judging import judged
@@ -49,3 +50,10 @@ def test_a_bound_that_is_too_small_is_called_wrong(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(checks, "bounds", lambda e, z: true(scale(0.9, e), z))
     with pytest.raises(checks.Wrong):
         check_curvature(case)
+
+
+@pytest.mark.parametrize("term", ["sum(sigmoid(1/(1 - z)))", "sum(1/(1 + 1/(1 - z)))", "sum(1 - z*log(1 - z))"])
+def test_at_a_pole_and_at_an_edge_there_is_no_value_to_compare_with(term: str) -> None:
+    f = oracle.function([term], {}, "z")
+    found = f(torch.tensor([[[1.0]], [[0.5]]], dtype=torch.float64))
+    assert found[0].isnan() and found[1].isfinite()
