@@ -82,6 +82,7 @@ NAMES: dict[str, Callable[..., Any]] = {
     **{n: _of(getattr(torch, n)) for n in ["abs", "exp", "sqrt", "tanh", "sinh", "cosh", "atan", "erf", "sin", "cos", "sign", "sigmoid"]},
     "log": _of(lambda x: torch.log(x).where(x != 0, torch.nan)),  # at the edge of the domain: no value
     "over": lambda x, y: wide(x) / wide(y).where(wide(y) != 0, torch.nan),  # at a pole: no value, though that of 1/(1 + 1/0) is 0
+    "compared": wide,
     "softplus": _of(functional.softplus),
     "logistic": _of(lambda x: functional.softplus(-x)),
     "pos": _of(lambda x: x.clamp_min(0)),
@@ -127,7 +128,7 @@ NAMES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-KINKED = ("abs", "pos", "maximum", "minimum", "norm1", "norm_inf", "max_entry", "tv")
+KINKED = ("abs", "pos", "maximum", "minimum", "norm1", "norm_inf", "max_entry", "tv", "compared")
 
 
 def beside_kinks(size: float) -> dict[str, Callable[..., Any]]:
@@ -151,7 +152,7 @@ def beside_kinks(size: float) -> dict[str, Callable[..., Any]]:
 
 
 class Swapped(ast.NodeTransformer):
-    """`x.T` and quotients of a batch; or products as calls of `times`, where those of Python mean something else."""
+    """`x.T`, quotients and what is compared, of a batch; or products as calls of `times`, where those of Python mean something else."""
 
     def __init__(self, times: bool) -> None:
         self.times = times
@@ -159,6 +160,11 @@ class Swapped(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
         return node if self.times else ast.Attribute(node.value, "mT", node.ctx)
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        left = node.left if self.times else ast.Call(ast.Name("compared", ast.Load()), [node.left], [])
+        return ast.Compare(left, node.ops, node.comparators)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)

@@ -57,3 +57,9 @@ def test_at_a_pole_and_at_an_edge_there_is_no_value_to_compare_with(term: str) -
     f = oracle.function([term], {}, "z")
     found = f(torch.tensor([[[1.0]], [[0.5]]], dtype=torch.float64))
     assert found[0].isnan() and found[1].isfinite()
+
+
+def test_at_a_tie_a_case_may_be_taken_for_all_entries_at_once() -> None:
+    """All of 702/gradient/355 at 0 take the case that hardly any point beside 0 takes for all."""
+    found = judged("gradient", "702/gradient/355")
+    assert "where(" in found.yaml and found.verdict == "right", found.reason
