@@ -99,6 +99,12 @@ def test_the_smaller_side_is_taken_where_sizes_are_known() -> None:
         assert torch.allclose(at(out, size), at(e, size))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_determinant_that_would_lose_its_symmetric_form_stays_as_written(size: str) -> None:
+    e = parse_matrix("logdet(I(d) + r * (inv(I(d) + c*Z @ Z.T) @ Z) @ (inv(I(d) + c*Z @ Z.T) @ Z).T)", SCOPE)
+    assert torch.allclose(at(smaller_side(e, SIZES[size]), size), at(e, size))
+
+
 SPELLINGS = {
     "p x p": "sum(1/2 * logdet(I(p) + c * U[k].T @ Z @ Z.T @ U[k]) for k in K)",
     "N x N": "sum(1/2 * logdet(I(N) + c * Z.T @ U[k] @ U[k].T @ Z) for k in K)",

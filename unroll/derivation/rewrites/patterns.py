@@ -6,7 +6,7 @@ import sympy as sp
 
 from unroll.derivation.rewrites.record import Rule, Site
 from unroll.language.constructors import add, common_powers, eye, matmul, prox, rebuild, scale, split, transpose
-from unroll.language.nodes import Add, Expr, Eye, Member, Mul, Prox, Sym
+from unroll.language.nodes import Add, Expr, Eye, Member, Mul, Prox, ShapeError, Sym
 
 
 def factors_of(e: Expr) -> tuple[sp.Expr, tuple[Expr, ...]]:
@@ -61,4 +61,9 @@ def descend(e: Expr, rule: Rule, sites: list[Site]) -> Expr:
         e = found.after
     if isinstance(e, Prox):  # what is fed to the prox; the term it belongs to is a definition
         return prox(e.term, e.variable, e.t, descend(e.at, rule, sites), e.swaps)
-    return rebuild(e, tuple(descend(c, rule, sites) for c in e.children))
+    before = len(sites)
+    try:
+        return rebuild(e, tuple(descend(c, rule, sites) for c in e.children))
+    except ShapeError:  # the new form does not show that the matrix of a logdet is symmetric: as written, then
+        del sites[before:]
+        return e
