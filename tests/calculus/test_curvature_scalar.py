@@ -145,3 +145,9 @@ def test_a_grid_reads_every_scalar_as_itself(names: str):
     signs = Signs([p, q], [p - q])
     found = scalar._sampled(p - q / (1 + u**2), Piece(-sp.oo, sp.oo, u), u, signs)
     assert (found.lo, found.proof) == (0, "sampled")
+
+
+def test_sympy_is_not_asked_for_the_sign_of_what_is_long():
+    signs = Signs([lam])
+    assert signs.of(sp.Add(*(lam**k for k in range(20)))) == 1 and not signs.sampled
+    assert signs.of(sp.Add(*((k + 1) * lam**k for k in range(60)))) == 1 and signs.sampled

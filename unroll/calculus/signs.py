@@ -19,6 +19,9 @@ BUDGET = 2000
 SLOW = 10
 """What simplifying an expression, or taking its limit, costs: as much as factoring one that is so many times as long."""
 
+ASKED = 128
+"""Operations of an expression whose sign SymPy is asked for: of nested sums it tries every way, half a minute for 300."""
+
 
 class Undecided(Exception):
     """The sign of an expression depends on the values of the scalars."""
@@ -147,4 +150,6 @@ def _swaps(assume: tuple[sp.Expr, ...]) -> dict[sp.Basic, sp.Expr]:
 
 
 def _by_assumption(e: sp.Expr) -> int | None:
+    if sp.count_ops(e) > ASKED:
+        return None
     return 0 if e.is_zero else 1 if e.is_extended_positive else -1 if e.is_extended_negative else None
