@@ -151,3 +151,38 @@ def test_sympy_is_not_asked_for_the_sign_of_what_is_long():
     signs = Signs([lam])
     assert signs.of(sp.Add(*(lam**k for k in range(20)))) == 1 and not signs.sampled
     assert signs.of(sp.Add(*((k + 1) * lam**k for k in range(60)))) == 1 and signs.sampled
+
+
+@pytest.mark.parametrize(
+    ("f", "constant", "pieces"),
+    [
+        (u**2 / 2, True, False),
+        (3 * u - 1, True, False),
+        (sp.Abs(u), True, True),
+        (sp.Max(u, 0) ** 2 / 2, True, True),
+        (mcp().subs({lam: 1, gam: 3}), True, True),
+        (huber().subs(al, 1), True, True),
+        (sp.log(1 + sp.exp(u)), False, False),
+        (sp.exp(u) + sp.Abs(u), False, True),
+        (sp.exp(u) + u**4, False, False),
+    ],
+)
+def test_what_is_called_constant_is_constant_where_it_is_said(f: sp.Expr, constant: bool, pieces: bool) -> None:
+    """Second differences: one value is constant; a few, or a jump of the slope, are so on each piece."""
+    reason = curvature(f, u).reason
+    assert ("constant" in reason) == constant and reason.endswith(" on each piece") == pieces, reason
+    grid, h = np.linspace(-6.013, 5.987, 301), 1e-3
+    value = sp.lambdify(u, f, "numpy")
+    second = (value(grid + h) - 2 * value(grid) + value(grid - h)) / h**2
+    found = len(np.unique(np.round(np.broadcast_to(second, grid.shape), 3)))
+    kinked = np.abs(np.diff((value(grid + h) - value(grid - h)) / (2 * h))).max() > 0.5
+    assert found == 1 if constant and not pieces else found > 1 or kinked
+    assert found <= 5 if constant else found > 20
+
+
+@pytest.mark.parametrize(("f", "count"), [(sp.sqrt(1 + u**2), 1), (sp.log(1 + u**2), 3), (sp.exp(u), 0)])
+def test_critical_points_are_counted_in_words(f: sp.Expr, count: int) -> None:
+    said = {0: "f'' monotone", 1: "f'' monotone on both sides of one critical point"}
+    assert curvature(f, u).reason == said.get(count, f"f'' monotone between {count} critical points")
+    slope = sp.lambdify(u, sp.diff(f, u, 3), "numpy")(np.linspace(-4.011, 4, 4001))
+    assert int((np.diff(np.sign(slope)) != 0).sum()) == count

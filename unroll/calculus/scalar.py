@@ -122,7 +122,7 @@ def curvature_of(profile: Profile, signs: Signs) -> Curvature:
     top = sp.oo if any(jumps) else top
     grades = {r.proof for r in ranges} | ({"sampled"} if len(signs.sampled) > sampled else set())
     proof = next(grade for grade in ("sampled", "bounded", "proved") if grade in grades)
-    reason = "; ".join(dict.fromkeys(r.reason for r in ranges))
+    reason = " or ".join(dict.fromkeys(r.reason for r in ranges)) + (" on each piece" if len(ranges) > 1 else "")
     return Curvature(_convex_mark(mu, signs), top, proof, reason)
 
 
@@ -181,7 +181,8 @@ def extremes(h: sp.Expr, piece: Piece, u: sp.Symbol, signs: Signs) -> Range:
         values = [*ends, *(_shortened(whole.subs(u, b), signs) for b in points)]
     except (DeriveError, Undecided):
         return _bounded(h, piece, u, signs)
-    way = f"f'' monotone between {len(points)} critical points" if points else "f'' monotone"
+    way = ["f'' monotone", "f'' monotone on both sides of one critical point"]
+    way = way[len(points)] if len(points) < 2 else f"f'' monotone between {len(points)} critical points"
     return Range(_least(values, signs), -_least([-x for x in values], signs), "proved", way)
 
 
