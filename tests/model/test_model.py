@@ -670,7 +670,7 @@ def test_show_says_what_stands_around_the_layers(tmp_path: Path, capsys: pytest.
             [
                 "mask: a free token in the place of 75% of the patches, before the layers",
                 "positions: sines and cosines, base 10000",
-                "dropout 0.1", "decoder: 1 layers of toy_decoder", "norm, linear to the 48 numbers of each patch",
+                "dropout 0.1", "decoder: 1 layer of toy_decoder", "norm, linear to the 48 numbers of each patch",
             ],
         ),
         (TOST, ["head: a class token reads the others, 2 blocks of 2 heads; norm, linear to 5"]),

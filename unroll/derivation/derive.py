@@ -17,11 +17,11 @@ from unroll.derivation.algorithms import Part
 from unroll.derivation.learning import parametrise, used_scalars
 from unroll.derivation.step import Assign, Departure, Learned, Step
 from unroll.errors import SpecError
-from unroll.language.columns import WIDTH, table, wrapped
+from unroll.language.columns import WIDTH, counted, table, wrapped
 from unroll.language.constructors import add, split
 from unroll.language.nodes import Expr, Indicator, Normalise, Prox, Sym, Zero, depends, walk
 from unroll.language.problem import Problem, from_spec
-from unroll.language.show import latex, pretty
+from unroll.language.show import joined, latex, pretty
 from unroll.spec import Spec
 
 
@@ -65,8 +65,8 @@ class Derivation:
         """(what it is, left side, right side with its relation), both sides in LaTeX."""
         goal = r"\min" if self.problem.sign > 0 else r"\max"
         names = ", ".join(latex(v) for v in self.problem.variables)
-        terms = _joined([latex(e) for e in _penalties(self.problem)])
-        sets = ", ".join(latex(e) for e in _sets(self.problem))
+        terms = joined([latex(e) for e in self.problem.penalties])
+        sets = ", ".join(latex(e) for e in self.problem.sets)
         within = rf" \quad \text{{subject to }} {sets}" if sets else ""
         rows = [("objective", rf"{goal}_{{{names}}}", terms + within)]
         rows += [
@@ -153,26 +153,12 @@ def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.Proximal]:
     return found.values()
 
 
-def _penalties(problem: Problem) -> list[Expr]:
-    return [e for e in problem.terms.values() if not isinstance(split(e)[1], Indicator)]
-
-
-def _sets(problem: Problem) -> list[Expr]:
-    """Its constraints, with no sign in front."""
-    return [split(e)[1] for e in problem.terms.values() if isinstance(split(e)[1], Indicator)]
-
-
-def _joined(shown: list[str]) -> str:
-    """A sum, its minus signs between the terms."""
-    return " + ".join(shown).replace("+ −", "− ").replace("+ -", "- ")
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def _page(d: Derivation) -> Iterable[str]:
     learned = "learned" if d.step.learned else "nothing learned"
-    yield f"{d.spec.title}: {d.step.algorithm.replace('_', ' ')} on {d.spec.objective or d.problem.name}, {d.layers} layers, {learned}"
+    yield f"{d.spec.title}: {d.step.algorithm.replace('_', ' ')} on {d.spec.objective or d.problem.name}, {counted(d.layers, 'layer')}, {learned}"
     if d.problem.about:
         yield d.problem.about
     yield ""
@@ -197,8 +183,8 @@ def _block(d: Derivation, half: Half) -> Iterable[str]:
 
 
 def _minimised(half: Half) -> str:
-    sets = ", ".join(pretty(e) for e in _sets(half.problem))
-    terms = _joined([pretty(e) for e in _penalties(half.problem)])
+    sets = ", ".join(pretty(e) for e in half.problem.sets)
+    terms = joined([pretty(e) for e in half.problem.penalties])
     return f"minimise over {half.variable.name}   {terms}{f'   subject to {sets}' if sets else ''}"
 
 

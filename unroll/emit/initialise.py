@@ -49,12 +49,18 @@ def initialise(m: Module) -> Method:
         lines.append(f"self.{name}.copy_({text.code})" if text.tensor else f"self.{name}.fill_({text.code})")
     drawn = ["generator=None"] if any(p.init in DRAWN for p in m.learned) else []
     args = ", ".join(["self", *(m.locals("symbol", s.name) for s in given), *_scalar_args(m, scalars), *drawn])
-    doc = '"""Set every parameter to the value that makes the network the algorithm itself."""'
-    if drawn:
-        doc = '"""Set every parameter to the value that makes the network the algorithm itself, or to a draw where the spec asks for one."""'
+    doc = f'"""{_doc(m)}"""'
     inverses = {"softplus_inverse" for p in m.learned if p.name in goals and p.constraint == "positive"}
     head = f"@torch.no_grad()\ndef initialise({args}):"
     return Method.of(head, [doc, *lines, "return self"], sec.used_ops | inverses)
+
+
+def _doc(m: Module) -> str:
+    if not m.learned:
+        return "Work out what every layer uses from what is given; nothing is learned."
+    drawn = ", or to a draw where the spec asks for one" if any(p.init in DRAWN for p in m.learned) else ""
+    late = "; what data decide is NaN until construct has seen them" if m.constructed else ""
+    return f"Set every parameter to the value that makes the network the algorithm itself{drawn}{late}."
 
 
 def initialise_arguments(m: Module) -> list[str]:

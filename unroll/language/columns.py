@@ -10,6 +10,11 @@ LEAST = 24
 """No column is made narrower than that."""
 
 
+def counted(n: int, noun: str) -> str:
+    """1 layer, 2 layers."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def wrapped(text: str, width: int, hang: int = 2) -> list[str]:
     """The text in lines of at most `width`, those after the first moved in; a formula breaks where it binds least.
 

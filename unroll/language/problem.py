@@ -9,9 +9,9 @@ from pathlib import PurePath
 import sympy as sp
 
 from unroll.errors import SpecError, Where, did_you_mean
-from unroll.language.constructors import number, scale, swap, symbol
+from unroll.language.constructors import number, scale, split, swap, symbol
 from unroll.language.functions import Value, as_expr
-from unroll.language.nodes import ONE, Expr, Role, Sym, dim, scalar, show_shape
+from unroll.language.nodes import ONE, Expr, Indicator, Role, Sym, dim, scalar, show_shape
 from unroll.language.parse import Macro, Place, Scope, parse, parse_constraint, parse_signature
 from unroll.spec import Spec
 from unroll.spec.schema import Tensor
@@ -44,6 +44,16 @@ class Problem:
     def costs(self) -> dict[str, Expr]:
         """The terms of what is minimised."""
         return {name: scale(self.sign, e) for name, e in self.terms.items()}
+
+    @property
+    def penalties(self) -> list[Expr]:
+        """The terms that are not constraints."""
+        return [e for e in self.terms.values() if not isinstance(split(e)[1], Indicator)]
+
+    @property
+    def sets(self) -> list[Expr]:
+        """The constraints, with no sign in front."""
+        return [e for e in (split(e)[1] for e in self.terms.values()) if isinstance(e, Indicator)]
 
 
 def from_spec(spec: Spec, dims: Mapping[str, int] | None = None) -> Problem:

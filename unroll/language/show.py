@@ -590,3 +590,8 @@ def _map(e: Map, d: Dialect) -> Shown:
 def _is_power(e: sp.Expr) -> bool:
     """Printed with **, not as a quotient."""
     return isinstance(e, sp.Pow) and not e.exp.could_extract_minus_sign()
+
+
+def joined(shown: list[str]) -> str:
+    """A sum, its minus signs between the terms."""
+    return " + ".join(shown).replace("+ −", "− ").replace("+ -", "- ")

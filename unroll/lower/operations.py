@@ -990,7 +990,7 @@ HELPERS: dict[str, Helper] = {
     "project_stiefel": _exact(
         "project_stiefel",
         "m",
-        "Nearest matrix with orthonormal columns: the polar factor; where m has no full rank, one of them.",
+        "Nearest matrix with orthonormal columns (here: the last axis): the polar factor; where m has no full rank, one of them.",
         spectral.STIEFEL,
         ("recomposed",),
     ),

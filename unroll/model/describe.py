@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import assert_never
 
+from unroll.language.columns import counted
 from unroll.model import parts
 from unroll.spec import Spec
 from unroll.spec.schema import (
@@ -49,7 +50,7 @@ def _rows(spec: Spec, model: Model) -> Iterator[tuple[str, str]]:
     yield from (("", line) for line in _positions(model))
     if model.dropout:
         yield "", f"dropout {model.dropout:g}"
-    depth = f"{spec.unroll.layers} layers, as above" if spec.unroll else "layers"
+    depth = f"{counted(spec.unroll.layers, 'layer')}, as above" if spec.unroll else "layers"
     yield "", depth
     if model.decoder is not None:
         yield from (("", line) for line in _decoder(spec, model, model.decoder))
@@ -112,5 +113,5 @@ def _decoder(spec: Spec, model: Model, decoder: Decoder) -> Iterator[str]:
     if between:
         yield ", ".join(between)
     assert spec.decoder is not None and spec.decoder.unroll is not None
-    yield f"decoder: {spec.decoder.unroll.layers} layers of {spec.decoder.title}"
+    yield f"decoder: {counted(spec.decoder.unroll.layers, 'layer')} of {spec.decoder.title}"
     yield f"{'norm, ' if decoder.norm else ''}linear to the {parts.pixels(model)} numbers of each patch"

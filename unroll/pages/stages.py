@@ -69,6 +69,7 @@ def _problem_text(spec: Spec, dims: Mapping[str, int] | None) -> str:
             *rows,
             "",
             "minimise" if problem.sign > 0 else "maximise",
-            *(f"  {n}: {text(e)}" for n, e in problem.terms.items()),
+            *(f"  {n}: {text(e)}" for n, e in problem.terms.items() if e in problem.penalties),
+            *(["subject to", *(f"  {text(e)}" for e in problem.sets)] if problem.sets else []),
         ]
     )
