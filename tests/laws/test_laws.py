@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import unroll
 from unroll.derivation.derive import derive
+from unroll.language.columns import WIDTH
 from unroll.language.constructors import scale
 from unroll.laws import laws
 from unroll.spec import library, load
@@ -83,6 +86,7 @@ ENDS = {
 def assert_holds(found: laws.Check) -> None:
     assert len(found.rows) >= 3
     assert found.ok, str(found)
+    assert max(map(len, str(found).splitlines())) <= WIDTH, str(found)
     noted = [r for r in found.rows if r.law == laws.ANSWERED and r.verdict != "holds"]
     assert not noted or found.title.split(",")[0] in ENDS, noted
 
@@ -223,3 +227,91 @@ def test_degenerate_inputs_are_told_of(minimize: str, told: str):
     found = unroll.check({**spec, "unroll": {"layers": 2, "algorithm": "gradient_descent", "step": 0.5}})
     (row,) = [r for r in found.rows if r.law == laws.ANSWERED]
     assert told in row.measured and (row.verdict == "holds") == ("kinds" in told)
+
+
+GRAM: dict[str, Any] = {
+    "dims": {"d": 3, "N": 4},
+    "variables": {"Z": ["d", "N"]},
+    "inputs": {"X": ["d", "N"]},
+    "minimize": {"energy": "1/4 * sumsq(Z.T @ Z)"},
+    "unroll": {"algorithm": "gradient_descent", "layers": 1, "step": 0.1, "start": {"Z": "X"}},
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_a_heuristic_says_how_much_it_changes_of_what_it_replaces(size: float) -> None:
+    """Not of the step, which is Z less a tenth of it."""
+    x = size * torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    spec = {**GRAM, "unroll": {**GRAM["unroll"], "rewrites": ["gram_to_softmax()"]}}
+    (row,) = [r for r in unroll.check(spec, inputs={"X": x}).rows if r.law.startswith("gram_to_softmax")]
+    v = x.mT
+    before = v @ v.mT @ v
+    share = float(torch.linalg.norm(before - v @ (v.mT @ v).softmax(0)) / torch.linalg.norm(before))
+    said = re.fullmatch(r"what it replaces changes by ([\d.e+]+) (%|times itself)", row.measured)
+    assert said is not None, row
+    assert float(said[1]) / (100 if said[2] == "%" else 1) == pytest.approx(share, rel=0.05)
+    assert (row.reference, row.verdict) == ("no bound", "noted")
+
+
+def test_a_surrogate_has_no_bound_whatever_it_assumes() -> None:
+    """What is known of Σ U U' B is not known of the term in its place."""
+    spec = {
+        "use": "sparse_rate_reduction",
+        "dims": {"d": 4, "K": 2, "p": 2, "N": 5},
+        "inputs": {"X": ["d", "N"]},
+        "unroll": {
+            "layers": 1,
+            "start": {"Z": "X"},
+            "blocks": [
+                {"block": "compress", "terms": ["compression"], "algorithm": "gradient_descent", "step": 0.1},
+                {
+                    "block": "sparsify",
+                    "terms": ["expansion", "sparsity"],
+                    "surrogate": {
+                        "replaces": "expansion",
+                        "by": "-1/2 * sumsq(Z0 - D @ Z)",
+                        "assumes": "incoherent(D)",
+                    },
+                    "algorithm": "proximal_gradient",
+                },
+            ],
+        },
+        "parameters": {"D": ["d", "d"]},
+    }
+    (row,) = [r for r in unroll.check(spec).rows if "surrogate" in r.law and "sparsify:" in r.law]
+    assert row.reference == "no bound" and "off by" in row.measured
+
+
+def test_a_gradient_is_sought_in_one_layer_where_many_overflow() -> None:
+    """z + (A'(A z)^3), ten times: 3^10 is the degree of the answer."""
+    spec = {
+        "dims": {"n": 5, "m": 6},
+        "variables": {"z": ["n"]},
+        "inputs": {"x": ["n"]},
+        "parameters": {"A": ["m", "n"]},
+    }
+    spec |= {"minimize": {"f": "-1/4 * sum((A @ z)**4)"}}
+    unrolled = {"algorithm": "gradient_descent", "step": 9.0, "start": {"z": "x"}, "learn": {"W": {"replaces": "A"}}}
+    for layers, told in ((10, "1 of 1; one layer: more of them overflow"), (1, "1 of 1")):
+        found = unroll.check({**spec, "unroll": {**unrolled, "layers": layers}})
+        (row,) = [r for r in found.rows if "reaches" in r.law]
+        assert (row.measured, row.verdict) == (told, "holds"), row
+        (row,) = [r for r in found.rows if r.law == laws.ANSWERED]
+        assert ("ordinary inputs too" in row.measured) == (layers > 1)
+
+
+@pytest.mark.parametrize(("objective", "rows"), [("lasso", 1), ("simplex_least_squares", 0)])
+def test_descent_is_claimed_of_one_layer_only_where_there_is_a_start_to_compare_it_with(
+    objective: str, rows: int
+) -> None:
+    """0 is a point of the problem, but not of the simplex."""
+    spec = one_network(objective, "proximal_gradient" if rows else "projected_gradient", layers=1)
+    assert len([r for r in unroll.check(spec).rows if "falls" in r.law]) == rows
+
+
+def test_one_layer_that_climbs_is_found(monkeypatch):
+    d = derive(load(one_network("lasso", "proximal_gradient", layers=1)), {"m": 5, "n": 7})
+    assert [r.verdict for r in laws.monotone(d, laws.Sample(d, 0))] == ["holds"]
+    longer = load(one_network("lasso", "proximal_gradient", layers=1, step=5.0))
+    monkeypatch.setattr(laws, "plain", lambda spec: longer)
+    assert [r.verdict for r in laws.monotone(d, laws.Sample(d, 0))] == ["BROKEN"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, cast
 
 import sympy as sp
@@ -57,8 +57,8 @@ class Row:
     verdict: str
 
 
-SHORT = 26
-"""What is measured stands in its column up to this length, else below."""
+SHORT = 20
+"""What is measured, and what it is held against, stand in their columns up to this length, else below."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,12 @@ class Check:
         return {"spec": self.title, "ok": self.ok, "rows": [asdict(r) for r in self.rows]}
 
     def __str__(self) -> str:
-        rows = [("law", "measured", "reference", "verdict")]
-        below: dict[int, str] = {}
-        for r in self.rows:
-            if len(r.measured) > SHORT:
-                below[len(rows)] = r.measured
-            rows.append((r.law, "" if len(r.measured) > SHORT else r.measured, r.reference, r.verdict))
+        told = [("law", "measured", "reference", "verdict"), *(astuple(r) for r in self.rows)]
+        short = [(law, *(x if len(x) <= SHORT else "" for x in found), verdict) for law, *found, verdict in told]
         lines = [self.title, ""]
-        for i, cells in enumerate(table_rows(rows)):
-            lines += (
-                [*cells, *(f"    {line}" for line in wrapped(below[i], WIDTH - 4, hang=0))] if i in below else cells
-            )
+        for cells, (_, *found, _) in zip(table_rows(short), told, strict=True):
+            below = [f"{word}{x}" for word, x in zip(("", "reference: "), found, strict=True) if len(x) > SHORT]
+            lines += [*cells, *(f"    {line}" for x in below for line in wrapped(x, WIDTH - 4, hang=0))]
         return "\n".join(lines)
 
 
@@ -341,8 +336,11 @@ def monotone(d: Derivation, sample: Sample) -> Iterator[Row]:
     if not any(note.startswith("monotone") for note in d.exact.notes):
         return
     total = sample.network(plain(d.spec)).trace(**sample.inputs).terms["total"].detach() * d.problem.sign
-    total = total[1:]  # the start may lie outside the constraints
-    rise = float((total[1:] - total[:-1]).div(total[:-1].abs().clamp_min(1)).max()) if len(total) > 1 else 0.0
+    if not total[0].isfinite().all():
+        total = total[1:]  # the start lies outside the constraints
+    if len(total) < 2:
+        return
+    rise = float((total[1:] - total[:-1]).div(total[:-1].abs().clamp_min(1)).max())
     yield Row("the objective falls in every layer", f"largest rise {max(rise, 0.0):.0e}", "0", _verdict(rise <= 1e-12))
 
 
@@ -394,21 +392,24 @@ def by_hand(
 
 
 def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
-    """Every parameter moves the answer."""
+    """Every parameter moves the answer; of one layer, where more of them magnify these inputs past all numbers."""
     if not d.step.learned:
         return
     net = sample.network(d.spec)
-    out = net(**sample.taken(net))
-    outs = out if isinstance(out, tuple) else (out,)
+    few = not all(o.isfinite().all() for o in _answers(net, sample.taken(net)))
+    if few:
+        net = sample.network(read(d.spec, ["unroll.layers=1"]))
+    outs = _answers(net, sample.taken(net))
     sum((o * torch.randn(o.shape, generator=sample.generator, dtype=o.dtype)).sum() for o in outs).backward()  # type: ignore[union-attr]
     lost = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     still = [n for n, p in net.named_parameters() if n not in lost and not cast(Tensor, p.grad).abs().sum() > 0]
     count = sum(1 for _ in net.parameters())
     idle = f"; 0 here for {', '.join(still)}" if still and d.step.estimated else ""
+    alone = "; one layer: more of them overflow" if few else ""
     broken = lost or (still and not d.step.estimated)
     yield Row(
         "a gradient reaches every parameter",
-        f"{count - len(lost) - (0 if idle else len(still))} of {count}{idle}",
+        f"{count - len(lost) - (0 if idle else len(still))} of {count}{idle}{alone}",
         "all",
         _verdict(not broken),
     )
@@ -438,6 +439,8 @@ def degenerate(d: Derivation, sample: Sample) -> Iterator[Row]:
     found = {kind: _finite(net, {n: make(x) for n, x in inputs.items()}) for kind, make in DEGENERATE.items()}
     refused = [kind for kind, what in found.items() if what == REFUSED]
     wrong = [f"{kind}: {what}" for kind, what in found.items() if what not in ("", REFUSED)]
+    if wrong and (ordinary := _finite(net, inputs)):
+        wrong = [f"ordinary inputs too: {ordinary}"]
     answered = f"{len(found) - len(refused)} of {len(found)} kinds"
     told = "; ".join([*wrong, *(f"{kind}: {REFUSED}" for kind in refused)] or [answered])
     yield Row(ANSWERED, told, "finite", "noted" if wrong else "holds")
@@ -557,27 +560,29 @@ def _measured(x: Any, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) 
     relative = max(r for _, r in sites)
     record = applied.rewrite
     if x.name == "surrogate":
-        yield Row(
-            name, f"{record.assumes}: off by {worst:.2f}" if worst is not None else "-", record.error or "-", "noted"
-        )
+        yield Row(name, f"{record.assumes}: off by {worst:.2f}" if worst is not None else "-", "no bound", "noted")
     elif record.kind == "exact":
         yield Row(name, f"changes {relative:.0e}", f"{EXACT:.0e}", _verdict(relative <= EXACT))
     elif record.kind == "heuristic":
-        yield Row(name, f"changes the step by {relative:.2f} of it", "heuristic: no bound", "noted")
+        yield Row(name, f"what it replaces changes by {_percent(relative)}", "no bound", "noted")
     elif record.limit is not None and worst is not None:
         limit = record.limit(worst, **applied.values)
         holds = math.isfinite(limit) and relative <= limit * (1 + 1e-9)
-        bound = f"<= {limit:.2g}" if math.isfinite(limit) else "the assumption fails: no bound"
+        bound = f"<= {limit:.2g}" if math.isfinite(limit) else "no bound"
         broken = math.isfinite(limit) and not holds
         yield Row(
             name,
-            f"{record.assumes}: {worst:.3g}; error {relative:.2g}",
+            f"{record.assumes}: it is {worst:.3g}; relative error {relative:.2g}",
             bound,
             "BROKEN" if broken else "holds" if holds else "does NOT hold",
         )
     else:
         off = f"{record.assumes}: off by {worst:.2g}; " if worst is not None else ""
-        yield Row(name, f"{off}changes {relative:.2f} of it", record.error, "noted")
+        yield Row(name, f"{off}what it replaces changes by {_percent(relative)}", record.error, "noted")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %" if share < 10 else f"{share:.2g} times itself"
 
 
 def _members(
@@ -610,8 +615,8 @@ def _directions(d: Derivation, sample: Sample) -> Iterator[Row]:
         if not about or moved == 0 or slope == 0:
             continue
         cosine = value * d.problem.sign / (slope * moved)
-        name = f"first-order change of {' + '.join(about)}{f', {block}' if block != 'step' else ''}"
-        yield Row(name, f"cosine {cosine:+.2f}", "< 0: the cost falls", "descends" if cosine < 0 else "ASCENDS")
+        name = f"first-order change of the cost ({' + '.join(about)}){f' in {block}' if block != 'step' else ''}"
+        yield Row(name, f"cosine {cosine:+.2f}", "< 0", "descends" if cosine < 0 else "ASCENDS")
 
 
 def _first_order(net: Network, trace: Trace, k: int, about: tuple[str, ...]) -> tuple[float, float, float]:
