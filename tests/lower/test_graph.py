@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import networkx as nx
@@ -32,6 +33,7 @@ from random_expressions import (
 )
 from torch import Tensor
 
+import unroll
 from unroll.emit.interpret import difference
 from unroll.emit.objective import objective
 from unroll.language.constructors import (
@@ -332,3 +334,20 @@ def test_heads_are_laid_out_token_by_token() -> None:
     e = family_sum("k", K, elementwise(sp.sin(slot(0)), total(matmul(transpose(member(U, "k")), X))))
     text = objective(problem({"e": e}, SHAPES[0]), compiled(e, SHAPES[0]).graph)
     assert 'einsum("...' in text, "what has batch axes comes first"
+
+
+def test_a_drawing_says_which_box_a_number_is_and_which_set_a_projection_is_on() -> None:
+    spec = {
+        "dims": {"m": 3, "n": 4},
+        "variables": {"z": ["n"]},
+        "inputs": {"x": ["m"]},
+        "parameters": {"A": ["m", "n"]},
+    }
+    spec |= {"minimize": "1/2 * sumsq(x - A @ z)", "constraints": ["z in simplex"]}
+    graph = unroll.compile({**spec, "unroll": {"algorithm": "projected_gradient", "layers": 2}}).program.graph
+    for drawn in (mermaid(graph), svg(graph)):
+        boxes = [b for b in re.findall(r'(?:\["|<text[^>]*>)([^"<]*)', drawn)]
+        named = {b.split(" = ")[0] for b in boxes if " = " in b}
+        called = set(re.findall(r"%\d+", " ".join(b.split(" = ")[-1] for b in boxes)))
+        assert called and called <= named, (called, named)
+        assert "nearest in simplex(" in drawn

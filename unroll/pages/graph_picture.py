@@ -31,13 +31,15 @@ def _operation(graph: Graph, node: Node) -> str:
                 node.attrs[0].subs({sp.Symbol(f"_{k}", real=True): sp.Symbol(w) for k, w in enumerate(operands)})
             )
         case "add":
-            return " + ".join(
-                w if c == 1 else f"{c} {w}" for c, w in zip(node.attrs[0], operands, strict=True)
-            ).replace("+ -1 ", "- ")
+            terms = zip(node.attrs[0], operands, strict=True)
+            signed = " + ".join(w if c == 1 else f"-{w}" if c == -1 else f"{c} {w}" for c, w in terms)
+            return signed.replace("+ -", "- ")
         case "matmul" | "contract":
             return " @ ".join(operands)
         case "scale":
             return " * ".join(operands)
+        case "project":
+            return f"nearest in {node.attrs[0]}({', '.join(operands)})"
         case _:
             return f"{node.op}({', '.join(operands)})"
 
@@ -48,6 +50,11 @@ def _word(graph: Graph, ref: Ref) -> str:
         return str(node.attrs[0])
     own = str(node.attrs[0]) if node.op in LEAVES else graph.names.get(ref.node) or f"%{ref.node}"
     return f"{own}'" if ref.flip and len(node.tags) > 1 else own
+
+
+def _label(graph: Graph, i: int, name: str, operation: str) -> str:
+    """What a box says: its name too, or the number by which others call it."""
+    return operation if graph.nodes[i].op in LEAVES else f"{name or f'%{i}'} = {operation}"
 
 
 def graph_text(graph: Graph) -> str:
@@ -67,9 +74,7 @@ def mermaid(graph: Graph) -> str:
     """The graph for Markdown viewers."""
     lines = ["flowchart TD"]
     for stage, title in _SECTIONS.items():
-        members = [
-            (i, f"{name + ' = ' if name else ''}{operation}") for s, i, name, operation, _ in rows(graph) if s == stage
-        ]
+        members = [(i, _label(graph, i, name, operation)) for s, i, name, operation, _ in rows(graph) if s == stage]
         if members:
             lines += [f'  subgraph {stage.name.lower()} ["{title}"]']
             lines += [f'    n{i}["{escape(label, quote=True)}"]' for i, label in members] + ["  end"]
@@ -85,10 +90,7 @@ def mermaid(graph: Graph) -> str:
 
 def svg(graph: Graph) -> str:
     """The graph as a drawing: a row per depth, boxes coloured by stage, an edge per operand."""
-    shown = {
-        i: (stage, f"{name + ' = ' if name else ''}{operation}", axes)
-        for stage, i, name, operation, axes in rows(graph)
-    }
+    shown = {i: (stage, _label(graph, i, name, operation), axes) for stage, i, name, operation, axes in rows(graph)}
     depth: dict[int, int] = {}
     for i in sorted(shown):
         depth[i] = 1 + max((depth[r.node] for r in graph.nodes[i].inputs if r.node in depth), default=-1)
