@@ -119,7 +119,9 @@ class Part:
 
     def show(self) -> str:
         found = (
-            [] if self.smooth is None else ["smooth" if self.smooth.smooth else "differentiable, no Lipschitz constant"]
+            []
+            if self.smooth is None
+            else ["smooth" if self.smooth.smooth else "differentiable, no Lipschitz constant known"]
         )
         found += [] if self.proximal is None else ["constraint with a projection" if self.is_set else "proximable"]
         return f"{self.term}: {pretty(self.e)} is {' and '.join(found) or f'neither smooth nor proximable ({self.reason})'}"
