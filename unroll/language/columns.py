@@ -10,7 +10,7 @@ LEAST = 24
 """No column is made narrower than that."""
 
 
-def counted(n: int, noun: str) -> str:
+def counted(n: int | str, noun: str) -> str:
     """1 layer, 2 layers."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
