@@ -32,7 +32,7 @@ WRITTEN = [
 """Logistic losses, cross entropies, sums of exponentials under a log, sigmoids and hyperbolic functions."""
 NUMBERS, X = {"a": 3.0, "b": 0.5, "c": 2.0}, 0.25
 EXACT: dict[str, Any] = {
-    **{f: getattr(mpmath, f) for f in ("exp", "log", "tanh", "cosh", "sqrt")},
+    **{f: getattr(mpmath, f) for f in ("exp", "log", "tanh", "cosh", "cos", "sqrt")},
     "sigmoid": lambda u: 1 / (1 + mpmath.exp(-u)),
     "softplus": lambda u: mpmath.log1p(mpmath.exp(u)),
 }
@@ -224,3 +224,73 @@ def test_slopes_of_stable_primitives_are_those_of_what_they_mean(stated: sp.Expr
     for s in sorted(stated.free_symbols, key=str):
         slope = sp.diff(stated, s).replace(sigmoid, lambda u: 1 / (1 + sp.exp(-u)))
         assert float(abs((slope - sp.diff(MEANING[stated], s)).subs(at).evalf())) < 1e-14
+
+
+CANCELLING = [
+    "log(cosh(z))", "log(cosh(c*z))", "sqrt(1 + z**2) - 1", "sqrt(a**2 + z**2) - a", "sqrt(a + z**2) - sqrt(a)", "cosh(z) - 1", "cosh(c*z) - 1",
+    "1 - cos(z)", "1 - 1/sqrt(1 + z**2)", "1 - 1/(1 + z**2)", "1 - exp(-z**2/a)", "a*log(1 + z**2/a)", "log(1 + z**2)",
+]  # fmt: skip
+"""Losses that are 0 at 0, where they are least, as they are written."""
+SMALL = (1e-6, -3e-5, 1e-3, -0.1)
+
+
+@pytest.mark.parametrize("text", CANCELLING)
+def test_what_cancels_near_zero_does_so_exactly(text: str) -> None:
+    """Value and slope in float32, to a relative error, and those of the square of the value and of the root of the sum."""
+    z = torch.tensor(SMALL, dtype=torch.float32)
+    want = [exactly(text, u) for u in z.tolist()]
+    value, slope = (torch.tensor([w[k] for w in want], dtype=torch.float64) for k in (0, 1))
+    for form, f, df in (
+        ("sum({})", value.sum(), slope),
+        ("sum(({})**2)", (value**2).sum(), 2 * value * slope),
+        ("sqrt(sum({}))", value.sum().sqrt(), slope / 2 / value.sum().sqrt()),
+    ):
+        net = loss(form.format(text), len(SMALL))
+        got = net(at := z.clone().requires_grad_())
+        (grad,) = torch.autograd.grad(got, at)
+        torch.testing.assert_close(got.double(), f, rtol=2e-5, atol=0)
+        torch.testing.assert_close(grad.double(), df, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("text", CANCELLING)
+def test_the_root_of_a_loss_has_slope_zero_where_it_is_least(text: str) -> None:
+    net, z = loss(f"sqrt(sum({text}))"), torch.zeros(8, requires_grad=True)
+    value = net(z)
+    (slope,) = torch.autograd.grad(value, z)
+    assert value == 0
+    assert torch.equal(slope, torch.zeros(8))
+
+
+@pytest.mark.parametrize("text", ["log(cosh(z))", "cosh(z) - 1", "1 - exp(-z**2/a)", "sqrt(a**2 + z**2) - a"])
+def test_forms_that_do_not_cancel_hold_far_away_too(text: str) -> None:
+    for u in (-300.0, -20.0, 19.9, 20.1, 88.0):
+        z = torch.full((8,), u, dtype=torch.float64, requires_grad=True)
+        value = loss(f"sum({text})")(z)
+        (slope,) = torch.autograd.grad(value, z)
+        want, tilt = exactly(text, u)
+        assert abs(float(value.detach()) / 8 - want) <= 1e-13 * abs(want)
+        assert abs(float(slope[0]) - tilt) <= 1e-13 * (abs(tilt) + 1e-200), (u, float(slope[0]), tilt)
+
+
+@pytest.mark.parametrize(("text", "sign"), [("sqrt(sumsq(z) - sumsq(x))", 1), ("sqrt(sumsq(x) - sumsq(z))", -1)])
+def test_a_slope_without_bound_has_the_sign_of_the_slopes_nearby(text: str, sign: int) -> None:
+    x = torch.linspace(1, 2, 8, dtype=torch.float64)
+    for shift in (0.0, 1e-9 * sign):
+        z = (x * (1 + shift)).requires_grad_()
+        (slope,) = torch.autograd.grad(loss(text)(z, x), z)
+        assert (slope.sign() == sign).all(), (shift, slope)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_the_derived_slope_of_the_entropy_of_shares_does_not_cancel(size: float) -> None:
+    """-p (z - sum p z): what is the same for all entries is nothing to the shares."""
+    spec: dict[str, Any] = {
+        "dims": {"n": 6}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": "entropy(softmax(z, 0))",
+        "unroll": {"algorithm": "gradient_descent", "layers": 1, "step": 1e12, "start": {"z": "x"}},
+    }  # fmt: skip
+    x = size * torch.linspace(-1, 2, 6, dtype=torch.float32)
+    step = (x.double() - unroll.compile(spec)(x).double()) / 1e12
+    u = x.double()
+    p = u.softmax(-1)
+    want = -p * (u - (p * u).sum())
+    torch.testing.assert_close(step, want, rtol=0, atol=float(1e-5 * want.abs().max()))

@@ -163,6 +163,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
         case Normalise():
             yield from _normalised(node, g)
         case Softmax(x, axis, _):  # S * (G - sum(S * G))
+            g = _varying(g, axis)
             yield x, elementwise(slot(0) * (slot(1) - slot(2)), node, g, total(times(node, g), axis))
         case Op("first", x):
             yield x, operator("first", g, sizes=(x.rows,))
@@ -199,6 +200,19 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise AssertionError("families are swept in their own scope; please report")
         case _ as never:
             assert_never(never)
+
+
+def _varying(g: Expr, axis: Axis) -> Expr:
+    """g without the terms that are the same all along an axis, which shares do not see: they would cancel in rounding only."""
+    match g:
+        case Map(profile, args):
+            wide = {slot(i) for i, a in enumerate(args) if a.shape[cast(int, axis)] != 1}
+            kept = [t for t in sp.Add.make_args(profile) if t.free_symbols & wide]
+            return elementwise(sp.Add(*kept), *args) if kept else zeros(*g.shape)
+        case Add(terms):
+            return add(*(_varying(t, axis) for t in terms))
+        case _:
+            return g
 
 
 def _normalised(node: Normalise, g: Expr) -> Iterator[tuple[Expr, Expr]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
-from itertools import product
+from itertools import permutations, product
 
 import sympy as sp
 from mpmath.libmp import prec_to_dps
@@ -108,6 +108,57 @@ class entr(Primitive):
         return -sp.log(self.args[0]) - 1
 
 
+class expm1(Primitive):
+    """e^x − 1."""
+
+    nargs = (1,)
+
+    def textbook(self) -> sp.Expr:
+        return sp.exp(self.args[0]) - 1
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return sp.exp(self.args[0])
+
+    def _eval_is_extended_real(self) -> bool | None:
+        return self.args[0].is_extended_real
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return self.args[0].is_nonnegative
+
+    def _eval_is_nonpositive(self) -> bool | None:
+        return self.args[0].is_nonpositive
+
+
+class log1p(Primitive):
+    """log(1 + x)."""
+
+    nargs = (1,)
+
+    def textbook(self) -> sp.Expr:
+        return sp.log(1 + self.args[0])
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return 1 / (1 + self.args[0])
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return self.args[0].is_nonnegative
+
+
+class logcosh(Primitive):
+    """log((e^x + e^−x)/2)."""
+
+    nargs = (1,)
+
+    def textbook(self) -> sp.Expr:
+        return sp.log(sp.cosh(self.args[0]))
+
+    def fdiff(self, argindex: int = 1) -> sp.Expr:
+        return sp.tanh(self.args[0])
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return self.args[0].is_extended_real
+
+
 GROWING = (sp.exp, sp.cosh, sp.sinh)
 WIDEST = 24
 """Terms of the longest sum that is written out."""
@@ -124,14 +175,18 @@ def vanishing(log: sp.log) -> list[sp.log]:
 def stable(e: sp.Expr) -> sp.Expr:
     """The same values, finite wherever they can be, and so for its derivatives."""
     match e:
-        case _ if not e.free_symbols or not e.has(*GROWING, sp.log, sp.tanh):
+        case _ if not e.free_symbols:
             return e
+        case sp.Add() if (apart := _difference(e)) is not None:
+            return stable(apart)
+        case _ if not e.has(*GROWING, sp.log, sp.tanh):
+            return _rebuilt(e) if any(isinstance(a, sp.Add) for a in sp.preorder_traversal(e)) else e
         case sp.log():
             return _log(e.args[0])
         case sp.Add():
             whole = _read(e)
             single = whole.sums and all(p.is_negative for p in whole.sums.values())
-            return _write(whole) if single else sp.Add(*map(stable, e.args))
+            return _write(whole) if single else _centred(sp.Add(*map(stable, e.args)))
         case sp.Mul() if sum(isinstance(f, sp.log) for f in e.args) == 1:
             return _times_log(e)
         case sp.Mul() | sp.Pow() if not isinstance(e, sp.exp):
@@ -337,10 +392,68 @@ def _log(g: sp.Expr) -> sp.Expr:
     terms = [stable(t) for t in g.args] if isinstance(g, sp.Add) else []
     bounded = terms and all(t.is_nonnegative and not t.has(*GROWING) for t in terms)
     if whole.plain or bounded:
-        return sp.log(sp.Add(*terms) if terms else stable(g))
+        rest = sp.Add(*terms) - 1
+        return log1p(rest) if bounded and 1 in terms else sp.log(sp.Add(*terms) if terms else stable(g))
     whole = _turned(whole)
     parts = [_pulled(s, p) for s, p in whole.sums.items()]
-    return sp.log(sp.Mul(whole.coef, *(f for f, _ in parts))) + sp.Add(whole.exponent, *(a for _, a in parts))
+    return _centred(sp.log(sp.Mul(whole.coef, *(f for f, _ in parts))) + sp.Add(whole.exponent, *(a for _, a in parts)))
+
+
+# --- what cancels -----------------------------------------------------------------------------------------------------
+
+
+def _difference(e: sp.Add) -> sp.Expr | None:
+    """Two terms that cancel where s vanishes, without the difference: √(c² + s) − c = s/(√(c² + s) + c), and its kin."""
+    for t, r in permutations(e.args, 2):
+        k, f = _factor(t)
+        if f is not None and (close := _close(f, sp.cancel(-r / k))) is not None:
+            return sp.Add(k * close, *(a for a in e.args if a not in (t, r)))
+    return None
+
+
+def _factor(t: sp.Expr) -> tuple[sp.Expr, sp.Expr | None]:
+    """(k, f): t = k f, f of a kind that `_close` knows."""
+    for f in sp.Mul.make_args(t):
+        power = isinstance(f, sp.Pow) and not isinstance(f, sp.exp) and f.exp in CLOSE and f.base.is_Add
+        if f.free_symbols and (power or isinstance(f, sp.exp | sp.cosh | sp.cos)):
+            return t / f, f
+    return sp.S.One, None
+
+
+CLOSE = (sp.Rational(1, 2), sp.Rational(-1, 2), sp.S.NegativeOne)
+
+
+def _close(f: sp.Expr, c: sp.Expr) -> sp.Expr | None:
+    """f − c where c > 0 is what f is at the point where they cancel; None where nothing cancels."""
+    match f:
+        case sp.exp() | sp.cosh() | sp.cos():
+            s = f.args[0]
+            if c != 1:
+                return None
+            return expm1(s) if isinstance(f, sp.exp) else 2 * sp.sinh(s / 2) ** 2 if isinstance(f, sp.cosh) else -2 * sp.sin(s / 2) ** 2  # fmt: skip
+        case _:
+            base, p = f.as_base_exp()
+            if not c.is_positive:
+                return None
+            s = sp.expand(base - c ** (1 / p))
+            if len(sp.Add.make_args(s)) >= len(base.args):
+                return None
+            if p == sp.S.NegativeOne:
+                return -c * s / base
+            root = sp.sqrt(base)
+            return s / (root + c) if p.is_positive else -c * s / (root * (root + 1 / c))
+
+
+def _centred(e: sp.Expr) -> sp.Expr:
+    """log(1 + e^d) − d/2, even in d → log 2 + log cosh(d/2)."""
+    for t in sp.Add.make_args(e):
+        k, f = t.as_coeff_Mul()
+        if isinstance(f, softplus):
+            half = k * f.args[0] / 2
+            rest = sp.expand(e - t + half)
+            if len(sp.Add.make_args(rest)) < len(sp.Add.make_args(e - t)) or not rest.free_symbols:
+                return k * logcosh(f.args[0] / 2) + rest + k * sp.log(2)
+    return e
 
 
 # --- zero times log of zero -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sympy as sp
 from sympy.printing.str import StrPrinter
 
 from unroll.calculus.factored import factored
-from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
+from unroll.calculus.stable import entr, expm1, log1p, logaddexp, logcosh, sigmoid, softplus, xlogy
 from unroll.errors import DeriveError
 
 
@@ -84,6 +84,8 @@ CALLS = {
     sp.asin: "torch.asin",
     sp.erf: "torch.erf",
     sp.erfc: "torch.erfc",
+    expm1: "torch.expm1",
+    log1p: "torch.log1p",
     sigmoid: "torch.sigmoid",
     softplus: "torch.nn.functional.softplus",
     logaddexp: "torch.logaddexp",
@@ -130,6 +132,10 @@ class TorchPrinter(StrPrinter):
         if expr.is_number:
             return decimal(expr)
         inside = ", ".join(self._print(a) for a in expr.args)
+        if isinstance(expr, logcosh):  # beyond 20 it is |x| - log 2
+            return (
+                f"(torch.log1p(2*torch.sinh(({inside}).clamp(-20, 20)/2)**2) + (torch.abs({inside}) - 20).clamp_min(0))"
+            )
         if expr.func in CALLS:
             return f"{CALLS[expr.func]}({inside})"
         raise NotImplementedError(f"no torch text for {expr.func}")

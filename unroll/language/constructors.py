@@ -598,6 +598,8 @@ def total(e: Expr, axis: Axis = None) -> Expr:
             return trace(e)
         case FamilySum(i, n, body):
             return family_sum(i, n, total(body, axis))
+        case Softmax(_, along, _) if axis in (along, None):  # shares
+            return ones(*out) if axis == along else total(ones(*reduced(e.shape, along)))
         case _:
             return intern(Sum, e, axis)
 

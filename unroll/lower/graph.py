@@ -20,7 +20,7 @@ from unroll.calculus.stable import stable
 from unroll.derivation.rewrites.frequencies import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
-from unroll.language.constructors import as_constant, is_symmetric, matmul, split, swap
+from unroll.language.constructors import as_constant, is_symmetric, matmul, scale, split, swap
 from unroll.language.nodes import (
     ONE,
     Add,
@@ -350,17 +350,37 @@ class Lowering:
 
     def _map(self, profile: sp.Expr, args: tuple[Expr, ...]) -> Ref:
         """A profile in slots, with its scalar symbols as further arguments."""
-        refs = {slot(i): self.lower(a) for i, a in enumerate(args)}
+        profile, args = _above(profile, args)
+        refs = dict[sp.Symbol, Ref]()
+        for i, a in enumerate(args):
+            profile, refs[slot(i)] = self._argument(profile, slot(i), a)
+        profile = stable(profile)
         free = sorted((s for s in profile.free_symbols if s not in refs), key=str)
         refs |= {cast(sp.Symbol, s): self._symbol(cast(sp.Symbol, s)) for s in free}
         used = {s: r for s, r in refs.items() if s in profile.free_symbols}
         shaped = [r for s, r in refs.items() if s not in used]
         order = list(dict.fromkeys(used.values()))
         names = {s: slot(order.index(r)) for s, r in used.items()}
-        out = self.builder.map(stable(swap(profile, names) if names else profile), order)
+        out = self.builder.map(swap(profile, names) if names else profile, order)
         for r in shaped:  # an argument of which only the shape counts: ones
             out = self.builder.add("map", (out, r), slot(0) * slot(1))
         return out
+
+    def _argument(self, profile: sp.Expr, s: sp.Symbol, a: Expr) -> tuple[sp.Expr, Ref]:
+        """A profile and the argument s of it; √(Σ f(x) − n f(0)) is √s, s = Σ (f(x) − f(0))."""
+        if (at_zero := _at_zero(a)) is not None:
+            m = cast(Sum, a).x
+            for sign in (1, -1):  # n - sum(cos(z)) is the sum of 1 - cos(z)
+                shifted = profile.xreplace({s: sign * s + at_zero * m.rows * m.cols})
+                above = cast(sp.Expr, shifted.replace(lambda x: isinstance(x, sp.Add), sp.expand))
+                if above.count_ops() < profile.count_ops():
+                    return above, self._above_zero(cast(Sum, a), at_zero, sign)
+        return profile, self.lower(a)
+
+    def _above_zero(self, e: Sum, at_zero: sp.Expr, sign: int = 1) -> Ref:
+        """± Σ (f(x) − f(0)): what cancels does so in each entry, before rounding adds up."""
+        each = cast(Map, e.x)
+        return self.builder.add("sum", (self._map(sign * (each.profile - at_zero), each.args),), None)
 
     def _symbol(self, s: sp.Symbol) -> Ref:
         if s not in self.env:
@@ -473,6 +493,11 @@ class Lowering:
     def _add(self, terms: tuple[Expr, ...]) -> Ref:
         """Numbers in front of terms belong to the sum."""
         coefs, refs = list[sp.Expr](), list[Ref]()
+        if (joined := _joined(terms)) is not None:
+            t, at_zero, terms = joined
+            c, body = split(t)
+            first = self.builder.scaled(self.scalar(c), self._above_zero(cast(Sum, body), at_zero))
+            return self.builder.add("add", (first, self._add(terms)), (ONE, ONE)) if terms else first
         left = tuple(t for t in terms if not self._vanishes(split(t)[0].as_coeff_Mul()[1]))
         for term in _unrepeated(left or terms):
             c, body = split(term)
@@ -552,6 +577,42 @@ class Lowering:
                 return b.scaled(self.scalar(coef), b.add("trace_product", (a, c)))
             case _:
                 return b.add("trace", (self.lower(x),))
+
+
+def _above(profile: sp.Expr, args: tuple[Expr, ...]) -> tuple[sp.Expr, tuple[Expr, ...]]:
+    """√(−u), u = y − x → √u, u = x − y: where they are equal, −u is −0, and the slope there −∞ in the place of ∞."""
+    under = [p.base for p in profile.atoms(sp.Pow) if not (p.exp.is_integer and p.exp.is_nonnegative)]
+    under += [cast(sp.Expr, x.args[0]) for x in profile.atoms(sp.log)]
+    for i, a in enumerate(args):
+        if isinstance(a, Add) and any(u.as_coeff_Mul()[0].is_negative and u.has(slot(i)) for u in under):
+            profile = cast(sp.Expr, profile.xreplace({slot(i): -slot(i)}))
+            args = (*args[:i], scale(-1, a), *args[i + 1 :])
+    return profile, args
+
+
+def _at_zero(e: Expr) -> sp.Expr | None:
+    """f(0) of Σ f(x), where it is a number other than 0."""
+    match e:
+        case Sum(Map(profile, args) as m, None) if all(a.shape == m.shape for a in args):
+            value = profile.xreplace({slot(i): sp.S.Zero for i in range(len(args))})
+            return value if value.is_finite and value != 0 else None
+        case _:
+            return None
+
+
+def _joined(terms: tuple[Expr, ...]) -> tuple[Expr, sp.Expr, tuple[Expr, ...]] | None:
+    """(c Σ f(x), f(0), the others) of terms with c Σ f(x) and −c n f(0)."""
+    for number in terms:
+        value = as_constant(number)
+        for t in terms if value is not None else ():
+            c, body = split(t)
+            at_zero = _at_zero(body)
+            if (
+                at_zero is not None
+                and sp.cancel(c * at_zero * cast(Sum, body).x.rows * cast(Sum, body).x.cols + value) == 0
+            ):
+                return t, at_zero, tuple(x for x in terms if x not in (t, number))
+    return None
 
 
 def half_spectrum(sizes: tuple[sp.Expr, ...]) -> sp.Expr:

@@ -20,7 +20,7 @@ from typing import Any
 import sympy as sp
 
 from unroll.calculus.gradient import derivative
-from unroll.calculus.stable import xlogy
+from unroll.calculus.stable import expm1, logcosh, xlogy
 from unroll.calculus.torch_text import power
 from unroll.language.nodes import ONE, Shape, broadcast, operator_shape, slot
 from unroll.lower import spectral
@@ -653,7 +653,7 @@ def helpers_of(node: Node) -> tuple[str, ...]:
     if node.op == "softmax" and node.attrs[1]:
         return ("causal_softmax",)
     if node.op in ("map", "spectral_sum", "spectral_map"):
-        called = tuple(f.__name__ for f in (power, xlogy) if node.attrs[0].has(f))
+        called = tuple(f.__name__ for f in (power, xlogy, expm1, logcosh) if node.attrs[0].has(f))
         return (*BY_NAME[node.op].helpers, *called)
     if node.op in ("project", "indicator"):
         name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
@@ -893,6 +893,18 @@ HELPERS: dict[str, Helper] = {
         '''def power(x, p):
     """x ** p for x >= 0, 0 < p < 1, with slope 0 at 0."""
     return torch.where(x == 0, 0, torch.where(x == 0, 1, x) ** p)
+'''
+    ),
+    "expm1": Helper(
+        '''def expm1(x):
+    """e^x - 1, right near 0, and so is its slope e^x far below."""
+    return torch.where(x > -0.5, torch.expm1(x.clamp_min(-0.5)), torch.exp(x.clamp_max(-0.5)) - 1)
+'''
+    ),
+    "logcosh": Helper(
+        '''def logcosh(x):
+    """log cosh x, right near 0; beyond 20 it is |x| - log 2."""
+    return torch.log1p(2 * torch.sinh(x.clamp(-20, 20) / 2).square()) + torch.relu(x.abs() - 20)
 '''
     ),
     "unit": Helper(

@@ -10,7 +10,7 @@ from typing import Any, cast
 import sympy as sp
 from sympy.logic.boolalg import Boolean
 
-from unroll.calculus.stable import entr, logaddexp, sigmoid, softplus, xlogy
+from unroll.calculus.stable import entr, expm1, log1p, logaddexp, logcosh, sigmoid, softplus, xlogy
 from unroll.calculus.torch_text import as_fraction, decimal, nonzero, power, reciprocal
 from unroll.errors import DeriveError
 
@@ -69,6 +69,8 @@ FUNCTIONS: dict[type[Any], tuple[str, str]] = {
     sp.sinh: ("torch.sinh", "math.sinh"),
     sp.cosh: ("torch.cosh", "math.cosh"),
     sp.erf: ("torch.erf", "math.erf"),
+    expm1: ("expm1", "math.expm1"),
+    log1p: ("torch.log1p", "math.log1p"),
     sp.floor: ("torch.floor", "math.floor"),
     sp.ceiling: ("torch.ceil", "math.ceil"),
 }
@@ -128,6 +130,9 @@ def _text(e: sp.Basic, names: Mapping[sp.Symbol, Text]) -> Text:
             if not (x.tensor or y.tensor):
                 return go(a * sp.log(b))
             return Text(f"{'torch.logaddexp' if isinstance(e, logaddexp) else 'xlogy'}({x.code}, {y.code})")
+        case logcosh():
+            x = go(e.args[0])
+            return Text(f"logcosh({x.code})") if x.tensor else go(sp.log(sp.cosh(cast(sp.Expr, e.args[0]))))
         case where_taken():
             x, condition = map(go, e.args)
             return Text(f"torch.where({condition.code}, {x.code}, 1)")
