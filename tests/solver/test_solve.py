@@ -8,6 +8,7 @@ from scipy.optimize import nnls
 from sklearn.linear_model import Lasso, Ridge
 from torch import nn
 
+import unroll
 from unroll.errors import UnrollError
 from unroll.solver.solve import DEFAULTS, iterate, least_tolerance, length, solve
 
@@ -358,3 +359,48 @@ def test_only_of_what_is_known_to_be_convex_is_a_fixed_point_called_solved(objec
     A, x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4)
     found = solve(spec, x, parameters={"A": A}, max_iterations=20)
     assert found.convex is convex and ("problems solved" in str(found)) is convex
+
+
+def refusal(minimize, inputs=("x",)):
+    spec = {"dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {i: ["n"] for i in inputs}, "minimize": minimize}
+    with pytest.raises(UnrollError) as caught:
+        solve(spec, *(torch.ones(2, 3) for _ in inputs))
+    assert caught.value.code == "E303"
+    return spec, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("terms", "word", "culprit"),
+    [
+        ({"fit": "sumsq(x - z)", "odd": "norm1(z)**2"}, "no rule gives its prox", "odd"),
+        ({"fit": "norm1(x - z)", "length": "norm2(z)"}, "no term is smooth", "fit"),
+        ({"fit": "norm1(x - z)", "length": "norm2(z)"}, "no term is smooth", "length"),
+        ({"fit": "1/2*sumsq(x - z)", "a": "norm1(z)", "b": "tv(z)"}, "prox", "b"),
+    ],
+)
+def test_what_no_algorithm_solves_is_refused_with_what_is_known_of_each_term(terms, word, culprit):
+    _, message = refusal(terms)
+    assert word in message
+    assert f"= {culprit}: " in message
+
+
+def test_the_hint_where_no_step_is_known_works_as_it_stands():
+    spec, message = refusal("sumsq(x - z)**2")
+    assert "no Lipschitz constant is known" in message
+    unrolled = {"algorithm": "gradient_descent", "layers": 100, "step": 0.01}
+    assert ", ".join(f"{k}: {v}" for k, v in unrolled.items()) in message
+    x = torch.linspace(-1, 1, 3)[None]
+    found = unroll.compile({**spec, "unroll": unrolled})(x)
+    assert (found - x).abs().max() < 0.5
+
+
+def test_the_hint_where_no_term_has_a_gradient_works():
+    spec, message = refusal({"fit": "norm1(x - z)", "length": "norm2(z)"})
+    assert "huber(z, 0.1) in the place of abs(z)" in message
+    smoothed = {**spec, "minimize": {"fit": "sum(huber(x - z, 0.1))", "length": "norm2(z)"}}
+    assert solve(smoothed, torch.ones(2, 3, dtype=torch.float64)).converged.all()
+
+
+def test_a_problem_that_is_the_same_for_every_sample_is_refused_for_that():
+    _, message = refusal("sumsq(z) - sum(z)")
+    assert "no input occurs in the objective" in message

@@ -121,7 +121,7 @@ class Part:
         found = (
             []
             if self.smooth is None
-            else ["smooth" if self.smooth.smooth else "differentiable, no Lipschitz constant known"]
+            else ["smooth" if self.smooth.smooth else "differentiable (no Lipschitz constant is known)"]
         )
         found += [] if self.proximal is None else ["constraint with a projection" if self.is_set else "proximable"]
         return f"{self.term}: {pretty(self.e)} is {' and '.join(found) or f'neither smooth nor proximable ({self.reason})'}"
@@ -179,7 +179,7 @@ def build(record: Algorithm, problem: Problem, options: Options) -> Step:
         raise DeriveError(
             "E303",
             f"{record.name} does not fit: {missing}",
-            hint=f"{' or '.join(fitting)} fits" if fitting else _unsigned(parts) or NONE_FITS,
+            hint=f"{' or '.join(fitting)} fits" if fitting else unsigned(parts) or NONE_FITS,
             notes=(f"needed: {record.needs}", *(f"found: {p.show()}" for p in parts)),
         )
     step = record.build(problem, parts, options)
@@ -203,7 +203,7 @@ def where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[A
     return inside, once
 
 
-def _unsigned(parts: tuple[Part, ...]) -> str:
+def unsigned(parts: tuple[Part, ...]) -> str:
     """A hint where terms have no prox because the sign of a scalar, or of data, is open."""
     refused = [p for p in parts if p.smooth is None and p.proximal is None]
     open_signs = sorted({s.name for p in refused for s in p.e.scalars if s.is_positive is None and not s.is_integer})

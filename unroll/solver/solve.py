@@ -19,11 +19,12 @@ from torch import Tensor
 
 from unroll.api import Source, compile_layers, read
 from unroll.calculus.gradient import gradient
-from unroll.derivation.algorithms import ALGORITHMS, LIPSCHITZ, classify
+from unroll.derivation.algorithms import ALGORITHMS, LIPSCHITZ, Part, classify, unsigned
 from unroll.errors import SpecError, UnrollError
 from unroll.language.constructors import add, elementwise, total
 from unroll.language.nodes import Expr, slot
 from unroll.language.problem import from_spec
+from unroll.language.show import pretty
 from unroll.network.kinds import check_kind
 from unroll.network.network import Network, check_shape, finite
 from unroll.network.values import refuse_undeclared
@@ -114,9 +115,17 @@ def solve(
     like = _refuse_other_kinds(data)
     tol = _tolerance(tol, like.dtype)
     _refuse_none(max_iterations)
-    net = compile_layers(
-        one_step(spec), dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device
-    )
+    single = one_step(spec)
+    try:
+        net = compile_layers(
+            single, dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device
+        )
+    except SpecError as refused:
+        if refused.code != "E304":
+            raise
+        hint = "layers with steps of a size of your own, by unroll.compile, as unroll: {algorithm: gradient_descent, layers: 100, step: 0.01}"
+        message = f"no algorithm here solves {spec.title}: {refused.message}, so no step is known to be short enough"
+        raise SpecError("E303", message, hint=hint) from refused
     refuse_undeclared(net.program.problem.inputs, data)
     shape, data = _flat(net, data)
     name, read_by_layers = net.variables[0], {n: x for n, x in data.items() if n in net.inputs}
@@ -266,16 +275,35 @@ def one_step(spec: Spec) -> Spec:
     problem = from_spec(spec)
     if len(problem.variables) != 1:
         raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
-    parts = classify(problem)
-    fitting = [a.name for a in ALGORITHMS if a.name in PLAIN and a.fits(parts) is None]
-    if not fitting:
+    if not any(x in e.symbols for e in problem.terms.values() for x in problem.inputs):
+        hint = "declare what changes from sample to sample under inputs, and use it in the objective"
         raise SpecError(
             "E303",
-            f"no algorithm here solves {spec.title}",
-            hint="each term must be smooth, or the rest proximable together",
+            f"no input occurs in the objective of {spec.title}: there is nothing to solve for each sample",
+            hint=hint,
         )
-    name = next(name for name in PLAIN if name in fitting)
+    parts = classify(problem)
+    records = {a.name: a for a in ALGORITHMS}
+    name = next((name for name in PLAIN if records[name].fits(parts) is None), None)
+    if name is None:
+        found = {name: records[name].fits(parts) for name in PLAIN}
+        raise SpecError(
+            "E303",
+            f"no algorithm here solves {spec.title}: {found[PLAIN[0]]}",
+            hint=unsigned(parts) or _remedy(parts),
+            notes=tuple(p.show() for p in parts),
+        )
     return load({**document, "unroll": {"algorithm": name, "layers": 1}})
+
+
+def _remedy(parts: Sequence[Part]) -> str:
+    """What to change in the objective."""
+    stuck = [p for p in parts if not p.descended and p.proximal is None]
+    if stuck:
+        return f"leave out, or write in another way, what has neither a gradient nor a prox: {pretty(stuck[0].e)}"
+    if not any(p.descended for p in parts):
+        return "one term must have a gradient with a Lipschitz constant: 1/2 * sumsq(x - z), say, or huber(z, 0.1) in the place of abs(z)"
+    return "of the terms without a gradient keep one, or give the others one: huber(z, 0.1) in the place of abs(z)"
 
 
 def iterate(
