@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from unroll.api import Source, read
-from unroll.errors import UnrollError
+from unroll.errors import UnrollError, did_you_mean
 from unroll.solver.solve import Solution, solve
 from unroll.train.data import read_array
 
@@ -44,12 +44,15 @@ def solve_files(
 ) -> Solution:
     """As `solve`, from and to .npy files named [NAME=]FILE. Raises SpecError E502 to E506 for files, UnrollError E404 for names."""
     spec = read(source, overrides)
-    named = _pairs(inputs, spec.inputs)
-    given = {name: read_array(Path(file), name) for name, file in _pairs(parameters, spec.parameters).items()}
-    absent = [name for name in spec.inputs if name not in named]
-    if absent:
-        raise UnrollError("E404", f"the input '{absent[0]}' is missing", hint=f"--input {absent[0]}=FILE")
+    named = _pairs(inputs, spec.inputs, "input")
+    given = {
+        name: read_array(Path(file), name) for name, file in _pairs(parameters, spec.parameters, "parameter").items()
+    }
+    for name in (x for x in spec.inputs if x not in named):
+        raise UnrollError("E404", f"the input '{name}' is missing", hint=f"--input {name}=FILE")
     arrays = [read_array(Path(named[name]), name).double() for name in spec.inputs]
+    for name in (p for p in spec.parameters if p not in given):
+        raise UnrollError("E402", f"the parameter '{name}' has no value", hint=f"--parameter {name}=FILE")
     found = solve(spec, *arrays, parameters=given, tol=tol, max_iterations=max_iterations, console=Console(stderr=True))
     if output is not None:
         with output.open("wb") as file:  # np.save would add to a name without .npy
@@ -57,20 +60,23 @@ def solve_files(
     return found
 
 
-def _pairs(texts: Sequence[str], names: Mapping[str, Any]) -> dict[str, str]:
+def _pairs(texts: Sequence[str], names: Mapping[str, Any], what: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, file in (_pair(text, names) for text in texts):
+    for name, file in (_pair(text, names, what) for text in texts):
         if name in found:
             raise UnrollError("E404", f"two files for {name}: '{found[name]}' and '{file}'")
         found[name] = file
     return found
 
 
-def _pair(text: str, names: Mapping[str, Any]) -> tuple[str, str]:
+def _pair(text: str, names: Mapping[str, Any], what: str) -> tuple[str, str]:
     """NAME=FILE, or FILE where there is one name."""
     name, equals, file = text.partition("=")
     if equals and name in names:
         return name, file
+    if equals and name.isidentifier() and not isfile(text):
+        hint = did_you_mean(name, names) or f"there {'is' if len(names) == 1 else 'are'} {', '.join(names) or 'none'}"
+        raise UnrollError("E404", f"'{text}': the problem has no {what} '{name}'", hint=hint)
     if len(names) == 1:
         return next(iter(names)), text
     raise UnrollError(

@@ -398,3 +398,46 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_user(unroll: Unroll, 
     assert (
         shown.code == 2 and "No such file or directory: 'no/such/folder" in shown.err and "Traceback" not in shown.err
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--input", "nope.npy"), "there is no file 'nope.npy' for x"),
+        (("--input", "."), "'.' for x is a folder"),
+        (("--input", "y=x.npy"), "the problem has no input 'y'"),
+        (("--input", "x.npy", "--parameter", "B=A.npy"), "the problem has no parameter 'B'"),
+        (("--input", "x.npy", "--parameter", "A=A.npy", "--input", "x.npy"), "two files for x"),
+        (("--input", "text.npy"), "it is text, and begins '1 2 3'"),
+        (("--input", "junk.npy"), "it has none of its marks"),
+        (("--input", "short.npy", "--parameter", "A=A.npy"), "x has shape (3, 5), expected (..., m = 6)"),
+        (("--input", "nan.npy", "--parameter", "A=A.npy"), "1 of 18 entries of x are not finite"),
+        (("--input", "x.npy"), "--parameter A=FILE"),
+        (("--input", "x.npy", "--parameter", "A=A.npy", "foo.bar=3"), "a spec has no 'foo.bar'"),
+        (("--input", "x.npy", "--parameter", "A=A.npy", "--tol", "1e-30"), "below what torch.float64 can certify"),
+    ],
+)
+def test_solve_says_what_is_wrong_with_what_it_is_given(
+    unroll: Unroll, arrays: tuple[Path, Path], tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    x = np.load(arrays[0])
+    np.save(tmp_path / "short.npy", x[:, :5])
+    x[1, 2] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    (tmp_path / "text.npy").write_text("1 2 3\n")
+    (tmp_path / "junk.npy").write_bytes(bytes(range(200, 255)))
+    shown = unroll("solve", "lasso", *words)
+    assert shown.code == 2
+    assert told in shown.err
+    assert "internal error" not in shown.err and "give inputs in float64" not in shown.err
+
+
+def test_solve_takes_whole_numbers_and_a_batch_of_none(
+    unroll: Unroll, arrays: tuple[Path, Path], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "int.npy", np.arange(18).reshape(3, 6))
+    np.save(tmp_path / "none.npy", np.zeros((0, 6)))
+    for name, count in (("int", 3), ("none", 0)):
+        shown = unroll("solve", "lasso", "--input", f"{name}.npy", "--parameter", "A=A.npy", "-o", "z.npy")
+        assert shown.code == 0, shown.err
+        assert np.load(tmp_path / "z.npy").shape == (count, 9)

@@ -404,3 +404,26 @@ def test_the_hint_where_no_term_has_a_gradient_works():
 def test_a_problem_that_is_the_same_for_every_sample_is_refused_for_that():
     _, message = refusal("sumsq(z) - sum(z)")
     assert "no input occurs in the objective" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_data_too_small_for_their_type_are_refused_and_zeros_are_solved(dtype):
+    """Powers of ten down to the smallest number: solved, or refused at once; never run to the end for nothing."""
+    A, x = draw(6, 8, 2)
+    least = -50 if dtype == torch.float32 else -330
+    refused = []
+    for power in range(-8, least, -7):
+        c = 10.0**power
+        small = (x * c).to(dtype)
+        try:
+            found = solve(
+                "lasso", small, parameters={"A": A}, scalars={"lam": max(0.1 * c, 5e-324)}, max_iterations=2000
+            )
+        except UnrollError as error:
+            assert error.code == "E404" and "too near 0" in str(error)
+            refused.append(power)
+        else:
+            assert found.converged.all(), power
+    assert refused and min(refused) < -20
+    zeros = solve("lasso", torch.zeros(2, 6, dtype=dtype), parameters={"A": A}, scalars={"lam": 0.1})
+    assert zeros.converged.all() and not zeros.z.any()

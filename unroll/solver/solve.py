@@ -204,7 +204,9 @@ def _tolerance(tol: Any, dtype: torch.dtype) -> float:
     least = least_tolerance(dtype)
     if tol < least:
         raise UnrollError(
-            "E407", f"tol={tol:g} is below what {dtype} can certify, about {least:.0e}", hint="give inputs in float64"
+            "E407",
+            f"tol={tol:g} is below what {dtype} can certify, about {least:.0e}",
+            hint="" if dtype == torch.float64 else "give inputs in float64",
         )
     return tol
 
@@ -229,12 +231,14 @@ def error_of(net: Network, data: Mapping[str, Tensor], start: Tensor) -> tuple[E
     if gap is not None:
         objective = values(f=add(*values_of(p.e for p in parts)))
         scale = _largest(objective(p, slice(None))["f"] for p in points)
+        _refuse_tiny(scale, data)
         gap_at = values(gap=gap)
         return lambda new, moved, rows: relative(gap_at(new, rows)["gap"].abs(), scale[rows], moved), True
     slope = gradient(add(*(p.e for p in parts if p.descended)), z)
     (lipschitz,) = (a.value for a in net.derivation.exact.definitions if a.target == LIPSCHITZ)
     steep = values(slope=total(elementwise(slot(0) ** 2, slope)), L=lipschitz)
     first = _largest(found["slope"].sqrt() / found["L"] for found in (steep(p, slice(None)) for p in points))
+    _refuse_tiny(first, data)
     rounding = least_tolerance(start.dtype) / DEFAULTS[start.dtype]
 
     def residual(new: Tensor, moved: Tensor, rows: Tensor) -> Tensor:
@@ -253,6 +257,22 @@ def _largest(values: Iterable[Tensor]) -> Tensor:
             "E404", message, hint="other units" + ("" if found.dtype == torch.float64 else ", or float64")
         )
     return found.nan_to_num(0, 0, 0).amax(0)
+
+
+def _refuse_tiny(scale: Tensor, data: Mapping[str, Tensor]) -> None:
+    """Data whose squares are lost, so that no error can be measured against them. Raises UnrollError E404."""
+    info = torch.finfo(scale.dtype)
+    least = 2 * (info.tiny * info.eps) ** 0.5  # gaps have products of two objectives
+    entries = torch.stack([x.abs().flatten(1).amax(1) for x in data.values() if x.numel()], 1) if len(scale) else None
+    if entries is None:
+        return
+    top = entries.amax(1)
+    lost = (scale < least) & (top > 0) & (top < (1e3 * least) ** 0.5)
+    if lost.any():
+        message = f"{int(lost.sum()):,} of {lost.numel():,} problems have values whose squares are too near 0 for {scale.dtype} to measure an error by"
+        raise UnrollError(
+            "E404", message, hint="other units" + ("" if scale.dtype == torch.float64 else ", or float64")
+        )
 
 
 def relative(x: Tensor, scale: Tensor, moved: Tensor) -> Tensor:

@@ -123,6 +123,21 @@ def _twice(spec: Document, root: Entries) -> Iterator[SpecError]:
 def _scalars(scalars: dict[str, Number], root: Entries) -> Iterator[SpecError]:
     for name, number in scalars.items():
         default = number.default
+        least = max((m for m in (number.min, 0 if number.positive else None) if m is not None), default=None)
+        if (
+            number.max is not None
+            and least is not None
+            and (least > number.max or (number.positive and number.max <= 0))
+        ):
+            where = node_at(root, ("scalars", name, "max")).origin.where()
+            above = f"min {number.min:g}" if number.min is not None and number.min > number.max else "positive"
+            yield SpecError(
+                "E205",
+                f"scalars.{name} has no value: max {number.max:g} does not go with {above}",
+                where,
+                "raise max, or leave it out",
+            )
+            continue
         if default is None:
             continue
         broken = [

@@ -203,7 +203,9 @@ def read_array(path: Path, name: str) -> Tensor:
     if not isfile(path):
         raise SpecError(
             "E502",
-            f"there is no file '{quote(str(path))}' for {name}",
+            f"'{quote(str(path))}' for {name} is a folder"
+            if path.is_dir()
+            else f"there is no file '{quote(str(path))}' for {name}",
             hint="paths are relative to where you run unroll",
         )
     readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pt": _read_torch}
@@ -215,6 +217,7 @@ def read_array(path: Path, name: str) -> Tensor:
 
 
 def _read_numpy(path: Path, name: str) -> object:
+    _refuse_unlike(path, name)
     try:
         loaded: Any = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else _member(dict(loaded), path, name)
@@ -228,6 +231,18 @@ def _read_numpy(path: Path, name: str) -> object:
         raise SpecError("E503", f"'{path}' for {name} is not a numpy file: {error}") from error
     except (EOFError, zipfile.BadZipFile) as error:
         raise SpecError("E503", f"'{path}' for {name} is not a numpy file: {error}") from error
+
+
+def _refuse_unlike(path: Path, name: str) -> None:
+    """What begins as no file of NumPy, nor as pickled objects, which are told apart below. Raises SpecError E503."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head and not head.startswith((b"\x93NUMPY", b"PK", b"\x80")):
+        line = head.decode("ascii", "replace").splitlines()[0]
+        text = line.isprintable() and line.isascii()
+        what = f"is text, and begins '{quote(line[:20])}'" if text else "has none of its marks"
+        hint = "np.save('x.npy', np.loadtxt('x.txt')) makes one of numbers in text" if text else ""
+        raise SpecError("E503", f"'{path}' for {name} is not a numpy file: it {what}", hint=hint)
 
 
 def _read_torch(path: Path, name: str) -> object:
