@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -414,3 +415,25 @@ def test_what_is_declared_positive_is_above_0_from_the_start(default, fits):
     else:
         with pytest.raises(SpecError, match="E205.*lam must be positive"):
             load(text)
+
+
+@pytest.mark.parametrize(
+    ("section", "declared"),
+    [
+        ("dims", {"idle": 2}),
+        ("inputs", {"idle": ["n"]}),
+        ("parameters", {"idle": ["n", "n"]}),
+        ("scalars", {"idle": 1}),
+    ],
+)
+def test_what_is_declared_and_used_nowhere_is_named(section: str, declared: dict[str, Any]) -> None:
+    spec: dict[str, Any] = {
+        "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": "1/2*sumsq(x - z)",
+    }  # fmt: skip
+    spec = {**spec, section: {**spec.get(section, {}), **declared}}
+    assert [str(left) for left in load(spec).left] == ["declared, and used nowhere: idle"]
+    for reader in (
+        {"about": "idle"}, {"functions": {"f(u)": "idle * u"}}, {"constraints": ["z <= idle"]},
+        {"unroll": {"algorithm": "gradient_descent", "layers": 1, "step": "0.1 * idle"}},
+    ):  # fmt: skip
+        assert bool(load({**spec, **reader}).left) == ("about" in reader), reader

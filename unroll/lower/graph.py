@@ -582,10 +582,10 @@ class Lowering:
 def _above(profile: sp.Expr, args: tuple[Expr, ...]) -> tuple[sp.Expr, tuple[Expr, ...]]:
     """√(−u), u = y − x → √u, u = x − y: where they are equal, −u is −0, and the slope there −∞ in the place of ∞."""
     under = [p.base for p in profile.atoms(sp.Pow) if not (p.exp.is_integer and p.exp.is_nonnegative)]
-    under += [cast(sp.Expr, x.args[0]) for x in profile.atoms(sp.log)]
+    under += [x.args[0] for x in profile.atoms(sp.log)]
     for i, a in enumerate(args):
         if isinstance(a, Add) and any(u.as_coeff_Mul()[0].is_negative and u.has(slot(i)) for u in under):
-            profile = cast(sp.Expr, profile.xreplace({slot(i): -slot(i)}))
+            profile = swap(profile, {slot(i): -slot(i)})
             args = (*args[:i], scale(-1, a), *args[i + 1 :])
     return profile, args
 
@@ -594,7 +594,7 @@ def _at_zero(e: Expr) -> sp.Expr | None:
     """f(0) of Σ f(x), where it is a number other than 0."""
     match e:
         case Sum(Map(profile, args) as m, None) if all(a.shape == m.shape for a in args):
-            value = profile.xreplace({slot(i): sp.S.Zero for i in range(len(args))})
+            value: Any = profile.xreplace({slot(i): sp.S.Zero for i in range(len(args))})
             return value if value.is_finite and value != 0 else None
         case _:
             return None

@@ -66,12 +66,22 @@ class Left:
         return f"{self.what} of {self.of} not taken: {', '.join(self.names)}"
 
 
+@dataclass(frozen=True)
+class Idle:
+    """Names that are declared, and that nothing in the spec reads."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"declared, and used nowhere: {', '.join(self.names)}"
+
+
 class Spec(Document):
     """A checked spec. Fields: see `Document`. origin, key_where: places in the file."""
 
     _root: Entries = PrivateAttr()
     _preset: str | None = PrivateAttr(default=None)
-    _left: tuple[Left, ...] = PrivateAttr(default=())
+    _left: tuple[Left | Idle, ...] = PrivateAttr(default=())
     _decoder: Spec | None = PrivateAttr(default=None)
 
     @property
@@ -90,8 +100,8 @@ class Spec(Document):
         return self._preset
 
     @property
-    def left(self) -> tuple[Left, ...]:
-        """What this spec does not take of those that it uses."""
+    def left(self) -> tuple[Left | Idle, ...]:
+        """What this spec does not take of those that it uses, and what it declares for nothing."""
         return self._left
 
     def at(self, *path: str | int) -> Any:
@@ -146,7 +156,7 @@ class Spec(Document):
         return value if isinstance(value, str) else ""
 
     @classmethod
-    def check(cls, root: Entries, preset: str | None, left: tuple[Left, ...] = ()) -> Self:
+    def check(cls, root: Entries, preset: str | None, left: tuple[Left | Idle, ...] = ()) -> Self:
         """The spec that a whole tree says. Raises SpecError E201 to E206 or E212 to E216, with all findings."""
         try:
             spec = cls.model_validate(_frozen(plain(root)))
@@ -170,7 +180,7 @@ def load(source: str | bytes | FilePath | Mapping[str, Any], overrides: Sequence
     whole = reduce(_override, overrides, root)
     left = (*left, *_not_taken(str(plain(_named(root).entries["name"][1])), root, whole))
     root, preset = _expand(_named(_around(whole)))
-    return Spec.check(root, preset, left)
+    return Spec.check(root, preset, (*left, *_idle(root)))
 
 
 # --- where a spec comes from ---------------------------------------------------------------------------------------
@@ -253,6 +263,34 @@ def _not_taken(of: str, under: Entries, joined: Entries) -> Iterator[Left]:
     written, kept = (_constraints(root) for root in (under, joined))
     if lost := tuple(text for text in written if text not in kept):
         yield Left(of, "constraints", lost)
+
+
+WORD = re.compile(r"[^\W\d]\w*")
+SILENT = ("use", "name", "objective", "about", "source", "tags")  # sections for people
+
+
+def _idle(root: Entries) -> Iterator[Idle]:
+    """Sizes, inputs, parameters and scalars whose names stand nowhere but where they are declared."""
+    sections = {k: plain(v) for k, (_, v) in root.entries.items() if k not in SILENT}
+    declared = {k: v for k, v in sections.items() if k in NAMED and isinstance(v, dict)}
+    read = {w for k, v in sections.items() for x in (declared[k].values() if k in declared else [v]) for w in _words(x)}
+    if names := tuple(n for k, v in declared.items() if k != "variables" for n in v if n not in read):
+        yield Idle(names)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """All names in a value, of its keys too."""
+    match value:
+        case dict():
+            for key, inner in cast("dict[str, Any]", value).items():
+                yield from () if key == "about" else (*WORD.findall(str(key)), *_words(inner))
+        case list():
+            for inner in cast("list[Any]", value):
+                yield from _words(inner)
+        case str():
+            yield from WORD.findall(value)
+        case _:
+            return
 
 
 def _terms(root: Entries) -> list[str]:
