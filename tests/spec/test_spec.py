@@ -431,9 +431,9 @@ def test_what_is_declared_and_used_nowhere_is_named(section: str, declared: dict
         "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": "1/2*sumsq(x - z)",
     }  # fmt: skip
     spec = {**spec, section: {**spec.get(section, {}), **declared}}
-    assert [str(left) for left in load(spec).left] == ["declared, and used nowhere: idle"]
+    assert [str(x) for x in load(spec).idle] == ["declared, and used nowhere: idle"]
     for reader in (
         {"about": "idle"}, {"functions": {"f(u)": "idle * u"}}, {"constraints": ["z <= idle"]},
         {"unroll": {"algorithm": "gradient_descent", "layers": 1, "step": "0.1 * idle"}},
     ):  # fmt: skip
-        assert bool(load({**spec, **reader}).left) == ("about" in reader), reader
+        assert bool(load({**spec, **reader}).idle) == ("about" in reader), reader

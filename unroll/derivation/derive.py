@@ -249,8 +249,8 @@ def _objective(d: Derivation) -> Iterable[str]:
         indent = " " * (len(head) + 3)
         yield from (indent + line for line in more)
         yield from (f"{indent}  {line}" for line in wrapped(f"{name}: {kind}", WIDTH - len(indent) - 2))
-    for left in d.spec.left:
-        yield from _row("", str(left))
+    for said in (*d.spec.left, *d.spec.idle):
+        yield from _row("", str(said))
 
 
 def _kind(d: Derivation, name: str) -> str:

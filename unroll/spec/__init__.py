@@ -100,9 +100,14 @@ class Spec(Document):
         return self._preset
 
     @property
-    def left(self) -> tuple[Left | Idle, ...]:
-        """What this spec does not take of those that it uses, and what it declares for nothing."""
-        return self._left
+    def left(self) -> tuple[Left, ...]:
+        """What this spec does not take of those that it uses."""
+        return tuple(x for x in self._left if isinstance(x, Left))
+
+    @property
+    def idle(self) -> tuple[Idle, ...]:
+        """What this spec declares for nothing."""
+        return tuple(x for x in self._left if isinstance(x, Idle))
 
     def at(self, *path: str | int) -> Any:
         """The record or value at `path`."""
