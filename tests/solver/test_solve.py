@@ -238,8 +238,8 @@ def test_a_zero_sample_among_others_is_solved_and_its_answer_is_0(name, dtype):
 
 def test_what_underflows_is_not_called_solved():
     A, x = draw(20, 40, 2)
-    found = solve("lasso", x.float() * 1e-22, parameters={"A": A}, scalars={"lam": 1e-24}, max_iterations=30)
-    assert not found.converged.any()
+    with pytest.raises(UnrollError, match="2 of 2 problems have values whose squares are too near 0"):
+        solve("lasso", x.float() * 1e-22, parameters={"A": A}, scalars={"lam": 1e-24}, max_iterations=30)
 
 
 # --- degenerate problems ----------------------------------------------------------------------------------------------
