@@ -295,13 +295,6 @@ def one_step(spec: Spec) -> Spec:
     problem = from_spec(spec)
     if len(problem.variables) != 1:
         raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
-    if not any(x in e.symbols for e in problem.terms.values() for x in problem.inputs):
-        hint = "declare what changes from sample to sample under inputs, and use it in the objective"
-        raise SpecError(
-            "E303",
-            f"no input occurs in the objective of {spec.title}: there is nothing to solve for each sample",
-            hint=hint,
-        )
     parts = classify(problem)
     records = {a.name: a for a in ALGORITHMS}
     name = next((name for name in PLAIN if records[name].fits(parts) is None), None)
