@@ -84,9 +84,9 @@ def _entries(kind: str) -> dict[str, str]:
 
             return {s.name + (f"({', '.join(s.kinds)})" if s.kinds else ""): s.about for s in SETS}
         case "algorithms":
-            from unroll.derivation.algorithms import ALGORITHMS
+            from unroll.derivation.algorithms import every
 
-            return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in ALGORITHMS}
+            return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in every()}
         case "rewrites":
             from unroll.derivation.rewrites.catalogue import REWRITES
 

@@ -24,7 +24,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 from unroll import cli, load
-from unroll.derivation.algorithms import ALGORITHMS
+from unroll.derivation.algorithms import every
 from unroll.derivation.rewrites.catalogue import REWRITES
 from unroll.language.functions import ELEMENTWISE, FUNCTIONS, SETS
 from unroll.spec import library
@@ -164,7 +164,7 @@ def sets() -> str:
 
 def algorithms() -> str:
     return table(
-        "algorithm | one step | needs | source", ((f"`{a.name}`", a.about, a.needs, a.source) for a in ALGORITHMS)
+        "algorithm | one step | needs | source", ((f"`{a.name}`", a.about, a.needs, a.source) for a in every())
     )
 
 

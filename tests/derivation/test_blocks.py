@@ -12,7 +12,7 @@ from library_objectives import NAMES, SIZES
 from torch import Tensor
 
 import unroll
-from unroll.derivation.algorithms import ALGORITHMS
+from unroll.derivation.algorithms import every, find
 from unroll.derivation.step import Step
 from unroll.errors import SpecError
 from unroll.language.nodes import Expr
@@ -62,10 +62,11 @@ def layer(step: Step, block: str = "") -> tuple[Any, Any]:
     return states, [(plain(a.target), plain(a.value)) for a in step.assigns if a.target not in entry]
 
 
-@pytest.mark.parametrize("algorithm", [a.name for a in ALGORITHMS])
+@pytest.mark.parametrize("algorithm", [a.name for a in every()])
 def test_a_block_alone_is_its_algorithm_alone(algorithm: str) -> None:
     """Of the objectives of the library that fit (all, where there is more than the variable to keep): states, starts, assignments."""
-    scheme, fitting = {"algorithm": algorithm, **({} if algorithm == "power_step" else {"step": 0.02})}, 0
+    numbers = find(algorithm).text.record.scalars
+    scheme, fitting = {"algorithm": algorithm, **({"step": 0.02} if "step" in numbers else {})}, 0
     for name in NAMES if algorithm == "fista" else SOME:
         spec = load(name).to_dict()
         try:

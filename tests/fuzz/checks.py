@@ -16,7 +16,7 @@ import unroll
 from unroll.calculus.curvature import bounds
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox import proximable, replace_role
-from unroll.derivation.algorithms import Part
+from unroll.derivation.parts import Part
 from unroll.emit.objective import objective
 from unroll.language.constructors import add
 from unroll.language.nodes import Expr, Sym, scalar, walk

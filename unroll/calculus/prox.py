@@ -297,7 +297,7 @@ class Parts:
         if not depends(slope, z):
             return replace(self, tilt=(*self.tilt, slope))
         terms = [t for t in (slope.terms if isinstance(slope, Add) else (slope,)) if depends(t, z)]
-        if all(_left_factor(t, z) is not None for t in terms):
+        if all(factor_before(t, z) is not None for t in terms):
             return replace(self, quadratic=(*self.quadratic, slope))
         return self._with_lifted(e, z)
 
@@ -408,7 +408,7 @@ def _scaled(x: Expr, z: Sym) -> bool:
     return at is not None and at[0].is_zero is False
 
 
-def _left_factor(term: Expr, z: Sym) -> Expr | None:
+def factor_before(term: Expr, z: Sym) -> Expr | None:
     """M with term = M z."""
     c, body = split(term)
     factors = body.factors if isinstance(body, Mul) else (body,)
@@ -526,7 +526,7 @@ def _solve(p: Parts, z: Sym, t: sp.Expr, at: Expr) -> Proximal:
     """0 = t (H z + b) + z - v."""
     slope = add(*p.quadratic)
     terms = slope.terms if isinstance(slope, Add) else (slope,)
-    h = add(*(m for x in terms if (m := _left_factor(x, z)) is not None and depends(x, z)))
+    h = add(*(m for x in terms if (m := factor_before(x, z)) is not None and depends(x, z)))
     b = substitute(slope, {z: zeros(*z.shape)})
     return Proximal(matmul(inverse(add(eye(z.rows), scale(t, h))), add(at, scale(-t, b))), "a linear system", True)
 

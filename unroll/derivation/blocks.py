@@ -149,12 +149,14 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
     departures: list[Departure] = []
     for call in (c for c in calls if c.rewrite.stage == "objective"):
         problem = _rewritten_objective(half, problem, call, departures)
-    record = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
-    options = Options(half.scheme.step, half.scheme.momentum, half.place("step"))
+    algorithm = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
+    scheme = half.scheme
+    options = Options(scheme.step, scheme.momentum, scheme.split, scheme.numbers, scheme.updates, half.place)
     try:
-        step = algorithms.build(record, problem, options)
+        step = algorithms.build(algorithm, problem, options)
     except DeriveError as e:
         raise e.located(half.where("step" if e.code == "E304" else "algorithm")) from None
+    departures += (replace(d, block=half.name) for d in step.departures)
     for call in (c for c in calls if c.rewrite.stage == "step"):
         step = _rewritten_step(half, step, call, departures)
     if half.scheme.gauge is None or half.scheme.gauge.update is None:  # else that stands in front of the step

@@ -12,9 +12,9 @@ from unroll import html
 from unroll.calculus import prox as proximal
 from unroll.calculus.curvature import bounds
 from unroll.calculus.gradient import gradient
-from unroll.derivation import algorithms, blocks
-from unroll.derivation.algorithms import Part
+from unroll.derivation import blocks
 from unroll.derivation.learning import parametrise, used_scalars
+from unroll.derivation.parts import Part, classify
 from unroll.derivation.step import Assign, Departure, Learned, Step
 from unroll.errors import SpecError
 from unroll.language.columns import WIDTH, counted, table, wrapped
@@ -37,7 +37,7 @@ class Derivation:
     @cached_property
     def halves(self) -> tuple[Half, ...]:
         """What each block of a layer minimises, and what is known of its terms."""
-        return tuple(Half(name, p, algorithms.classify(p) if p.terms else ()) for name, p in self.exact.subproblems)
+        return tuple(Half(name, p, classify(p) if p.terms else ()) for name, p in self.exact.subproblems)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

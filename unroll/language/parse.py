@@ -9,7 +9,7 @@ import ast
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import sympy as sp
 
@@ -64,7 +64,7 @@ class Scope:
 
 def parse(text: str, scope: Scope, place: Place = nowhere) -> Value:
     """The value of a formula. Raises SpecError (E1xx) with the place of what is wrong."""
-    return _Reader(text, scope, place).read()
+    return Reader(text, scope, place).read()
 
 
 def parse_matrix(text: str, scope: Scope, place: Place = nowhere) -> Expr:
@@ -74,12 +74,12 @@ def parse_matrix(text: str, scope: Scope, place: Place = nowhere) -> Expr:
 
 def parse_member(text: str, scope: Scope, place: Place = nowhere) -> tuple[Value, str, sp.Expr | None]:
     """(value, index, size) of `f(U[k]) for k in K`, one value for each member; of a plain formula (value, "", None)."""
-    return _Reader(text, scope, place).member()
+    return Reader(text, scope, place).member()
 
 
 def parse_constraint(text: str, scope: Scope, place: Place = nowhere) -> Expr:
     """`z >= 0`, `z <= b`, `z in simplex`, `z in box(0, 1)` -> the indicator of the set. Raises SpecError E132 where no variable is in it."""
-    found = _Reader(text, scope, place).constraint()
+    found = Reader(text, scope, place).constraint()
     if all(s.role in ("input", "parameter") for s in found.symbols):
         message, hint = (
             f"{text} says nothing about a variable",
@@ -91,11 +91,11 @@ def parse_constraint(text: str, scope: Scope, place: Place = nowhere) -> Expr:
 
 def parse_signature(text: str, place: Place = nowhere) -> tuple[str, tuple[str, ...]]:
     """`R(Y, a)` -> ("R", ("Y", "a"))."""
-    return _Reader(text, Scope(), place).signature()
+    return Reader(text, Scope(), place).signature()
 
 
 @dataclass(frozen=True)
-class _Condition:
+class Condition:
     """A comparison, for `where`: a SymPy relation in slots of `args`."""
 
     relation: Any
@@ -116,7 +116,7 @@ FAMILIES: dict[str, Callable[[str, Any, Expr], Expr]] = {"sum": family_sum, "log
 """What can be taken over the members of a family."""
 
 
-class _Reader:
+class Reader:
     """One formula: its text, what its names mean, where it stands, and which macros are being expanded."""
 
     def __init__(self, text: str, scope: Scope, place: Place, active: tuple[str, ...] = ()) -> None:
@@ -219,7 +219,7 @@ class _Reader:
             value = self.visit(tree)
         except RecursionError:
             self.fail_at(0, 1, "E104", "this formula is nested too deeply", "name a part under 'functions:'")
-        if isinstance(value, _Condition):
+        if isinstance(value, Condition):
             self.fail(
                 tree,
                 "E132",
@@ -307,7 +307,7 @@ class _Reader:
 
     # --- nodes ---
 
-    def visit(self, node: ast.expr) -> Value | _Condition:
+    def visit(self, node: ast.expr) -> Value | Condition:
         match node:
             case ast.Constant(value=v) if isinstance(v, int | float) and not isinstance(v, bool):
                 return self._number(node)
@@ -530,22 +530,22 @@ class _Reader:
             self.declared(a, b),
         )
 
-    def _compare(self, node: ast.Compare, a: ast.expr, relation: Any, b: ast.expr) -> _Condition:
+    def _compare(self, node: ast.Compare, a: ast.expr, relation: Any, b: ast.expr) -> Condition:
         x, y = as_expr(self.value(a)), as_expr(self.value(b))
         self._fit(node, a, b, x, y)
-        return _Condition(relation(slot(0), slot(1)), (x, y))
+        return Condition(relation(slot(0), slot(1)), (x, y))
 
-    def _joined(self, word: Any, values: list[ast.expr]) -> _Condition:
+    def _joined(self, word: Any, values: list[ast.expr]) -> Condition:
         """Comparisons joined by `and` or `or`."""
         relations, args = list[Any](), list[Expr]()
         for v in values:
             found = self.visit(v)
-            if not isinstance(found, _Condition):
+            if not isinstance(found, Condition):
                 self.fail(v, "E132", f"{self.source(v)} is not a comparison")
             shift = {slot(i): slot(i + len(args)) for i in range(len(found.args))}
             relations.append(found.relation.subs(shift, simultaneous=True))
             args.extend(found.args)
-        return _Condition(word(*relations), tuple(args))
+        return Condition(word(*relations), tuple(args))
 
     # --- calls ---
 
@@ -686,7 +686,7 @@ class _Reader:
 
     def _where(self, node: ast.Call, args: list[ast.expr]) -> Expr:
         condition = self.visit(args[0]) if len(args) == 3 else None
-        if not isinstance(condition, _Condition):
+        if not isinstance(condition, Condition):
             self.fail(node, "E105", "where takes a condition and two values", "where(abs(u) <= a, u**2, a*abs(u))")
         yes, no = (self.matrix(a) for a in args[1:])
         exprs = [*condition.args, yes, no]
@@ -698,7 +698,7 @@ class _Reader:
     def _spectral(self, node: ast.Call, name: str, args: list[ast.expr]) -> Expr:
         if len(args) != 2:
             self.fail(node, "E105", f"{name} takes a formula in s and a matrix", f"{name}(log(1 + s**2), M)")
-        inner = _Reader(
+        inner = type(self)(
             self.text, replace(self.scope, names={**self.scope.names, "s": slot(0)}), self.place, self.active
         )
         profile = inner.number(args[0])
@@ -720,7 +720,7 @@ class _Reader:
         inner, index, size = self._scope_of(node)
         return make(index, size, inner.matrix(node.elt))
 
-    def _scope_of(self, node: ast.GeneratorExp) -> tuple[_Reader, str, sp.Expr]:
+    def _scope_of(self, node: ast.GeneratorExp) -> tuple[Self, str, sp.Expr]:
         """A reader that knows the index of `... for k in K`, the index and its size."""
         match node.generators:
             case [ast.comprehension(target=ast.Name(id=index), iter=ast.Name() as over, ifs=[], is_async=0)]:
@@ -730,7 +730,7 @@ class _Reader:
         if index in self.scope.names:
             self.fail(node, "E103", f"the index {index} is already the name of something else", "choose another letter")
         names = {**self.scope.names, f"[{index}]": size}
-        return _Reader(self.text, replace(self.scope, names=names), self.place, self.active), index, size
+        return type(self)(self.text, replace(self.scope, names=names), self.place, self.active), index, size
 
     def _macro(self, node: ast.Call, macro: Macro, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
         if keywords or len(args) != len(macro.parameters):
@@ -749,7 +749,7 @@ class _Reader:
             )
         bound = dict(zip(macro.parameters, (self.value(a) for a in args), strict=True))
         globals_ = {k: v for k, v in self.scope.names.items() if not k.startswith("[")}
-        inner = _Reader(
+        inner = type(self)(
             macro.body,
             replace(self.scope, names={**globals_, **bound}, declared={}),
             macro.place,

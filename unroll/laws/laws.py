@@ -19,8 +19,9 @@ from torch import Tensor
 from unroll.api import Source, compile_layers, read
 from unroll.calculus import prox as proximal
 from unroll.calculus.gradient import gradient
-from unroll.derivation.algorithms import LIPSCHITZ, STEP, Part, state_of
+from unroll.derivation.algorithms import LIPSCHITZ, STEP, state_of
 from unroll.derivation.derive import Derivation, Half, derive
+from unroll.derivation.parts import Part
 from unroll.derivation.rewrites.record import Applied, Site
 from unroll.derivation.step import LAYER, Assign
 from unroll.errors import UnrollError, did_you_mean

@@ -19,7 +19,7 @@ from unroll.calculus.cones import nonnegative
 from unroll.calculus.curvature import operator_norm
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox import Parts, slope_of_abs
-from unroll.derivation.algorithms import Part
+from unroll.derivation.parts import Part
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unroll.api import Source, compile_layers, read
 from unroll.calculus.gradient import gradient
-from unroll.derivation.algorithms import ALGORITHMS, LIPSCHITZ, Part, classify, unsigned
+from unroll.derivation.algorithms import LIPSCHITZ, find
+from unroll.derivation.parts import Part, classify, unsigned
 from unroll.errors import SpecError, UnrollError
 from unroll.language.constructors import add, elementwise, total
 from unroll.language.nodes import Expr, slot
@@ -296,10 +297,9 @@ def one_step(spec: Spec) -> Spec:
     if len(problem.variables) != 1:
         raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
     parts = classify(problem)
-    records = {a.name: a for a in ALGORITHMS}
-    name = next((name for name in PLAIN if records[name].fits(parts) is None), None)
+    name = next((name for name in PLAIN if find(name).fits(parts) is None), None)
     if name is None:
-        found = {name: records[name].fits(parts) for name in PLAIN}
+        found = {name: find(name).fits(parts) for name in PLAIN}
         raise SpecError(
             "E303",
             f"no algorithm here solves {spec.title}: {found[PLAIN[0]]}",

@@ -130,6 +130,10 @@ class Spec(Document):
         node = node_at(self._root, path)
         return node.origin if isinstance(node, Scalar) else key_origin(self._root, path).saying(self._text(path))
 
+    def node(self, *path: str | int) -> Node | None:
+        """What is written at `path`."""
+        return node_at(self._root, path)
+
     def key_where(self, *path: str | int) -> Where:
         """Where the last key of `path` is written."""
         return key_origin(self._root, path).where()
@@ -164,7 +168,7 @@ class Spec(Document):
     def check(cls, root: Entries, preset: str | None, left: tuple[Left | Idle, ...] = ()) -> Self:
         """The spec that a whole tree says. Raises SpecError E201 to E206 or E212 to E216, with all findings."""
         try:
-            spec = cls.model_validate(_frozen(plain(root)))
+            spec = cls.model_validate(frozen(plain(root)))
         except ValidationError as e:
             raise to_spec_error(e, root, Document) from None
         if errors := contradictions(spec, root):
@@ -195,7 +199,7 @@ def _read(source: str | bytes | FilePath | Mapping[str, Any]) -> tuple[Entries, 
     """The tree, and the folder that relative paths in it start from."""
     match source:
         case FilePath():
-            return _file(source), source.parent
+            return read_file(source), source.parent
         case bytes():
             return _mapping(source, TEXT), FilePath()
         case Mapping():
@@ -204,7 +208,7 @@ def _read(source: str | bytes | FilePath | Mapping[str, Any]) -> tuple[Entries, 
             return _mapping(source, TEXT), FilePath()
         case str():
             path = library.find(source, ("specs", "objectives"))
-            return _file(path), path.parent
+            return read_file(path), path.parent
         case _:
             raise SpecError(
                 "E008",
@@ -213,7 +217,8 @@ def _read(source: str | bytes | FilePath | Mapping[str, Any]) -> tuple[Entries, 
             )
 
 
-def _file(path: FilePath) -> Entries:
+def read_file(path: FilePath) -> Entries:
+    """The tree of a YAML file. Raises SpecError E002, E01x."""
     try:
         with path.open("rb") as file:
             data = file.read(loader.MAX_LENGTH * 4 + 1)
@@ -253,7 +258,7 @@ def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> tuple[
             if path.resolve() in chain or len(chain) == MAX_USE:
                 loop = " uses ".join(p.stem for p in (*chain, path))
                 raise SpecError("E004", f"`use` goes in a circle or too deep: {loop}", origin.where())
-            under, left = _use(_file(path), path.parent, (*chain, path.resolve()))
+            under, left = _use(read_file(path), path.parent, (*chain, path.resolve()))
             joined = merge(under.without("name"), root.without("use"))
             return joined, (*left, *_not_taken(path.stem, under, joined))
         case _:
@@ -383,7 +388,7 @@ def _expand(root: Entries) -> tuple[Entries, str | None]:
         return root, None
     match unroll.get("parametrisation"):
         case Scalar(str(name), origin):
-            fragment = _file(library.find(name, ("presets",), origin.where()))
+            fragment = read_file(library.find(name, ("presets",), origin.where()))
             joined = merge(fragment.without("about", "source", "parametrisation"), unroll.without("parametrisation"))
             key = root.entries["unroll"][0]
             return entries({**root.entries, "unroll": (key, joined)}, root.origin), name
@@ -391,12 +396,13 @@ def _expand(root: Entries) -> tuple[Entries, str | None]:
             return root, None
 
 
-def _frozen(value: Plain) -> object:
+def frozen(value: Plain) -> object:
+    """Lists as tuples: as records keep them."""
     match value:
         case list():
-            return tuple(_frozen(item) for item in value)
+            return tuple(frozen(item) for item in value)
         case dict():
-            return {key: _frozen(item) for key, item in value.items()}
+            return {key: frozen(item) for key, item in value.items()}
         case _:
             return value
 

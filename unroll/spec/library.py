@@ -12,8 +12,13 @@ from typing import Literal
 
 from unroll.errors import SpecError, Where, did_you_mean, quote
 
-Kind = Literal["objectives", "specs", "presets"]
-FOLDERS: dict[Kind, str] = {"objectives": "objectives", "specs": "specs", "presets": "specs/presets"}
+Kind = Literal["objectives", "specs", "presets", "algorithms"]
+FOLDERS: dict[Kind, str] = {
+    "objectives": "objectives",
+    "specs": "specs",
+    "presets": "specs/presets",
+    "algorithms": "specs/algorithms",
+}
 SUFFIXES = (".yaml", ".yml")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 

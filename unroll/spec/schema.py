@@ -76,6 +76,18 @@ def _short_norm(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _short_start(value: object) -> object:
+    return {"start": value} if isinstance(value, str | int | float) and not isinstance(value, bool) else value
+
+
+def _target(text: str) -> str:
+    name, bracket, index = text.partition("[")
+    _name(name)
+    if bracket:
+        _name(index.removesuffix("]"))
+    return text
+
+
 def _short_scalar(value: object) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"default": value, "positive": value > 0}
@@ -131,6 +143,8 @@ def _image(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+Target = Annotated[str, AfterValidator(_target)]
+"""a name, or the member of an indexed one: w[j]"""
 Signature = Annotated[str, AfterValidator(_signature)]
 Formula = Annotated[
     str,
@@ -271,6 +285,12 @@ class Scheme(Record):
     restart: str | None = None
     rewrites: tuple[Formula, ...] = ()
     """named identities and approximations, in this order"""
+    split: dict[Name, tuple[Name, ...]] = {}
+    """letter of the algorithm -> the terms it takes; the rest is dealt out"""
+    numbers: dict[Name, Formula] = {}
+    """number of the algorithm -> its value, in place of the algorithm's own; `step: 0.1` is short for `numbers: {step: 0.1}`"""
+    updates: dict[Target, Formula] = {}
+    """update of the algorithm -> what stands in its place; `derived` is what was there: a declared departure"""
     learn: dict[Name, Learn] = {}
     keep: dict[Name, Formula] = {}
     """quantities that `net.construct` works out on the data in every layer, for use in estimates: sum(Pi[k]) / N for k in K"""
@@ -318,6 +338,71 @@ class Unroll(Scheme):
     parametrisation: str | None = None
     """a preset of `learn` (and more); what is written here goes before it"""
     blocks: tuple[Block, ...] = ()
+
+
+# --- an algorithm, as a text -----------------------------------------------------------------------------------------
+
+
+class Start(Record):
+    """A state of an algorithm, and where it starts; `w: K @ z` is short for `{start: K @ z}`."""
+
+    start: Formula | None = None
+    """its first value: in letters of the algorithm, numbers and states above it"""
+    like: Formula | None = None
+    """as large as this; it starts at 0, or at `start` in every entry"""
+    number: Formula | None = None
+    """of a state that is one number, the same for every sample: its first value"""
+
+
+class Free(Record):
+    """A number that an algorithm leaves open, and its value where the spec says nothing; `1/L(f)` is short for `{start: 1/L(f)}`."""
+
+    start: Formula
+    above: float | None = 0
+    """it is larger than this"""
+    below: float | None = None
+    """it is smaller than this"""
+    about: Text = ""
+
+
+StateField = Annotated[Start, BeforeValidator(_short_start, json_schema_input_type=str | float | Start)]
+FreeField = Annotated[Free, BeforeValidator(_short_start, json_schema_input_type=str | float | Free)]
+
+
+class Rule(Record):
+    """One way to work out an update: what stands in its place."""
+
+    about: Text = ""
+    scalars: dict[Name, FreeField] = {}
+    states: dict[Name, StateField] = {}
+    updates: dict[Target, Formula] = {}
+    notes: dict[Name, Text] = {}
+
+
+class Algorithm(Record):
+    """An algorithm as a text: what it minimises in letters, its states, and its updates from top to bottom."""
+
+    algorithm: Name
+    about: Text = ""
+    source: Text = ""
+    needs: Text = ""
+    """of a problem, in words"""
+    solves: Formula
+    """f(z) + g(K @ z): letters for sums of terms; a term goes to the letter that can take it"""
+    requires: tuple[Text, ...] = ()
+    """f convex, f not convex, g sets: beyond what the updates need by themselves"""
+    scalars: dict[Name, FreeField] = {}
+    states: dict[Target, StateField] = {}
+    """beside the variable, which is one"""
+    updates: dict[Target, Formula]
+    """in this order; a later one sees what an earlier one wrote"""
+    momenta: dict[Text, Rule] = {}
+    """rules that the update `momentum` may name"""
+    answer: Name = "z"
+    claims: tuple[Literal["monotone", "optimum"], ...] = ()
+    """monotone: no step raises the objective, with the numbers as they stand here; optimum: of convex terms, in the limit"""
+    notes: dict[Name, Text] = {}
+    """update -> what the emitted module says of it"""
 
 
 # --- the model around the layers -----------------------------------------------------------------------------------
@@ -739,6 +824,8 @@ class Document(Record):
     """the objective, or its terms by name"""
     maximize: Formula | dict[Name, Formula] | None = None
     constraints: tuple[Formula, ...] = ()
+    algorithms: dict[Name, Algorithm] = {}
+    """algorithms of this spec's own"""
     unroll: Unroll | None = None
     data: Data | None = None
     train: Train | None = None

@@ -1,0 +1,314 @@
+"""Dealing: which terms of an objective stand for which letter of an algorithm.
+
+A letter needs what its text does with it: `grad(f, z)` a gradient, `prox(t * g, v)` a prox, `argmin(f(z) + ..)` a quadratic,
+g(K @ z) a term that reads z through something linear. Smooth terms go to what takes gradients, the others to the first letter of
+`solves` that can take them, beside what it has already. What fits nowhere is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+from unroll.calculus.gradient import gradient
+from unroll.calculus.linear import Linear, affine
+from unroll.calculus.prox import proximable
+from unroll.derivation.parts import Part
+from unroll.errors import DeriveError, SpecError, did_you_mean
+from unroll.language.constructors import add
+from unroll.language.nodes import Expr, Sym
+from unroll.language.show import pretty
+from unroll.language.traversal import expand
+from unroll.spec.texts import Text
+
+GRADIENT, PROX, ARGMIN = "gradient", "prox", "argmin"
+USES = {"grad": GRADIENT, "prox": PROX, "argmin": ARGMIN}
+MOST = 512
+"""Dealings that are tried, where the first does not fit."""
+PROPERTIES = ("convex", "not convex", "sets")
+
+
+class Misfit(Exception):
+    """An algorithm does not fit a problem; what is missing."""
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A letter of `solves`. operator: the K of g(K @ z).  index: the j of g[j](K[j] @ z), one for each term."""
+
+    name: str
+    argument: str
+    operator: str = ""
+    index: str = ""
+    over: str = ""
+    uses: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a letter stands for: the sum e of some terms, as a function of `variable`, which is K z where there is a K."""
+
+    letter: Letter
+    parts: tuple[Part, ...]
+    variable: Sym
+    e: Expr | None
+    linear: Linear | None = None
+
+    @property
+    def convex(self) -> bool:
+        return all(_convex(p) for p in self.parts)
+
+
+Dealt = Mapping[str, tuple[Share, ...]]
+
+
+def letters(text: Text) -> tuple[Letter, ...]:
+    """What `solves` says, and what the updates do with it. Raises SpecError E320."""
+    written = text.record.solves
+    try:
+        tree = ast.parse(written.strip(), mode="eval").body
+        found = tuple(_letter(t) for t in _summands(tree))
+    except (SyntaxError, ValueError):
+        raise SpecError(
+            "E320",
+            f"'{written}' does not say what is minimised",
+            text.where("solves"),
+            "a sum of letters, each of the variable or of something linear in it: f(z) + g(K @ z)",
+        ) from None
+    names = {x.name for x in found}
+    uses = _uses(text, names)
+    for name in names:
+        if not uses[name]:
+            hint = f"the updates may take grad({name}, z), prox(step * {name}, z), or argmin({name}(z) + ..)"
+            raise SpecError("E320", f"no update uses the letter {name}", text.where("solves"), hint)
+    return tuple(replace(x, uses=frozenset(uses[x.name])) for x in found)
+
+
+def _summands(tree: ast.expr) -> Iterator[ast.expr]:
+    match tree:
+        case ast.BinOp(left=a, op=ast.Add(), right=b):
+            yield from _summands(a)
+            yield from _summands(b)
+        case _:
+            yield tree
+
+
+def _letter(tree: ast.expr) -> Letter:
+    match tree:
+        case ast.Call(func=ast.Name("sum"), args=[ast.GeneratorExp(elt=inner, generators=[made])]):
+            match made:
+                case ast.comprehension(target=ast.Name(index), iter=ast.Name(over), ifs=[]):
+                    return replace(_letter(inner), index=index, over=over)
+                case _:
+                    raise ValueError
+        case ast.Call(func=ast.Name(name) | ast.Subscript(value=ast.Name(name)), args=[arg]):
+            match arg:
+                case ast.Name(z):
+                    return Letter(name, z)
+                case ast.BinOp(
+                    left=ast.Name(k) | ast.Subscript(value=ast.Name(k)), op=ast.MatMult(), right=ast.Name(z)
+                ):
+                    return Letter(name, z, k)
+                case _:
+                    raise ValueError
+        case _:
+            raise ValueError
+
+
+def _uses(text: Text, names: set[str]) -> dict[str, set[str]]:
+    record = text.record
+    formulas = [*record.updates.values(), *(s.start for s in record.scalars.values())]
+    for rule in record.momenta.values():
+        formulas += rule.updates.values()
+    found: dict[str, set[str]] = {n: set() for n in names}
+    for formula in formulas:
+        try:
+            tree = ast.parse(formula.strip(), mode="eval")
+        except SyntaxError:  # told where it is read
+            continue
+        for call in (x for x in ast.walk(tree) if isinstance(x, ast.Call)):
+            match call:
+                case ast.Call(func=ast.Name(word), args=[first, *_]) if word in USES:
+                    for x in ast.walk(first):
+                        if isinstance(x, ast.Name) and x.id in names:
+                            found[x.id].add(USES[word])
+                case _:
+                    pass
+    return found
+
+
+def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...]] | None = None) -> Dealt:
+    """Every part to a letter. named: letter -> the terms that a spec gives it. Raises Misfit with what is missing."""
+    found = letters(text)
+    smooth = next((x for x in found if GRADIENT in x.uses), None)
+    others = [x for x in found if GRADIENT not in x.uses]
+    if not others and smooth is not None:
+        parts = tuple(replace(p, given=True) for p in parts)
+        bad = [p for p in parts if not p.differentiable]
+        if bad:
+            raise Misfit(f"{pretty(bad[0].e)} is not smooth")
+    chosen = {t: letter for letter, terms in (named or {}).items() for t in terms}
+    choices = [_choices(p, found, smooth, chosen.get(p.term)) for p in parts]
+    hands = _greedy(parts, choices, found)
+    try:
+        _check(hands, found, text)
+    except Misfit as first:
+        if prod(map(len, choices)) > MOST:
+            raise
+        for picks in product(*choices):  # the first that fits all needs at once
+            hands = {x.name: [p for p, pick in zip(parts, picks, strict=True) if pick is x] for x in found}
+            try:
+                _check(hands, found, text)
+            except Misfit:
+                continue
+            break
+        else:
+            raise first from None
+    return {x.name: tuple(_shares(x, tuple(hands[x.name]))) for x in found}
+
+
+def _choices(p: Part, found: tuple[Letter, ...], smooth: Letter | None, chosen: str | None) -> list[Letter]:
+    """The letters that a part may go to, the first choice first."""
+    if chosen is not None:
+        return [x for x in found if x.name == chosen]
+    if smooth is not None and p.descended:
+        return [smooth, *(x for x in found if x is not smooth)]
+    return [x for x in found if x is not smooth] or list(found)
+
+
+def _greedy(parts: tuple[Part, ...], choices: list[list[Letter]], found: tuple[Letter, ...]) -> dict[str, list[Part]]:
+    """Each part to the first letter that can take it beside what it has; what fits nowhere, to the last."""
+    hands: dict[str, list[Part]] = {x.name: [] for x in found}
+    for p, options in zip(parts, choices, strict=True):
+        letter = next((x for x in options if _takes(x, [*hands[x.name], p])), options[-1])
+        hands[letter.name].append(p)
+    return hands
+
+
+def _check(hands: Mapping[str, list[Part]], found: tuple[Letter, ...], text: Text) -> None:
+    """Raises Misfit with the first need that is not met."""
+    for required in text.record.requires:
+        _require(required, hands, text)
+    for x in found:
+        _refuse(x, hands[x.name])
+    for x in found:
+        if x.operator and not hands[x.name]:
+            raise Misfit(f"no term is left for {x.name}({x.operator} {x.argument})")
+        if GRADIENT in x.uses and not hands[x.name]:
+            raise Misfit("no term is smooth, so there is no gradient to follow")
+
+
+def _takes(letter: Letter, parts: list[Part]) -> bool:
+    """Can a letter stand for all of these?"""
+    try:
+        _refuse(letter, parts)
+    except Misfit:
+        return False
+    return True
+
+
+def _refuse(letter: Letter, parts: list[Part]) -> None:
+    """Raises Misfit where a letter cannot stand for these parts."""
+    if GRADIENT in letter.uses:
+        for p in parts:
+            if not p.differentiable:
+                raise Misfit(f"{pretty(p.e)} is not smooth")
+        return
+    if letter.operator:
+        _refuse_inner(letter, parts)
+        return
+    if ARGMIN in letter.uses:
+        for p in parts:
+            if not quadratic(p.e, p.variable):
+                raise Misfit(f"{pretty(p.e)} is not quadratic, and {letter.name} is minimised exactly")
+        return
+    for p in parts:
+        if p.proximal is None and p.own_prox is None:
+            raise Misfit(p.reason)
+    if len(parts) > 1:
+        _joint(add(*(p.weighed for p in parts)), parts[0].variable)
+
+
+def _joint(e: Expr, z: Sym) -> None:
+    try:
+        proximable(e, z)
+    except DeriveError as refused:
+        raise Misfit(refused.message) from None
+
+
+def _refuse_inner(letter: Letter, parts: list[Part]) -> None:
+    groups: dict[Expr, list[Expr]] = {}
+    for p in parts:
+        if p.inner is None:
+            why = p.reason or "it reads the variable in more than one way"
+            raise Misfit(f"{pretty(p.e)} is no g(K {p.variable.name} + b) with one K: {why}")
+        g, w, k = p.inner
+        _joint(g, w)
+        groups.setdefault(k.e, []).append(g)
+    if len(groups) > 1 and not letter.index:
+        first, second = (pretty(e) for e in list(groups)[:2])
+        raise Misfit(f"its {letter.name} reads one K, and these terms read {first} and {second}")
+    for p in parts:
+        assert p.inner is not None
+        if len(groups[p.inner[2].e]) > 1:
+            _joint(add(*groups[p.inner[2].e]), p.inner[1])
+
+
+def quadratic(e: Expr, z: Sym) -> bool:
+    """Has e a gradient that is affine in z?"""
+    try:
+        return affine(expand(gradient(e, z)), z)
+    except DeriveError:
+        return False
+
+
+def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None:
+    name, _, wanted = required.partition(" ")
+    if name not in hands or wanted not in PROPERTIES:
+        i = text.record.requires.index(required)
+        hint = did_you_mean(wanted, PROPERTIES) or f"a letter, and one of: {', '.join(PROPERTIES)}"
+        raise SpecError("E320", f"'{required}' requires nothing that is known", text.where("requires", i), hint)
+    parts = hands[name]
+    match wanted:
+        case "sets":
+            loose = [p for p in parts if not p.is_set]
+            if loose:
+                raise Misfit(f"{pretty(loose[0].e)} is neither smooth nor a constraint")
+            if not parts:
+                raise Misfit("there is no constraint to project on")
+        case "not convex":
+            if all(_convex(p) for p in parts):
+                raise Misfit("what is minimised is convex; this step is for what is convex and maximised")
+        case _:
+            bad = [p for p in parts if not _convex(p)]
+            if bad:
+                raise Misfit(f"{pretty(bad[0].e)} is not known to be convex")
+
+
+def _convex(p: Part) -> bool:
+    if p.descended or (p.smooth is not None and p.smooth.convex):
+        return p.smooth is not None and p.smooth.convex
+    if p.inner is not None and not p.inner[2].is_identity:
+        g, w, _ = p.inner
+        return proximable(g, w).convex
+    return p.own_prox is not None and p.own_prox.convex
+
+
+def _shares(letter: Letter, parts: tuple[Part, ...]) -> Iterator[Share]:
+    """What a letter stands for; of one with an index, one for each operator."""
+    if not letter.operator:
+        if parts or not letter.index:
+            z = parts[0].variable if parts else None
+            yield Share(letter, parts, z, add(*(p.weighed for p in parts)) if parts else None)  # type: ignore[arg-type]
+        return
+    groups: dict[Expr, list[Part]] = {}
+    for p in parts:
+        assert p.inner is not None
+        groups.setdefault(p.inner[2].e, []).append(p)
+    for group in groups.values():
+        assert group[0].inner is not None
+        _, w, k = group[0].inner
+        yield Share(letter, tuple(group), w, add(*(p.inner[0] for p in group if p.inner)), k)

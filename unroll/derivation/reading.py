@@ -1,0 +1,788 @@
+"""A text read for one problem: what its names mean so far, and the assignments that they make."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import sympy as sp
+
+from unroll.calculus import curvature
+from unroll.calculus.gradient import gradient
+from unroll.calculus.linear import Linear, least, square_of_norm
+from unroll.calculus.torch_text import nonzero
+from unroll.derivation.dealing import GRADIENT, Dealt, Share, letters
+from unroll.derivation.parts import Part
+from unroll.derivation.step import LAYER, Assign, Departure, State, Step
+from unroll.errors import DeriveError, SpecError, did_you_mean
+from unroll.language.constructors import add, as_constant, constant, elementwise, hold, prox, scale, symbol, zeros
+from unroll.language.functions import Value, as_expr
+from unroll.language.nodes import Expr, Sym, scalar, show_shape, slot
+from unroll.language.parse import Condition, Place, Reader, Scope, nowhere, parse
+from unroll.language.problem import Problem
+from unroll.language.show import text as shown
+from unroll.language.traversal import held_at, substitute
+from unroll.spec.schema import Free, Rule, Start
+from unroll.spec.texts import Text
+
+STEP, LIPSCHITZ = scalar("step", positive=True), scalar("L", positive=True)
+MOMENTUM = scalar("momentum")
+OWN_STEP = "1/L"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a spec may ask of an algorithm; None, and what is not there, is the algorithm's own.
+
+    split: letter -> terms.  numbers, updates: name -> formula, each at the place that `at` gives for (section, name).
+    """
+
+    step: str = OWN_STEP
+    momentum: str | None = None
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    numbers: Mapping[str, str] = field(default_factory=dict[str, str])
+    updates: Mapping[str, str] = field(default_factory=dict[str, str])
+    place: Any = None
+
+    def at(self, *key: str) -> Place:
+        return self.place(*key) if self.place is not None else nowhere
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One update as it will be read: its formula, and where that stands. index: of a member, w[j]."""
+
+    name: str
+    formula: str
+    place: Place
+    index: str = ""
+    replaces: _Update | None = None
+
+
+class Reading:
+    """A text read for a problem: what its names mean so far, and the assignments that they make."""
+
+    def __init__(self, text: Text, problem: Problem, dealt: Dealt, options: Options) -> None:
+        self.text, self.problem, self.dealt, self.options = text, problem, dealt, options
+        (self.z,) = problem.variables
+        self.letters = {x.name: x for x in letters(text)}
+        self.argument = next(iter(self.letters.values())).argument
+        self.state = state_of(self.z)
+        self.at = self.state
+        """Where the step is taken: what is held in a prox is worked out there."""
+        self.names: dict[str, Value] = {self.argument: self.state, "layer": LAYER}
+        self.derived: list[Assign] = []
+        """Lipschitz constants and norms, in the order in which they were asked for."""
+        self.notes: list[str] = []
+        self.states: list[State] = [State(self.state, zeros(*self.z.shape))]
+        self.assigns: list[Assign] = []
+        self.last: dict[str, Sym | sp.Symbol] = {}
+        self.written: set[str] = set()
+        self.minimised: Expr | None = None
+        self.rule, self.argument_of_rule = self._rule()
+
+    # --- what a spec asks for ---
+
+    def _rule(self) -> tuple[Rule | None, str]:
+        """The rule of its momentum, and what stands in its brackets."""
+        record = self.text.record
+        if not record.momenta:
+            return None, ""
+        name = self.options.momentum or record.updates["momentum"]
+        rule = record.momenta[name.split("(")[0]]
+        if "(" not in name:
+            return rule, ""
+        if not rule.scalars:
+            with_one = next((f"{k}(a)" for k, r in record.momenta.items() if r.scalars), "")
+            hint = f"{with_one} has one" if with_one else ""
+            raise DeriveError("E303", f"{name}: this momentum has no parameter", hint=hint)
+        if not name.endswith(")"):
+            raise DeriveError("E303", f"{name}: the bracket is not closed")
+        return rule, name.split("(", 1)[1].removesuffix(")")
+
+    def step(self) -> Step:
+        record = self.text.record
+        self._scalars_of_rule()
+        numbers = {**record.scalars}
+        for name in numbers:
+            self._declare(name, numbers[name])
+        for name, start in [*record.states.items(), *(self.rule.states.items() if self.rule else ())]:
+            self._start(name, start)
+        for update in self._updates():
+            self._update(update)
+        values = [self._number(name, free) for name, free in numbers.items()]
+        weights = tuple(
+            Assign(name, substitute(w, {p.variable: self.at}), "weight") for p, (name, w) in self._weights()
+        )
+        (state,) = [s.symbol for s in self.states if s.symbol is self.state]
+        return Step(
+            self.text.name,
+            (*weights, *self.derived, *values),
+            tuple(self.states),
+            tuple(self._short()),
+            (cast(Sym, state),),
+            (),
+            tuple((*self.notes, *self._claims(), *self._said())),
+            departures=tuple(self._departures()),
+        )
+
+    def _weights(self) -> Iterable[tuple[Part, tuple[sp.Symbol, Expr]]]:
+        for shares in self.dealt.values():
+            for p in (p for s in shares if GRADIENT not in s.letter.uses for p in s.parts):
+                if p.weight is not None:
+                    yield p, p.weight
+
+    def _claims(self) -> Iterable[str]:
+        parts = [p for shares in self.dealt.values() for s in shares for p in s.parts]
+        if (
+            "monotone" in self.text.record.claims
+            and self.options.step == OWN_STEP
+            and not self.options.numbers
+            and not self.options.updates
+            and all(p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
+            and not any(p.holds for p in parts)
+        ):
+            yield "monotone: no step raises the objective"
+
+    def _said(self) -> Iterable[str]:
+        """How the terms were dealt out, where they could have been otherwise."""
+        others = [x for x in self.letters.values() if GRADIENT not in x.uses]
+        if len(others) < 2 and not any(x.operator for x in others):
+            return
+        for name, shares in self.dealt.items():
+            terms = ", ".join(dict.fromkeys(p.term for s in shares for p in s.parts)) or "nothing"
+            ks = [
+                f"{member(s.letter.operator, i, shares)} z = {shown(s.linear.e)}"
+                for i, s in enumerate(shares)
+                if s.linear
+            ]
+            yield f"{name}: {terms}" + (f"; {', '.join(ks)}" if ks else "")
+
+    def _departures(self) -> Iterable[Departure]:
+        for name, formula in self.options.updates.items():
+            yield Departure(
+                "update", "", "choice", f"{name} becomes {' '.join(formula.split())}: not derived from the objective"
+            )
+
+    # --- names ---
+
+    def fresh(self, name: str) -> str:
+        """The name of a state or an update in the emitted module: after the variable where it begins with it."""
+        if name.startswith(f"{self.argument}_"):
+            name = self.z.name + name[len(self.argument) :]
+        while name in self.problem.scope.names:
+            name += "_"
+        return name
+
+    def indexed(self, index: str) -> tuple[Share, ...]:
+        """What an index, or the set that it runs over, counts."""
+        return next((self.dealt[x.name] for x in self.letters.values() if index in (x.index, x.over)), ())
+
+    def _declare(self, name: str, free: Free) -> None:
+        self.names[name] = scalar(self._numbered(name), positive=free.above is not None and free.above >= 0)
+
+    def _scalars_of_rule(self) -> None:
+        if self.rule is None:
+            return
+        for name, free in self.rule.scalars.items():
+            written = self.argument_of_rule or free.start
+            value = parse(written, Scope(), nowhere)
+            if isinstance(value, Expr) or not value.is_number or (free.above is not None and value <= free.above):
+                raise DeriveError(
+                    "E303", f"{self.options.momentum}: the parameter must be a number larger than {free.above:g}"
+                )
+            self.names[name] = value
+
+    def scope(
+        self, own: bool = True, index: Mapping[str, int] | None = None, more: Mapping[str, Value] | None = None
+    ) -> TextScope:
+        """The names of the text; own=False: those of the problem before them."""
+        names = {**self.names, **({} if own else self.problem.scope.names), **(more or {})}
+        base = Scope() if own else self.problem.scope
+        return TextScope(names, base.macros, base.declared, base.sizes, True, self, dict(index or {}))
+
+    # --- states, numbers, updates ---
+
+    def _start(self, key: str, start: Start) -> None:
+        place = self._place("states", key)
+        name, _, index = key.removesuffix("]").partition("[")
+        for i, member, indices in self._members(name, index):
+            if start.number is not None:
+                s = scalar(self.fresh(member), positive=True)
+                self.states.append(State(s, self._read(start.number, place, indices)))
+                self.names[member] = s
+                continue
+            like = as_expr(self._read(start.like, place, indices)) if start.like is not None else None
+            value = (
+                as_expr(self._read(start.start, place, indices))
+                if start.start is not None
+                else zeros(*cast(Expr, like).shape)
+            )
+            if like is not None and value.shape != like.shape:
+                c = as_constant(value)
+                if c is None:
+                    raise SpecError(
+                        "E131",
+                        f"the start of {key} is {show_shape(value.shape)}, it is like {show_shape(like.shape)}",
+                        place(0, 1),
+                    )
+                value = constant(c, *like.shape)
+            sized = self.z if value.shape == self.z.shape else None
+            s = state_of(sized, self.fresh(member)) if sized is not None else _vector(self.fresh(member), value)
+            self.states.append(State(s, value))
+            self.names[member] = s
+            del i
+
+    def _members(self, name: str, index: str) -> Iterable[tuple[int, str, dict[str, int]]]:
+        if not index:
+            yield 0, name, {}
+            return
+        among = self.indexed(index)
+        for i in range(len(among)):
+            yield i, member(name, i, among), {index: i}
+
+    def _place(self, *path: str) -> Place:
+        origin = self.text.origin(*path)
+        return lambda start, length: origin.where(start, length)
+
+    def _read(self, formula: str, place: Place, index: Mapping[str, int] | None = None) -> Value:
+        return _Formula(formula, self.scope(index=index), place).read()
+
+    def _number(self, name: str, free: Free) -> Assign:
+        """A number of the algorithm, as the spec or the text says it. Raises SpecError E132, DeriveError E304."""
+        options = self.options
+        given = options.numbers.get(name)
+        place = options.at("numbers", name) if given is not None else nowhere
+        if given is None and name == STEP.name and options.step != OWN_STEP:
+            given, place = options.step, options.at("step")
+        if given is None:
+            try:
+                value = self._read(free.start, self._place("scalars", name))
+            except DeriveError as e:
+                hint = e.hint if name == STEP.name else f"give it yourself: numbers: {{{name}: 1}}"
+                raise DeriveError(e.code, e.message, hint=hint, notes=e.notes) from None
+        else:
+            first = next((x for x in self.letters.values() if GRADIENT in x.uses), None)
+            l = {"L": _Later(self, first.name)} if first is not None else {}
+            value = _Formula(given, self.scope(own=False, more=cast(Any, l)), place).read()
+        what = "a step size" if name == STEP.name else name
+        at, length = (place(0, len(given)), given) if given is not None else (None, free.start)
+        if isinstance(value, Expr):
+            raise SpecError("E132", f"{what} is a number; {length} is {show_shape(value.shape)}", at)
+        if free.above == 0 and value.is_nonpositive:
+            raise SpecError("E132", f"{what} is positive; {length} is not", at)
+        for bound, word, wrong in (
+            (free.above, "above", lambda b: value <= b),
+            (free.below, "below", lambda b: value >= b),
+        ):
+            if bound is not None and value.is_number and wrong(bound):
+                raise SpecError("E132", f"{what} is {word} {bound:g}; {length} is not", at)
+        if name == STEP.name and given is not None and not any(a.target in value.free_symbols for a in self.derived):
+            self.notes.append("step size given, not derived")
+        return Assign(cast(sp.Symbol, self.names[name]), value, "step size" if name == STEP.name else free.about)
+
+    def _updates(self) -> Iterable[_Update]:
+        record, asked = self.text.record, dict(self.options.updates)
+        for key, formula in record.updates.items():
+            if key == "momentum" and self.rule is not None:
+                path = ("momenta", next(k for k, r in record.momenta.items() if r is self.rule))
+                own = [_Update(k, f, self._place(*path, "updates", k)) for k, f in self.rule.updates.items()]
+            else:
+                own = [_Update(key, formula, self._place("updates", key))]
+            for u in own:
+                if u.name in asked:
+                    u = _Update(u.name, asked.pop(u.name), self.options.at("updates", u.name), replaces=u)
+                yield u
+        if asked:
+            name = next(iter(asked))
+            known = [*record.updates, *(self.rule.updates if self.rule else ())]
+            hint = did_you_mean(name, known) or f"its updates: {', '.join(known)}"
+            raise SpecError(
+                "E320", f"{self.text.name} has no update '{name}'", self.options.at("updates", name)(0, 1), hint
+            )
+
+    def _update(self, u: _Update) -> None:
+        name, _, index = u.name.removesuffix("]").partition("[")
+        for _, member, indices in self._members(name, index):
+            value = self._value(u, member, indices)
+            note = {**self.text.record.notes, **(self.rule.notes if self.rule else {})}.get(name)
+            self._assign(member, value, note, u)
+
+    def _value(self, u: _Update, member: str, indices: Mapping[str, int]) -> Value:
+        if u.replaces is None:
+            return self._minimising(member, lambda: _Formula(u.formula, self.scope(index=indices), u.place).read())
+        was = self._value(u.replaces, member, indices)
+        more = {"derived": was}
+        return _Formula(u.formula, self.scope(False, indices, more), u.place).read()
+
+    def _minimising(self, member: str, read: Any) -> Value:
+        self.target = member
+        return read()
+
+    def _assign(self, name: str, value: Value, note: str | None, u: _Update) -> None:
+        old = self.names.get(name)
+        if isinstance(value, Expr) and isinstance(old, Sym) and value.shape != old.shape:
+            value = constant(c, *old.shape) if (c := as_constant(value)) is not None else value
+            if value.shape != old.shape:
+                raise SpecError(
+                    "E131",
+                    f"the update of {name} is {show_shape(value.shape)}, {name} is {show_shape(old.shape)}",
+                    u.place(0, len(u.formula)),
+                )
+        if isinstance(old, Sym) and not isinstance(value, Expr):
+            value = constant(value, *old.shape)
+        if old is None:
+            if isinstance(value, Expr) and (self.z.is_scalar or not value.is_scalar):
+                old = _vector(self.fresh(name), value)
+            else:
+                old = scalar(self._numbered(name), positive=_positive(value))
+        target = cast("Sym | sp.Symbol", old)
+        if note is None:
+            note = f"{target.name} <- {shown(value)}" if isinstance(value, Expr) and _derived(u.formula) else ""
+        self.names[name] = target
+        self.written.add(name)
+        self.assigns.append(Assign(target, cast(Any, value), note))
+
+    def _numbered(self, name: str) -> str:
+        """The name of a number: its own, or a free one. Those that specs write (`step`) are not given away: E213."""
+        return name if name in (STEP.name, MOMENTUM.name) else self.fresh(name)
+
+    def _short(self) -> Iterable[Assign]:
+        """The assignments, what lives for one layer and is read once put in where it is read."""
+        states = {s.symbol for s in self.states}
+        saved = [Assign(s, cast(Any, self.names[n]), f"{n} where the layer began") for n, s in self.last.items()]
+        left = list(self.assigns)
+        while True:
+            for i, a in enumerate(left):
+                if a.target in states or not isinstance(a.target, Sym) or sum(b.target is a.target for b in left) > 1:
+                    continue
+                readers = [j for j, b in enumerate(left) if isinstance(b.value, Expr) and a.target in b.value.symbols]
+                if len(readers) != 1 or readers[0] < i:
+                    continue
+                (j,) = readers
+                moved = {b.target for b in left[i + 1 : j]}
+                reads = {*cast(Expr, a.value).symbols, *cast(Expr, a.value).scalars}
+                if moved & reads:
+                    continue
+                b = left[j]
+                value = substitute(cast(Expr, b.value), {a.target: cast(Expr, a.value)})
+                note = f"{b.target.name} <- {shown(value)}" if b.note.startswith(f"{b.target.name} <- ") else b.note
+                left[j] = replace(b, value=value, note=note)
+                del left[i]
+                break
+            else:
+                return [*saved, *left]
+
+    # --- what can be done with a letter ---
+
+    def lipschitz(self, name: str) -> sp.Expr:
+        """The Lipschitz constant of the gradient of a letter. Raises DeriveError E304."""
+        (share,) = self.dealt[name]
+        first = next((x.name for x in self.letters.values() if GRADIENT in x.uses), name)
+        target = LIPSCHITZ if name == first else scalar(f"L_{name}", positive=True)
+        if not any(a.target == target for a in self.derived):
+            smooth = add(zeros(1, 1), *(p.e for p in share.parts))
+            found = curvature.smoothness(smooth, self.z)
+            value = substitute(found.lipschitz, {self.z: self.at})
+            if as_constant(value) == 0:
+                raise DeriveError(
+                    "E304",
+                    "the smooth part is linear: L is 0, so 1/L is no step size",
+                    hint="give the step size yourself: step: 0.1",
+                )
+            self.derived.append(Assign(target, value, "Lipschitz constant of the gradient"))
+            self.notes.append(
+                f"L: {found.proof}, {found.reason}"
+                if target == LIPSCHITZ
+                else f"{target.name}: {found.proof}, {found.reason}"
+            )
+        (value,) = (a.value for a in self.derived if a.target == target)
+        # L may be 0 for one sample: its smooth part is constant there, and every number is a bound
+        moving = isinstance(value, Expr) and any(s.role != "parameter" for s in value.symbols)
+        return cast(sp.Expr, nonzero(target)) if moving else target
+
+    def norm(self, operators: list[tuple[str, Linear]]) -> sp.Expr:
+        name = "norm_" + "_".join(dict.fromkeys(n for n, _ in operators))
+        target = scalar(name, positive=True)
+        if all(k.is_identity for _, k in operators):
+            return sp.sqrt(len(operators))
+        if not any(a.target == target for a in self.derived):
+            square = square_of_norm([k for _, k in operators])
+            c = as_constant(square)
+            value = sp.sqrt(c) if c is not None else elementwise(sp.sqrt(slot(0)), square)
+            self.derived.append(Assign(target, value, "largest singular value, or a bound"))
+        return target
+
+    def grad(self, share: Share, at: Expr) -> Expr:
+        z = self.z
+        slope = gradient(add(*(p.e for p in share.parts)), z)
+        if isinstance(at, Sym) and at.role == "state":
+            self.at = at
+        return substitute(slope, {z: at})
+
+    def prox(self, share: Share, t: sp.Expr, v: Expr) -> Expr:
+        if share.e is None:
+            return v
+        held = held_at(share.e, {self.z: self.at})
+        return prox(held, share.variable, t, v)
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Later:
+    """L, in a step size that a spec writes: asked for when it is read."""
+
+    reading: Reading
+    letter: str
+
+
+@dataclass(frozen=True)
+class TextScope(Scope):
+    """What names mean in an update; index: the member that is being read."""
+
+    reading: Any = None
+    index: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+class _Formula(Reader):
+    """A formula of an algorithm: those of the language, and what is done with letters."""
+
+    @property
+    def reading(self) -> Reading:
+        return cast(TextScope, self.scope).reading
+
+    @property
+    def index(self) -> Mapping[str, int]:
+        return cast(TextScope, self.scope).index
+
+    def visit(self, node: ast.expr) -> Value | Condition:
+        match node:
+            case ast.BinOp(op=ast.MatMult()) if (chain := self._chain(node)) is not None:
+                return chain
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if i in self.index:
+                return self._name(cast(Any, node), member(name, self.index[i], self.reading.indexed(i)))
+            case ast.Name(id=name) if isinstance(self.scope.names.get(name), _Later):
+                later = cast(_Later, self.scope.names[name])
+                return later.reading.lipschitz(later.letter)
+            case ast.Name(id=name) if name in self.reading.letters and name not in self.scope.names:
+                self.fail(
+                    node,
+                    "E320",
+                    f"{name} is a letter: it is taken by grad, prox, argmin",
+                    f"grad({name}, z), prox(t * {name}, v)",
+                )
+            case ast.Attribute(value=ast.Name(id="algorithm"), attr=name):
+                value = self.reading.names.get(name)
+                if value is None:
+                    known = list(self.reading.names)
+                    self.fail(
+                        node,
+                        "E101",
+                        f"the algorithm has no '{name}'",
+                        did_you_mean(name, known) or f"there are: {', '.join(known)}",
+                    )
+                return value
+            case _:
+                return super().visit(node)
+
+    def operator_of(self, node: ast.expr) -> tuple[str, Linear, bool] | None:
+        """(name, K, is it transposed?) of K, K.T, K[j], K[j].T."""
+        match node:
+            case ast.Attribute(value=x, attr="T") if (found := self.operator_of(x)) is not None:
+                return found[0], found[1], not found[2]
+            case ast.Name(id=name) if (shares := self.with_operator(name)) and not shares[0].letter.index:
+                return name, cast(Linear, shares[0].linear), False
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if i in self.index and (
+                shares := self.with_operator(name)
+            ):
+                return member(name, self.index[i], shares), cast(Linear, shares[self.index[i]].linear), False
+            case _:
+                return None
+
+    def with_operator(self, name: str) -> tuple[Share, ...]:
+        r = self.reading
+        return next((r.dealt[x.name] for x in r.letters.values() if x.operator == name), ())
+
+    def _chain(self, node: ast.BinOp) -> Expr | None:
+        """K.T @ K @ z: operators applied from the right."""
+        factors: list[ast.expr] = []
+        at: ast.expr = node
+        while isinstance(at, ast.BinOp) and isinstance(at.op, ast.MatMult):
+            factors.append(at.right)
+            at = at.left
+        weight: list[ast.expr] = []  # of `a * K @ z`, which Python reads as (a * K) @ z
+        negative = False
+        while True:
+            match at:
+                case ast.BinOp(left=c, op=ast.Mult(), right=inner) if self.operator_of(inner) is not None:
+                    weight.append(c)
+                    at = inner
+                case ast.UnaryOp(op=ast.USub(), operand=inner) if self.operator_of(inner) is not None:
+                    negative = not negative
+                    at = inner
+                case _:
+                    break
+        found = [self.operator_of(x) for x in (*factors[1:], at)]
+        if not any(x is not None for x in found):
+            return None
+        value = self.matrix(factors[0])
+        for x, k in zip((*factors[1:], at), found, strict=True):
+            if k is None:
+                self.fail(
+                    x, "E320", f"{self.source(x)} stands before an operator", "apply it to the result: name that first"
+                )
+            _, linear, transposed = k
+            want = linear.e.shape if transposed else linear.z.shape
+            if value.shape != want:
+                self.fail(
+                    node,
+                    "E131",
+                    f"{self.source(node)} does not fit: {self.source(x)} takes {show_shape(want)}, this is {self.shape(value)}",
+                )
+            value = linear.adjoint(value) if transposed else linear(value)
+        for c in weight:
+            w = self.value(c)
+            value = elementwise(slot(0) * slot(1), w, value) if isinstance(w, Expr) else scale(w, value)
+        return scale(-1, value) if negative else value
+
+    def _call(self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
+        r = self.reading
+        if name == "derived" and isinstance(self.scope.names.get("derived"), Expr):
+            return self._derived(node, args, keywords)
+        if name in r.letters:
+            return self._value_of(node, name, args)
+        operation = OPERATIONS.get(name)
+        if operation is None:
+            if (
+                name == "sum"
+                and len(args) == 1
+                and isinstance(args[0], ast.GeneratorExp)
+                and (e := self._over(args[0])) is not None
+            ):
+                return e
+            return super()._call(node, name, args, keywords)
+        signature, counts = SIGNATURES[name]
+        if keywords or len(args) not in counts:
+            self.fail(
+                node,
+                "E105",
+                f"{name} takes {' or '.join(map(str, counts))} arguments, not {len(args) + len(keywords)}",
+                f"it is called as {signature}",
+            )
+        try:
+            return operation(self, node, args)
+        except DeriveError as e:
+            raise e.located(self.place(*self.span(node))) if e.code not in ("E304",) else e from None
+
+    def _over(self, node: ast.GeneratorExp) -> Expr | None:
+        """sum(... for j in J), J what an index of the text runs over."""
+        match node.generators:
+            case [ast.comprehension(target=ast.Name(id=j), iter=ast.Name(id=over), ifs=[])] if self.reading.indexed(
+                over
+            ):
+                pass
+            case _:
+                return None
+        shares = self.reading.indexed(over)
+        terms: list[Expr] = []
+        for i in range(len(shares)):
+            scope = replace(cast(TextScope, self.scope), index={**self.index, j: i})
+            terms.append(type(self)(self.text, scope, self.place, self.active).matrix(node.elt))
+        return add(*terms)
+
+    def _derived(self, node: ast.Call, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
+        """derived(z=q): what was there, at another point."""
+        if args or not keywords:
+            self.fail(node, "E105", "derived takes the names that change, derived(z=q)", "derived, or derived(z=q)")
+        put: dict[Expr, Expr] = {}
+        for k in keywords:
+            s = self.reading.names.get(str(k.arg))
+            if not isinstance(s, Sym):
+                self.fail(node, "E101", f"the algorithm has no state '{k.arg}'")
+            put[s] = self.matrix(k.value)
+        return substitute(cast(Expr, self.scope.names["derived"]), put)
+
+    def share(self, node: ast.expr) -> Share:
+        """The letter that stands here."""
+        match node:
+            case ast.Name(id=name) if name in self.reading.letters:
+                shares = self.reading.dealt[name]
+                letter = self.reading.letters[name]
+                if letter.index:
+                    self.fail(node, "E320", f"{name} has a member for each {letter.index}", f"{name}[{letter.index}]")
+                return shares[0]
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if (
+                name in self.reading.letters and i in self.index
+            ):
+                return self.reading.dealt[name][self.index[i]]
+            case _:
+                known = ", ".join(self.reading.letters)
+                self.fail(
+                    node, "E320", f"{self.source(node)} is not a letter of the algorithm", f"its letters: {known}"
+                )
+
+    def _value_of(self, node: ast.Call, name: str, args: list[ast.expr]) -> Expr:
+        """f(z): the value of a letter."""
+        share = self.share(node.func)
+        if len(args) != 1:
+            self.fail(node, "E105", f"{name} takes one argument, not {len(args)}")
+        at = self.matrix(args[0])
+        return zeros(1, 1) if share.e is None else substitute(share.e, {share.variable: at})
+
+    def scaled(self, node: ast.expr) -> tuple[sp.Expr, Share, bool]:
+        """(t, g, is it the conjugate?) of t * g, g / t, t * conj(g)."""
+        match node:
+            case ast.BinOp(left=t, op=ast.Mult(), right=g):
+                c, share, conjugate = self.scaled(g)
+                return c * self.number(t), share, conjugate
+            case ast.BinOp(left=g, op=ast.Div(), right=t):
+                c, share, conjugate = self.scaled(g)
+                return c / self.number(t), share, conjugate
+            case ast.Call(func=ast.Name(id="conj"), args=[g], keywords=[]):
+                return sp.S.One, self.share(g), True
+            case _:
+                return sp.S.One, self.share(node), False
+
+
+def _grad(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    share, at = r.share(args[0]), r.matrix(args[1])
+    if at.shape != r.reading.z.shape:
+        r.fail(args[1], "E131", f"{r.source(args[1])} is {r.shape(at)}; the variable is {r.shape(r.reading.z)}")
+    return r.reading.grad(share, at)
+
+
+def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    v = r.matrix(args[1])
+    t, share, conjugate = r.scaled(args[0])
+    if share.e is not None and v.shape != share.variable.shape:
+        r.fail(
+            args[1], "E131", f"{r.source(args[1])} is {r.shape(v)}; {share.letter.name} takes {r.shape(share.variable)}"
+        )
+    if not conjugate:
+        return r.reading.prox(share, t, v)
+    if not share.convex:
+        r.fail(
+            args[0],
+            "E303",
+            f"conj({share.letter.name}) needs what is convex, and {shown(cast(Expr, share.e))} is not known to be",
+        )
+    return add(v, scale(-t, r.reading.prox(share, 1 / t, scale(1 / t, v))))  # Moreau
+
+
+def _lipschitz(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
+    return r.reading.lipschitz(r.share(args[0]).letter.name)
+
+
+def _norm(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
+    match args[0]:
+        case ast.Call(func=ast.Name(id="stack"), args=[ast.Name(id=name)]) if shares := r.with_operator(name):
+            found = [(member(name, i, shares), cast(Linear, s.linear)) for i, s in enumerate(shares)]
+        case _:
+            one = r.operator_of(args[0])
+            if one is None:
+                r.fail(
+                    args[0],
+                    "E320",
+                    f"{r.source(args[0])} is not an operator of the algorithm",
+                    "norm(K), norm(stack(K))",
+                )
+            found = [(one[0], one[1])]
+    return r.reading.norm(found)
+
+
+def _argmin(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    """argmin over the update that it is the value of."""
+    reading, z = r.reading, r.reading.z
+    if reading.target != reading.argument:
+        r.fail(
+            node,
+            "E320",
+            f"argmin is over the update it stands in, and {reading.target} is not a variable",
+            f"{reading.argument}: argmin(...)",
+        )
+    names = {**r.scope.names, reading.argument: z}
+    inner = _Formula(r.text, replace(cast(TextScope, r.scope), names=names), r.place, r.active)
+    return least(inner.matrix(args[0]), z)
+
+
+def _hold(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    return hold(r.matrix(args[0]))
+
+
+def _last(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
+    reading = r.reading
+    match args[0]:
+        case ast.Name(id=name) if any(s.symbol is reading.names.get(name) for s in reading.states):
+            pass
+        case _:
+            r.fail(args[0], "E320", f"{r.source(args[0])} is not a state", "last(z) is z where the layer began")
+    now = cast("Sym | sp.Symbol", reading.names[name])
+    if name not in reading.written:
+        if name == reading.target:
+            r.fail(
+                node,
+                "E320",
+                f"last({name}) in the update of {name} is {name} itself: nothing has changed it yet",
+                f"keep the one before as a state: {name}_before",
+            )
+        return now
+    if name not in reading.last:
+        fresh = reading.fresh(f"{name}_last")
+        reading.last[name] = (
+            state_of(now, fresh) if isinstance(now, Sym) else scalar(fresh, positive=bool(now.is_positive))
+        )
+    return cast(Value, reading.last[name])
+
+
+OPERATIONS = {
+    "grad": _grad,
+    "prox": _prox,
+    "L": _lipschitz,
+    "norm": _norm,
+    "argmin": _argmin,
+    "hold": _hold,
+    "last": _last,
+}
+SIGNATURES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "grad": ("grad(f, z): the gradient of f at z", (2,)),
+    "prox": ("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", (2,)),
+    "L": ("L(f): the Lipschitz constant of grad f", (1,)),
+    "norm": ("norm(K), norm(stack(K)): the largest singular value", (1,)),
+    "argmin": ("argmin(f(z) + ...), over the update it stands in", (1,)),
+    "hold": ("hold(e): a constant for every derivation", (1,)),
+    "last": ("last(z): z where the layer began", (1,)),
+}
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(z: Sym, name: str | None = None) -> Sym:
+    """The running value of a variable."""
+    return symbol(name or z.name, z.nrows, z.ncols, "state", z.rank, z.family, z.props)
+
+
+def _vector(name: str, value: Expr) -> Sym:
+    """A state, or what lives for one layer, as large as a value."""
+    return symbol(name, *value.shape, "state", 2 if 1 not in value.shape[1:] else 1)
+
+
+def _positive(value: Value) -> bool:
+    return bool(value.is_positive) if not isinstance(value, Expr) else False
+
+
+def _derived(formula: str) -> bool:
+    """Is something derived in it?"""
+    return any(
+        isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.func.id in ("grad", "prox", "argmin")
+        for x in ast.walk(ast.parse(formula.strip(), mode="eval"))
+    )
+
+
+def member(name: str, i: int, among: tuple[Any, ...]) -> str:
+    """The name of a member: without a number where there is one."""
+    return name if len(among) == 1 else f"{name}_{i + 1}"

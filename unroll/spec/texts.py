@@ -1,0 +1,65 @@
+"""Algorithms as texts: found by name, by path, or in the spec itself, read strictly, each part with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from unroll.errors import SpecError, Where
+from unroll.spec import Spec, frozen, library, read_file
+from unroll.spec.messages import to_spec_error
+from unroll.spec.nodes import Entries, Origin, Scalar, key_origin, node_at, plain
+from unroll.spec.schema import Algorithm
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A checked algorithm that knows where each part of it stands."""
+
+    record: Algorithm
+    root: Entries
+
+    @property
+    def name(self) -> str:
+        return self.record.algorithm
+
+    def origin(self, *path: str | int) -> Origin:
+        node = node_at(self.root, path)
+        return node.origin if isinstance(node, Scalar) else key_origin(self.root, path)
+
+    def where(self, *path: str | int) -> Where:
+        return key_origin(self.root, path).where()
+
+
+def find(name: str, spec: Spec | None = None, where: Where | None = None) -> Text:
+    """The algorithm that `name` means: one of the spec's own, of the library, or a path. Raises SpecError E001 to E003, E2xx."""
+    if spec is not None and name in spec.algorithms:
+        node = spec.node("algorithms", name)
+        assert isinstance(node, Entries)
+        return Text(spec.algorithms[name], node)
+    near = Path(spec.file).parent if spec is not None else Path()
+    path = library.find(name, ("algorithms",), where, near)
+    return _read(path, path.stat().st_mtime_ns)
+
+
+def every() -> Iterator[Text]:
+    """All algorithms of the library."""
+    return (find(name) for name in library.names("algorithms"))
+
+
+@cache
+def _read(path: Path, changed: int) -> Text:
+    del changed  # a file that is written anew is read anew
+    root = read_file(path)
+    try:
+        record = Algorithm.model_validate(frozen(plain(root)))
+    except ValidationError as e:
+        raise to_spec_error(e, root, Algorithm) from None
+    if record.algorithm != path.stem:
+        message = f"the file is called {path.name}, its algorithm {record.algorithm}"
+        raise SpecError("E012", message, key_origin(root, ("algorithm",)).where(), f"algorithm: {path.stem}")
+    return Text(record, root)
