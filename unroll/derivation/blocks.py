@@ -20,7 +20,7 @@ from unroll.derivation.algorithms import LIPSCHITZ, STEP, Options, state_of
 from unroll.derivation.rewrites import rewriting
 from unroll.derivation.rewrites.patterns import common_factor
 from unroll.derivation.rewrites.record import Applied, Call, Site
-from unroll.derivation.step import LAYER, Assign, Departure, State, Step
+from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
     add,
@@ -244,6 +244,7 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     notes: list[str] = []
     subproblems: list[tuple[str, Problem]] = []
     hidden: list[State] = []
+    hands: list[Hand] = []
     about = [_about(h, cast(Block, h.block)) for h in halves]
     for half, v in zip(halves, about, strict=True):
         part = _part(half, v, alone=about.count(v) == 1)
@@ -253,10 +254,11 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         departures += part.departures
         notes += [f"{half.name}: {n}" for n in part.notes if not n.startswith("monotone")]
         subproblems += part.subproblems
+        hands += part.hands
     first = [State(s, zeros(*z.shape)) for z, s in states.items()]
     return Step(
         " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)) or "declared blocks", tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
-        notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems),
+        notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems), hands=tuple(hands),
     )  # fmt: skip
 
 
@@ -317,6 +319,7 @@ def _part(half: Half, v: Sym, alone: bool) -> Step:
         assigns=tuple(parts),
         departures=(*departures, *found, *more),
         subproblems=((half.name, sub),),
+        hands=tuple(replace(h, block=half.name) for h in step.hands),
     )
 
 

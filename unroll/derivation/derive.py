@@ -15,7 +15,7 @@ from unroll.calculus.gradient import gradient
 from unroll.derivation import blocks
 from unroll.derivation.learning import parametrise, used_scalars
 from unroll.derivation.parts import Part, classify
-from unroll.derivation.step import Assign, Departure, Learned, Step
+from unroll.derivation.step import Assign, Departure, Hand, Learned, Step
 from unroll.errors import SpecError
 from unroll.language.columns import WIDTH, counted, table, wrapped
 from unroll.language.constructors import add, split
@@ -37,7 +37,10 @@ class Derivation:
     @cached_property
     def halves(self) -> tuple[Half, ...]:
         """What each block of a layer minimises, and what is known of its terms."""
-        return tuple(Half(name, p, classify(p) if p.terms else ()) for name, p in self.exact.subproblems)
+        return tuple(
+            Half(name, p, classify(p) if p.terms else (), tuple(h for h in self.exact.hands if h.block == name))
+            for name, p in self.exact.subproblems
+        )
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -107,20 +110,16 @@ class Half:
     name: str
     problem: Problem
     parts: tuple[Part, ...]
+    hands: tuple[Hand, ...]
 
     @property
     def variable(self) -> Sym:
         return self.problem.variables[0]
 
-    @property
-    def proximal(self) -> bool:
-        """Is there a term that is taken through its prox?"""
-        return any(not p.descended for p in self.parts)
-
     @cached_property
     def gradient(self) -> Expr | None:
-        """Gradient of the smooth part."""
-        smooth = [p.e for p in self.parts if p.descended or not self.proximal]
+        """Gradient of what the algorithm takes through its gradient."""
+        smooth = [h.e for h in self.hands if h.use == "gradient"]
         return gradient(add(*smooth), self.variable) if smooth else None
 
 
@@ -283,7 +282,14 @@ def _of_part(p: Part, half: Half, sign: int) -> str:
         good = "convex" if sign > 0 else "concave"
         curved = "affine" if up and down else "convex" if up else "concave" if down else f"not known to be {good}"
         return f"smooth, {curved}, {constant}  ({p.smooth.proof}: {p.smooth.reason})"
-    assert p.proximal is not None
+    if p.proximal is None:
+        assert p.inner is not None
+        g, w, k = p.inner
+        found = proximal.proximable(g, w)
+        curved = "convex" if found.convex else "not known to be convex"
+        return (
+            f"g(K {half.variable.name}), K {half.variable.name} = {pretty(k.e)}, g proximable, {curved}  ({found.rule})"
+        )
     if p.is_set:
         return f"{'convex set' if p.proximal.convex else 'set that is not convex'}  ({p.proximal.rule})"
     surely = p.proximal.scalar is not None and p.proximal.scalar.curvature.surely_not_convex

@@ -13,9 +13,9 @@ from unroll.calculus import curvature
 from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, least, square_of_norm
 from unroll.calculus.torch_text import nonzero
-from unroll.derivation.dealing import GRADIENT, Dealt, Share, letters
+from unroll.derivation.dealing import ARGMIN, GRADIENT, Dealt, Share, letters
 from unroll.derivation.parts import Part
-from unroll.derivation.step import LAYER, Assign, Departure, State, Step
+from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant, constant, elementwise, hold, prox, scale, symbol, zeros
 from unroll.language.functions import Value, as_expr
@@ -126,6 +126,7 @@ class Reading:
             (),
             tuple((*self.notes, *self._claims(), *self._said())),
             departures=tuple(self._departures()),
+            hands=tuple(self._hands()),
         )
 
     def _weights(self) -> Iterable[tuple[Part, tuple[sp.Symbol, Expr]]]:
@@ -133,6 +134,15 @@ class Reading:
             for p in (p for s in shares if GRADIENT not in s.letter.uses for p in s.parts):
                 if p.weight is not None:
                     yield p, p.weight
+
+    def _hands(self) -> Iterable[Hand]:
+        for share in (s for shares in self.dealt.values() for s in shares if s.e is not None):
+            uses = share.letter.uses
+            use = "gradient" if GRADIENT in uses else "argmin" if ARGMIN in uses else "prox"
+            terms = tuple(dict.fromkeys(p.term for p in share.parts))
+            e = add(*(p.e for p in share.parts)) if use == "gradient" else cast(Expr, share.e)
+            operator = share.linear.e if share.linear is not None and not share.linear.is_identity else None
+            yield Hand(share.letter.name, use, terms, e, share.variable, operator)
 
     def _claims(self) -> Iterable[str]:
         parts = [p for shares in self.dealt.values() for s in shares for p in s.parts]

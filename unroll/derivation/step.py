@@ -48,6 +48,22 @@ class Departure:
 
 
 @dataclass(frozen=True)
+class Hand:
+    """What a letter of an algorithm stands for: e, the sum of some terms as a function of `variable`; K z where there is an operator.
+
+    use: what the algorithm does with it.
+    """
+
+    letter: str
+    use: Literal["gradient", "prox", "argmin"]
+    terms: tuple[str, ...]
+    e: Expr
+    variable: Sym
+    operator: Expr | None = None
+    block: str = ""
+
+
+@dataclass(frozen=True)
 class Learned:
     """A free parameter in the place of a derived sub-expression; it starts at the value of `replaces`.
 
@@ -94,6 +110,7 @@ class Step:
     states: start values.  assigns: the body of a layer.  output: the states that are the answer, one per variable.
     blocks: names of the parts of a layer, in order; none where it has one part.  estimated: inputs that a formula
     has taken the place of.  departures: what is not the exact algorithm.  subproblems: what each block minimises, in one variable.
+    hands: how the terms were dealt out to the letters of the algorithm.
     """
 
     algorithm: str
@@ -107,3 +124,4 @@ class Step:
     estimated: tuple[str, ...] = ()
     departures: tuple[Departure, ...] = ()
     subproblems: tuple[tuple[str, Problem], ...] = ()
+    hands: tuple[Hand, ...] = ()

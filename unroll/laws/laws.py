@@ -23,10 +23,10 @@ from unroll.derivation.algorithms import LIPSCHITZ, STEP, state_of
 from unroll.derivation.derive import Derivation, Half, derive
 from unroll.derivation.parts import Part
 from unroll.derivation.rewrites.record import Applied, Site
-from unroll.derivation.step import LAYER, Assign
+from unroll.derivation.step import LAYER, Assign, Hand
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.columns import WIDTH, table_rows, wrapped
-from unroll.language.constructors import add, prox, swap
+from unroll.language.constructors import prox, swap
 from unroll.language.nodes import Expr, Member, Normalise, Prox, Spectrum, Sym, free_indices, scalar, walk
 from unroll.language.parse import Scope, parse_matrix
 from unroll.language.show import pretty, text
@@ -164,13 +164,13 @@ class Sample:
         z = half.variable
         read = {s for e in half.problem.terms.values() for s in e.symbols} | {z}
         out = known | {s: as_matrix(self.tensor(s), s) for s in sorted(read, key=lambda s: s.name) if s not in known}
-        if any(p.smooth is None and p.proximal is not None for p in half.parts):
+        if any(h.use == "prox" and h.variable is z for h in half.hands):
             out[z] = self.feasible(half, out)
         return out
 
     def feasible(self, half: Half, values: dict[Sym, Tensor]) -> Tensor:
-        parts = [p for p in half.parts if not p.descended and p.proximal is not None]
-        rest, held = add(*(p.weighed for p in parts)), self.held(parts, values)
+        (first, *_) = (h for h in half.hands if h.use == "prox" and h.variable is half.variable)
+        rest, held = first.e, self.held([p for p in half.parts if p.term in first.terms], values)
         step = scalar("step", positive=True)
         start = proximal.replace_role(half.variable)
         node = prox(rest, half.variable, step, start)
@@ -266,10 +266,10 @@ def lipschitz(d: Derivation, sample: Sample) -> Iterator[Row]:
 def proxes(d: Derivation, sample: Sample) -> Iterator[Row]:
     """No nearby point has a smaller t g(z) + |z - v|^2 / 2 than the derived prox."""
     for half in d.halves:
-        rest = [p for p in half.parts if not p.descended]
-        if rest:
-            worst = max(_excess(half, rest, sample, t) for t in (0.05, 0.5, 2.0))
-            name = f"prox of {' + '.join(p.term for p in rest)} <= every other point{_in(half)}"
+        for hand in (h for h in half.hands if h.use == "prox"):
+            worst = max(_excess(half, hand, sample, t) for t in (0.05, 0.5, 2.0))
+            of = "" if hand.operator is None else f" of {pretty(hand.operator)}"
+            name = f"prox of {' + '.join(hand.terms)}{of} <= every other point{_in(half)}"
             yield Row(name, f"excess {max(worst, 0.0):.0e}", "1e-08", _verdict(worst <= 1e-8))
     seen: set[Expr] = set()
     for node in (n for a in d.exact.assigns if isinstance(a.value, Expr) for n in walk(a.value) if isinstance(n, Prox)):
@@ -279,10 +279,11 @@ def proxes(d: Derivation, sample: Sample) -> Iterator[Row]:
             yield Row(f"scalar prox of {pretty(node.term)}", found.scalar.proof, "brute force", "holds")
 
 
-def _excess(half: Half, rest: list[Part], sample: Sample, t: float) -> float:
+def _excess(half: Half, hand: Hand, sample: Sample, t: float) -> float:
     """How much lower than at the derived prox the cost is at any of many points."""
-    z, worst = half.variable, 0.0
-    e, step, start = add(*(p.weighed for p in rest)), scalar("step", positive=True), proximal.replace_role(z)
+    z, worst = hand.variable, 0.0
+    e, step, start = hand.e, scalar("step", positive=True), proximal.replace_role(z)
+    rest = [p for p in half.parts if p.term in hand.terms]
     node = prox(e, z, step, start)
 
     def draw_like(x: Tensor) -> Tensor:
@@ -290,7 +291,8 @@ def _excess(half: Half, rest: list[Part], sample: Sample, t: float) -> float:
 
     for _ in range(DRAWS // 4):
         values = sample.values(half)
-        v, held = draw_like(values[z]) * 2, sample.held(rest, values)
+        like = values[z] if z is half.variable else sample.at(cast(Expr, hand.operator), values)
+        v, held = draw_like(like) * 2, sample.held(rest, values)
         best = sample.at(node, {**values, start: v}, {**held, step: t})
         cost = lambda x, values=values, v=v, held=held: (
             t * float(sample.at(e, {**values, z: x}, held)) + float((x - v).square().sum()) / 2
