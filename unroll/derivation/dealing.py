@@ -227,7 +227,7 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
         return
     for p in parts:
         if p.proximal is None and p.own_prox is None:
-            raise Misfit(p.reason)
+            raise Misfit(p.own_reason)
     if len(parts) > 1:
         _joint(add(*(p.weighed for p in parts)), parts[0].variable)
 

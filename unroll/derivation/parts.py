@@ -90,10 +90,19 @@ class Part:
         """Its prox, whether or not it is smooth."""
         if self.proximal is not None:
             return self.proximal
+        return self._own[0]
+
+    @property
+    def own_reason(self) -> str:
+        """Why it has no prox, whether or not it is smooth."""
+        return self.reason or self._own[1]
+
+    @cached_property
+    def _own(self) -> tuple[Proximal | None, str]:
         try:
-            return proximable(self.e, self.variable)
-        except DeriveError:
-            return None
+            return proximable(self.e, self.variable), ""
+        except DeriveError as refused:
+            return None, refused.message
 
     @cached_property
     def inner(self) -> tuple[Expr, Sym, Linear] | None:

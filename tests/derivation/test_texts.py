@@ -1,0 +1,240 @@
+"""Algorithms as texts: their limits against CVXPY, their iterates against the loops of the papers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cvxpy as cp
+import pytest
+import torch
+from torch import Tensor
+
+import unroll
+from unroll.derivation.algorithms import every
+from unroll.errors import UnrollError
+
+Spec = dict[str, Any]
+M, N = 6, 8
+SHARED: Spec = {
+    "dims": {"m": M, "n": N}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+    "scalars": {"lam": 0.1, "mu": 0.2},
+}  # fmt: skip
+FIT = "1/2*sumsq(x - A @ z)"
+PROBLEMS: dict[str, tuple[Spec, Any]] = {
+    "ridge": (
+        {"minimize": {"fit": FIT, "ridge": "lam/2*sumsq(z)"}},
+        lambda z, a, x: (cp.sum_squares(x - a @ z) / 2 + 0.05 * cp.sum_squares(z), []),
+    ),
+    "logistic": (
+        {"minimize": {"fit": "sum(logistic(x * (A @ z)))", "ridge": "lam/2*sumsq(z)"}},
+        lambda z, a, x: (cp.sum(cp.logistic(-cp.multiply(x, a @ z))) + 0.05 * cp.sum_squares(z), []),
+    ),
+    "lasso": (
+        {"minimize": {"fit": FIT, "sparsity": "lam*norm1(z)"}},
+        lambda z, a, x: (cp.sum_squares(x - a @ z) / 2 + 0.1 * cp.norm1(z), []),
+    ),
+    "box": (
+        {"minimize": {"fit": FIT}, "constraints": ["0 <= z <= 1/2"]},
+        lambda z, a, x: (cp.sum_squares(x - a @ z) / 2, [z >= 0, z <= 0.5]),
+    ),
+    "fused": (
+        {"minimize": {"fit": FIT, "sparsity": "lam*norm1(z)", "jumps": "mu*norm1(difference(z))"}},
+        lambda z, a, x: (cp.sum_squares(x - a @ z) / 2 + 0.1 * cp.norm1(z) + 0.2 * cp.norm1(cp.diff(z)), []),
+    ),
+    "robust": (
+        {"minimize": {"fit": "norm1(A @ z - x)", "ridge": "mu/2*sumsq(z)"}, "constraints": ["z >= 0"]},
+        lambda z, a, x: (cp.norm1(a @ z - x) + 0.1 * cp.sum_squares(z), [z >= 0]),
+    ),
+}
+"""name -> (objective, the same for CVXPY)."""
+CONDITION = {"lasso": 1e3, "ridge": 1e3}
+"""That of A'A + lam I, or of A A' where A is wide; else random."""
+
+
+def data(name: str) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    a = torch.randn(M, N, generator=g, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(a, full_matrices=False)
+    top = 0.1 * CONDITION.get(name, 9)
+    s = torch.linspace(0.3, top**0.5, M, dtype=torch.float64)
+    return u @ (s[:, None] * v), torch.randn(M, generator=g, dtype=torch.float64)
+
+
+def optimum(name: str) -> float:
+    a, x = (t.numpy() for t in data(name))
+    z = cp.Variable(N)
+    cost, constraints = PROBLEMS[name][1](z, a, x)
+    problem = cp.Problem(cp.Minimize(cost), constraints)
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+    return float(problem.value)
+
+
+def compiled(name: str, algorithm: str, layers: int, **more: Any) -> Any:
+    spec = {**SHARED, **PROBLEMS[name][0], "name": name, "unroll": {"algorithm": algorithm, "layers": layers, **more}}
+    unused = {"lam", "mu"} - {s for s in ("lam", "mu") if s in str(PROBLEMS[name][0])}
+    spec["scalars"] = {k: v for k, v in SHARED["scalars"].items() if k not in unused}
+    return unroll.compile(spec, parameters={"A": data(name)[0]}, dtype=torch.float64)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+LAYERS = {"ridge": 4000, "logistic": 60, "lasso": 500, "box": 250, "fused": 200, "robust": 250}
+FITTING = {
+    "ridge": "admm chambolle_pock condat_vu davis_yin douglas_rachford fista forward_backward_forward gradient_descent heavy_ball nesterov proximal_gradient",
+    "logistic": "admm chambolle_pock condat_vu davis_yin fista forward_backward_forward gradient_descent heavy_ball nesterov proximal_gradient",
+    "lasso": "admm chambolle_pock condat_vu davis_yin douglas_rachford fista forward_backward_forward proximal_gradient",
+    "box": "admm chambolle_pock condat_vu davis_yin douglas_rachford fista forward_backward_forward projected_gradient proximal_gradient",
+    "fused": "admm chambolle_pock condat_vu",
+    "robust": "admm chambolle_pock condat_vu",
+}
+"""Problem -> the algorithms of the library that claim optima and fit."""
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_what_claims_optima_reaches_them(name: str) -> None:
+    want, x, fitting = optimum(name), data(name)[1], list[str]()
+    for a in (a for a in every() if "optimum" in a.text.record.claims):
+        try:
+            net = compiled(name, a.name, LAYERS[name])
+        except UnrollError as refused:
+            assert refused.code == "E303", a.name
+            continue
+        fitting.append(a.name)
+        assert abs(float(net.objective(x, z=net(x))["total"]) - want) <= 1e-6 * abs(want), a.name
+    assert fitting == FITTING[name].split()
+
+
+# --- the loops of the papers ------------------------------------------------------------------------------------------
+
+
+def soft(v: Tensor, t: float) -> Tensor:
+    return v.sign() * (v.abs() - t).clamp_min(0)
+
+
+def hand_written(algorithm: str, a: Tensor, x: Tensor, layers: int) -> Tensor:
+    """The lasso with lam = 0.1, as the papers write the iteration."""
+    n, lam = a.shape[1], 0.1
+    z = torch.zeros(n, dtype=a.dtype)
+    eye, top = torch.eye(n, dtype=a.dtype), float(torch.linalg.matrix_norm(a, 2)) ** 2
+    grad = lambda z: a.T @ (a @ z - x)
+    w, u, y, s, q = z, z, z, z, z
+    for _ in range(layers):
+        match algorithm:
+            case "admm":  # Boyd et al. 3.1 and 3.4.3
+                z = torch.linalg.solve(a.T @ a + 0.7 * eye, a.T @ x + 0.7 * (w - u))
+                over = 1.5 * z - 0.5 * w
+                w = soft(over + u, lam / 0.7)
+                u = u + over - w
+            case "half_quadratic":
+                w = soft(z, lam / 0.7)
+                z = torch.linalg.solve(a.T @ a + 0.7 * eye, a.T @ x + 0.7 * w)
+            case "douglas_rachford":
+                z = soft(s, 0.7 * lam)
+                s = s + torch.linalg.solve(eye + 0.7 * a.T @ a, 2 * z - s + 0.7 * a.T @ x) - z
+            case "davis_yin":
+                z, v = s, None  # one prox is left to the other group: nothing
+                v = soft(2 * z - s - grad(z) / top, lam / top)
+                s = s + v - z
+            case "chambolle_pock":  # algorithm 1, theta = 1, K = 1: f is the fit
+                y = y + q - soft(y + q, lam)
+                after = torch.linalg.solve(eye + a.T @ a, z - y + a.T @ x)
+                q, z = 2 * after - z, after
+            case "condat_vu":
+                y = y + 0.3 * q - 0.3 * soft(y / 0.3 + q, lam / 0.3)
+                after = z - (grad(z) + y) / (top / 2 + 0.3)
+                q, z = 2 * after - z, after
+            case "forward_backward_forward":
+                v = soft(z - 0.9 / top * grad(z), 0.9 / top * lam)
+                z = v - 0.9 / top * (grad(v) - grad(z))
+            case _:
+                raise AssertionError(algorithm)
+    return z
+
+
+NUMBERS: dict[str, dict[str, Any]] = {
+    "admm": {"rho": 0.7, "relax": 1.5}, "half_quadratic": {"rho": 0.7}, "douglas_rachford": {"step": 0.7}, "davis_yin": {},
+    "chambolle_pock": {"tau": 1, "sigma": 1}, "condat_vu": {"sigma": 0.3}, "forward_backward_forward": {},
+}  # fmt: skip
+SPLIT = {
+    "davis_yin": {"f": ["sparsity"]}, "douglas_rachford": {"f": ["fit"], "g": ["sparsity"]},
+    "chambolle_pock": {"f": ["fit"], "g": ["sparsity"]}, "condat_vu": {"g": ["sparsity"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", NUMBERS)
+def test_a_text_is_the_loop_of_its_paper(algorithm: str) -> None:
+    a, x = data("lasso")
+    more = {"numbers": NUMBERS[algorithm], "split": SPLIT.get(algorithm, {})}
+    for layers in (1, 7):
+        net = compiled("lasso", algorithm, layers, **more)
+        want = hand_written(algorithm, a, x, layers)
+        assert (net(x) - want).abs().max() <= 1e-10 * (1 + want.abs().max())
+    assert want.abs().max() > 0
+
+
+@pytest.mark.parametrize("algorithm", ["heavy_ball", "nesterov"])
+def test_momentum_of_smooth_problems(algorithm: str) -> None:
+    a, x = data("ridge")
+    grad, top = lambda z: a.T @ (a @ z - x) + 0.1 * z, float(torch.linalg.matrix_norm(a, 2)) ** 2 + 0.1
+    z = before = y = torch.zeros(N, dtype=a.dtype)
+    for k in range(9):
+        if algorithm == "heavy_ball":
+            z, before = z - grad(z) / top + (z - before) / 2, z
+        else:
+            after = y - grad(y) / top
+            y, z = after + k / (k + 4) * (after - z), after
+    net = compiled("ridge", algorithm, 9)
+    assert (net(x) - z).abs().max() <= 1e-10 * z.abs().max()
+
+
+# --- states live on ---------------------------------------------------------------------------------------------------
+
+ALL = [a.name for a in every() if a.name not in ("power_step",)]
+
+
+def problem_of(algorithm: str) -> str:
+    return {"gradient_descent": "ridge", "heavy_ball": "ridge", "nesterov": "ridge", "projected_gradient": "box"}.get(
+        algorithm, "lasso"
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_block_goes_on_as_its_algorithm_does(algorithm: str, tmp_path: Path) -> None:
+    """Alone, in a block, two steps at a time, deeper than compiled, after restore: the same iterates."""
+    name = problem_of(algorithm)
+    x = data(name)[1]
+    alone = torch.stack(compiled(name, algorithm, 6).trace(x).iterates["z"])
+    spec = compiled(name, algorithm, 6).spec.to_dict()
+    given = {"parameters": {"A": data(name)[0]}, "dtype": torch.float64}
+    for steps in (1, 2):
+        blocks = {"blocks": [{"block": "b", "algorithm": algorithm, "steps": steps}], "layers": 6 // steps}
+        net = unroll.compile({**spec, "unroll": blocks}, **given)
+        found = torch.stack(net.trace(x).iterates["z"])
+        torch.testing.assert_close(found, alone[::steps], rtol=1e-10, atol=1e-12)
+    shallow = compiled(name, algorithm, 2)
+    shallow.save(tmp_path / "net")
+    torch.testing.assert_close(unroll.restore(tmp_path / "net")(x, layers=6), alone[-1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_replaced_by_what_was_derived_nothing_changes(algorithm: str) -> None:
+    name = problem_of(algorithm)
+    x, text = data(name)[1], next(a.text for a in every() if a.name == algorithm)
+    updates = {u: "derived" for u in text.record.updates if u != "momentum"}
+    plain, same = compiled(name, algorithm, 5), compiled(name, algorithm, 5, updates=updates)
+    assert torch.equal(plain(x), same(x))
+    assert len(same.derivation.exact.departures) == len(updates)
+
+
+@pytest.mark.parametrize("algorithm", ["admm", "chambolle_pock", "condat_vu", "half_quadratic", "davis_yin"])
+def test_units_of_the_operator_do_not_matter(algorithm: str) -> None:
+    """A and x in other units, lam with their square: the same iterates, by the starts of the numbers (relative to L and norms)."""
+    if algorithm == "chambolle_pock":
+        pytest.skip("its steps are those of K alone, so the units of z count")
+    a, x = data("lasso")
+    small = compiled("lasso", algorithm, 8)
+    spec = small.spec.to_dict()
+    c = 1e3
+    large = unroll.compile(spec, parameters={"A": c * a}, scalars={"lam": 0.1 * c**2}, dtype=torch.float64)
+    torch.testing.assert_close(large(c * x), small(x), rtol=1e-9, atol=1e-11)
