@@ -20,6 +20,7 @@ from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add
 from unroll.language.nodes import Expr, Sym
+from unroll.language.parse import Reader, Scope
 from unroll.language.show import pretty
 from unroll.language.traversal import expand
 from unroll.spec.texts import Text
@@ -66,7 +67,7 @@ Dealt = Mapping[str, tuple[Share, ...]]
 
 
 def letters(text: Text) -> tuple[Letter, ...]:
-    """What `solves` says, and what the updates do with it. Raises SpecError E320."""
+    """What `solves` says, and what the updates do with it. Raises SpecError E100 (a formula that cannot be read), E320."""
     written = text.record.solves
     try:
         tree = ast.parse(written.strip(), mode="eval").body
@@ -120,15 +121,12 @@ def _letter(tree: ast.expr) -> Letter:
 
 def _uses(text: Text, names: set[str]) -> dict[str, set[str]]:
     record = text.record
-    formulas = [*record.updates.values(), *(s.start for s in record.scalars.values())]
-    for rule in record.momenta.values():
-        formulas += rule.updates.values()
+    formulas = {("updates", k): f for k, f in record.updates.items()}
+    for momentum, rule in record.momenta.items():
+        formulas |= {("momenta", momentum, "updates", k): f for k, f in rule.updates.items()}
     found: dict[str, set[str]] = {n: set() for n in names}
-    for formula in formulas:
-        try:
-            tree = ast.parse(formula.strip(), mode="eval")
-        except SyntaxError:  # told where it is read
-            continue
+    for path, formula in formulas.items():
+        tree = Reader(formula, Scope(), text.place(*path)).tree()
         for call in (x for x in ast.walk(tree) if isinstance(x, ast.Call)):
             match call:
                 case ast.Call(func=ast.Name(word), args=[first, *_]) if word in USES:

@@ -216,7 +216,7 @@ class Reading:
     # --- states, numbers, updates ---
 
     def _start(self, key: str, start: Start) -> None:
-        place = self._place("states", key)
+        place = self.text.place("states", key)
         name, _, index = key.removesuffix("]").partition("[")
         for i, member, indices in self._members(name, index):
             if start.number is not None:
@@ -253,10 +253,6 @@ class Reading:
         for i in range(len(among)):
             yield i, member(name, i, among), {index: i}
 
-    def _place(self, *path: str) -> Place:
-        origin = self.text.origin(*path)
-        return lambda start, length: origin.where(start, length)
-
     def _read(self, formula: str, place: Place, index: Mapping[str, int] | None = None) -> Value:
         return _Formula(formula, self.scope(index=index), place).read()
 
@@ -269,7 +265,7 @@ class Reading:
             given, place = options.step, options.at("step")
         if given is None:
             try:
-                value = self._read(free.start, self._place("scalars", name))
+                value = self._read(free.start, self.text.place("scalars", name))
             except DeriveError as e:
                 hint = e.hint if name == STEP.name else f"give it yourself: numbers: {{{name}: 1}}"
                 raise DeriveError(e.code, e.message, hint=hint, notes=e.notes) from None
@@ -298,9 +294,9 @@ class Reading:
         for key, formula in record.updates.items():
             if key == "momentum" and self.rule is not None:
                 path = ("momenta", next(k for k, r in record.momenta.items() if r is self.rule))
-                own = [_Update(k, f, self._place(*path, "updates", k)) for k, f in self.rule.updates.items()]
+                own = [_Update(k, f, self.text.place(*path, "updates", k)) for k, f in self.rule.updates.items()]
             else:
-                own = [_Update(key, formula, self._place("updates", key))]
+                own = [_Update(key, formula, self.text.place("updates", key))]
             for u in own:
                 if u.name in asked:
                     u = _Update(u.name, asked.pop(u.name), self.options.at("updates", u.name), replaces=u)
@@ -475,6 +471,10 @@ class _Formula(Reader):
                 return chain
             case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if i in self.index:
                 return self._name(cast(Any, node), member(name, self.index[i], self.reading.indexed(i)))
+            case ast.Call(func=ast.Subscript(value=ast.Name(id=name)) as letter, args=args) if (
+                name in self.reading.letters
+            ):
+                return self._value_of(node, self.share(letter), args)
             case ast.Name(id=name) if isinstance(self.scope.names.get(name), _Later):
                 later = cast(_Later, self.scope.names[name])
                 return later.reading.lipschitz(later.letter)
@@ -564,7 +564,7 @@ class _Formula(Reader):
         if name == "derived" and isinstance(self.scope.names.get("derived"), Expr):
             return self._derived(node, args, keywords)
         if name in r.letters:
-            return self._value_of(node, name, args)
+            return self._value_of(node, self.share(node.func), args)
         operation = OPERATIONS.get(name)
         if operation is None:
             if (
@@ -629,18 +629,26 @@ class _Formula(Reader):
                 name in self.reading.letters and i in self.index
             ):
                 return self.reading.dealt[name][self.index[i]]
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if self.reading.letters.get(name):
+                hint = f"sum(... for {i} in {self.reading.letters[name].over or 'J'}), or an update of its own: v[{i}]"
+                self.fail(node, "E320", f"no member {i} is meant here", hint)
             case _:
                 known = ", ".join(self.reading.letters)
                 self.fail(
                     node, "E320", f"{self.source(node)} is not a letter of the algorithm", f"its letters: {known}"
                 )
 
-    def _value_of(self, node: ast.Call, name: str, args: list[ast.expr]) -> Expr:
+    def _value_of(self, node: ast.Call, share: Share, args: list[ast.expr]) -> Expr:
         """f(z): the value of a letter."""
-        share = self.share(node.func)
         if len(args) != 1:
-            self.fail(node, "E105", f"{name} takes one argument, not {len(args)}")
+            self.fail(node, "E105", f"{share.letter.name} takes one argument, not {len(args)}")
         at = self.matrix(args[0])
+        if share.linear is not None and at.shape != share.variable.shape:
+            self.fail(
+                args[0],
+                "E131",
+                f"{self.source(args[0])} is {self.shape(at)}; {share.letter.name} takes {self.shape(share.variable)}",
+            )
         return zeros(1, 1) if share.e is None else substitute(share.e, {share.variable: at})
 
     def scaled(self, node: ast.expr) -> tuple[sp.Expr, Share, bool]:

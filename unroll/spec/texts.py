@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,10 @@ class Text:
     def origin(self, *path: str | int) -> Origin:
         node = node_at(self.root, path)
         return node.origin if isinstance(node, Scalar) else key_origin(self.root, path)
+
+    def place(self, *path: str | int) -> Callable[[int, int], Where]:
+        """Where characters of the formula at `path` stand."""
+        return self.origin(*path).where
 
     def where(self, *path: str | int) -> Where:
         return key_origin(self.root, path).where()
