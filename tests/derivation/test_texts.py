@@ -12,7 +12,7 @@ from torch import Tensor
 
 import unroll
 from unroll.derivation.algorithms import every
-from unroll.errors import UnrollError
+from unroll.errors import SpecError, UnrollError
 
 Spec = dict[str, Any]
 M, N = 6, 8
@@ -238,3 +238,128 @@ def test_units_of_the_operator_do_not_matter(algorithm: str) -> None:
     c = 1e3
     large = unroll.compile(spec, parameters={"A": c * a}, scalars={"lam": 0.1 * c**2}, dtype=torch.float64)
     torch.testing.assert_close(large(c * x), small(x), rtol=1e-9, atol=1e-11)
+
+
+# --- a text of one's own ----------------------------------------------------------------------------------------------
+
+INERTIAL = """
+algorithm: inertial_three_operators
+about: Davis-Yin about an extrapolated point
+source: of this test
+solves: f(z) + g(z) + h(z)
+scalars:
+  step: 1 / L(h)
+  alpha: {start: 0.2, below: 1}
+states:
+  s: z
+  s_before: z
+updates:
+  q: s + alpha * (s - s_before)
+  z: prox(step * g, q)
+  v: prox(step * f, 2 * z - q - step * grad(h, z))
+  s_before: s
+  s: q + v - z
+claims: [optimum]
+"""
+
+
+def test_a_text_outside_of_the_package_is_derived_checked_and_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inertial_three_operators.yaml").write_text(INERTIAL)
+    monkeypatch.chdir(tmp_path)
+    objective = {"minimize": {"fit": FIT, "sparsity": "lam*norm1(z)"}, "constraints": ["z <= 1/4"]}
+    shared = {**SHARED, "scalars": {"lam": 0.1}, **objective, "name": "own"}
+    own = {
+        "algorithm": "inertial_three_operators.yaml",
+        "layers": 400,
+        "split": {"f": ["constraint"], "g": ["sparsity"]},
+    }
+    a, x = data("box")
+    net = unroll.compile({**shared, "unroll": own}, parameters={"A": a}, dtype=torch.float64)
+    z = cp.Variable(N)
+    cost = cp.sum_squares(x.numpy() - a.numpy() @ z) / 2 + 0.1 * cp.norm1(z)
+    problem = cp.Problem(cp.Minimize(cost), [z <= 0.25])
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+    assert abs(float(net.objective(x, z=net(x).clamp_max(0.25))["total"]) - float(problem.value)) < 1e-6 * abs(
+        problem.value
+    )
+    rows = unroll.check({**shared, "unroll": {**own, "layers": 3}}).rows
+    assert not [r for r in rows if r.verdict not in ("holds", "noted")]
+    learned = {**own, "layers": 3, "learn": {"theta": {"replaces": "lam * step", "positive": True}}}
+    free = unroll.compile({**shared, "unroll": learned}, parameters={"A": a}, dtype=torch.float64)
+    exact = unroll.compile({**shared, "unroll": {**own, "layers": 3}}, parameters={"A": a}, dtype=torch.float64)
+    torch.testing.assert_close(free(x), exact(x))
+    free(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in free.parameters())
+
+
+TEXT = """
+algorithms:
+  own:
+    algorithm: own
+    solves: h(z) + f(z)
+    scalars: {step: 1 / L(h)}
+    states: {s: z}
+    updates:
+      v: z - step * grad(h, z)
+      s: z
+      z: prox(step * f, v)
+"""
+COMPOSITE = ("h(z) + f(z)", "h(z) + sum(f[j](K[j] @ z) for j in J)")
+BROKEN: dict[str, tuple[list[tuple[str, str]], str, str]] = {
+    "solves": ([("h(z) + f(z)", "h(z) + * f(z)")], "E320", "does not say what is minimised"),
+    "a letter nothing uses": ([("h(z) + f(z)", "h(z) + f(z) + g(z)")], "E320", "no update uses the letter g"),
+    "an unknown name": ([("z - step *", "z - stp *")], "E101", "unknown name 'stp'"),
+    "an open bracket": ([("grad(h, z)", "grad(h, z")], "E100", "was never closed"),
+    "too few arguments": ([("prox(step * f, v)", "prox(step * f)")], "E105", "prox takes 2 arguments, not 1"),
+    "a name of the problem": ([("prox(step * f, v)", "prox(step * f, A.T @ v)")], "E101", "unknown name 'A'"),
+    "a bare letter": ([("z - step * grad(h, z)", "z - step * grad(h, z) + h")], "E320", "h is a letter"),
+    "last of what has not changed": ([("prox(step * f, v)", "prox(step * f, v + z - last(z))")], "E320", "nothing has changed it yet"),
+    "argmin elsewhere": ([("v: z - step", "v: argmin(sumsq(z - s)) - step")], "E320", "argmin is over the update it stands in"),
+    "no operator": ([("1 / L(h)", "1 / norm(K)")], "E320", "K is not an operator"),
+    "no member": ([COMPOSITE, ("step * f,", "step * f[j],")], "E320", "no member j is meant here"),
+    "a member left out": ([COMPOSITE, ("prox(step * f, v)", "v - sum(K[j].T @ prox(f, K[j] @ v) for j in J)")], "E320", "f has a member for each j"),
+    "an indefinite number": ([("{step: 1 / L(h)}", "{step: {start: 2, below: 1}}")], "E132", "a step size is below 1"),
+    "no minimum in closed form": ([("prox(step * f, v)", "prox(step * f, v) + argmin(h(z) + norm1(z - v))")], "E302", "no closed form"),
+    "a requirement": ([("    states:", "    requires: [f smooth]\n    states:")], "E320", "requires nothing that is known"),
+    "an unknown key": ([("    states:", "    state:")], "E201", "state"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_text_is_refused_where_it_is_broken(what: str) -> None:
+    changes, code, message = BROKEN[what]
+    text = TEXT
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    problem = f"""
+name: p
+dims: {{m: 6, n: 8}}
+variables: {{z: [n]}}
+inputs: {{x: [m]}}
+parameters: {{A: [m, n]}}
+scalars: {{lam: 0.1}}
+minimize: {{fit: "{FIT}", sparsity: lam*norm1(z)}}
+{text}
+unroll: {{algorithm: own, layers: 3}}
+"""
+    with pytest.raises(SpecError, match=message) as refused:
+        unroll.compile(problem)
+    assert refused.value.code == code
+    assert refused.value.where is not None
+    line = problem.splitlines()[refused.value.where.line - 1]
+    assert line in text, line  # the place is in the text of the algorithm
+
+
+def test_what_was_not_dealt_as_asked_is_refused() -> None:
+    for more, message in [
+        ({"split": {"q": ["fit"]}}, "has no letter 'q'"),
+        ({"split": {"f": ["fidelity"]}}, "no term 'fidelity'"),
+        ({"numbers": {"stp": 1}}, "has no number 'stp'"),
+        ({"updates": {"w": "derived"}}, "has no update 'w'"),
+        ({"numbers": {"step": "norm1(z)"}}, "step"),
+    ]:
+        with pytest.raises(SpecError, match=message):
+            compiled("lasso", "proximal_gradient", 2, **more)

@@ -224,6 +224,9 @@ class Reading:
                 self.states.append(State(s, self._read(start.number, place, indices)))
                 self.names[member] = s
                 continue
+            if start.like is None and start.start is None:
+                hint = "its first value, s: z, or {like: K @ z}, or {number: 1}"
+                raise SpecError("E320", f"the state {key} has no start", self.text.where("states", key), hint)
             like = as_expr(self._read(start.like, place, indices)) if start.like is not None else None
             value = (
                 as_expr(self._read(start.start, place, indices))
@@ -260,12 +263,12 @@ class Reading:
         """A number of the algorithm, as the spec or the text says it. Raises SpecError E132, DeriveError E304."""
         options = self.options
         given = options.numbers.get(name)
-        place = options.at("numbers", name) if given is not None else nowhere
+        place = options.at("numbers", name) if given is not None else self._of_scalar(name)
         if given is None and name == STEP.name and options.step != OWN_STEP:
             given, place = options.step, options.at("step")
         if given is None:
             try:
-                value = self._read(free.start, self.text.place("scalars", name))
+                value = self._read(free.start, place)
             except DeriveError as e:
                 hint = e.hint if name == STEP.name else f"give it yourself: numbers: {{{name}: 1}}"
                 raise DeriveError(e.code, e.message, hint=hint, notes=e.notes) from None
@@ -274,7 +277,8 @@ class Reading:
             l = {"L": _Later(self, first.name)} if first is not None else {}
             value = _Formula(given, self.scope(own=False, more=cast(Any, l)), place).read()
         what = "a step size" if name == STEP.name else name
-        at, length = (place(0, len(given)), given) if given is not None else (None, free.start)
+        length = free.start if given is None else given
+        at = place(0, len(length))
         if isinstance(value, Expr):
             raise SpecError("E132", f"{what} is a number; {length} is {show_shape(value.shape)}", at)
         if free.above == 0 and value.is_nonpositive:
@@ -288,6 +292,11 @@ class Reading:
         if name == STEP.name and given is not None and not any(a.target in value.free_symbols for a in self.derived):
             self.notes.append("step size given, not derived")
         return Assign(cast(sp.Symbol, self.names[name]), value, "step size" if name == STEP.name else free.about)
+
+    def _of_scalar(self, name: str) -> Place:
+        """Where the text says the start of a number."""
+        short = self.text.place("scalars", name)
+        return short if self.text.is_leaf("scalars", name) else self.text.place("scalars", name, "start")
 
     def _updates(self) -> Iterable[_Update]:
         record, asked = self.text.record, dict(self.options.updates)

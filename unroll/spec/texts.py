@@ -35,6 +35,10 @@ class Text:
         """Where characters of the formula at `path` stand."""
         return self.origin(*path).where
 
+    def is_leaf(self, *path: str | int) -> bool:
+        """Is a formula, not a mapping, written at `path`?"""
+        return isinstance(node_at(self.root, path), Scalar)
+
     def where(self, *path: str | int) -> Where:
         return key_origin(self.root, path).where()
 
