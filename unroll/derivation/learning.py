@@ -286,7 +286,7 @@ def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where
 
 
 def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
-    """What names mean in a block: states in the place of variables, its own step size, what it defines."""
+    """What names mean in a block: states in the place of variables, the numbers of its algorithm, what it defines."""
     own = {
         s.name: s
         for a in step.assigns
@@ -298,7 +298,12 @@ def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
     suffix = f"_{block}" if block else ""
     numbers = {s.name: scalar(s.name + suffix, positive=True) for s in (STEP, LIPSCHITZ)}
     momentum = {MOMENTUM.name: scalar(MOMENTUM.name + suffix)}
-    return {**own, **problem.scope.names, **states, **numbers, **momentum, "layer": LAYER}
+    worked_out = {
+        a.target.name.removesuffix(suffix): a.target
+        for a in (*(d for d in step.definitions if d.target.name.endswith(suffix)), *step.assigns)
+        if isinstance(a.target, sp.Symbol) and a.block in ("", block)
+    }
+    return {**own, **worked_out, **problem.scope.names, **states, **numbers, **momentum, "layer": LAYER}
 
 
 def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: tuple[str | int, ...]) -> _Wanted:

@@ -363,3 +363,33 @@ def test_what_was_not_dealt_as_asked_is_refused() -> None:
     ]:
         with pytest.raises(SpecError, match=message):
             compiled("lasso", "proximal_gradient", 2, **more)
+
+
+# --- what is learned of a text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "replaces"),
+    [
+        ("admm", "rho"),
+        ("admm", "relax"),
+        ("admm", "lam/rho"),
+        ("admm", "mu/rho"),
+        ("admm", "A.T"),
+        ("chambolle_pock", "tau"),
+        ("chambolle_pock", "sigma"),
+        ("condat_vu", "lam*tau"),
+        ("condat_vu", "tau*A.T"),
+    ],
+)
+def test_numbers_and_matrices_of_a_text_are_learned(algorithm: str, replaces: str) -> None:
+    """They start at the algorithm, and a gradient reaches all of their layers."""
+    x = data("fused")[1].expand(3, M)
+    learn = {"learn": {"free": {"replaces": replaces, "positive": "A" not in replaces}}}
+    exact, net = compiled("fused", algorithm, 4), compiled("fused", algorithm, 4, **learn)
+    torch.testing.assert_close(net(x), exact(x), rtol=1e-10, atol=1e-12)
+    net(x).square().sum().backward()
+    (free,) = net.parameters()
+    assert len(free) == 4
+    used = free.grad.reshape(4, -1).abs().sum(1) > 0
+    assert used[1:-1].all()  # duals start at 0; what the last layer leaves them is read by none
