@@ -1,7 +1,7 @@
 """README.md and docs/: every block of Python and of commands is run, every generated table is what the code says.
 
 ```console blocks: `$ command`, then what it prints; a line `...` stands for any lines. A block after `<!-- not run -->`
-takes too long. A ```yaml block whose first line is `# NAME.yaml` is a file that commands find.
+takes too long. A ```yaml block whose first line is `# NAME.yaml` is a file that commands find; one of `# specs/NAME.yaml` is that file.
 `make goldens` rewrites all.
 """
 
@@ -49,6 +49,19 @@ def folder(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if block["kind"] == "yaml" and name:
             (tmp_path / name[1]).write_text(block["body"], encoding="utf-8")
     return tmp_path
+
+
+@pages
+def test_files_are_shown_as_they_are(page: Path, update_goldens: bool) -> None:
+    text = read(page)
+    for found in re.finditer(r"^```yaml\n# (specs/\S+\.yaml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        own = read(ROOT / found[1])
+        if update_goldens:
+            text = text.replace(found[0], f"```yaml\n# {found[1]}\n{own}```")
+        else:
+            assert found[2] == own, f"make goldens: {found[1]}"
+    if update_goldens:
+        page.write_text(text, encoding="utf-8")
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------

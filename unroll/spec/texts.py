@@ -69,5 +69,5 @@ def _read(path: Path, changed: int) -> Text:
         raise to_spec_error(e, root, Algorithm) from None
     if record.algorithm != path.stem:
         message = f"the file is called {path.name}, its algorithm {record.algorithm}"
-        raise SpecError("E012", message, key_origin(root, ("algorithm",)).where(), f"algorithm: {path.stem}")
+        raise SpecError("E320", message, key_origin(root, ("algorithm",)).where(), f"algorithm: {path.stem}")
     return Text(record, root)
