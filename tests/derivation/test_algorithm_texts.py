@@ -294,6 +294,25 @@ def test_a_text_outside_of_the_package_is_derived_checked_and_trained(
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in free.parameters())
 
 
+def test_a_saved_network_holds_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By path, and by name from the folder where one is: it is restored where neither is."""
+    (tmp_path / "specs" / "algorithms").mkdir(parents=True)
+    for file in ("inertial_three_operators.yaml", "specs/algorithms/inertial_three_operators.yaml"):
+        (tmp_path / file).write_text(INERTIAL)
+    monkeypatch.chdir(tmp_path)
+    a, x = data("lasso")
+    for i, algorithm in enumerate(["inertial_three_operators.yaml", "inertial_three_operators"]):
+        net = compiled("lasso", algorithm, 5)
+        block = {**net.spec.to_dict(), "unroll": {"layers": 5, "blocks": [{"block": "b", "algorithm": algorithm}]}}
+        block.pop("algorithms")
+        torch.testing.assert_close(unroll.compile(block, parameters={"A": a}, dtype=torch.float64)(x), net(x))
+        net.save(tmp_path / f"net{i}")
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        with monkeypatch.context() as m:
+            m.chdir(tmp_path / "elsewhere")
+            assert torch.equal(unroll.restore(tmp_path / f"net{i}")(x), net(x))
+
+
 TEXT = """
 algorithms:
   own:

@@ -189,6 +189,7 @@ def load(source: str | bytes | FilePath | Mapping[str, Any], overrides: Sequence
     whole = reduce(_override, overrides, root)
     left = (*left, *_not_taken(str(plain(_named(root).entries["name"][1])), root, whole))
     root, preset = _expand(_named(_around(whole)))
+    root = _with_texts(root)
     return Spec.check(root, preset, (*left, *_idle(root)))
 
 
@@ -394,6 +395,42 @@ def _expand(root: Entries) -> tuple[Entries, str | None]:
             return entries({**root.entries, "unroll": (key, joined)}, root.origin), name
         case _:
             return root, None
+
+
+def _with_texts(root: Entries) -> Entries:
+    """The tree with the algorithms that it names by a path, or that lie in the user's own folder, worked in by their names."""
+    unroll = root.get("unroll")
+    if not isinstance(unroll, Entries):
+        return root
+    blocks = unroll.get("blocks")
+    paths: list[tuple[tuple[str, Origin], ...]] = [()]
+    if isinstance(blocks, Items):
+        key = unroll.entries["blocks"][0]
+        paths += [(("blocks", key), (str(i), b.origin)) for i, b in enumerate(blocks.items) if isinstance(b, Entries)]
+    for path in paths:
+        scheme = node_at(root, ("unroll", *(int(k) if k.isdecimal() else k for k, _ in path)))
+        match scheme.get("algorithm") if isinstance(scheme, Entries) else None:
+            case Scalar(str(name), origin) if (file := _own_text(root, name, origin)) is not None:
+                tree, stem = read_file(file), file.stem
+                first = ("unroll", root.entries["unroll"][0])
+                last = ("algorithm", cast(Entries, scheme).entries["algorithm"][0])
+                root = put(root, (first, *path, last), Scalar(stem, origin.saying(stem)))
+                root = put(root, (("algorithms", origin), (stem, origin)), tree)
+            case _:
+                pass
+    return root
+
+
+def _own_text(root: Entries, name: str, origin: Origin) -> FilePath | None:
+    """The file of an algorithm that is not shipped. Raises SpecError E001 for a path that is none."""
+    own = root.get("algorithms")
+    if isinstance(own, Entries) and name in own.entries:
+        return None
+    if name.endswith(library.SUFFIXES):
+        return library.find(name, ("algorithms",), origin.where(), FilePath(origin.source.file).parent)
+    here, *shipped = (folder / f"{name}.yaml" for folder in library.folders("algorithms"))
+    known = library.NAME.fullmatch(name) and here.is_file()
+    return here if known and not any(x.is_file() and x.samefile(here) for x in shipped) else None
 
 
 def frozen(value: Plain) -> object:

@@ -48,7 +48,7 @@ def find(name: str, spec: Spec | None = None, where: Where | None = None) -> Tex
     if spec is not None and name in spec.algorithms:
         node = spec.node("algorithms", name)
         assert isinstance(node, Entries)
-        return Text(spec.algorithms[name], node)
+        return _called(name, Text(spec.algorithms[name], node))
     near = Path(spec.file).parent if spec is not None else Path()
     path = library.find(name, ("algorithms",), where, near)
     return _read(path, path.stat().st_mtime_ns)
@@ -67,7 +67,13 @@ def _read(path: Path, changed: int) -> Text:
         record = Algorithm.model_validate(frozen(plain(root)))
     except ValidationError as e:
         raise to_spec_error(e, root, Algorithm) from None
-    if record.algorithm != path.stem:
-        message = f"the file is called {path.name}, its algorithm {record.algorithm}"
-        raise SpecError("E320", message, key_origin(root, ("algorithm",)).where(), f"algorithm: {path.stem}")
-    return Text(record, root)
+    return _called(path.stem, Text(record, root))
+
+
+def _called(name: str, text: Text) -> Text:
+    """The text, if it is called as what holds it. Raises SpecError E320."""
+    if text.name != name:
+        raise SpecError(
+            "E320", f"'{text.name}' stands where '{name}' is meant", text.where("algorithm"), f"algorithm: {name}"
+        )
+    return text
