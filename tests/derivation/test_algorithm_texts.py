@@ -342,6 +342,17 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "an indefinite number": ([("{step: 1 / L(h)}", "{step: {start: 2, below: 1}}")], "E132", "a step size is below 1"),
     "no minimum in closed form": ([("prox(step * f, v)", "prox(step * f, v) + argmin(h(z) + norm1(z - v))")], "E302", "no closed form"),
     "a requirement": ([("    states:", "    requires: [f smooth]\n    states:")], "E320", "requires nothing that is known"),
+    "two variables": ([("h(z) + f(z)", "h(z) + f(y)")], "E320", "minimises over one variable"),
+    "a letter twice": ([("h(z) + f(z)", "f(z) + f(z)")], "E320", "a letter stands twice"),
+    "a letter that is a number": ([("{step: 1 / L(h)}", "{step: 1 / L(h), f: 1}")], "E320", "f is a letter"),
+    "an unknown index": ([("{s: z}", '{"s[i]": z}')], "E320", "i is no index"),
+    "a state that stays": ([("{s: z}", "{s: z, r: z}")], "E320", "no update changes the state r"),
+    "no answer": ([("z: prox(step * f, v)", "y: prox(step * f, v)")], "E320", "no update changes z"),
+    "a number that is not positive": ([("{s: z}", "{s: {number: -1}}")], "E132", "s is one positive number"),
+    "a step of a prox that is not positive": ([("step * f,", "-step * f,")], "E132", "the step of a prox is positive"),
+    "numbers out of order": ([("{step: 1 / L(h)}", "{a: 2 * step, step: 1 / L(h)}")], "E320", "a reads step, which stands below it"),
+    "rules that nothing names": ([("    states:", "    momenta: {slow: {updates: {momentum: layer}}}\n    states:")], "E320", "the update momentum names none"),
+    "a note of nothing": ([("    states:", "    notes: {w: what}\n    states:")], "E320", "there is no update w"),
     "an unknown key": ([("    states:", "    state:")], "E201", "state"),
 }  # fmt: skip
 
@@ -372,12 +383,31 @@ unroll: {{algorithm: own, layers: 3}}
     assert line in text, line  # the place is in the text of the algorithm
 
 
+def test_derived_is_what_was_there_at_any_point() -> None:
+    """derived(z=q) reads what stands above at q too: of proximal gradient, and of the variable itself in an update before it."""
+    a, x = data("lasso")
+    step, z = 1 / float(torch.linalg.matrix_norm(a, 2)) ** 2, torch.zeros(N, dtype=a.dtype)
+    layer = lambda z: soft(z - step * a.T @ (a @ z - x), 0.1 * step)
+    for _ in range(3):
+        z = 2 * layer(z) - layer(a.T @ x)
+    net = compiled("lasso", "proximal_gradient", 3, updates={"z": "2*derived - derived(z=A.T @ x)"})
+    torch.testing.assert_close(net(x), z, rtol=1e-10, atol=1e-12)
+    z = torch.zeros(N, dtype=a.dtype)
+    for _ in range(3):
+        z = soft(z - step * a.T @ (a @ z - x) + z / 10, 0.1 * step)
+    net = compiled("lasso", "proximal_gradient", 3, updates={"v": "derived + z/10"})
+    torch.testing.assert_close(net(x), z, rtol=1e-10, atol=1e-12)
+    with pytest.raises(SpecError, match="z is n × 1"):
+        compiled("lasso", "proximal_gradient", 3, updates={"z": "derived(z=x)"})
+
+
 def test_what_was_not_dealt_as_asked_is_refused() -> None:
     for more, message in [
         ({"split": {"q": ["fit"]}}, "has no letter 'q'"),
         ({"split": {"f": ["fidelity"]}}, "no term 'fidelity'"),
         ({"numbers": {"stp": 1}}, "has no number 'stp'"),
         ({"updates": {"w": "derived"}}, "has no update 'w'"),
+        ({"numbers": {"step": 0.1}, "step": 0.2}, "given twice"),
         ({"numbers": {"step": "norm1(z)"}}, "step"),
     ]:
         with pytest.raises(SpecError, match=message):

@@ -66,7 +66,7 @@ def layer(step: Step, block: str = "") -> tuple[Any, Any]:
 def test_a_block_alone_is_its_algorithm_alone(algorithm: str) -> None:
     """Of the objectives of the library that fit (all, where there is more than the variable to keep): states, starts, assignments."""
     numbers = find(algorithm).text.record.scalars
-    scheme, fitting = {"algorithm": algorithm, **({"step": 0.02} if "step" in numbers else {})}, 0
+    scheme, fitting = {"algorithm": algorithm, "numbers": {n: 0.02 for n in ("step", "rho") if n in numbers}}, 0
     for name in NAMES if algorithm == "fista" else SOME:
         spec = load(name).to_dict()
         try:

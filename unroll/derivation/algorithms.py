@@ -81,8 +81,16 @@ def every() -> tuple[Algorithm, ...]:
 
 
 def fitting_names(parts: tuple[Part, ...]) -> Iterator[str]:
-    """The algorithms of the library that fit, those of few letters and states first."""
-    simple = sorted(every(), key=lambda a: (len(a.text.record.solves), len(a.text.record.states), a.name))
+    """The algorithms of the library that fit, those that claim optima first, then those of few letters and states."""
+    simple = sorted(
+        every(),
+        key=lambda a: (
+            "optimum" not in a.text.record.claims,
+            len(a.text.record.solves),
+            len(a.text.record.states),
+            a.name,
+        ),
+    )
     return (a.name for a in simple if a.fits(parts) is None)
 
 
@@ -114,11 +122,6 @@ def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
         raise DeriveError("E303", f"{algorithm.name} does not know the momentum '{options.momentum}'", hint=hint)
     parts = classify(problem)
     _known_terms(text, parts, options)
-    for name in (*options.numbers, *([STEP.name] if options.step != OWN_STEP else [])):
-        if name not in record.scalars:
-            hint = did_you_mean(name, record.scalars) or f"its numbers: {', '.join(record.scalars) or 'none'}"
-            place = options.at("numbers", name) if name in options.numbers else options.at("step")
-            raise SpecError("E320", f"{text.name} has no number '{name}'", place(0, 1), hint)
     try:
         dealt = deal(text, parts, options.split)
     except Misfit as missing:
@@ -129,6 +132,7 @@ def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
             hint=f"{' or '.join(fitting)} fits" if fitting else unsigned(parts) or NONE_FITS,
             notes=(f"needed: {algorithm.needs}", *(f"found: {p.show()}" for p in parts)),
         ) from None
+    _known_numbers(text, options)
     step = Reading(text, problem, dealt, options).step()
     each, once = where_known(step.definitions, {s.symbol.name for s in step.states})
     return replace(step, definitions=tuple(once), assigns=(*each, *step.assigns))
@@ -147,6 +151,19 @@ def _known_terms(text: Text, parts: tuple[Part, ...], options: Options) -> None:
                 options.at("split", letter)(0, 1),
                 did_you_mean(bad, known) or f"there are: {', '.join(sorted(known))}",
             )
+
+
+def _known_numbers(text: Text, options: Options) -> None:
+    scalars = text.record.scalars
+    if STEP.name in options.numbers and options.step != OWN_STEP:
+        raise SpecError(
+            "E320", "the step size is given twice", options.at("step")(0, 1), "step: is short for numbers: {step: ..}"
+        )
+    for name in (*options.numbers, *([STEP.name] if options.step != OWN_STEP else [])):
+        if name not in scalars:
+            hint = did_you_mean(name, scalars) or f"its numbers: {', '.join(scalars) or 'none'}"
+            place = options.at("numbers", name) if name in options.numbers else options.at("step")
+            raise SpecError("E320", f"{text.name} has no number '{name}'", place(0, 1), hint)
 
 
 def where_known(definitions: Iterable[Assign], moving: set[str]) -> tuple[list[Assign], list[Assign]]:

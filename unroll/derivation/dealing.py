@@ -79,13 +79,65 @@ def letters(text: Text) -> tuple[Letter, ...]:
             text.where("solves"),
             "a sum of letters, each of the variable or of something linear in it: f(z) + g(K @ z)",
         ) from None
-    names = {x.name for x in found}
-    uses = _uses(text, names)
+    names = [x.name for x in found]
+    _refuse_names(text, found)
+    uses = _uses(text, set(names))
     for name in names:
         if not uses[name]:
             hint = f"the updates may take grad({name}, z), prox(step * {name}, z), or argmin({name}(z) + ..)"
             raise SpecError("E320", f"no update uses the letter {name}", text.where("solves"), hint)
     return tuple(replace(x, uses=frozenset(uses[x.name])) for x in found)
+
+
+def _refuse_names(text: Text, found: tuple[Letter, ...]) -> None:
+    """Raises SpecError E320 for names that mean two things or nothing."""
+    record, names = text.record, [x.name for x in found]
+    arguments = list(dict.fromkeys(x.argument for x in found))
+    if len(arguments) > 1:
+        message = f"a text minimises over one variable; {record.solves} has {' and '.join(arguments)}"
+        raise SpecError(
+            "E320", message, text.where("solves"), "several variables are blocks, each with its own algorithm"
+        )
+    if len(set(names)) < len(names):
+        raise SpecError(
+            "E320",
+            f"a letter stands twice in {record.solves}",
+            text.where("solves"),
+            "a letter is a sum of terms: write it once",
+        )
+    indices = {i for x in found for i in (x.index,) if i}
+    rules = [(("momenta", m), r) for m, r in record.momenta.items()]
+    written: dict[str, tuple[str, ...]] = {}
+    for path, part in [((), record), *rules]:
+        for section in ("scalars", "states", "updates"):
+            for key in getattr(part, section):
+                name, _, index = key.removesuffix("]").partition("[")
+                where = text.where(*path, section, key)
+                if name in names:
+                    raise SpecError("E320", f"{name} is a letter of {record.solves}, and stands here too", where)
+                if index and index not in indices:
+                    hint = f"solves: sum(g[{index}](K[{index}] @ z) for {index} in J)"
+                    raise SpecError("E320", f"{index} is no index of {record.solves}", where, hint)
+                written[name] = (*written.get(name, ()), section)
+    for name, sections in written.items():
+        if "states" in sections and "updates" not in sections:
+            key = next((k for k in record.states if k.partition("[")[0] == name), None)
+            where = text.where("states", key) if key is not None else text.where("momenta")
+            raise SpecError(
+                "E320", f"no update changes the state {name}", where, "a number that stays is one of scalars"
+            )
+    if arguments[0] not in record.updates:
+        raise SpecError(
+            "E320", f"no update changes {arguments[0]}, the variable", text.where("updates"), f"{arguments[0]}: ..."
+        )
+    rule = record.updates.get("momentum", "")
+    if record.momenta and rule not in record.momenta:
+        hint = f"momentum: {next(iter(record.momenta))}"
+        raise SpecError(
+            "E320", "momenta: has rules, and the update momentum names none of them", text.where("momenta"), hint
+        )
+    if bad := next((n for n in record.notes if n not in written), None):
+        raise SpecError("E320", f"there is no update {bad}", text.where("notes", bad), did_you_mean(bad, written))
 
 
 def _summands(tree: ast.expr) -> Iterator[ast.expr]:

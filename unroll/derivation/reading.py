@@ -209,7 +209,8 @@ class Reading:
         self, own: bool = True, index: Mapping[str, int] | None = None, more: Mapping[str, Value] | None = None
     ) -> TextScope:
         """The names of the text; own=False: those of the problem before them."""
-        names = {**self.names, **({} if own else self.problem.scope.names), **(more or {})}
+        of_spec = {} if own else {**self.problem.scope.names, self.z.name: self.state}
+        names = {**self.names, **of_spec, **(more or {})}
         base = Scope() if own else self.problem.scope
         return TextScope(names, base.macros, base.declared, base.sizes, True, self, dict(index or {}))
 
@@ -220,8 +221,11 @@ class Reading:
         name, _, index = key.removesuffix("]").partition("[")
         for i, member, indices in self._members(name, index):
             if start.number is not None:
+                first = self._read(start.number, place, indices)
+                if isinstance(first, Expr) or first.is_nonpositive:
+                    raise SpecError("E132", f"{key} is one positive number; {start.number} is not", place(0, 1))
                 s = scalar(self.fresh(member), positive=True)
-                self.states.append(State(s, self._read(start.number, place, indices)))
+                self.states.append(State(s, first))
                 self.names[member] = s
                 continue
             if start.like is None and start.start is None:
@@ -289,6 +293,9 @@ class Reading:
         ):
             if bound is not None and value.is_number and wrong(bound):
                 raise SpecError("E132", f"{what} is {word} {bound:g}; {length} is not", at)
+        later = list(self.text.record.scalars)[list(self.text.record.scalars).index(name) :]
+        if below := next((n for n in later if self.names[n] in value.free_symbols), None):
+            raise SpecError("E320", f"{name} reads {below}, which stands below it", at, f"write {name} after {below}")
         if name == STEP.name and given is not None and not any(a.target in value.free_symbols for a in self.derived):
             self.notes.append("step size given, not derived")
         return Assign(cast(sp.Symbol, self.names[name]), value, "step size" if name == STEP.name else free.about)
@@ -623,7 +630,20 @@ class _Formula(Reader):
             if not isinstance(s, Sym):
                 self.fail(node, "E101", f"the algorithm has no state '{k.arg}'")
             put[s] = self.matrix(k.value)
-        return substitute(cast(Expr, self.scope.names["derived"]), put)
+            if put[s].shape != s.shape:
+                self.fail(
+                    k.value, "E131", f"{self.source(k.value)} is {self.shape(put[s])}; {k.arg} is {self.shape(s)}"
+                )
+        value, states = cast(Expr, self.scope.names["derived"]), {s.symbol for s in self.reading.states}
+        for a in reversed(self.reading.assigns):  # what was read through an update above
+            if (
+                isinstance(a.target, Sym)
+                and isinstance(a.value, Expr)
+                and a.target not in states
+                and a.target not in put
+            ):
+                value = substitute(value, {a.target: a.value})
+        return substitute(value, put)
 
     def share(self, node: ast.expr) -> Share:
         """The letter that stands here."""
@@ -689,6 +709,8 @@ def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
         r.fail(
             args[1], "E131", f"{r.source(args[1])} is {r.shape(v)}; {share.letter.name} takes {r.shape(share.variable)}"
         )
+    if t.is_nonpositive:
+        r.fail(args[0], "E132", f"the step of a prox is positive; {r.source(args[0])} has {t}")
     if not conjugate:
         return r.reading.prox(share, t, v)
     if not share.convex:

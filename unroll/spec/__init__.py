@@ -429,8 +429,8 @@ def _own_text(root: Entries, name: str, origin: Origin) -> FilePath | None:
     if name.endswith(library.SUFFIXES):
         return library.find(name, ("algorithms",), origin.where(), FilePath(origin.source.file).parent)
     here, *shipped = (folder / f"{name}.yaml" for folder in library.folders("algorithms"))
-    known = library.NAME.fullmatch(name) and here.is_file()
-    return here if known and not any(x.is_file() and x.samefile(here) for x in shipped) else None
+    known = library.NAME.fullmatch(name) and library.isfile(here)
+    return here if known and not any(library.isfile(x) and x.samefile(here) for x in shipped) else None
 
 
 def frozen(value: Plain) -> object:

@@ -398,7 +398,6 @@ class Algorithm(Record):
     """in this order; a later one sees what an earlier one wrote"""
     momenta: dict[Text, Rule] = {}
     """rules that the update `momentum` may name"""
-    answer: Name = "z"
     claims: tuple[Literal["monotone", "optimum"], ...] = ()
     """monotone: no step raises the objective, with the numbers as they stand here; optimum: of convex terms, in the limit"""
     notes: dict[Name, Text] = {}

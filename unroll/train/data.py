@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -204,7 +204,7 @@ def read_array(path: Path, name: str) -> Tensor:
         raise SpecError(
             "E502",
             f"'{quote(str(path))}' for {name} is a folder"
-            if path.is_dir()
+            if isdir(path)
             else f"there is no file '{quote(str(path))}' for {name}",
             hint="paths are relative to where you run unroll",
         )
