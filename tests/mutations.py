@@ -30,7 +30,7 @@ SECONDS = 900
 
 @dataclass(frozen=True)
 class Mutation:
-    """file: below unroll/.  old occurs in it once; new takes its place.  tests: below tests/, those that ought to see it."""
+    """file: from unroll/.  old occurs in it once; new takes its place.  tests: below tests/, those that ought to see it."""
 
     name: str
     file: str
@@ -70,9 +70,19 @@ MUTATIONS = (
     Mutation("cubic root, without Newton", "calculus/torch_functions.py", "for _ in range(3):  # Newton", "for _ in range(0):  # Newton", "calculus/test_runtime.py::test_the_only_cubic_root_is_right_to_its_last_digits"),
     Mutation("Wright's omega, fewer steps", "calculus/torch_functions.py", "for _ in range(7):", "for _ in range(4):", "calculus/test_runtime.py"),
     # derivation
-    Mutation("fista, Chambolle's count", "derivation/algorithms.py", "LAYER / (LAYER + a + 1)", "LAYER / (LAYER + a)", "derivation/test_algorithms.py::test_fista_is_the_algorithm_of_the_paper"),
-    Mutation("fista, weights at the extrapolated point", "derivation/algorithms.py", "(*_weights(parts, y), *definitions)", "(*_weights(parts, state), *definitions)", "derivation/test_held.py derivation/test_algorithms.py"),
-    Mutation("a step that an input makes infinite", "derivation/algorithms.py", "value = value.subs(LIPSCHITZ, cast(sp.Expr, nonzero(LIPSCHITZ)))", "pass", "network/test_steps_of_inputs.py"),
+    Mutation("fista, Chambolle's count", "../specs/algorithms/fista.yaml", "layer / (layer + a + 1)", "layer / (layer + a)", "derivation/test_algorithms.py::test_fista_is_the_algorithm_of_the_paper"),
+    Mutation("fista, weights at the extrapolated point", "derivation/reading.py", "substitute(w, {p.variable: self.at})", "substitute(w, {p.variable: self.state})", "derivation/test_held.py derivation/test_algorithms.py"),
+    Mutation("a step that an input makes infinite", "derivation/reading.py", "return cast(sp.Expr, nonzero(target)) if moving else target", "return target", "network/test_steps_of_inputs.py"),
+    Mutation("ADMM, the sign of its duals", "../specs/algorithms/admm.yaml", "u[j]: v[j] - w[j]", "u[j]: w[j] - v[j]", "derivation/test_algorithm_texts.py"),
+    Mutation("primal-dual, no extrapolation", "../specs/algorithms/chambolle_pock.yaml", "q: 2 * z_next - z", "q: z_next", "derivation/test_algorithm_texts.py"),
+    Mutation("Condat and Vu, twice the constant", "../specs/algorithms/condat_vu.yaml", "L(h) / 2 + sigma", "L(h) + sigma", "derivation/test_algorithm_texts.py"),
+    Mutation("Moreau, the step of the conjugate", "derivation/reading.py", "r.reading.prox(share, 1 / t, scale(1 / t, v))", "r.reading.prox(share, t, scale(1 / t, v))", "derivation/test_algorithm_texts.py"),
+    Mutation("a composite term, its shift", "calculus/linear.py", "substitute(e, {x: add(w, b)})", "substitute(e, {x: w})", "derivation/test_algorithm_texts.py"),
+    Mutation("norm of an operator, half of the square", "calculus/linear.py", "scale(sp.Rational(1, 2), _sumsq(k.e))", "_sumsq(k.e)", "derivation/test_algorithm_texts.py"),
+    Mutation("argmin, the sign of what it solves", "calculus/linear.py", "matmul(inverse(h), scale(-1, b))", "matmul(inverse(h), b)", "derivation/test_algorithm_texts.py"),
+    Mutation("what lives for one layer, read after a change", "derivation/reading.py", "if moved & reads:", "if False:", "derivation/test_algorithm_texts.py"),
+    Mutation("last, what it is now", "derivation/reading.py", 'return cast(Value, reading.last[name])', "return now", "derivation/test_algorithm_texts.py"),
+    Mutation("derived at another point, through what stands above", "derivation/reading.py", "value = substitute(value, {a.target: a.value})", "pass", "derivation/test_algorithm_texts.py"),
     Mutation("blocks, what moves with the variable", "derivation/blocks.py", "if goes_on and (still or s.start is not inner or not isinstance(s.symbol, Sym)):", "if goes_on:", "derivation/test_blocks.py"),
     Mutation("blocks, iterations are counted on", "derivation/blocks.py", "count * LAYER + k if goes_on", "LAYER + k if goes_on", "derivation/test_blocks.py"),
     Mutation("blocks, iterations that start anew", "derivation/blocks.py", "else sp.Integer(k)}", "else sp.Integer(0)}", "derivation/test_blocks.py::test_a_block_that_starts_elsewhere_starts_anew"),

@@ -188,6 +188,29 @@ def test_momentum_of_smooth_problems(algorithm: str) -> None:
     assert (net(x) - z).abs().max() <= 1e-10 * z.abs().max()
 
 
+def test_last_is_the_state_where_the_layer_began() -> None:
+    """Heavy ball keeps the point before, or the last move: z - last(z), once z has moved."""
+    moves = {
+        "algorithm": "moves", "solves": "f(z)", "scalars": {"step": "1 / L(f)"}, "states": {"d": {"like": "z"}},
+        "updates": {"z": "z - step * grad(f, z) + d / 2", "d": "z - last(z)"},
+    }  # fmt: skip
+    kept = compiled("ridge", "heavy_ball", 9)
+    spec = {**kept.spec.to_dict(), "algorithms": {"moves": moves}, "unroll": {"algorithm": "moves", "layers": 9}}
+    net, x = unroll.compile(spec, parameters={"A": data("ridge")[0]}, dtype=torch.float64), data("ridge")[1]
+    torch.testing.assert_close(net(x), kept(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("term", ["norm1(B @ z - x)", "norm2(x - B @ z)"])
+def test_the_norm_of_an_operator_is_its_largest_singular_value(term: str) -> None:
+    """By torch, under the square root of a sum of squares too."""
+    b = data("lasso")[0]
+    spec = {**SHARED, "name": "p", "parameters": {"B": ["m", "n"]}, "scalars": {}}
+    spec |= {"minimize": {"size": "sumsq(z)/2", "term": term}, "unroll": {"algorithm": "chambolle_pock", "layers": 1}}
+    net = unroll.compile(spec, parameters={"B": b}, dtype=torch.float64)
+    (tau,) = [t for n, t in net.named_buffers() if n.endswith("tau")]
+    torch.testing.assert_close(tau, 1 / torch.linalg.matrix_norm(b, 2))
+
+
 # --- states live on ---------------------------------------------------------------------------------------------------
 
 ALL = [a.name for a in every() if a.name not in ("power_step",)]
