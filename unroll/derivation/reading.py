@@ -52,12 +52,11 @@ class Options:
 
 @dataclass(frozen=True)
 class _Update:
-    """One update as it will be read: its formula, and where that stands. index: of a member, w[j]."""
+    """One update as it will be read: its formula, and where that stands. replaces: the one that a spec puts it in the place of."""
 
     name: str
     formula: str
     place: Place
-    index: str = ""
     replaces: _Update | None = None
 
 
@@ -80,7 +79,8 @@ class Reading:
         self.assigns: list[Assign] = []
         self.last: dict[str, Sym | sp.Symbol] = {}
         self.written: set[str] = set()
-        self.minimised: Expr | None = None
+        self.target = ""
+        """The update that is being read."""
         self.rule, self.argument_of_rule = self._rule()
 
     # --- what a spec asks for ---
@@ -105,24 +105,22 @@ class Reading:
     def step(self) -> Step:
         record = self.text.record
         self._scalars_of_rule()
-        numbers = {**record.scalars}
-        for name in numbers:
-            self._declare(name, numbers[name])
+        for name, free in record.scalars.items():
+            self._declare(name, free)
         for name, start in [*record.states.items(), *(self.rule.states.items() if self.rule else ())]:
             self._start(name, start)
         for update in self._updates():
             self._update(update)
-        values = [self._number(name, free) for name, free in numbers.items()]
+        values = [self._number(name, free) for name, free in record.scalars.items()]
         weights = tuple(
             Assign(name, substitute(w, {p.variable: self.at}), "weight") for p, (name, w) in self._weights()
         )
-        (state,) = [s.symbol for s in self.states if s.symbol is self.state]
         return Step(
             self.text.name,
             (*weights, *self.derived, *values),
             tuple(self.states),
             tuple(self._short()),
-            (cast(Sym, state),),
+            (self.state,),
             (),
             tuple((*self.notes, *self._claims(), *self._said())),
             departures=tuple(self._departures()),
@@ -219,14 +217,14 @@ class Reading:
     def _start(self, key: str, start: Start) -> None:
         place = self.text.place("states", key)
         name, _, index = key.removesuffix("]").partition("[")
-        for i, member, indices in self._members(name, index):
+        for own, indices in self._members(name, index):
             if start.number is not None:
                 first = self._read(start.number, place, indices)
                 if isinstance(first, Expr) or first.is_nonpositive:
                     raise SpecError("E132", f"{key} is one positive number; {start.number} is not", place(0, 1))
-                s = scalar(self.fresh(member), positive=True)
+                s = scalar(self.fresh(own), positive=True)
                 self.states.append(State(s, first))
-                self.names[member] = s
+                self.names[own] = s
                 continue
             if start.like is None and start.start is None:
                 hint = "its first value, s: z, or {like: K @ z}, or {number: 1}"
@@ -247,18 +245,17 @@ class Reading:
                     )
                 value = constant(c, *like.shape)
             sized = self.z if value.shape == self.z.shape else None
-            s = state_of(sized, self.fresh(member)) if sized is not None else _vector(self.fresh(member), value)
+            s = state_of(sized, self.fresh(own)) if sized is not None else _vector(self.fresh(own), value)
             self.states.append(State(s, value))
-            self.names[member] = s
-            del i
+            self.names[own] = s
 
-    def _members(self, name: str, index: str) -> Iterable[tuple[int, str, dict[str, int]]]:
+    def _members(self, name: str, index: str) -> Iterable[tuple[str, dict[str, int]]]:
         if not index:
-            yield 0, name, {}
+            yield name, {}
             return
         among = self.indexed(index)
         for i in range(len(among)):
-            yield i, member(name, i, among), {index: i}
+            yield member(name, i, among), {index: i}
 
     def _read(self, formula: str, place: Place, index: Mapping[str, int] | None = None) -> Value:
         return _Formula(formula, self.scope(index=index), place).read()
@@ -327,21 +324,17 @@ class Reading:
 
     def _update(self, u: _Update) -> None:
         name, _, index = u.name.removesuffix("]").partition("[")
-        for _, member, indices in self._members(name, index):
-            value = self._value(u, member, indices)
+        for own, indices in self._members(name, index):
+            value = self._value(u, own, indices)
             note = {**self.text.record.notes, **(self.rule.notes if self.rule else {})}.get(name)
-            self._assign(member, value, note, u)
+            self._assign(own, value, note, u)
 
     def _value(self, u: _Update, member: str, indices: Mapping[str, int]) -> Value:
-        if u.replaces is None:
-            return self._minimising(member, lambda: _Formula(u.formula, self.scope(index=indices), u.place).read())
-        was = self._value(u.replaces, member, indices)
-        more = {"derived": was}
-        return _Formula(u.formula, self.scope(False, indices, more), u.place).read()
-
-    def _minimising(self, member: str, read: Any) -> Value:
         self.target = member
-        return read()
+        if u.replaces is None:
+            return _Formula(u.formula, self.scope(index=indices), u.place).read()
+        more = {"derived": self._value(u.replaces, member, indices)}
+        return _Formula(u.formula, self.scope(False, indices, more), u.place).read()
 
     def _assign(self, name: str, value: Value, note: str | None, u: _Update) -> None:
         old = self.names.get(name)
