@@ -265,7 +265,7 @@ def test_what_a_series_assumes_is_measured_against_the_identity_as_it_is_scaled(
     }
     given = torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64).sqrt())
     (row,) = [r for r in unroll.check(spec, inputs={"X": given}).rows if "neumann" in r.law]
-    assert (row.verdict, f": {rho:.3g};" in row.measured) == (verdict, True), row
+    assert (row.verdict, f"it is {rho:.3g};" in row.measured) == (verdict, True), row
 
 
 @pytest.mark.parametrize("order", ["-1", "1/2", "1.5", "n"])

@@ -243,12 +243,15 @@ def _check(hands: Mapping[str, list[Part]], found: tuple[Letter, ...], text: Tex
     for required in text.record.requires:
         _require(required, hands, text)
     for x in found:
-        _refuse(x, hands[x.name])
+        for p in hands[x.name]:
+            _refuse(x, [p])
     for x in found:
         if x.operator and not hands[x.name]:
             raise Misfit(f"no term is left for {x.name}({x.operator} {x.argument})")
         if GRADIENT in x.uses and not hands[x.name]:
             raise Misfit("no term is smooth, so there is no gradient to follow")
+    for x in found:
+        _refuse(x, hands[x.name])
 
 
 def _takes(letter: Letter, parts: list[Part]) -> bool:
