@@ -13,6 +13,7 @@ import torch
 from random_expressions import DIMS, LAM, A, G, K, M, N, Q, Random, Smooth, T, U, V, W, X, Y, Z, values
 from torch import Tensor
 
+import unroll
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -365,3 +366,19 @@ def test_shapes_of_expressions_are_those_of_their_values() -> None:
 def test_a_scalar_symbol_knows_its_sign() -> None:
     assert scalar("a", positive=True).is_positive and scalar("a").is_positive is None
     assert X.shape == (M, T)
+
+
+@pytest.mark.parametrize(
+    ("formula", "value"),
+    [
+        ("nuclear(z)", lambda s: s),
+        ("nuclear(z - z - 3*ones(m))", lambda s: 0 * s + 6),
+        ("rank(z)", lambda s: (s > 0).double()),
+        ("spectral_sum(log(1 + s**2), z.T)", lambda s: (s**2).log1p()),
+    ],
+)
+def test_a_column_has_one_singular_value(formula: str, value: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """By torch's svdvals; at 0 too."""
+    loss = unroll.loss({"dims": {"m": 4}, "variables": {"z": ["m"]}, "minimize": {"f": formula}})
+    for z in (torch.tensor([1.0, -2, 0.5, 3], dtype=torch.float64), torch.zeros(4, dtype=torch.float64)):
+        torch.testing.assert_close(loss(z), value(torch.linalg.svdvals(z[:, None])[0]))

@@ -720,6 +720,8 @@ def spectral(profile: Any, e: Expr) -> Expr:
         return total(elementwise(profile, e))
     if as_constant(e) == 0 and profile.subs(slot(0), 0) == 0:
         return zeros(1, 1)
+    if 1 in e.shape:  # its one singular value is its length
+        return elementwise(swap(profile, {slot(0): sp.sqrt(slot(0))}), total(elementwise(slot(0) ** 2, e)))
     c, core = profile.as_independent(slot(0), as_Add=False)
     if isinstance(e, Transpose):
         e = e.x
