@@ -211,6 +211,59 @@ def test_the_norm_of_an_operator_is_its_largest_singular_value(term: str) -> Non
     torch.testing.assert_close(tau, 1 / torch.linalg.matrix_norm(b, 2))
 
 
+# --- degenerate shapes and data ---------------------------------------------------------------------------------------
+
+FIT_MATRIX = "1/2*sumsq(X - A @ Z)"
+DEGENERATE: dict[str, tuple[Spec, str]] = {
+    "a number": ({"v": ["n"]}, "lam*abs(dot(v, z) - 1)"),
+    "one row": ({"B": [1, "n"]}, "lam*norm1(B @ z)"),
+    "square": ({"B": ["n", "n"]}, "lam*norm1(B @ z)"),
+    "a shift": ({"B": ["n", "n"], "b": ["n"]}, "lam*norm1(B @ z - b)"),
+    "a row of a matrix": ({"v": ["n"]}, "lam*norm1(v.T @ Z)"),
+    "a square matrix": ({"B": ["n", "n"]}, "lam*norm1(B @ Z)"),
+    "from the right": ({"C": ["N", "N"]}, "lam*norm1(Z @ C)"),
+    "groups": ({"B": ["m", "n"]}, "lam*group_norm(B @ Z, axis=1)"),
+}
+"""What K is -> (parameters, term)."""
+
+
+@pytest.mark.parametrize("size", [{"n": 4, "N": 3}, {"n": 1, "N": 1}], ids=["many", "one entry"])
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_splittings_agree_on_degenerate_operators(what: str, size: dict[str, int]) -> None:
+    """Three algorithms that share no formula but the objective; a blank sample among others, none, and float32."""
+    parameters, term = DEGENERATE[what]
+    matrix = "Z" in term
+    sizes = {"m": 4, **size}
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    parameters = {"A": ["m", "n"], **parameters}
+    given = {k: draw(*(n if isinstance(n, int) else sizes[n] for n in shape)) for k, shape in parameters.items()}
+    x = draw(3, *([sizes["N"]] if matrix else []), 4)
+    x[1] = 0
+    spec: Spec = {
+        "dims": sizes, "variables": {"Z": ["n", "N"]} if matrix else {"z": ["n"]}, "scalars": {"lam": 0.3}, "name": "p",
+        "inputs": {"X": ["m", "N"]} if matrix else {"x": ["m"]}, "parameters": parameters,
+        "minimize": {"fit": FIT_MATRIX if matrix else FIT, "term": term},
+    }  # fmt: skip
+    if not matrix:
+        del spec["dims"]["N"]
+    found: list[Tensor] = []
+    for algorithm in ("admm", "chambolle_pock", "condat_vu"):
+        whole = {**spec, "unroll": {"algorithm": algorithm, "layers": 1500}}
+        try:
+            net = unroll.compile(whole, parameters=given, dtype=torch.float64)
+        except SpecError as refused:
+            assert (refused.code, algorithm) == ("E302", "admm") and what in ("a number", "from the right")
+            continue
+        found.append(net.objective(x, **{net.variables[0]: net(x)})["total"])
+        assert net(x[:0], layers=2).shape[0] == 0
+        narrow = unroll.compile(whole, parameters={k: v.float() for k, v in given.items()})
+        torch.testing.assert_close(narrow(x.float(), layers=50).double(), net(x, layers=50), rtol=1e-3, atol=1e-3)
+    assert len(found) >= 2
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-8)
+
+
 # --- states live on ---------------------------------------------------------------------------------------------------
 
 ALL = [a.name for a in every() if a.name not in ("power_step",)]

@@ -91,7 +91,7 @@ def inside(e: Expr, z: Sym) -> tuple[Expr, Sym, Linear] | None:
     (x,) = found
     b = substitute(x, {z: zeros(*z.shape)})
     k = Linear(expand(add(x, scale(-1, b))), z)
-    w = z if k.is_identity else symbol(f"{z.name}_K", *x.shape, "variable", 2 if 1 not in x.shape else 1)
+    w = z if k.is_identity else symbol(f"{z.name}_K", *x.shape, "variable", 1 if x.cols == 1 else 2)
     return substitute(e, {x: add(w, b)}), w, k
 
 
@@ -129,6 +129,16 @@ def affine(e: Expr, z: Sym) -> bool:
             return False
 
 
+def quadratic(e: Expr, z: Sym) -> bool:
+    """Has e a gradient that is affine in z?"""
+    if any(isinstance(x, Indicator) for x in (e, split(e)[1])):
+        return False
+    try:
+        return affine(expand(gradient(e, z)), z)
+    except DeriveError:
+        return False
+
+
 def least(e: Expr, z: Sym) -> Expr:
     """argmin of e over z: a linear system where all of e is quadratic, a prox where the quadratic is c |z - v|^2 / 2 beside other terms.
 
@@ -138,7 +148,7 @@ def least(e: Expr, z: Sym) -> Expr:
     rest: list[Expr] = []
     for term in e.terms if isinstance(e, Add) else (e,):
         if depends(term, z):
-            (smooth if _is_quadratic(term, z) else rest).append(term)
+            (smooth if quadratic(term, z) else rest).append(term)
     slope = expand(gradient(add(*smooth), z)) if smooth else zeros(*z.shape)
     terms = slope.terms if isinstance(slope, Add) else (slope,)
     moving = [t for t in terms if depends(t, z)]
@@ -179,12 +189,3 @@ def _matrix(e: Expr, z: Sym) -> Expr | None:
             return None if any(m is None for m in found) else scale(c, add(*(m for m in found if m is not None)))
         case _:
             return None
-
-
-def _is_quadratic(e: Expr, z: Sym) -> bool:
-    if any(isinstance(x, Indicator) for x in (e, split(e)[1])):
-        return False
-    try:
-        return affine(expand(gradient(e, z)), z)
-    except DeriveError:
-        return False

@@ -8,13 +8,13 @@ g(K @ z) a term that reads z through something linear. Smooth terms go to what t
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from math import prod
 
-from unroll.calculus.gradient import gradient
-from unroll.calculus.linear import Linear, affine
+from unroll.calculus.linear import Linear, quadratic
 from unroll.calculus.prox import proximable
 from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
@@ -22,7 +22,6 @@ from unroll.language.constructors import add
 from unroll.language.nodes import Expr, Sym
 from unroll.language.parse import Reader, Scope
 from unroll.language.show import pretty
-from unroll.language.traversal import expand
 from unroll.spec.texts import Text
 
 GRADIENT, PROX, ARGMIN = "gradient", "prox", "argmin"
@@ -66,6 +65,7 @@ class Share:
 Dealt = Mapping[str, tuple[Share, ...]]
 
 
+@cache
 def letters(text: Text) -> tuple[Letter, ...]:
     """What `solves` says, and what the updates do with it. Raises SpecError E100 (a formula that cannot be read), E320."""
     written = text.record.solves
@@ -105,7 +105,7 @@ def _refuse_names(text: Text, found: tuple[Letter, ...]) -> None:
             text.where("solves"),
             "a letter is a sum of terms: write it once",
         )
-    indices = {i for x in found for i in (x.index,) if i}
+    indices = {x.index for x in found if x.index}
     rules = [(("momenta", m), r) for m, r in record.momenta.items()]
     written: dict[str, tuple[str, ...]] = {}
     for path, part in [((), record), *rules]:
@@ -154,7 +154,10 @@ def _letter(tree: ast.expr) -> Letter:
         case ast.Call(func=ast.Name("sum"), args=[ast.GeneratorExp(elt=inner, generators=[made])]):
             match made:
                 case ast.comprehension(target=ast.Name(index), iter=ast.Name(over), ifs=[]):
-                    return replace(_letter(inner), index=index, over=over)
+                    letter = _letter(inner)
+                    if not letter.operator:  # an index counts operators
+                        raise ValueError
+                    return replace(letter, index=index, over=over)
                 case _:
                     raise ValueError
         case ast.Call(func=ast.Name(name) | ast.Subscript(value=ast.Name(name)), args=[arg]):
@@ -217,7 +220,7 @@ def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...
             break
         else:
             raise first from None
-    return {x.name: tuple(_shares(x, tuple(hands[x.name]))) for x in found}
+    return {x.name: tuple(_shares(x, tuple(hands[x.name]), parts[0].variable)) for x in found}
 
 
 def _choices(p: Part, found: tuple[Letter, ...], smooth: Letter | None, chosen: str | None) -> list[Letter]:
@@ -293,29 +296,27 @@ def _joint(e: Expr, z: Sym) -> None:
 
 
 def _refuse_inner(letter: Letter, parts: list[Part]) -> None:
-    groups: dict[Expr, list[Expr]] = {}
     for p in parts:
         if p.inner is None:
             why = p.reason or "it reads the variable in more than one way"
             raise Misfit(f"{pretty(p.e)} is no g(K {p.variable.name} + b) with one K: {why}")
-        g, w, k = p.inner
-        _joint(g, w)
-        groups.setdefault(k.e, []).append(g)
+    groups = _by_operator(parts)
+    for group in groups.values():
+        for g, w, _ in group:
+            _joint(g, w)
+        _joint(add(*(g for g, _, _ in group)), group[0][1])
     if len(groups) > 1 and not letter.index:
         first, second = (pretty(e) for e in list(groups)[:2])
         raise Misfit(f"its {letter.name} reads one K, and these terms read {first} and {second}")
+
+
+def _by_operator(parts: Iterable[Part]) -> dict[Expr, list[tuple[Expr, Sym, Linear]]]:
+    """K z -> the (g, w, K) of the terms that read it."""
+    groups: dict[Expr, list[tuple[Expr, Sym, Linear]]] = {}
     for p in parts:
         assert p.inner is not None
-        if len(groups[p.inner[2].e]) > 1:
-            _joint(add(*groups[p.inner[2].e]), p.inner[1])
-
-
-def quadratic(e: Expr, z: Sym) -> bool:
-    """Has e a gradient that is affine in z?"""
-    try:
-        return affine(expand(gradient(e, z)), z)
-    except DeriveError:
-        return False
+        groups.setdefault(p.inner[2].e, []).append(p.inner)
+    return groups
 
 
 def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None:
@@ -350,18 +351,12 @@ def _convex(p: Part) -> bool:
     return p.own_prox is not None and p.own_prox.convex
 
 
-def _shares(letter: Letter, parts: tuple[Part, ...]) -> Iterator[Share]:
+def _shares(letter: Letter, parts: tuple[Part, ...], z: Sym) -> Iterator[Share]:
     """What a letter stands for; of one with an index, one for each operator."""
     if not letter.operator:
-        if parts or not letter.index:
-            z = parts[0].variable if parts else None
-            yield Share(letter, parts, z, add(*(p.weighed for p in parts)) if parts else None)  # type: ignore[arg-type]
+        yield Share(letter, parts, z, add(*(p.weighed for p in parts)) if parts else None)
         return
-    groups: dict[Expr, list[Part]] = {}
-    for p in parts:
-        assert p.inner is not None
-        groups.setdefault(p.inner[2].e, []).append(p)
-    for group in groups.values():
-        assert group[0].inner is not None
-        _, w, k = group[0].inner
-        yield Share(letter, tuple(group), w, add(*(p.inner[0] for p in group if p.inner)), k)
+    for group in _by_operator(parts).values():
+        _, w, k = group[0]
+        mine = tuple(p for p in parts if p.inner in group)
+        yield Share(letter, mine, w, add(*(g for g, _, _ in group)), k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ class Options:
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     numbers: Mapping[str, str] = field(default_factory=dict[str, str])
     updates: Mapping[str, str] = field(default_factory=dict[str, str])
-    place: Any = None
+    place: Callable[..., Place] | None = None
 
     def at(self, *key: str) -> Place:
         return self.place(*key) if self.place is not None else nowhere
@@ -584,16 +584,15 @@ class _Formula(Reader):
             ):
                 return e
             return super()._call(node, name, args, keywords)
-        signature, counts = SIGNATURES[name]
-        if keywords or len(args) not in counts:
+        if keywords or len(args) != operation.count:
             self.fail(
                 node,
                 "E105",
-                f"{name} takes {' or '.join(map(str, counts))} arguments, not {len(args) + len(keywords)}",
-                f"it is called as {signature}",
+                f"{name} takes {operation.count} arguments, not {len(args) + len(keywords)}",
+                f"it is called as {operation.signature}",
             )
         try:
-            return operation(self, node, args)
+            return operation.build(self, node, args)
         except DeriveError as e:
             raise e.located(self.place(*self.span(node))) if e.code not in ("E304",) else e from None
 
@@ -780,23 +779,23 @@ def _last(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
     return cast(Value, reading.last[name])
 
 
+@dataclass(frozen=True)
+class Operation:
+    """Something that is done with letters: how it is called, with how many arguments, and what it gives."""
+
+    signature: str
+    count: int
+    build: Callable[[_Formula, ast.Call, list[ast.expr]], Value]
+
+
 OPERATIONS = {
-    "grad": _grad,
-    "prox": _prox,
-    "L": _lipschitz,
-    "norm": _norm,
-    "argmin": _argmin,
-    "hold": _hold,
-    "last": _last,
-}
-SIGNATURES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "grad": ("grad(f, z): the gradient of f at z", (2,)),
-    "prox": ("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", (2,)),
-    "L": ("L(f): the Lipschitz constant of grad f", (1,)),
-    "norm": ("norm(K), norm(stack(K)): the largest singular value", (1,)),
-    "argmin": ("argmin(f(z) + ...), over the update it stands in", (1,)),
-    "hold": ("hold(e): a constant for every derivation", (1,)),
-    "last": ("last(z): z where the layer began", (1,)),
+    "grad": Operation("grad(f, z): the gradient of f at z", 2, _grad),
+    "prox": Operation("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", 2, _prox),
+    "L": Operation("L(f): the Lipschitz constant of grad f", 1, _lipschitz),
+    "norm": Operation("norm(K), norm(stack(K)): the largest singular value", 1, _norm),
+    "argmin": Operation("argmin(f(z) + ...), over the update it stands in", 1, _argmin),
+    "hold": Operation("hold(e): a constant for every derivation", 1, _hold),
+    "last": Operation("last(z): z where the layer began", 1, _last),
 }
 
 
