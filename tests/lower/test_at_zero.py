@@ -126,3 +126,19 @@ def test_a_row_of_zeros_leaves_the_slopes_of_the_others_alone(term: str) -> None
     y = kept / kept.norm(dim=1, keepdim=True) if "normalize" in term else kept / (2 * kept.abs().sum())
     (want,) = torch.autograd.grad(y.norm(dim=0).sum(), kept)
     assert torch.allclose(slope[:, [0, 2]], want, atol=1e-10) and slope[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("formula", "there", "elsewhere"),
+    [
+        ("where(norm2(z) == 0, 5, 1)", 5, 1),
+        ("where(norm2(z) <= 0, 5, norm2(z))", 5, 2),
+        ("where(norm2(z) > 0, 3, 7) + norm2(z)", 7, 5),
+        ("rank(z)", 0, 1),
+    ],
+)
+def test_whether_a_length_is_zero_is_asked(formula: str, there: float, elsewhere: float) -> None:
+    """It was taken for positive, and the question left out."""
+    loss = unroll.loss({"dims": {"m": 4}, "variables": {"z": ["m"]}, "minimize": {"f": formula}})
+    found = [float(loss(x * torch.ones(4, dtype=torch.float64))) for x in (0, 1)]
+    assert found == [there, elsewhere]

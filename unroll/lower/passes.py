@@ -21,6 +21,7 @@ from functools import cache
 from typing import cast
 
 import sympy as sp
+from sympy.core.relational import Relational
 
 from unroll.calculus.torch_text import power
 from unroll.language.constructors import swap
@@ -545,9 +546,11 @@ LENGTH = sp.Dummy("length", positive=True)
 
 
 def _of_length(profile: sp.Expr, s: sp.Symbol) -> sp.Expr | None:
-    """A formula with a root of s, as one of the length sqrt(s)."""
+    """A formula with a root of s, as one of the length sqrt(s); not where it asks whether that is 0, which LENGTH never is."""
     powers = {p: LENGTH ** (2 * p.exp) for p in profile.atoms(sp.Pow) if p.base == s and not p.exp.is_integer}
-    return swap(cast(sp.Expr, profile.xreplace(powers)), {s: LENGTH**2}) if powers else None
+    put = {**powers, s: LENGTH**2}
+    decided = any(r.xreplace(put) in (sp.true, sp.false) for r in profile.atoms(Relational))
+    return swap(cast(sp.Expr, profile.xreplace(powers)), {s: LENGTH**2}) if powers and not decided else None
 
 
 def _adds_squares(graph: Graph, ref: Ref) -> bool:
