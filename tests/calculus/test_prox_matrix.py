@@ -103,6 +103,10 @@ def cost(term: Expr, x: Tensor, v: Tensor, given: dict[Sym, Tensor], shape: str)
     return float(NUMBERS["t"] * value + (x - v).square().sum() / 2)
 
 
+def tv(z: Any) -> Any:
+    return cp.sum(cp.abs(z[1:] - z[:-1])) if z.shape[0] > 1 else 0
+
+
 Case = Callable[[Any, dict[str, np.ndarray]], Any]
 lam, mu, r, lo, hi, t = (NUMBERS[k] for k in ("lam", "mu", "r", "lo", "hi", "t"))
 CONVEX: dict[str, tuple[Case, list[Case]]] = {
@@ -150,6 +154,16 @@ CONVEX: dict[str, tuple[Case, list[Case]]] = {
     "lam*nuclear(Z)": (lambda z, a: lam * cp.normNuc(z), []),
     "lam*nuclear(Z) + dot(C, Z)": (lambda z, a: lam * cp.normNuc(z) + cp.sum(cp.multiply(z, a["C"])), []),
     "lam*nuclear(Z) + mu/2*sumsq(Z)": (lambda z, a: lam * cp.normNuc(z) + mu / 2 * cp.sum_squares(z), []),
+    "lam*tv(q)": (lambda z, a: lam * tv(z), []),
+    "lam*tv(w - 2*q) + dot(q, w)": (lambda z, a: lam * tv(a["w"] - 2 * z) + cp.sum(cp.multiply(z, a["w"])), []),
+    "lam*tv(Z)": (lambda z, a: lam * tv(z), []),
+    "sum(abs(difference(w)) * abs(difference(q)))": (lambda z, a: cp.sum(cp.multiply(np.abs(np.diff(a["w"], axis=0)), cp.abs(z[1:] - z[:-1]))), []),
+    "lam*norm1(q) + mu*tv(q)": (lambda z, a: lam * cp.norm1(z) + mu * tv(z), []),
+    "lam*norm1(Z) + mu*tv(Z) + mu/2*sumsq(Z); Z >= 0": (lambda z, a: lam * cp.sum(cp.abs(z)) + mu * tv(z) + mu / 2 * cp.sum_squares(z), [lambda z, a: z >= 0]),
+    "mu*tv(q); q in box(lo, hi)": (lambda z, a: mu * tv(z), [lambda z, a: z >= lo, lambda z, a: z <= hi]),
+    "sum(huber(q, lam)) + mu*tv(q)": (lambda z, a: cp.sum(cp.huber(z, lam)) / 2 + mu * tv(z), []),
+    "lam*norm1(q) + mu*tv(q) + r*norm2(q)": (lambda z, a: lam * cp.norm1(z) + mu * tv(z) + r * cp.norm(z), []),
+    "mu*tv(Z) + r*group_norm(Z, axis=0)": (lambda z, a: mu * tv(z) + r * cp.sum(cp.norm(z, 2, axis=0)), []),
     "1/2*sumsq(A @ q - y)": (lambda z, a: cp.sum_squares(a["A"] @ z - a["y"]) / 2, []),
     "1/2*sumsq(A @ q - y) + mu/2*sumsq(H @ q) + dot(q, w)": (lambda z, a: cp.sum_squares(a["A"] @ z - a["y"]) / 2 + mu / 2 * cp.sum_squares(a["H"] @ z) + cp.sum(cp.multiply(z, a["w"])), []),
     "1/2*sumsq(H @ Z - C)": (lambda z, a: cp.sum_squares(a["H"] @ z - a["C"]) / 2, []),
@@ -447,8 +461,15 @@ REFUSED = {
     "abs(norm2(q) - 1) + mu*norm1(q)": "no rule joins them",
     "-lam*group_norm(Z, axis=0); Z >= 0": "no rule joins them",
     "1/2*sumsq(A @ q - y); q >= 0": "no rule joins them",
-    "tv(q)": "",
-    "norm1(difference(q))": "",
+    "-lam*tv(q)": "",
+    "sum(difference(w) * abs(difference(q)))": "",
+    "tv(q) + tv(q - w)": "no rule joins them",
+    "tv(q) + sum(p * abs(q))": "no rule joins them",
+    "tv(q - w) + norm1(q)": "no rule joins them",
+    "tv(q) + norm2(q - w)": "no rule joins them",
+    "tv(q); q in simplex": "no rule joins them",
+    "tv(Z) + group_norm(Z, axis=1)": "no rule joins them",
+    "norm1(difference(q) - difference(w) * 2 + 1)": "",
     "-lam*norm_inf(q)": "",
     "sum(q**3)": "",
     "-sumsq(q) * sumsq(q)": "",

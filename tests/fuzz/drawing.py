@@ -214,7 +214,7 @@ class Author:
             f"sumsq(({t}).T @ ({t}))",
             f"spectral({t})" if self.pick.random() < 0.3 else f"sumsq({t})",
             f"nuclear({t})" if self.pick.random() < 0.3 else f"norm1({t})",
-            f"tv({t})" if not self.matrix and self.sizes[rows] > 1 else f"norm1({t})",
+            f"tv({t})" if self.sizes[rows] > 1 else f"norm1({t})",
             f"norm_inf({t})" if self.pick.random() < 0.3 else f"sum(abs({t})**1.5)",
             f"max_entry({t})" if self.pick.random() < 0.3 else f"sum(pos({t}))",
         )

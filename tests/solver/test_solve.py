@@ -375,7 +375,7 @@ def refusal(minimize, inputs=("x",)):
         ({"fit": "sumsq(x - z)", "odd": "norm1(z)**2"}, "no rule gives its prox", "odd"),
         ({"fit": "norm1(x - z)", "length": "norm2(z)"}, "no term is smooth", "fit"),
         ({"fit": "norm1(x - z)", "length": "norm2(z)"}, "no term is smooth", "length"),
-        ({"fit": "1/2*sumsq(x - z)", "a": "norm1(z)", "b": "tv(z)"}, "prox", "b"),
+        ({"fit": "1/2*sumsq(x - z)", "a": "norm1(z)", "b": "tv(z)**2"}, "prox", "b"),
     ],
 )
 def test_what_no_algorithm_solves_is_refused_with_what_is_known_of_each_term(terms, word, culprit):

@@ -5,6 +5,8 @@
     sparse groups        sum of f(|z_g|) + c |z|_1 (and z >= 0):               groups after entries (Yu 2013)
     spectral             sum of f(singular values):                            the scalar prox of each singular value
     largest entry        c |z|_inf:                                            Moreau, v - P(v) on the 1-norm ball
+    total variation      sum of w |differences of neighbours|, down columns:   exact, by levels
+    ... and entries      the same + sum of f(z_ij), one f, or f(|z|):          their prox after its prox (below)
     semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b; so for f(z M), M' M = I
     quadratic            an affine gradient H z + b:                           solve (I + t H) z = v - t b
     sets                 projections
@@ -24,6 +26,7 @@ import sympy as sp
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_function import ScalarProx
+from unroll.calculus.prox_pieces import eliminations
 from unroll.calculus.prox_scalar import derive_prox
 from unroll.calculus.torch_text import reciprocal
 from unroll.errors import DeriveError
@@ -54,6 +57,7 @@ from unroll.language.nodes import (
     Map,
     Max,
     Mul,
+    Op,
     Prox,
     Spectral,
     Sum,
@@ -68,9 +72,13 @@ from unroll.language.show import text
 from unroll.language.traversal import expand, substitute
 
 U = sp.Symbol("u", real=True)
+S = slot(0)
 PROJECTED = ("simplex", "ball1", "sphere", "psd", "orthogonal", "stiefel", "unit_columns", "sparse", "rank_at_most")
 CONVEX_SETS = ("nonneg", "box", "simplex", "ball1", "ball2", "ball_inf", "psd", "unit_columns", "affine")
 """Sets whose nearest point is an operation of the runtime; the others are scalar proxes or linear solves."""
+
+
+TV = "total variation, exactly: the jumps by levels, then means"
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,8 @@ def derive(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: tuple[tuple[sp.Expr,
 
 def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
     """The first rule that covers the kinds of parts that are there."""
+    if p.walks:
+        return _walk(p, z, t, at, swaps)
     others = (p.radial, p.spectral, p.peak, p.sets, p.mapped, p.lifted)
     kinds = [*map(bool, others), bool(p.quadratic)]
     if not any(kinds):
@@ -133,7 +143,9 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     if p.peak:  # Moreau: the conjugate of c max|z| is the indicator of the 1-norm ball of radius c
         (c,) = p.peak
         return Proximal(
-            add(at, scale(-1, project("ball1", at, t * c))), "Moreau: v minus its projection on a 1-norm ball", True
+            add(at, scale(-1, project("ball1", at, _learned(t * c, swaps)))),
+            "Moreau: v minus its projection on a 1-norm ball",
+            True,
         )
     if p.sets:
         ((name, params),) = p.sets
@@ -165,6 +177,14 @@ def _scalar(f: sp.Expr, t: sp.Expr, swaps: Swaps, domain: tuple[sp.Expr, sp.Expr
     return found
 
 
+def _learned(number: sp.Expr, swaps: Swaps) -> sp.Expr:
+    """A number of the step with what was learned in the place of its products: step * lam * 2 -> 2 * theta."""
+    for product, learned in swaps:
+        if product.free_symbols <= number.free_symbols:
+            number = min((sp.cancel(number.subs(s, e)) for s, e in eliminations(product, learned)), key=sp.count_ops)
+    return number
+
+
 # --- taking a term apart ----------------------------------------------------------------------------------------------
 
 
@@ -186,7 +206,10 @@ class Lifted:
 
 @dataclass(frozen=True)
 class Parts:
-    """A term by what its summands are in z. Profiles are in slot(0); further slots of `entries` stand for `others`."""
+    """A term by what its summands are in z. Profiles are in slot(0); further slots of `entries` stand for `others`.
+
+    walks: (c, w, b) for c sum(w |differences of z + b|), c >= 0 and w >= 0.
+    """
 
     tilt: tuple[Expr, ...] = ()
     entries: tuple[sp.Expr, ...] = ()
@@ -195,6 +218,7 @@ class Parts:
     radial: tuple[tuple[sp.Expr, Axis, Expr], ...] = ()
     spectral: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
     peak: tuple[sp.Expr, ...] = ()
+    walks: tuple[tuple[sp.Expr, Expr, Expr], ...] = ()
     sets: tuple[tuple[str, tuple[sp.Expr | Expr, ...]], ...] = ()
     mapped: tuple[tuple[sp.Expr, sp.Expr, Expr, Expr], ...] = ()
     lifted: tuple[Lifted, ...] = ()
@@ -232,6 +256,8 @@ class Parts:
                 return self._with_length(c * _root(p), axis, x, z)
             case Map(p, (Sum(Map(q, (x,)), None),)) if q == slot(0) ** 2 and _scaled(x, z):
                 return self._with_length(c * _root(p), None, x, z)
+            case Sum(Map() as inner, None) if (walk_ := _neighbours(c, inner, z)) is not None:
+                return replace(self, walks=(*self.walks, walk_))
             case Sum(Map() as inner, None):
                 return self._with_entries(c, inner, e, z)
             case Map() if z.is_scalar:
@@ -402,6 +428,33 @@ def _is_proximable(term: Expr, y: Sym) -> bool:
     return True
 
 
+def _neighbours(c: sp.Expr, inner: Map, z: Sym) -> tuple[sp.Expr, Expr, Expr] | None:
+    """(c, w, b) with c sum(inner) = c sum(w |differences of z + b|), c and w with no negative value."""
+    moving = [i for i, a in enumerate(inner.args) if depends(a, z)]
+    if len(moving) != 1:
+        return None
+    (i,) = moving
+    x = _summed(inner.args[i])
+    at = None if x is None else _affine_entry(x, z)
+    weight = slope_of_abs(inner.profile, slot(i))
+    if at is None or at[0].is_zero is not False or weight is None:
+        return None
+    k, rest = at
+    number, w = split(elementwise(weight, *inner.args))
+    c = c * sp.Abs(k) * number
+    if not (c.is_nonnegative and nonnegative(w)):
+        return None
+    return c, eye(1) if as_constant(w) == 1 else w, zeros(*z.shape) if rest is None else scale(1 / k, rest)
+
+
+def _summed(e: Expr) -> Expr | None:
+    """x with e the differences of x."""
+    found = [split(t) for t in (e.terms if isinstance(e, Add) else (e,))]
+    if not all(isinstance(x, Op) and x.name == "difference" and not x.adjoint for _, x in found):
+        return None
+    return add(*(scale(c, x.x) for c, x in found if isinstance(x, Op)))
+
+
 def _scaled(x: Expr, z: Sym) -> bool:
     """Is x = k z + b, k a number that is not 0?"""
     at = _affine_entry(x, z)
@@ -490,10 +543,33 @@ def _sign_homogeneous(p: Parts) -> bool:
     return bool(c is not None and c.xreplace(known).is_nonnegative and all(d == (0, sp.oo) for d in p.domain))
 
 
-def slope_of_abs(f: sp.Expr) -> sp.Expr | None:
+def slope_of_abs(f: sp.Expr, s: sp.Symbol = S) -> sp.Expr | None:
     """c with f(s) = c |s|."""
-    c = swap(f, {slot(0): 1})
-    return c if sp.expand(f - c * sp.Abs(slot(0))) == 0 else None
+    c = swap(f, {s: 1})
+    return c if sp.expand(f - c * sp.Abs(s)) == 0 else None
+
+
+def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
+    """The prox of a sum over differences of neighbours, then that of f(z_ij), the same f everywhere, or of h(|z|).
+
+    Why: such a step keeps the order of neighbours, or scales all of z, so what is a subgradient of the first at x still is one there;
+    <v - x, .> bounds the first from below, and what is left to minimise is the prox of the second at x, convex or not.
+    """
+    c, w, b = p.walks[0]
+    if any(walk_[1:] != (w, b) for walk_ in p.walks[1:]):
+        return None
+    c = _learned(t * sp.Add(*(walk_[0] for walk_ in p.walks)), swaps)
+    rest = replace(p, walks=())
+    alone = rest == Parts()
+    alike = not (p.others or p.spectral or p.peak or p.sets or p.mapped or p.lifted or p.quadratic)
+    whole = all(axis in (None, 0) and as_constant(shift) == 0 for _, axis, shift in p.radial)
+    if not alone and not (alike and whole and as_constant(b) == 0):
+        return None
+    at = add(project("tv", add(at, b), c if as_constant(w) == 1 else scale(c, w)), scale(-1, b))
+    if alone:
+        return Proximal(at, TV, True)
+    found = _rest(rest, z, t, at, swaps)
+    return None if found is None else replace(found, rule=f"{TV}; then {found.rule}")
 
 
 def _times_abs(e: Expr, z: Sym) -> sp.Expr | None:

@@ -104,7 +104,7 @@ class Pieces:
 
     def replace(self, product: sp.Expr, symbol: sp.Expr) -> Self:
         """`symbol` in the place of a product of scalars, as theta for step*lam; exact wherever else they occur."""
-        choices = [self.substitute_identity(s, e) for s, e in _eliminations(product, symbol)]
+        choices = [self.substitute_identity(s, e) for s, e in eliminations(product, symbol)]
         if not choices:
             raise DeriveError("E305", f"{product} is not a product of scalars of this proximal step")
         return min(choices, key=lambda p: (len(p.scalars), sum(e.count_ops() for e in p.expressions())))
@@ -143,7 +143,7 @@ def _tidy(e: sp.Expr) -> sp.Expr:
     return sp.cancel(inner) if isinstance(inner, (sp.Mul, sp.Add)) and not inner.is_number else inner
 
 
-def _eliminations(product: sp.Expr, symbol: sp.Expr) -> list[tuple[sp.Symbol, sp.Expr]]:
+def eliminations(product: sp.Expr, symbol: sp.Expr) -> list[tuple[sp.Symbol, sp.Expr]]:
     """s = ... for each scalar that `symbol` = product can be solved for."""
     out: list[tuple[sp.Symbol, sp.Expr]] = []
     for s in sorted(product.free_symbols, key=str):

@@ -54,6 +54,7 @@ from unroll.language.nodes import (
     Noise,
     Normalise,
     Op,
+    Project,
     Prox,
     Signal,
     Sym,
@@ -745,10 +746,12 @@ def _derived(e: Prox) -> Expr:
 
 
 def _occurs(product: sp.Expr, e: Expr) -> bool:
-    """Is the product a part of a product in the derived scalar prox of e?"""
+    """Is the product a part of a product in the derived scalar prox of e, or among the numbers of a prox of the runtime?"""
     found = getattr(e, "prox", None)
     wanted = product.as_powers_dict()
-    factors = [m.as_powers_dict() for x in (found.expressions() if found is not None else ()) for m in x.atoms(sp.Mul)]
+    numbers = [split(p)[0] if isinstance(p, Expr) else p for p in e.params] if isinstance(e, Project) else []
+    formulas = [*numbers, *(found.expressions() if found is not None else ())]
+    factors = [m.as_powers_dict() for x in formulas for m in x.atoms(sp.Mul)]
     return any(all(f.get(base, 0) / power >= 1 for base, power in wanted.items()) for f in factors)
 
 

@@ -146,12 +146,6 @@ def _nonzero() -> sp.Expr:
     return sp.Piecewise((0, sp.Eq(u, 0)), (1, True))
 
 
-def _difference(x: Expr) -> Expr:
-    if x.cols != 1:
-        raise ShapeError(f"a vector is needed, this is {show_shape(x.shape)}")
-    return operator("difference", x)
-
-
 def _norm(kind: str) -> Callable[..., Expr]:
     def build(x: Expr, axis: int = 0, eps: sp.Expr = EPS, weight: Expr | None = None, bias: Expr | None = None) -> Expr:
         return normalise(kind, axis, eps, x, weight, bias)
@@ -197,9 +191,9 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("nuclear", ("matrix",), lambda x: spectral(u, x), "sum of singular values"),
     Function("spectral", ("matrix",), spectral_norm, "largest singular value"),
     Function("rank", ("matrix",), lambda x: spectral(_nonzero(), x), "number of nonzero singular values"),
-    Function("tv", ("vector",), lambda x: norm1(_difference(x)), "total variation: sum of |differences of neighbours|"),
-    Function("difference", ("vector",), _difference, "differences of neighbours, n - 1 of them"),
-    Function("difference_T", ("vector",), lambda x: operator("difference", x, adjoint=True), "adjoint of difference"),
+    Function("tv", ("matrix",), lambda x: norm1(operator("difference", x)), "total variation: sum of |differences of neighbours|, down each column"),
+    Function("difference", ("matrix",), lambda x: operator("difference", x), "differences of neighbours, n - 1 of them, down each column"),
+    Function("difference_T", ("matrix",), lambda x: operator("difference", x, adjoint=True), "adjoint of difference"),
     Function("logsumexp", ("matrix", "axis"), logsumexp, "log of the sum of exponentials", optional=1),
     Function("softmax", ("matrix", "axis"), softmax, "exponentials, normalised along an axis"),
     Function("normalize", ("matrix", "axis"), normalize, "columns (axis=0) or rows (axis=1) scaled to unit norm"),

@@ -596,15 +596,16 @@ def _number_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 WHOLE = ("ball1", "ball2", "sparse")
 """Sets that take a matrix as one long vector; the others take each column, or the matrix."""
-COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns")
-"""Sets that a matrix is in if each of its columns is."""
+COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns", "tv")
+"""Sets that a matrix is in if each of its columns is, and functions that are a sum over columns."""
 
 
 def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:
-    """The nearest point of a set, the last axis along the columns of x."""
+    """The nearest point of a set, or the prox of a function, the last axis along the columns of x."""
     x, *params = args
     code = x.ordered("cr")
-    bounds = ["" if p.node.op == "number" and p.node.attrs[0].is_infinite else p.aligned(x.tags).code for p in params]
+    order = (*(t for t in x.tags if t not in "rc"), *(t for t in "cr" if t in x.tags))
+    bounds = ["" if p.node.op == "number" and p.node.attrs[0].is_infinite else p.aligned(order).code for p in params]
     match name:
         case "nonneg":
             return code.then(".clamp_min(0)")
@@ -612,14 +613,19 @@ def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:
             return code.then("".join(f".clamp_{m}({b})" for m, b in zip(("min", "max"), bounds, strict=True) if b))
         case "ball_inf":
             return code.then(f".clamp_min(-{params[0].text.at(POWER)}).clamp_max({bounds[0]})")
-        case "orthogonal":
-            name = "stiefel"
         case _:
             pass
+    function = helper_of(name)
     if name in WHOLE and len([t for t in x.tags if t in "rc"]) == 2:
-        call = Text(f"project_{name}({', '.join([code.then('.flatten(-2)').code, *bounds])})")
+        call = Text(f"{function}({', '.join([code.then('.flatten(-2)').code, *bounds])})")
         return call.then(f".unflatten(-1, {code.then('.shape[-2:]').code})")
-    return Text(f"project_{name}({', '.join([code.code, *bounds])})")
+    return Text(f"{function}({', '.join([code.code, *bounds])})")
+
+
+def helper_of(name: str) -> str:
+    """The function that projects on a set, or is the prox of a function."""
+    name = "stiefel" if name == "orthogonal" else name
+    return f"prox_{name}" if f"prox_{name}" in HELPERS else f"project_{name}"
 
 
 def _project_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
@@ -656,8 +662,8 @@ def helpers_of(node: Node) -> tuple[str, ...]:
         called = tuple(f.__name__ for f in (power, xlogy, expm1, logcosh) if node.attrs[0].has(f))
         return (*BY_NAME[node.op].helpers, *called)
     if node.op in ("project", "indicator"):
-        name = {"orthogonal": "stiefel"}.get(node.attrs[0], node.attrs[0])
-        return (*BY_NAME[node.op].helpers, *((f"project_{name}",) if f"project_{name}" in HELPERS else ()))
+        called = helper_of(node.attrs[0])
+        return (*BY_NAME[node.op].helpers, *((called,) if called in HELPERS else ()))
     return BY_NAME[node.op].helpers
 
 
@@ -957,6 +963,71 @@ HELPERS: dict[str, Helper] = {
     inside = gap <= torch.finfo(x.dtype).eps ** (2 / 3) * size.clamp_min(1)
     return torch.zeros_like(gap).masked_fill(~inside, math.inf)
 '''
+    ),
+    "piece_means": Helper(
+        '''def piece_means(v, jump):
+    """v with the mean of its piece in each place; pieces end where jump, one shorter than v, is not 0."""
+    piece = F.pad((jump != 0).cumsum(-1), (1, 0))
+    count = torch.zeros_like(v).scatter_add(-1, piece, torch.ones_like(v)).clamp_min(1)
+    return (torch.zeros_like(v).scatter_add(-1, piece, v) / count).gather(-1, piece)
+'''
+    ),
+    "above_level": Helper(
+        '''def above_level(v, t, jump, level):
+    """Where is the minimiser of sum(t |jumps|) + |z - v|^2 / 2 above a level, one for each piece of known jumps? 1 or 0.
+
+    The slope of the best cost up to a place, at the level, is clipped from place to place: clips are composed by doubling.
+    """
+    start, end = F.pad(jump != 0, (1, 0), value=True), F.pad(jump != 0, (0, 1), value=True)
+    left, right, bound = F.pad(t * jump, (1, 0)), F.pad(t * jump, (0, 1)), F.pad(t, (0, 1), value=math.inf)
+    move, low, high, far = level - v, -bound, bound, 1  # slope -> clip(slope + move, low, high)
+    low = torch.where(start, (left + move).clamp(low, high), low)
+    high = torch.where(start, low, high)
+    while far < v.shape[-1]:
+        shifted = zip((low, high, move), (-math.inf, math.inf, 0))
+        a, b, c = (F.pad(x[..., :-far], (far, 0), value=first) for x, first in shifted)
+        low, high, move, far = (a + move).clamp(low, high), (b + move).clamp(low, high), c + move, 2 * far
+    slope = torch.where(start, left, F.pad(low[..., :-1], (1, 0))) + (level - v)
+    up, known = torch.where(end, slope < right, slope < 0), end | (slope.abs() > bound)
+    place = torch.arange(v.shape[-1], device=v.device)  # what is not known is as the next that is
+    ahead = torch.where(known, place, v.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    return up.gather(-1, ahead).to(v)
+'''
+    ),
+    "signs_of_jumps": Helper(
+        '''@torch.no_grad()
+def signs_of_jumps(v, t):
+    """1, 0 or -1 between neighbours of the minimiser: no two of a piece lie on different sides of its mean.
+
+    Compiled or mapped code, which cannot ask whether all is found, halves the levels down to rounding instead.
+    """
+    try:
+        asks = not (torch.compiler.is_compiling() or v.isnan().any())
+    except RuntimeError:  # of torch.func.vmap
+        asks = False
+    jump, low, high = torch.zeros_like(v[..., 1:]), v.amin(-1, keepdim=True), v.amax(-1, keepdim=True)
+    for _ in range(v.shape[-1] if asks else 2 - round(math.log2(torch.finfo(v.dtype).eps))):
+        pull = t * jump
+        level = piece_means(v + F.pad(pull, (0, 1)) - F.pad(pull, (1, 0)), jump) if asks else (low + high) / 2
+        up = above_level(v, t, jump, level)
+        found = torch.where(jump != 0, jump, up.diff(dim=-1))
+        if asks and torch.equal(found, jump):
+            break
+        jump, low, high = found, torch.where(up > 0, level, low), torch.where(up > 0, high, level)
+    return jump
+''',
+        ("piece_means", "above_level"),
+    ),
+    "prox_tv": _exact(
+        "prox_tv",
+        "v, t",
+        "argmin over z of sum(t |differences of neighbours of z|) + |z - v|^2 / 2, along the last axis, t >= 0: the jumps by levels\n"
+        "    (Chambolle & Darbon 2009, doi:10.1007/s11263-009-0238-9; Johnson 2013, doi:10.1080/10618600.2012.681238), then means of pieces.",
+        "t = torch.as_tensor(t, dtype=v.dtype, device=v.device).expand(v[..., 1:].shape)\n"
+        "jump = signs_of_jumps(v.detach(), t.detach())\n"
+        "v = v + F.pad(t * jump, (0, 1)) - F.pad(t * jump, (1, 0))\nmean = piece_means(v, jump).detach()\n"
+        "return mean + piece_means(v - mean, jump)  # means of what is small: no rounding of long sums",
+        ("signs_of_jumps",),
     ),
     "project_simplex": Helper(
         '''def project_simplex(v):

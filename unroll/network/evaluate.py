@@ -299,7 +299,7 @@ class Evaluator:
 
 
 def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
-    """Nearest point of a set, by bisection or sorting written for one matrix at a time."""
+    """Nearest point of a set, or the prox of a function, by bisection or sorting written for one matrix at a time."""
     if x.ndim > 2:
         return torch.stack([project(name, m, [p[i] if p.ndim > 2 else p for p in params]) for i, m in enumerate(x)])
     match name, params:
@@ -317,6 +317,9 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
         case "simplex", []:
             shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - 1, c.max() - 1, c.max()) for c in x.T]
             return (x - torch.stack(shifts)).clamp_min(0)
+        case "tv", [t]:
+            edges = t.expand(max(x.shape[0] - 1, 0), x.shape[1])
+            return torch.stack([_taut(y, e) for y, e in zip(x.T, edges.T, strict=True)], 1)
         case "sphere", []:
             length = x.norm(dim=0)
             return x / torch.where(length == 0, 1, length)
@@ -365,6 +368,24 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     """A product, one of them complex perhaps."""
     kind = torch.promote_types(a.dtype, b.dtype)
     return a.to(kind) @ b.to(kind)
+
+
+def _taut(y: Tensor, t: Tensor, left: float = 0.0, right: float = 0.0) -> Tensor:
+    """The prox of sum(t |differences|): which entries lie above the mean, by clipping along the line; each part by itself."""
+    level, n = (y.sum() + right - left) / len(y), len(y)
+    slopes, pull = list[Tensor](), torch.tensor(left, dtype=y.dtype)
+    for i in range(n):
+        slopes.append(pull + level - y[i])
+        pull = torch.minimum(torch.maximum(slopes[i], -t[i]), t[i]) if i < n - 1 else slopes[i]
+    up = [bool(slopes[-1] < right)]
+    for i in range(n - 2, -1, -1):
+        up.insert(0, bool(slopes[i] < 0) if abs(slopes[i]) > t[i] else up[0])
+    ends = [i for i in range(n - 1) if up[i] != up[i + 1]]
+    if not ends:
+        return level.expand(n)
+    i = ends[0]
+    at = float(t[i]) if up[i + 1] else -float(t[i])
+    return torch.cat([_taut(y[: i + 1], t[:i], left, at), _taut(y[i + 1 :], t[i + 1 :], at, right)])
 
 
 def _bisect(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:

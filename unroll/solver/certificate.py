@@ -91,7 +91,9 @@ def _is_square(e: Expr, z: Sym) -> bool:
 
 def polar(g: Parts, at: Expr) -> Expr | None:
     """sup of <at, z> over g(z) <= 1, for a gauge g."""
-    kinds = (g.radial, g.spectral, g.peak, g.entries or g.domain, g.sets, g.mapped, g.lifted, g.quadratic, g.tilt)
+    kinds = (
+        g.radial, g.spectral, g.peak, g.walks, g.entries or g.domain, g.sets, g.mapped, g.lifted, g.quadratic, g.tilt
+    )  # fmt: skip
     if sum(map(bool, kinds)) != 1:
         return None
     if g.entries and not g.others:
@@ -131,7 +133,7 @@ def _slope(h: sp.Expr) -> sp.Expr | None:
 
 def support(g: Parts, at: Expr, z: Sym) -> Expr | None:
     """sup of <at, z> over a compact set."""
-    if any((g.entries, g.radial, g.spectral, g.peak, g.mapped, g.lifted, g.quadratic, g.tilt)):
+    if any((g.entries, g.radial, g.spectral, g.peak, g.walks, g.mapped, g.lifted, g.quadratic, g.tilt)):
         return None
     if len(g.sets) == 1 and not g.domain:
         match g.sets[0]:
