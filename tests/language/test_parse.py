@@ -201,6 +201,15 @@ BY_NUMPY: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any]]] = {
     "repeat": ("repeat(y, 2)", lambda a: np.repeat(a["y"], 2, 0)),
     "repeat_T": ("repeat_T(repeat(y, 2) * repeat(y, 2), 2)", lambda a: 2 * a["y"] ** 2),
     "first": ("first(first(y, 2) * first(y, 2), 6)", lambda a: np.r_[a["y"][:2] ** 2, np.zeros((4, 1))]),
+    "top": ("top(A, 0.25)", lambda a: (np.abs(a["A"]) >= np.sort(np.abs(a["A"]).ravel())[-int(a["A"].size / 4 + 0.5)]).astype(float)),
+    "pinv": ("pinv(A)", lambda a: np.linalg.pinv(a["A"])),
+    "svd_u": ("svd_u(A) @ diag(svd_s(A)) @ svd_v(A).T", lambda a: a["A"]),
+    "svd_v": ("svd_v(A).T @ svd_v(A)", lambda a: np.eye(min(a["A"].shape))),
+    "svd_s": ("svd_s(A)", lambda a: np.linalg.svd(a["A"])[1][:, None]),
+    "qr_q": ("qr_q(A) @ qr_r(A)", lambda a: a["A"]),
+    "qr_r": ("qr_r(A).T @ qr_r(A)", lambda a: a["A"].T @ a["A"]),
+    "eigh_values": ("eigh_values(A @ A.T)", lambda a: np.linalg.eigvalsh(a["A"] @ a["A"].T)[:, None]),
+    "eigh_vectors": ("eigh_vectors(A @ A.T).T @ A @ A.T @ eigh_vectors(A @ A.T)", lambda a: np.diag(np.linalg.eigvalsh(a["A"] @ a["A"].T))),
     "stop_gradient": ("stop_gradient(A)", lambda a: a["A"]),
     "abs": ("abs(A)", lambda a: np.abs(a["A"])),
     "exp": ("exp(A)", lambda a: np.exp(a["A"])),
@@ -264,7 +273,19 @@ def test_every_function_of_the_language_is_tested() -> None:
         for f in FUNCTIONS
         if f.kinds[0] == "matrix"
         and f.name
-        not in ("inv", "diagonal", "trace", "logdet", "det", "stop_gradient", "causal_softmax", "shifts", "shifts_T")
+        not in (
+            "inv",
+            "diagonal",
+            "trace",
+            "logdet",
+            "det",
+            "stop_gradient",
+            "causal_softmax",
+            "shifts",
+            "shifts_T",
+            "eigh_values",
+            "eigh_vectors",
+        )
     ],
     ids=lambda f: f.name,
 )
@@ -272,7 +293,7 @@ def test_every_function_of_the_language_is_tested() -> None:
 def test_shapes_follow_the_values_for_odd_shapes_too(record: Any, rows: str, cols: str) -> None:
     x = f"(2 * ones({rows}, {cols}) * sum(abs(A)))"
     given = [
-        x if kind == "matrix" else "axis=1" if kind == "axis" else "2"
+        x if kind == "matrix" else "axis=1" if kind == "axis" else "0.5" if kind == "share" else "2"
         for kind in record.kinds
         if kind not in ("eps", "weight", "bias")
     ]

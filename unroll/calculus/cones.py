@@ -31,6 +31,7 @@ from unroll.language.nodes import (
     Sum,
     Sym,
     Transpose,
+    Worked,
     slot,
 )
 
@@ -47,7 +48,7 @@ def nonnegative(e: Expr) -> bool:
             return nonnegative(of)
         case FamilySum(_, _, body):
             return nonnegative(body)
-        case Softmax() | FamilySoftmax() | SpectralNorm():
+        case Softmax() | FamilySoftmax() | SpectralNorm() | Worked("top", _):
             return True
         case Op(name, x) if name != "difference":  # sums and repetitions
             return nonnegative(x)

@@ -75,6 +75,7 @@ from unroll.language.nodes import (
     Sym,
     Trace,
     Transpose,
+    Worked,
     Zero,
     bound_indices,
     depends,
@@ -194,7 +195,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it is a constraint, infinite outside its set")
         case Spectrum() | Signal():
             raise no_gradient(node, "it is worked out per frequency, which is done after derivatives are taken")
-        case Noise() | SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project():
+        case Noise() | SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project() | Worked():
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():
             raise AssertionError("families are swept in their own scope; please report")

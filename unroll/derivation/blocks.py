@@ -151,7 +151,10 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         problem = _rewritten_objective(half, problem, call, departures)
     algorithm = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
     scheme = half.scheme
-    options = Options(scheme.step, scheme.momentum, scheme.split, scheme.numbers, scheme.updates, half.place)
+    apart = {r.in_: name for name, r in scheme.learn.items() if r.in_ is not None}
+    options = Options(
+        scheme.step, scheme.momentum, scheme.split, scheme.numbers, scheme.updates, scheme.states, apart, half.place
+    )
     try:
         step = algorithms.build(algorithm, problem, options)
     except DeriveError as e:
@@ -491,7 +494,7 @@ def _renamed(step: Step, half: Half, variable: Sym) -> Step:
         return cast(Sym, tensors.get(s, s)) if isinstance(s, Sym) else numbers.get(s, s)
 
     def assign(a: Assign) -> Assign:
-        return _renoted(Assign(target(a.target), moved(a.value), a.note))
+        return _renoted(replace(a, target=target(a.target), value=moved(a.value)))
 
     return replace(
         step,
@@ -597,7 +600,7 @@ def _repeated(
             if half.scheme.gauge is not None and isinstance(value, Expr) and isinstance(a.target, Sym):
                 value, said = _gauged(half, half.scheme.gauge, value, start, raw, scope)
                 departures += said if k == 0 else []
-            assigns.append(_renoted(Assign(a.target, value, a.note)))
+            assigns.append(_renoted(replace(a, value=value)))
             if isinstance(a.target, Sym):
                 now.pop(a.target, None)
     return assigns, departures

@@ -348,6 +348,7 @@ def _parameter(p: Learned, d: Derivation) -> tuple[str, ...]:
     shape = " × ".join(map(str, p.shape)) or "scalar"
     shape = f"{p.family} of {shape}" if p.family is not None else shape
     kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")
+    kept += "" if p.own_start is None else f", starts at {pretty(p.own_start)}"
     what = f"for {pretty(p.replaces)}{_place(p, d)}"
     return p.name, what, f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
 
@@ -361,6 +362,7 @@ def _place(p: Learned, d: Derivation) -> str:
     if isinstance(p.replaces, Zero):
         return ", added"
     if p.where:
-        return {"output": ", on the way out", "gradient": ", in the gradient", "prox": ", in the prox"}[p.where]
+        said = {"output": ", on the way out", "gradient": ", in the gradient", "prox": ", in the prox"}
+        return said.get(p.where, f", in {p.where}")
     others = [q for q in d.step.learned if q is not p and q.where and q.replaces == p.replaces]
     return ", elsewhere" if others else ""

@@ -9,6 +9,7 @@ What is not found is an error that shows the step, never a parameter that does n
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,6 +26,7 @@ from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
     add,
     as_constant,
+    constant,
     elementwise,
     eye,
     family_sum,
@@ -64,7 +66,7 @@ from unroll.language.nodes import (
     show_shape,
     walk,
 )
-from unroll.language.parse import parse_member
+from unroll.language.parse import Place, Scope, parse, parse_member
 from unroll.language.problem import Problem, place_of
 from unroll.language.show import text
 from unroll.language.traversal import expand, substitute, substitute_scalars, transform
@@ -85,6 +87,7 @@ class _Wanted:
 
     rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
     commutes with cyclic shifts: its axes of places. The parameter is then `kernel`, the first columns of that matrix, real.
+    start: what it starts at instead.
     """
 
     name: str
@@ -97,6 +100,7 @@ class _Wanted:
     rewrites: tuple[Applied, ...] = ()
     sizes: tuple[sp.Expr, ...] = ()
     kernel: Expr | None = None
+    start: Value | None = None
 
     def rewritten(self) -> _Wanted:
         """The entry as the exact rewrites of its block make it, if they do."""
@@ -350,6 +354,18 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
             spec.key_where(*path, "where"),
             f"places: {', '.join(PLACES)}",
         )
+    if record.in_ is not None and record.where is not None and record.where != "output":
+        raise SpecError(
+            "E306", f"{name} says twice where it stands", spec.key_where(*path, "where"), "leave out 'where'"
+        )
+    if record.fixed and record.start is None:
+        raise SpecError(
+            "E306",
+            f"{name} is fixed at what it replaces: nothing changes",
+            spec.key_where(*path, "fixed"),
+            "say its start",
+        )
+    start = _own_start(name, record, as_expr(value), scope, place_of(spec, *path, "start"))
     if record.bias and record.where != "output":
         raise SpecError(
             "E306",
@@ -357,7 +373,32 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
             spec.key_where(*path, "bias"),
             "add where: output, or put a vector into the objective",
         )
-    return _Wanted(name, record, value, spec.origin(*path, "replaces").where(), block, index, size, _exact(step, block))
+    at_value = spec.origin(*path, "replaces").where()
+    return _Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start)
+
+
+def _own_start(name: str, record: Learn, value: Expr, scope: Scope, place: Place) -> Value | None:
+    """What a parameter starts at instead of what it replaces. Raises SpecError E131, E306."""
+    if record.start is None:
+        return None
+    if record.init != "value":
+        raise SpecError("E306", f"{name} has two starts, start: and init:", place(0, 1), "leave out one of them")
+    found = parse(record.start, scope, place)
+    moving = sorted(s.name for s in as_expr(found).symbols if s.role != "parameter")
+    if moving:
+        raise SpecError(
+            "E306", f"the start of {name} depends on {moving[0]}: it has no value before the network runs", place(0, 1)
+        )
+    c = as_constant(as_expr(found))
+    if c is not None and not value.is_scalar:
+        return constant(c, *value.shape)
+    if as_expr(found).shape != value.shape:
+        raise SpecError(
+            "E131",
+            f"the start of {name} is {show_shape(as_expr(found).shape)}, what it replaces is {show_shape(value.shape)}",
+            place(0, len(record.start)),
+        )
+    return c if c is not None else found
 
 
 def _exact(step: Step, block: str) -> tuple[Applied, ...]:
@@ -392,16 +433,42 @@ def _replace(step: Step, w: _Wanted) -> Step:
 
 def _replaced(step: Step, w: _Wanted) -> Step | None:
     learned = _learned(w)
-    swap = _swap_matrix if isinstance(w.value, Expr) else _swap_scalar
-    mine = [not w.block or a.block == w.block for a in step.assigns]
-    assigns = tuple(
-        replace(a, value=swap(a.value, w, learned[0])) if own else a for a, own in zip(step.assigns, mine, strict=True)
+
+    def swap(value: Expr | sp.Expr) -> Expr | sp.Expr:
+        if not isinstance(w.value, Expr):
+            return _swap_scalar(value, w, learned[0])
+        found = _swap_matrix(value, w, learned[0])
+        if not w.record.fixed or not isinstance(found, Expr):
+            return found
+        return substitute(found, {cast(Sym, learned[0].symbol): as_expr(cast(Value, w.start))})
+
+    mine: Callable[[Assign], bool] = lambda a: (
+        (not w.block or a.block == w.block) and w.record.in_ in (None, a.update.removesuffix(f"_{w.block}"))
     )
-    if all(a.value is b.value or a.value == b.value for a, b in zip(assigns, step.assigns, strict=True)):
+    assigns = tuple(replace(a, value=swap(a.value)) if mine(a) else a for a in step.assigns)
+    at_start = w.record.in_ == "start"
+    states = tuple(replace(s, start=swap(s.start)) if at_start else s for s in step.states)
+    before, after = (
+        [*(a.value for a in step.assigns), *(s.start for s in step.states)],
+        [*(a.value for a in assigns), *(s.start for s in states)],
+    )
+    if all(x is y or x == y for x, y in zip(before, after, strict=True)):
         return None
     _has_start(w, step)
     assigns = tuple(replace(a, note=_note(a)) for a in assigns)
-    return replace(step, assigns=assigns, learned=(*step.learned, *learned))
+    kept = () if w.record.fixed else learned
+    return replace(
+        step, assigns=assigns, states=states, learned=(*step.learned, *kept), departures=(*step.departures, *_said(w))
+    )
+
+
+def _said(w: _Wanted) -> Iterable[Departure]:
+    """A start of its own is a choice."""
+    if w.record.start is not None:
+        what = f"{w.record.replaces.strip()} becomes" if w.record.fixed else f"{w.name} starts at"
+        yield Departure(
+            "start", w.block, "choice", f"{what} {' '.join(w.record.start.split())}: not derived from the objective"
+        )
 
 
 def _name(target: Sym | sp.Symbol) -> str:
@@ -430,7 +497,7 @@ def _has_start(w: _Wanted, step: Step) -> None:
     moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
     read = [s for s in _read_by(w.value, step) if isinstance(s, Sym)]
     depends_on = sorted(s.name for s in read if (s.role == "state" and s.name in moving) or s.role == "input")
-    if depends_on and record.init == "value":
+    if depends_on and record.init == "value" and record.start is None:
         hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
         raise SpecError(
             "E306",
@@ -447,7 +514,7 @@ def _has_start(w: _Wanted, step: Step) -> None:
 def _learned(w: _Wanted) -> tuple[Learned, ...]:
     """The parameter, and its bias if it has one."""
     record, value = w.record, w.value if w.kernel is None else w.kernel
-    per_layer = record.share == "none"
+    per_layer = record.share == "none" and record.in_ != "start"
     if not isinstance(value, Expr):
         shape = tuple(
             sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True)
@@ -465,7 +532,8 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
                 record.replaces,
                 record.init,
                 record.scale,
-                where=record.where or "",
+                where=record.where or record.in_ or "",
+                own_start=w.start,
             ),
         )
     if record.shape is not None:
@@ -486,7 +554,8 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
         record.init,
         record.scale,
         record.init == "data",
-        record.where or "",
+        record.where or record.in_ or "",
+        w.start,
     )
     if not record.bias:
         return (found,)
@@ -526,7 +595,7 @@ def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
     assert isinstance(w.value, Expr) and isinstance(learned.symbol, Sym)
     if not isinstance(value, Expr):
         return value
-    into, place = learned.symbol, w.record.where
+    into, place, both = learned.symbol, w.record.where, w.record.transposed
 
     def pairs(e: Expr) -> list[tuple[Expr, Expr]]:
         """(pattern, parameter), for every name that the index of a family, or that of frequencies, has in e."""
@@ -534,24 +603,43 @@ def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
         frequencies = sorted({x.index for x in walk(e) if isinstance(x, Signal)}) if w.sizes else [""]
         return [(w.at(i, f), w.parameter(into, i, f)) for i in names for f in frequencies if i != f or not i]
 
-    def inside(e: Expr) -> Expr:
-        """In what is fed to the prox, up to algebra; in the term that the prox belongs to, as it stands there."""
-        if isinstance(e, Prox):
-            at = inside(e.at)
-            term = e.term
-            for pattern, parameter in pairs(term) if place in (None, "prox") else ():
-                term = structural(term, pattern, parameter)
-            return prox(term, e.variable, e.t, at, e.swaps) if term is e.term else _derivable(e, term, at, w)
+    def taken(e: Prox) -> Expr:
+        """What is fed to the prox, up to algebra; in the term that the prox belongs to, as it stands there."""
+        at, term = inside(e.at), e.term
+        for pattern, parameter in pairs(term) if place in (None, "prox") else ():
+            term = structural(term, pattern, parameter, both)
+        return prox(term, e.variable, e.t, at, e.swaps) if term is e.term else _derivable(e, term, at, w)
+
+    def around(e: Expr) -> Expr:
         if place == "prox":
             return e
         if place == "output":
             return outermost(e, pairs(e), symbol(f"{w.name}_bias", into.rows, 1, "learned") if w.record.bias else None)
         for pattern, parameter in pairs(e):
-            found = structural(e, pattern, parameter)
-            e = algebraic_within(e, pattern, parameter) if found is e and not w.index else found
+            found = structural(e, pattern, parameter, both)
+            e = algebraic_within(e, pattern, parameter, both) if found is e and not w.index else found
         return e
 
+    def inside(e: Expr) -> Expr:
+        return _apart(e, around, taken)
+
     return inside(value)
+
+
+def _apart(e: Expr, around: Callable[[Expr], Expr], taken: Callable[[Prox], Expr]) -> Expr:
+    """e with its outermost proximal steps changed by `taken`, and by `around` what they stand in."""
+    names = dict[Prox, Sym]()
+    memo = dict[Expr, Expr]()
+
+    def cut(x: Expr) -> Expr:
+        if isinstance(x, Prox):
+            return names.setdefault(x, symbol(f"_prox{len(names)}", *x.shape, "state"))
+        if x not in memo:
+            memo[x] = rebuild(x, tuple(map(cut, x.children)))
+        return memo[x]
+
+    left = around(cut(e))
+    return substitute(left, {s: taken(p) for p, s in names.items()})
 
 
 def _derivable(e: Prox, term: Expr, at: Expr, w: _Wanted) -> Expr:
@@ -597,9 +685,9 @@ def _biased(e: Expr, bias: Sym | None) -> Expr:
     return e if bias is None else add(e, matmul(bias, ones(1, e.cols)))
 
 
-def structural(e: Expr, pattern: Expr, into: Expr) -> Expr:
-    """Every occurrence of `pattern` as it is written, and transposed, replaced by `into`."""
-    swaps = [(pattern, into)] + ([] if is_symmetric(pattern) else [(transpose(pattern), transpose(into))])
+def structural(e: Expr, pattern: Expr, into: Expr, both: bool = True) -> Expr:
+    """Every occurrence of `pattern` as it is written, and (both) transposed, replaced by `into`."""
+    swaps = [(pattern, into)] + ([] if is_symmetric(pattern) or not both else [(transpose(pattern), transpose(into))])
 
     def rule(node: Expr) -> Expr | None:
         for p, x in swaps:
@@ -650,12 +738,12 @@ def _words(e: Expr) -> list[tuple[sp.Expr, Word]]:
     return out
 
 
-def algebraic(e: Expr, pattern: Expr, into: Expr) -> Expr:
+def algebraic(e: Expr, pattern: Expr, into: Expr, both: bool = True) -> Expr:
     """Division of matrix polynomials: sum of a * P w_i S over the words w_i of the pattern becomes a * P @ into @ S."""
     words = _words(pattern)
     if len(words) < 2:  # one product: it is there once e is expanded, or not at all
         flat = expand(e)
-        found_in = structural(flat, pattern, into)
+        found_in = structural(flat, pattern, into, both)
         return e if found_in is flat else found_in
     lead_c, lead = max(words, key=lambda cw: len(cw[1]))
     terms = dict((f, c) for c, f in _words(e))
@@ -676,14 +764,14 @@ def algebraic(e: Expr, pattern: Expr, into: Expr) -> Expr:
     return add(*found, *rest)
 
 
-def algebraic_within(e: Expr, pattern: Expr, into: Expr) -> Expr:
+def algebraic_within(e: Expr, pattern: Expr, into: Expr, both: bool = True) -> Expr:
     """`algebraic` of e as a whole, and of every whole polynomial inside its functions: pos(z - A @ z) becomes pos(W @ z)."""
 
     def functions(x: Expr) -> Expr:
-        inner = functions if isinstance(x, Add | Mul) else lambda a: algebraic_within(a, pattern, into)
+        inner = functions if isinstance(x, Add | Mul) else lambda a: algebraic_within(a, pattern, into, both)
         return rebuild(x, tuple(map(inner, x.children)))
 
-    return algebraic(functions(e), pattern, into)
+    return algebraic(functions(e), pattern, into, both)
 
 
 # --- scalars ----------------------------------------------------------------------------------------------------------
@@ -691,7 +779,8 @@ def algebraic_within(e: Expr, pattern: Expr, into: Expr) -> Expr:
 
 def _swap_scalar(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | sp.Expr:
     assert isinstance(w.value, sp.Expr) and isinstance(learned.symbol, sp.Symbol)
-    old, new, place = w.value, learned.symbol, w.record.where
+    old, place = w.value, w.record.where
+    new = cast(sp.Symbol, w.start) if w.record.fixed else learned.symbol
     if not isinstance(value, Expr):
         return value.subs(old, new)
 
@@ -715,15 +804,12 @@ def _swap_scalar(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | 
             case _:
                 return None
 
+    def taken(e: Prox) -> Expr:
+        found = prox(e.term, e.variable, e.t, inside(e.at), e.swaps)
+        return _swap_in_prox(found, old, new) if place != "gradient" else found
+
     def inside(e: Expr) -> Expr:
-        if isinstance(e, Prox):
-            at = inside(e.at)
-            return (
-                _swap_in_prox(prox(e.term, e.variable, e.t, at, e.swaps), old, new)
-                if place != "gradient"
-                else prox(e.term, e.variable, e.t, at, e.swaps)
-            )
-        return transform(e, rule)
+        return _apart(e, lambda x: transform(x, rule), taken)
 
     return inside(value)
 

@@ -36,7 +36,8 @@ OWN_STEP = "1/L"
 class Options:
     """What a spec may ask of an algorithm; None, and what is not there, is the algorithm's own.
 
-    split: letter -> terms.  numbers, updates: name -> formula, each at the place that `at` gives for (section, name).
+    split: letter -> terms.  numbers, updates, states: name -> formula, each at the place that `at` gives for (section, name).
+    apart: updates that keep a line of their own, and a parameter that is put into them.
     """
 
     step: str = OWN_STEP
@@ -44,6 +45,8 @@ class Options:
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     numbers: Mapping[str, str] = field(default_factory=dict[str, str])
     updates: Mapping[str, str] = field(default_factory=dict[str, str])
+    states: Mapping[str, Start] = field(default_factory=dict[str, Start])
+    apart: Mapping[str, str] = field(default_factory=dict[str, str])
     place: Callable[..., Place] | None = None
 
     def at(self, *key: str) -> Place:
@@ -52,12 +55,13 @@ class Options:
 
 @dataclass(frozen=True)
 class _Update:
-    """One update as it will be read: its formula, and where that stands. replaces: the one that a spec puts it in the place of."""
+    """One update as it will be read: its formula, and where that stands. own: it is the spec's; replaces: what it stands in the place of."""
 
     name: str
     formula: str
     place: Place
     replaces: _Update | None = None
+    own: bool = False
 
 
 class Reading:
@@ -109,6 +113,8 @@ class Reading:
             self._declare(name, free)
         for name, start in [*record.states.items(), *(self.rule.states.items() if self.rule else ())]:
             self._start(name, start)
+        for name, start in self.options.states.items():
+            self._start(name, start, own=False)
         for update in self._updates():
             self._update(update)
         values = [self._number(name, free) for name, free in record.scalars.items()]
@@ -214,27 +220,29 @@ class Reading:
 
     # --- states, numbers, updates ---
 
-    def _start(self, key: str, start: Start) -> None:
-        place = self.text.place("states", key)
+    def _start(self, key: str, start: Start, own: bool = True) -> None:
+        """A state of the text; own=False: of the spec."""
+        place = self.text.place("states", key) if own else self.options.at("states", key)
+        if not own and key in self.names:
+            raise SpecError("E320", f"{self.text.name} has a '{key}' already", place(0, 1), "choose another name")
+        read: Callable[[str, Mapping[str, int]], Value] = lambda formula, index: _Formula(
+            formula, self.scope(own, index), place
+        ).read()
         name, _, index = key.removesuffix("]").partition("[")
-        for own, indices in self._members(name, index):
+        for called, indices in self._members(name, index):
             if start.number is not None:
-                first = self._read(start.number, place, indices)
+                first = read(start.number, indices)
                 if isinstance(first, Expr) or first.is_nonpositive:
                     raise SpecError("E132", f"{key} is one positive number; {start.number} is not", place(0, 1))
-                s = scalar(self.fresh(own), positive=True)
+                s = scalar(self.fresh(called), positive=True)
                 self.states.append(State(s, first))
-                self.names[own] = s
+                self.names[called] = s
                 continue
             if start.like is None and start.start is None:
                 hint = "its first value, s: z, or {like: K @ z}, or {number: 1}"
-                raise SpecError("E320", f"the state {key} has no start", self.text.where("states", key), hint)
-            like = as_expr(self._read(start.like, place, indices)) if start.like is not None else None
-            value = (
-                as_expr(self._read(start.start, place, indices))
-                if start.start is not None
-                else zeros(*cast(Expr, like).shape)
-            )
+                raise SpecError("E320", f"the state {key} has no start", place(0, 1), hint)
+            like = as_expr(read(start.like, indices)) if start.like is not None else None
+            value = as_expr(read(start.start, indices)) if start.start is not None else zeros(*cast(Expr, like).shape)
             if like is not None and value.shape != like.shape:
                 c = as_constant(value)
                 if c is None:
@@ -245,9 +253,9 @@ class Reading:
                     )
                 value = constant(c, *like.shape)
             sized = self.z if value.shape == self.z.shape else None
-            s = state_of(sized, self.fresh(own)) if sized is not None else _vector(self.fresh(own), value)
+            s = state_of(sized, self.fresh(called)) if sized is not None else _vector(self.fresh(called), value)
             self.states.append(State(s, value))
-            self.names[own] = s
+            self.names[called] = s
 
     def _members(self, name: str, index: str) -> Iterable[tuple[str, dict[str, int]]]:
         if not index:
@@ -303,24 +311,49 @@ class Reading:
         return short if self.text.is_leaf("scalars", name) else self.text.place("scalars", name, "start")
 
     def _updates(self) -> Iterable[_Update]:
-        record, asked = self.text.record, dict(self.options.updates)
+        """The updates of the text, some of them replaced, and those of the spec's own before the next that it names."""
+        derived, asked = list(self._of_text()), self.options.updates
+        known = {u.name for u in derived}
+        self._known_updates(known)
+        before, waiting = dict[str, list[_Update]](), list[_Update]()
+        for name, formula in asked.items():
+            if name in known:
+                before[name], waiting = waiting, []
+            else:
+                waiting.append(_Update(name, formula, self.options.at("updates", name), own=True))
+        for u in derived:
+            yield from before.get(u.name, ())
+            yield _Update(u.name, asked[u.name], self.options.at("updates", u.name), u, True) if u.name in asked else u
+        yield from waiting
+
+    def _of_text(self) -> Iterable[_Update]:
+        record = self.text.record
         for key, formula in record.updates.items():
             if key == "momentum" and self.rule is not None:
                 path = ("momenta", next(k for k, r in record.momenta.items() if r is self.rule))
-                own = [_Update(k, f, self.text.place(*path, "updates", k)) for k, f in self.rule.updates.items()]
+                yield from (_Update(k, f, self.text.place(*path, "updates", k)) for k, f in self.rule.updates.items())
             else:
-                own = [_Update(key, formula, self.text.place("updates", key))]
-            for u in own:
-                if u.name in asked:
-                    u = _Update(u.name, asked.pop(u.name), self.options.at("updates", u.name), replaces=u)
-                yield u
-        if asked:
-            name = next(iter(asked))
-            known = [*record.updates, *(self.rule.updates if self.rule else ())]
-            hint = did_you_mean(name, known) or f"its updates: {', '.join(known)}"
-            raise SpecError(
-                "E320", f"{self.text.name} has no update '{name}'", self.options.at("updates", name)(0, 1), hint
-            )
+                yield _Update(key, formula, self.text.place("updates", key))
+
+    def _known_updates(self, known: set[str]) -> None:
+        """An update that neither the text has nor anything of the spec reads is a slip. Raises SpecError E320."""
+        formulas = list(self.options.updates.values())
+        read = {x.id for f in formulas for x in ast.walk(_tree(f)) if isinstance(x, ast.Name)}
+        for name in self.options.updates:
+            if name not in known and name not in read and name not in self.options.states:
+                hint = did_you_mean(name, known) or f"its updates: {', '.join(known)}"
+                raise SpecError(
+                    "E320", f"{self.text.name} has no update '{name}'", self.options.at("updates", name)(0, 1), hint
+                )
+        for name in self.options.states:
+            if name not in self.options.updates:
+                where = self.options.at("states", name)(0, 1)
+                raise SpecError("E320", f"nothing updates the state '{name}'", where, f"updates: {{{name}: z}}")
+        for name, learned in self.options.apart.items():
+            if name not in (*known, *self.options.updates, "start"):
+                hint = did_you_mean(name, known) or f"its updates: {', '.join(known)}; or start"
+                where = self.options.at("learn", learned, "in")(0, 1)
+                raise SpecError("E320", f"{self.text.name} has no update '{name}'", where, hint)
 
     def _update(self, u: _Update) -> None:
         name, _, index = u.name.removesuffix("]").partition("[")
@@ -331,9 +364,9 @@ class Reading:
 
     def _value(self, u: _Update, member: str, indices: Mapping[str, int]) -> Value:
         self.target = member
-        if u.replaces is None:
+        if not u.own:
             return _Formula(u.formula, self.scope(index=indices), u.place).read()
-        more = {"derived": self._value(u.replaces, member, indices)}
+        more = {"derived": self._value(u.replaces, member, indices)} if u.replaces is not None else None
         return _Formula(u.formula, self.scope(False, indices, more), u.place).read()
 
     def _assign(self, name: str, value: Value, note: str | None, u: _Update) -> None:
@@ -358,7 +391,7 @@ class Reading:
             note = f"{target.name} <- {shown(value)}" if isinstance(value, Expr) and _derived(u.formula) else ""
         self.names[name] = target
         self.written.add(name)
-        self.assigns.append(Assign(target, cast(Any, value), note))
+        self.assigns.append(Assign(target, cast(Any, value), note, update=u.name.partition("[")[0]))
 
     def _numbered(self, name: str) -> str:
         """The name of a number: its own, or a free one. Those that specs write (`step`) are not given away: E213."""
@@ -371,7 +404,9 @@ class Reading:
         left = list(self.assigns)
         while True:
             for i, a in enumerate(left):
-                if a.target in states or not isinstance(a.target, Sym) or sum(b.target is a.target for b in left) > 1:
+                if a.target in states or not isinstance(a.target, Sym) or a.update in self.options.apart:
+                    continue
+                if sum(b.target is a.target for b in left) > 1:
                     continue
                 readers = [j for j, b in enumerate(left) if isinstance(b.value, Expr) and a.target in b.value.symbols]
                 if len(readers) != 1 or readers[0] < i:
@@ -816,11 +851,19 @@ def _positive(value: Value) -> bool:
     return bool(value.is_positive) if not isinstance(value, Expr) else False
 
 
+def _tree(formula: str) -> ast.AST:
+    """Its tree; that of nothing where it is none, which is said when it is read."""
+    try:
+        return ast.parse(formula.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
+
+
 def _derived(formula: str) -> bool:
     """Is something derived in it?"""
     return any(
         isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.func.id in ("grad", "prox", "argmin")
-        for x in ast.walk(ast.parse(formula.strip(), mode="eval"))
+        for x in ast.walk(_tree(formula))
     )
 
 

@@ -27,13 +27,14 @@ class State:
 class Assign:
     """target <- value. In a step, assignments run in order; later ones see the new value of a target.
 
-    block: the part of the layer that it belongs to; "" where a layer has one part.
+    block: the part of the layer that it belongs to; "" where a layer has one part.  update: that of the algorithm's text.
     """
 
     target: Sym | sp.Symbol
     value: Expr | sp.Expr
     note: str
     block: str = ""
+    update: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Learned:
 
     symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
     matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
-    where: "output", "gradient" or "prox" if it was asked for at such places only.
+    where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.
     """
 
     name: str
@@ -83,6 +84,11 @@ class Learned:
     scale: float = 1.0
     constructed: bool = False
     where: str = ""
+    own_start: Expr | sp.Expr | None = None
+
+    @property
+    def starts_at(self) -> Expr | sp.Expr:
+        return self.replaces if self.own_start is None else self.own_start
 
     @property
     def kind(self) -> Literal["scalar", "vector", "matrix"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable
 
 import sympy as sp
@@ -29,6 +30,8 @@ def initialise(m: Module) -> Method:
     for i, node in m.graph.nodes.items():
         if node.op in ("given", "scalar"):
             known[i] = Text(m.locals("symbol", str(node.attrs[0])))
+        elif node.op == "layer" and node.stage == Stage.SETUP:
+            known[i] = Text("layer", tensor=False)
         elif node.op == "dim":
             known[i] = m.size(sp.Symbol(node.attrs[0], integer=True, positive=True))
     for s in given:
@@ -40,10 +43,14 @@ def initialise(m: Module) -> Method:
         lines.append(f"{word} = torch.as_tensor({word}, dtype=torch.float64)")
     like = next((m.locals("symbol", s.name) for s in given), f"self.{some_tensor(m)}")
     sec = m.section(known, like, set())
-    for i in sec.lines_for([*goals.values(), *(Ref(i) for i in m.buffers)]):
+    own = {p.name for p in m.learned if p.name in goals and _of_layer(m, goals[p.name])}
+    for i in sec.lines_for([*(r for name, r in goals.items() if name not in own), *(Ref(i) for i in m.buffers)]):
         lines.append(sec.assign(i))
     for p in m.learned:
-        lines.append(_start_of(m, p, goals[p.name], sec) if p.name in goals else _drawn(m, p))
+        if p.name in own:
+            lines += _start_by_layer(m, p, goals[p.name], sec)
+        else:
+            lines.append(_start_of(m, p, goals[p.name], sec) if p.name in goals else _drawn(m, p))
     for i, name in m.buffers.items():
         text = sec.text(i)
         lines.append(f"self.{name}.copy_({text.code})" if text.tensor else f"self.{name}.fill_({text.code})")
@@ -111,9 +118,24 @@ def _reach(m: Module, nodes: Iterable[int]) -> set[tuple[str, str]]:
     return {(n.op, str(n.attrs[0])) for n in found if not n.inputs}
 
 
-def _start_of(m: Module, p: Learned, ref: Ref, sec: Section) -> str:
+def _of_layer(m: Module, ref: Ref) -> bool:
+    """Does a start differ from layer to layer?"""
+    return any(m.graph.nodes[i].op == "layer" for i in m.graph.reached([ref.node]))
+
+
+def _start_by_layer(m: Module, p: Learned, ref: Ref, sec: Section) -> list[str]:
+    if not p.per_layer:
+        raise UnrollError("E403", f"'{p.name}' is shared by all layers: its start cannot depend on the layer")
+    inner = sec.branch()
+    body = [inner.assign(i) for i in inner.lines_for([ref])]
+    body.append(_start_of(m, p, ref, inner, "[layer]"))
+    head = f"for layer in range(len(self.{m.attributes('learned', p.name)})):"
+    return [head, *textwrap.indent("\n".join(body), "    ").split("\n")]
+
+
+def _start_of(m: Module, p: Learned, ref: Ref, sec: Section, which: str = "") -> str:
     """Copy the start value of a parameter into it, through the inverse of its constraint."""
-    name = m.attributes("learned", p.name)
+    name = m.attributes("learned", p.name) + which
     leaves = (n for i in m.graph.reached([ref.node]) if not (n := m.graph.nodes[i]).inputs)
     if any(n.stage > Stage.SETUP for n in leaves):
         raise UnrollError("E403", f"'{p.name}' cannot be learned: what it replaces depends on the input or the layer")

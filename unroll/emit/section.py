@@ -131,6 +131,8 @@ def hint(graph: Graph, i: int) -> str:
             joined = _of_formula(node.attrs[0], [word(r) for r in node.inputs])
         case "weighed_product":
             joined = f"{''.join(map(word, node.inputs))}t"
+        case "factor":
+            joined = node.attrs[0]
         case "detach":
             joined = word(node.inputs[0])
         case "spectrum":

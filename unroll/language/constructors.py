@@ -17,6 +17,7 @@ from typing import Any, Literal, assert_never, cast
 
 import sympy as sp
 
+from unroll.errors import DeriveError
 from unroll.language.nodes import (
     ONE,
     Add,
@@ -59,6 +60,7 @@ from unroll.language.nodes import (
     Sym,
     Trace,
     Transpose,
+    Worked,
     Zero,
     bound_indices,
     broadcast,
@@ -876,6 +878,27 @@ def hold(e: Expr) -> Expr:
     return _distribute(hold, e) or (e if isinstance(e, Eye | Ones | Zero | Hold) else intern(Hold, e))
 
 
+def top(e: Expr, share: Expr) -> Expr:
+    """1 where an entry is among the share of largest magnitudes of its sample, else 0; constant for every derivation."""
+    if not share.is_scalar:
+        raise ShapeError(f"a share is a number, this is {show_shape(share.shape)}")
+    return hold(intern(Worked, "top", (e, share)))
+
+
+def factored(name: str, e: Expr) -> Expr:
+    """A part of a factorisation of what is known before the network runs. Raises DeriveError E132 of what moves."""
+    moving = sorted(s.name for s in e.symbols if s.role != "parameter")
+    if moving:
+        raise DeriveError(
+            "E132",
+            f"{name} is worked out once, of what parameters alone say; this depends on {moving[0]}",
+            hint="inv(M) and spectral_map(h(s), M) follow what moves",
+        )
+    if name.startswith("eigh") and not is_symmetric(e):
+        raise DeriveError("E132", f"{name} takes a symmetric matrix", hint="M.T @ M, or (M + M.T) / 2")
+    return intern(Worked, name, (e,))
+
+
 def indicator(name: str, e: Expr, *params: Any) -> Expr:
     """0 on the set, infinity outside."""
     return intern(Indicator, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), e)
@@ -960,6 +983,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             fresh = iter(parts)
             params = tuple(next(fresh) if isinstance(p, Expr) else p for p in params)
             return project(name, next(fresh), *params)
+        case Worked(name, _):
+            return intern(Worked, name, parts)
         case FamilySum(i, n, _):
             return family_sum(i, n, parts[0])
         case Sum(_, axis):

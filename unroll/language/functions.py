@@ -14,6 +14,7 @@ from unroll.language.constructors import (
     diagonal,
     elementwise,
     eye,
+    factored,
     hold,
     indicator,
     inverse,
@@ -26,6 +27,7 @@ from unroll.language.constructors import (
     softmax,
     spectral,
     spectral_norm,
+    top,
     total,
     trace,
     transpose,
@@ -33,7 +35,7 @@ from unroll.language.constructors import (
 )
 from unroll.language.nodes import ONE, Expr, ShapeError, show_shape, slot
 
-Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias"]
+Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias", "share"]
 Value = Expr | sp.Expr
 u, w = slot(0), slot(1)
 
@@ -60,6 +62,7 @@ class Function:
             "eps": "eps",
             "weight": "weight",
             "bias": "bias",
+            "share": "p",
         }
         shown = [names[k] for k in self.kinds]
         return f"{self.name}({', '.join(shown)})"
@@ -165,6 +168,22 @@ NORMS = (
 )
 
 
+FACTORS = (
+    ("pinv", "pseudoinverse; this and what follows up to eigh_vectors: of parameters alone, worked out once"),
+    ("svd_u", "left singular vectors, those of the largest values first; the largest entry of each is positive"),
+    ("svd_s", "singular values, the largest first"),
+    ("svd_v", "right singular vectors, M = svd_u(M) @ diag(svd_s(M)) @ svd_v(M).T"),
+    ("qr_q", "orthonormal factor Q of M = Q R"),
+    ("qr_r", "upper triangular factor R of M = Q R, its diagonal not negative"),
+    ("eigh_values", "eigenvalues of a symmetric matrix, the smallest first"),
+    ("eigh_vectors", "its eigenvectors; the largest entry of each is positive"),
+)
+
+
+def _factored(name: str) -> Callable[..., Expr]:
+    return lambda x: factored(name, x)
+
+
 FUNCTIONS: tuple[Function, ...] = (
     Function("I", ("size",), eye, "identity matrix"),
     Function("ones", ("size", "size"), lambda m, n=ONE: ones(m, n), "matrix (or vector) of ones", optional=1),
@@ -209,6 +228,8 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("repeat", ("vector", "size"), lambda x, n: operator("repeat", x, sizes=(n,)), "each entry n times"),
     Function("repeat_T", ("vector", "size"), lambda x, n: operator("repeat", x, adjoint=True, sizes=(n,)), "adjoint of repeat: sums of n entries"),
     Function("first", ("vector", "size"), lambda x, n: operator("first", x, sizes=(n,)), "the first n entries, 0 after the last"),
+    Function("top", ("matrix", "share"), top, "1 where an entry is among the share p (0 to 1) of largest magnitudes of its sample, else 0; a condition of where too"),
+    *(Function(name, ("matrix",), _factored(name), about) for name, about in FACTORS),
     Function("stop_gradient", ("matrix",), hold, "a constant for every derivation: gradient, curvature, prox"),
 )  # fmt: skip
 

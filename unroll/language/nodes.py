@@ -6,7 +6,7 @@ Only `constructors.py` builds nodes: it keeps the normal form.
 
     leaves       Sym, Member, Eye, Ones, Zero
     matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise,
-                 Normalise, Prox, ProxMap, SpectralProx, Project
+                 Normalise, Prox, ProxMap, SpectralProx, Project, Worked
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -490,6 +490,36 @@ class Project(_Keeping):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Worked(Expr):
+    """What an operation of `WORKED` makes of its arguments: worked out as a whole, without a derivative."""
+
+    name: str
+    args: tuple[Expr, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        return WORKED[self.name](*(a.shape for a in self.args))
+
+
+WORKED: dict[str, Callable[..., Shape]] = {
+    "top": lambda x, share: x,
+    "pinv": lambda x: (x[1], x[0]),
+    "svd_u": lambda x: (x[0], _smaller(x)),
+    "svd_s": lambda x: (_smaller(x), ONE),
+    "svd_v": lambda x: (x[1], _smaller(x)),
+    "qr_q": lambda x: (x[0], _smaller(x)),
+    "qr_r": lambda x: (_smaller(x), x[1]),
+    "eigh_values": lambda x: (x[0], ONE),
+    "eigh_vectors": lambda x: x,
+}
+"""Operations that are worked out as a whole: their shapes."""
+
+
+def _smaller(shape: Shape) -> sp.Expr:
+    return cast(sp.Expr, sp.Min(*shape))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class FamilySum(Expr):
     """sum(body for index in size)."""
 
@@ -603,7 +633,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}

@@ -16,6 +16,7 @@ import sympy as sp
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean, quote
 from unroll.language.constructors import (
     add,
+    as_constant,
     elementwise,
     family_logsumexp,
     family_softmax,
@@ -29,7 +30,7 @@ from unroll.language.constructors import (
     transpose,
 )
 from unroll.language.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
-from unroll.language.nodes import Expr, ShapeError, Sym, same, show_shape, slot
+from unroll.language.nodes import Expr, Hold, ShapeError, Sym, Worked, same, show_shape, slot
 
 LENGTH, DEPTH, DIGITS, EXPONENT = 10_000, 60, 40, 64
 """Most characters of a formula, levels of brackets, digits of a number, and size of a numeric exponent."""
@@ -337,6 +338,8 @@ class Reader:
                 return self._compare(node, a, RELATIONS[type(op)], b)
             case ast.BoolOp(op=op, values=values):
                 return self._joined(sp.And if isinstance(op, ast.And) else sp.Or, values)
+            case ast.BinOp(left=a, op=ast.BitAnd() | ast.BitOr() as op, right=b):
+                return self._joined(sp.And if isinstance(op, ast.BitAnd) else sp.Or, [a, b])
             case ast.BinOp(op=op):
                 self.fail(
                     node,
@@ -535,13 +538,25 @@ class Reader:
         self._fit(node, a, b, x, y)
         return Condition(relation(slot(0), slot(1)), (x, y))
 
+    def _condition(self, node: ast.expr) -> Condition | None:
+        """A comparison, or what is 1 where it holds, as top(v, p) is."""
+        found = self.visit(node)
+        match found:
+            case Condition():
+                return found
+            case Hold(Worked("top", _)):
+                return Condition(sp.Ne(slot(0), 0), (found,))
+            case _:
+                return None
+
     def _joined(self, word: Any, values: list[ast.expr]) -> Condition:
-        """Comparisons joined by `and` or `or`."""
+        """Comparisons joined by `and` or `or`, `&` or `|`."""
         relations, args = list[Any](), list[Expr]()
         for v in values:
-            found = self.visit(v)
-            if not isinstance(found, Condition):
-                self.fail(v, "E132", f"{self.source(v)} is not a comparison")
+            found = self._condition(v)
+            if found is None:
+                hint = "& and | bind closer than comparisons: (a) & (b > 0)" if len(values) == 2 else ""
+                self.fail(v, "E132", f"{self.source(v)} is not a comparison", hint)
             shift = {slot(i): slot(i + len(args)) for i in range(len(found.args))}
             relations.append(found.relation.subs(shift, simultaneous=True))
             args.extend(found.args)
@@ -643,6 +658,8 @@ class Reader:
                 return value
             case "weight" | "bias":
                 return self.matrix(node)
+            case "share":
+                return self._share(node)
             case "number":
                 return self.number(node)
             case "eps":
@@ -667,6 +684,16 @@ class Reader:
                     )
                 return int(value)
 
+    def _share(self, node: ast.expr) -> Expr:
+        """A share: a number, or one for each sample."""
+        value = self.matrix(node)
+        if not value.is_scalar:
+            self.fail(node, "E132", f"{self.source(node)} is {self.shape(value)}; a share is a number from 0 to 1")
+        c = as_constant(value)
+        if c is not None and c.is_number and not 0 <= c <= 1:
+            self.fail(node, "E132", f"{self.source(node)} is no share: it is from 0 to 1", "1.2 percent are 0.012")
+        return value
+
     def _elementwise(self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
         found = ELEMENTWISE_BY_NAME[name]
         if len(args) != found.arity or keywords:
@@ -685,8 +712,8 @@ class Reader:
         return elementwise(found.profile, *exprs)
 
     def _where(self, node: ast.Call, args: list[ast.expr]) -> Expr:
-        condition = self.visit(args[0]) if len(args) == 3 else None
-        if not isinstance(condition, Condition):
+        condition = self._condition(args[0]) if len(args) == 3 else None
+        if condition is None:
             self.fail(node, "E105", "where takes a condition and two values", "where(abs(u) <= a, u**2, a*abs(u))")
         yes, no = (self.matrix(a) for a in args[1:])
         exprs = [*condition.args, yes, no]

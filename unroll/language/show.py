@@ -50,6 +50,7 @@ from unroll.language.nodes import (
     Sym,
     Trace,
     Transpose,
+    Worked,
     Zero,
     slot,
 )
@@ -485,8 +486,13 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("conjugate", shown) if conjugate else (shown, ATOM)
         case Signal(i, sizes, body):
             return call("signal", body, i, functools.reduce(d.times.format, map(d.scalar, sizes)))
+        case Hold(Worked("top", _) as x):  # which no derivation sees through as it is
+            return _node(x, d)
         case Hold(x):
             return call("hold", x)
+        case Worked(name, args):
+            shown = name.replace("_", r"\_") if d is _LATEX else name
+            return call("op", shown, ", ".join(_show(a, d) for a in args))
         case FamilySum(i, n, body):
             return over("family", body, i, n)
         case Indicator(name, params, x):

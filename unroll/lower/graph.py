@@ -59,6 +59,7 @@ from unroll.language.nodes import (
     Sym,
     Trace,
     Transpose,
+    Worked,
     Zero,
     complex_valued,
     same,
@@ -313,7 +314,7 @@ def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
     "detach", "sum", "length", "unit", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
-    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path",
+    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path", "top",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
 """Symmetric, or a factor that only stands for its symmetric product."""
@@ -481,6 +482,21 @@ class Lowering:
             case SpectralProx(prox, x):
                 record = self._at_numbers(prox, {s: self._symbol(s) for s in prox.scalars})
                 return b.add("spectral_prox", (self.lower(x), *map(self._symbol, record.scalars)), record)
+            case Worked("top", (x, share)):
+                c = as_constant(share)
+                p = self.lower(share) if c is None else self.scalar(c)
+                return b.add("top", (self.lower(x), p), b.nodes[p.node].plain)
+            case Worked(name, (x,)):
+                ref = self.lower(x)
+                if b.nodes[ref.node].stage > Stage.SETUP:
+                    raise UnrollError(
+                        "E403",
+                        f"{e} is worked out once, and what is in it changes",
+                        hint="leave what is in it as it is",
+                    )
+                return b.add("factor", (ref,), name)
+            case Worked():
+                raise AssertionError(f"internal error, please report: no {e.name}")
             case Project(name, params, x):
                 return b.add("project", (self.lower(x), *map(self.value, params)), name)
             case Indicator("affine", (a, c), x) if isinstance(a, Expr) and isinstance(c, Expr):
@@ -655,7 +671,8 @@ def lower_step(problem: Problem, step: Step) -> Graph:
         ref = low.value(a.value)
         _name(b, ref, a.target.name, a.note)
         low.bind(a.target, ref)
-    roots: dict[Root, Ref] = {("learned", p.name): low.value(p.replaces) for p in step.learned if not p.constructed}
+    low.bind(LAYER, b.leaf("layer", "of_start", (ONE, ONE), Stage.SETUP, plain=True))
+    roots: dict[Root, Ref] = {("learned", p.name): low.value(p.starts_at) for p in step.learned if not p.constructed}
     for p in step.learned:
         low.bind(p.symbol, _learned(b, p))
     for s in step.states:
@@ -665,7 +682,7 @@ def lower_step(problem: Problem, step: Step) -> Graph:
     low.bind(LAYER, b.leaf("layer", "layer", (ONE, ONE), Stage.BODY, plain=True))
     for s in step.states:
         low.bind(s.symbol, _state(b, s.symbol))
-    roots |= {("learned", p.name): low.value(p.replaces) for p in step.learned if p.constructed}
+    roots |= {("learned", p.name): low.value(p.starts_at) for p in step.learned if p.constructed}
     for a in step.assigns:
         ref = low.value(a.value)
         _name(b, ref, a.target.name, a.note)

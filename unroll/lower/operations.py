@@ -22,7 +22,7 @@ import sympy as sp
 from unroll.calculus.gradient import derivative
 from unroll.calculus.stable import expm1, logcosh, xlogy
 from unroll.calculus.torch_text import power
-from unroll.language.nodes import ONE, Shape, broadcast, operator_shape, slot
+from unroll.language.nodes import ONE, WORKED, Shape, broadcast, operator_shape, slot
 from unroll.lower import spectral
 from unroll.lower.scalar_text import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
@@ -406,6 +406,36 @@ def _running_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return x.text.then(f".flip({axis}).cumsum({axis}).flip({axis})" if adjoint else f".cumsum({axis})")
 
 
+def _top_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: is the share a plain number?"""
+    x, share = args
+    p = share.text if out.attrs[0] or not share.node.batched else share.text.then("[..., None]")
+    name, axes = "top" if out.attrs[0] else "top_each", [t for t in x.tags if t in "rc"]
+    if len(axes) == 2:
+        call = Text(f"{name}({x.text.then('.flatten(-2)').code}, {p.code})")
+        return call.then(f".unflatten(-1, {x.text.then('.shape[-2:]').code})")
+    if axes:
+        return Text(f"{name}({x.text.code}, {p.code})")
+    return Text(f"{name}({x.text.then('[..., None]').code}, {p.code})").then(".squeeze(-1)")
+
+
+def _factor_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+    return WORKED[attrs[0]](args[0].shape)
+
+
+def _factor_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: which factor. Axes of size 1 are there while it is worked out."""
+    (x,) = args
+    code = x.ordered("rc")
+    code = code if "c" in x.tags else code.then("[..., None]")
+    code = code if "r" in x.tags else code.then("[..., None, :]")
+    call = Text(f"{out.attrs[0]}({code.code})")
+    gone = [i - 2 for i, t in enumerate("rc") if t not in out.tags]
+    if out.attrs[0] in ("svd_s", "eigh_values"):
+        return call if "r" in out.tags else call.then(".squeeze(-1)")
+    return call.then(f".squeeze({gone[0] if len(gone) == 1 else tuple(gone)})") if gone else call
+
+
 def _call(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
     """A function of square or orientation-free matrices, stored as they are."""
 
@@ -658,6 +688,10 @@ def helpers_of(node: Node) -> tuple[str, ...]:
     """Module-level functions that the text of a node calls."""
     if node.op == "softmax" and node.attrs[1]:
         return ("causal_softmax",)
+    if node.op == "factor":
+        return (node.attrs[0],)
+    if node.op == "top":
+        return ("top",) if node.attrs[0] else ("top_each",)
     if node.op in ("map", "spectral_sum", "spectral_map"):
         called = tuple(f.__name__ for f in (power, xlogy, expm1, logcosh) if node.attrs[0].has(f))
         return (*BY_NAME[node.op].helpers, *called)
@@ -699,6 +733,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("family_sum", _same, _over_family("sum"), _pointwise),
     Operation("family_logsumexp", _same, _over_family("logsumexp"), _pointwise),
     Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
+    Operation("top", _same, _top_text, _pointwise),
+    Operation("factor", _factor_axes, _factor_text, _cubic),
     Operation("norm", _same, _norm_text, _pointwise),
     Operation(
         "dropout",
@@ -784,6 +820,27 @@ HELPERS: dict[str, Helper] = {
         return x
     kept = torch.empty(x.shape[: x.ndim - axes] + (1,) * axes, dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
     return x * kept / (1 - rate)
+'''
+    ),
+    "top": Helper(
+        '''def top(v, p):
+    """1 where an entry is among the share p of largest magnitudes, as many as p n says, rounded; of equals at its end, none."""
+    size = v.detach().abs()
+    n = size.shape[-1]
+    count = math.floor(p * n * (1 + 1e-6) + 0.5)
+    if not 0 < count < n:
+        return torch.full_like(size, 1 if count >= n else 0)
+    return (size > size.kthvalue(n - count, dim=-1, keepdim=True).values).to(v.dtype)
+'''
+    ),
+    "top_each": Helper(
+        '''def top_each(v, p):
+    """1 where an entry is among the share p, of its own sample, of largest magnitudes: p n of them, rounded; of equals at its end, none."""
+    size = v.detach().abs()
+    n = size.shape[-1]
+    count = (p.detach().nan_to_num(0) * (n * (1 + 1e-6)) + 0.5).floor().clamp(0, n).long()
+    least = F.pad(size, (0, 1), value=-1).sort(dim=-1, descending=True).values
+    return (size > least.gather(-1, count.expand(*size.shape[:-1], 1))).to(v.dtype)
 '''
     ),
     "causal_softmax": Helper(
@@ -919,6 +976,49 @@ HELPERS: dict[str, Helper] = {
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return torch.where(length == 0, 0, x / torch.where(length == 0, 1, length))
 '''
+    ),
+    "pinv": _exact("pinv", "m", "The pseudoinverse.", "return torch.linalg.pinv(m)"),
+    "turned_up": Helper(
+        '''def turned_up(u):
+    """The sign of each column that makes its largest entry positive."""
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -1, 1).to(u.dtype)
+'''
+    ),
+    "svd_u": _exact(
+        "svd_u",
+        "m",
+        "Left singular vectors.",
+        "u = torch.linalg.svd(m, full_matrices=False).U\nreturn u * turned_up(u)",
+        ("turned_up",),
+    ),
+    "svd_s": _exact("svd_s", "m", "Singular values, the largest first.", "return torch.linalg.svdvals(m)"),
+    "svd_v": _exact(
+        "svd_v",
+        "m",
+        "Right singular vectors.",
+        "u, _, vt = torch.linalg.svd(m, full_matrices=False)\nreturn vt.mT * turned_up(u)",
+        ("turned_up",),
+    ),
+    "qr_q": _exact(
+        "qr_q",
+        "m",
+        "The orthonormal factor of m = q r.",
+        "q, r = torch.linalg.qr(m)\nreturn q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)[..., None, :]",
+    ),
+    "qr_r": _exact(
+        "qr_r",
+        "m",
+        "The triangular factor of m = q r, its diagonal not negative.",
+        "r = torch.linalg.qr(m).R\nreturn r * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)[..., None]",
+    ),
+    "eigh_values": _exact("eigh_values", "m", "Eigenvalues, the smallest first.", "return torch.linalg.eigvalsh(m)"),
+    "eigh_vectors": _exact(
+        "eigh_vectors",
+        "m",
+        "Eigenvectors.",
+        "q = torch.linalg.eigh(m).eigenvectors\nreturn q * turned_up(q)",
+        ("turned_up",),
     ),
     "spectral_norm": _exact(
         "spectral_norm",

@@ -55,6 +55,7 @@ from unroll.language.nodes import (
     Sym,
     Trace,
     Transpose,
+    Worked,
     Zero,
     free_indices,
     slot,
@@ -219,6 +220,12 @@ class Evaluator:
             case ProxMap(prox, args, slots):
                 first, *rest = torch.broadcast_tensors(*map(self, args))
                 return self.prox(prox, first, dict(zip(slots, rest, strict=True)))
+            case Worked("top", (x, share)):
+                return _top(self(x), self(share))
+            case Worked(name, (x,)):
+                return _factor(name, self(x))
+            case Worked():
+                raise AssertionError(f"internal error, please report: no {e.name}")
             case Project(name, params, x):
                 return project(name, self(x), [self(p) if isinstance(p, Expr) else self.number(p) for p in params])
             case FamilySum(index, n, body):
@@ -339,6 +346,35 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             return u[:, : int(r)] @ torch.diag(s[: int(r)]) @ v[: int(r)]
         case _:
             raise AssertionError(f"internal error, please report: no set {name}")
+
+
+def _top(x: Tensor, share: Tensor) -> Tensor:
+    """1 where no more entries of the sample are as large, itself among them, than the share says."""
+    size = x.abs().flatten(-2)
+    as_large = (size[..., None, :] >= size[..., :, None]).sum(-1)
+    count = (share.nan_to_num(0).flatten(-2) * size.shape[-1] * (1 + 1e-6) + 0.5).floor()
+    return (as_large <= count).to(x.dtype).reshape(x.shape)
+
+
+def _factor(name: str, x: Tensor) -> Tensor:
+    """Factorisations, singular values from those of the Gram matrix, and the pseudoinverse by least squares."""
+    rank = min(x.shape[-2:])
+    match name:
+        case "pinv":
+            return torch.linalg.lstsq(x, torch.eye(x.shape[-2], dtype=x.dtype), driver="gelsd").solution
+        case "svd_s":
+            return torch.linalg.eigvalsh(x @ x.mT).flip(-1)[..., :rank, None].clamp_min(0).sqrt()
+        case "svd_u" | "svd_v" | "eigh_vectors":
+            u = torch.linalg.eigh(x).eigenvectors if name == "eigh_vectors" else torch.linalg.svd(x, False).U
+            up = u.gather(-2, u.abs().argmax(-2, keepdim=True)).sign()
+            return torch.linalg.svd(x, False).Vh.mT * up if name == "svd_v" else u * up
+        case "qr_q" | "qr_r":
+            q, r = torch.linalg.qr(x)
+            up = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+            return q * up[..., None, :] if name == "qr_q" else r * up[..., None]
+        case _:
+            assert name == "eigh_values", name
+            return torch.linalg.eigvalsh(x)[..., None]
 
 
 @cache

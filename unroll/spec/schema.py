@@ -226,11 +226,19 @@ class Learn(Record):
     """the sub-expression, as `unroll show` prints it or any text equal to it; a family by its name"""
     share: Literal["layers", "none"] = "none"
     """layers: one for all; none: one per layer"""
+    in_: str | None = Field(default=None, alias="in")
+    """the update of the algorithm in which it stands, as it is before others are put into it; or `start`: where variable and states start"""
+    transposed: bool = True
+    """its transpose too; false: as it is written alone, so that A.T is learned and A is not"""
     where: str | None = None
     """which occurrences: gradient (what is fed to the prox), prox, output (the outermost factor); all if left out"""
     init: Literal["value", "data", "gaussian", "uniform", "zeros", "ones"] = "value"
     """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
     depends on the variable; or a draw of its own in each layer, of variance 1/rows"""
+    start: Formula | None = None
+    """what it starts at, in place of the value that it replaces; may depend on `layer`: a departure from the algorithm"""
+    fixed: bool = False
+    """not learned: `start` stands in its place for good"""
     scale: Positive = 1.0
     """factor of a drawn start, and of ones"""
     shape: Shape | None = None
@@ -276,6 +284,20 @@ class Gauge(Record):
     update: Formula | None = None
 
 
+class Start(Record):
+    """A state of an algorithm, and where it starts; `w: K @ z` is short for `{start: K @ z}`."""
+
+    start: Formula | None = None
+    """its first value: in letters of the algorithm, numbers and states above it"""
+    like: Formula | None = None
+    """as large as this; it starts at 0, or at `start` in every entry"""
+    number: Formula | None = None
+    """of a state that is one number, the same for every sample: its first value"""
+
+
+StateField = Annotated[Start, BeforeValidator(_short_start, json_schema_input_type=str | float | Start)]
+
+
 class Scheme(Record):
     """The steps of an algorithm: what `unroll` and each of its blocks have in common."""
 
@@ -290,7 +312,10 @@ class Scheme(Record):
     numbers: dict[Name, Formula] = {}
     """number of the algorithm -> its value, in place of the algorithm's own; `step: 0.1` is short for `numbers: {step: 0.1}`"""
     updates: dict[Target, Formula] = {}
-    """update of the algorithm -> what stands in its place; `derived` is what was there: a declared departure"""
+    """update of the algorithm -> what stands in its place; `derived` is what was there: a declared departure. Another name is an
+    update of the spec's own, before the next one that is named here"""
+    states: dict[Target, StateField] = {}
+    """states of the spec's own, for `updates`"""
     learn: dict[Name, Learn] = {}
     keep: dict[Name, Formula] = {}
     """quantities that `net.construct` works out on the data in every layer, for use in estimates: sum(Pi[k]) / N for k in K"""
@@ -343,17 +368,6 @@ class Unroll(Scheme):
 # --- an algorithm, as a text -----------------------------------------------------------------------------------------
 
 
-class Start(Record):
-    """A state of an algorithm, and where it starts; `w: K @ z` is short for `{start: K @ z}`."""
-
-    start: Formula | None = None
-    """its first value: in letters of the algorithm, numbers and states above it"""
-    like: Formula | None = None
-    """as large as this; it starts at 0, or at `start` in every entry"""
-    number: Formula | None = None
-    """of a state that is one number, the same for every sample: its first value"""
-
-
 class Free(Record):
     """A number that an algorithm leaves open, and its value where the spec says nothing; `1/L(f)` is short for `{start: 1/L(f)}`."""
 
@@ -365,7 +379,6 @@ class Free(Record):
     about: Text = ""
 
 
-StateField = Annotated[Start, BeforeValidator(_short_start, json_schema_input_type=str | float | Start)]
 FreeField = Annotated[Free, BeforeValidator(_short_start, json_schema_input_type=str | float | Free)]
 
 

@@ -48,6 +48,7 @@ from unroll.language.nodes import (
     Sym,
     Trace,
     Transpose,
+    Worked,
     same,
     slot,
 )
@@ -149,7 +150,7 @@ def _ahead(e: Expr, over: sp.Expr) -> Expr | None:
             across = [n for n, a in zip(x.shape, (0, 1), strict=True) if axis in (None, a)]
         case Normalise() | Softmax(causal=False):
             across = [e.shape[e.axis]]
-        case Inverse() | LogDet() | Trace() | Spectral() | SpectralMap() | SpectralNorm():
+        case Inverse() | LogDet() | Trace() | Spectral() | SpectralMap() | SpectralNorm() | Worked():
             across = list(e.children[0].shape)
         case Mul(_, factors):
             across = [a.cols for a, b in pairwise(factors) if not (_upper(b) or _upper(transpose(a)))]
