@@ -725,7 +725,7 @@ def _in_product(node: Mul, pattern: Expr, into: Expr) -> Expr | None:
 
 def _divides(c: sp.Expr, coef: sp.Expr) -> bool:
     """Is coef = c * (something without the symbols of c)?"""
-    return not (coef / c).free_symbols & c.free_symbols
+    return not cast(sp.Expr, sp.cancel(coef / c)).free_symbols & c.free_symbols
 
 
 def _words(e: Expr) -> list[tuple[sp.Expr, Word]]:
@@ -752,7 +752,9 @@ def algebraic(e: Expr, pattern: Expr, into: Expr, both: bool = True) -> Expr:
         for i in range(len(whole) - len(lead) + 1):
             if whole[i : i + len(lead)] != lead or whole not in terms:
                 continue
-            a, before, after = c / lead_c, whole[:i], whole[i + len(lead) :]
+            a, before, after = cast(sp.Expr, sp.cancel(c / lead_c)), whole[:i], whole[i + len(lead) :]
+            if not _divides(lead_c, c):
+                continue
             needed = {(*before, *w, *after): a * k for k, w in words}
             if all(sp.expand(terms.get(f, sp.Integer(0)) - k) == 0 for f, k in needed.items()):
                 for f in needed:

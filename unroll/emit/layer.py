@@ -170,7 +170,7 @@ def per_layer(m: Module) -> list[tuple[str, str]]:
 
 
 def loop_head(m: Module, per_layer: list[tuple[str, str]]) -> list[str]:
-    index = any(n.op == "layer" for n in m.graph.nodes.values())
+    index = any(n.op == "layer" and n.stage == Stage.BODY for n in m.graph.nodes.values())
     if not per_layer:
         return [f"for {'layer' if index else '_'} in range(self.layers if layers is None else layers):"]
     names, stacks = ", ".join(n for n, _ in per_layer), [s for _, s in per_layer]
