@@ -48,6 +48,17 @@ PROBLEMS: dict[str, tuple[Spec, Any]] = {
     ),
 }
 """name -> (objective, the same for CVXPY)."""
+OTHERS: dict[str, Spec] = {
+    "simplex": {"minimize": {"fit": FIT}, "constraints": ["z in simplex"]},
+    "concave": {"minimize": {"energy": "1/2*sumsq(z)", "memory": "-logsumexp(A @ z)"}, "inputs": {}},
+    "smoothed": {"minimize": {"fit": FIT, "sparsity": "lam*sum(sqrt(mu + z**2))"}},
+    "weighted": {"minimize": {"fit": FIT, "sparsity": "lam*sum(log(1 + abs(z) / mu))"}},
+    "positive": {
+        "minimize": {"fit": FIT}, "parameters": {"A": {"shape": ["m", "n"], "positive": True}},
+        "variables": {"z": {"shape": ["n"], "positive": True}}, "inputs": {"x": {"shape": ["m"], "positive": True}},
+    },
+}  # fmt: skip
+"""Of algorithms that claim no optimum of a convex problem, or take one kind of problem alone."""
 CONDITION = {"lasso": 1e3, "ridge": 1e3}
 """That of A'A + lam I, or of A A' where A is wide; else random."""
 
@@ -58,7 +69,8 @@ def data(name: str) -> tuple[Tensor, Tensor]:
     u, _, v = torch.linalg.svd(a, full_matrices=False)
     top = 0.1 * CONDITION.get(name, 9)
     s = torch.linspace(0.3, top**0.5, M, dtype=torch.float64)
-    return u @ (s[:, None] * v), torch.randn(M, generator=g, dtype=torch.float64)
+    a, x = u @ (s[:, None] * v), torch.randn(M, generator=g, dtype=torch.float64)
+    return (a.abs(), x.abs()) if name == "positive" else (a, x)
 
 
 def optimum(name: str) -> float:
@@ -71,8 +83,9 @@ def optimum(name: str) -> float:
 
 
 def compiled(name: str, algorithm: str, layers: int, **more: Any) -> Any:
-    spec = {**SHARED, **PROBLEMS[name][0], "name": name, "unroll": {"algorithm": algorithm, "layers": layers, **more}}
-    unused = {"lam", "mu"} - {s for s in ("lam", "mu") if s in str(PROBLEMS[name][0])}
+    own = OTHERS[name] if name in OTHERS else PROBLEMS[name][0]
+    spec = {**SHARED, **own, "name": name, "unroll": {"algorithm": algorithm, "layers": layers, **more}}
+    unused = {"lam", "mu"} - {s for s in ("lam", "mu") if s in str(own)}
     spec["scalars"] = {k: v for k, v in SHARED["scalars"].items() if k not in unused}
     return unroll.compile(spec, parameters={"A": data(name)[0]}, dtype=torch.float64)
 
@@ -270,36 +283,41 @@ ALL = [a.name for a in every() if a.name not in ("power_step",)]
 
 
 def problem_of(algorithm: str) -> str:
-    return {"gradient_descent": "ridge", "heavy_ball": "ridge", "nesterov": "ridge", "projected_gradient": "box"}.get(
-        algorithm, "lasso"
-    )
+    return {
+        "gradient_descent": "ridge", "heavy_ball": "ridge", "nesterov": "ridge", "projected_gradient": "box", "newton": "logistic",
+        "mirror_descent": "simplex", "multiplicative": "positive", "irls": "smoothed", "cccp": "concave", "reweighted_l1": "weighted",
+    }.get(algorithm, "lasso")  # fmt: skip
+
+
+def inputs_of(name: str) -> tuple[Tensor, ...]:
+    return (data(name)[1],) if OTHERS.get(name, SHARED).get("inputs", True) else ()
 
 
 @pytest.mark.parametrize("algorithm", ALL)
 def test_a_block_goes_on_as_its_algorithm_does(algorithm: str, tmp_path: Path) -> None:
     """Alone, in a block, two steps at a time, deeper than compiled, after restore: the same iterates."""
     name = problem_of(algorithm)
-    x = data(name)[1]
-    alone = torch.stack(compiled(name, algorithm, 6).trace(x).iterates["z"])
+    x = inputs_of(name)
+    alone = torch.stack(compiled(name, algorithm, 6).trace(*x).iterates["z"])
     spec = compiled(name, algorithm, 6).spec.to_dict()
     given = {"parameters": {"A": data(name)[0]}, "dtype": torch.float64}
     for steps in (1, 2):
         blocks = {"blocks": [{"block": "b", "algorithm": algorithm, "steps": steps}], "layers": 6 // steps}
         net = unroll.compile({**spec, "unroll": blocks}, **given)
-        found = torch.stack(net.trace(x).iterates["z"])
+        found = torch.stack(net.trace(*x).iterates["z"])
         torch.testing.assert_close(found, alone[::steps], rtol=1e-10, atol=1e-12)
     shallow = compiled(name, algorithm, 2)
     shallow.save(tmp_path / "net")
-    torch.testing.assert_close(unroll.restore(tmp_path / "net")(x, layers=6), alone[-1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(unroll.restore(tmp_path / "net")(*x, layers=6), alone[-1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("algorithm", ALL)
 def test_replaced_by_what_was_derived_nothing_changes(algorithm: str) -> None:
     name = problem_of(algorithm)
-    x, text = data(name)[1], next(a.text for a in every() if a.name == algorithm)
+    x, text = inputs_of(name), next(a.text for a in every() if a.name == algorithm)
     updates = {u: "derived" for u in text.record.updates if u != "momentum"}
     plain, same = compiled(name, algorithm, 5), compiled(name, algorithm, 5, updates=updates)
-    assert torch.equal(plain(x), same(x))
+    assert torch.equal(plain(*x), same(*x))
     assert len(same.derivation.exact.departures) == len(updates)
 
 

@@ -10,7 +10,7 @@ from typing import cast
 import sympy as sp
 from sympy.core.relational import Relational
 
-from unroll.language.constructors import as_constant, conjugated, matmul, scalar_factor, scale, transpose
+from unroll.language.constructors import as_constant, conjugated, elementwise, matmul, scalar_factor, scale, transpose
 from unroll.language.nodes import (
     Add,
     Diag,
@@ -61,7 +61,11 @@ def nonnegative(e: Expr) -> bool:
         case Map(profile, args):
             sign = "nonnegative" if profile.has(Relational, sp.sign) else "positive"  # at 0, with no jump: the limit
             signs = {slot(i): sp.Symbol(f"_{i}", **{sign: True}) for i, a in enumerate(args) if nonnegative(a)}
-            return profile.xreplace(signs).is_nonnegative is True
+            if profile.xreplace(signs).is_nonnegative is True:
+                return True
+            cases = profile.atoms(sp.Piecewise)  # whichever of them is taken
+            options = [profile.xreplace({p: pair.args[0]}) for p in cases for pair in p.args]
+            return len(cases) == 1 and all(nonnegative(elementwise(o, *args)) for o in options)
         case _:
             return False
 

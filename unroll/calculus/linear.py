@@ -12,10 +12,12 @@ from unroll.calculus.gradient import gradient
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
+    diag,
     elementwise,
     eye,
     inverse,
     matmul,
+    ones,
     operator,
     prox,
     scale,
@@ -139,6 +141,22 @@ def quadratic(e: Expr, z: Sym) -> bool:
         return False
 
 
+def hessian(e: Expr, z: Sym) -> Expr:
+    """The matrix of second derivatives of e in a vector z. Raises DeriveError E301 where it is not seen as one."""
+    if z.cols != 1:
+        raise DeriveError(
+            "E301",
+            f"{z.name} is a matrix: second derivatives in it have four axes",
+            hint="a vector has a matrix of them",
+        )
+    d = symbol("_d", *z.shape, "variable")
+    along = gradient(total(elementwise(slot(0) * slot(1), gradient(e, z), d)), z)
+    found = _matrix(along, d) if depends(along, d) else zeros(z.rows, z.rows)
+    if found is None:
+        raise DeriveError("E301", f"no rule writes the second derivatives of {text(e)} as a matrix")
+    return found
+
+
 def least(e: Expr, z: Sym) -> Expr:
     """argmin of e over z: a linear system where all of e is quadratic, a prox where the quadratic is c |z - v|^2 / 2 beside other terms.
 
@@ -184,8 +202,34 @@ def _matrix(e: Expr, z: Sym) -> Expr | None:
             return None if inner is None else matmul(*front, inner, coef=c)
         case Op(name, x, adjoint, sizes) if name in COLUMNWISE and (inner := _matrix(x, z)) is not None:
             return scale(c, operator(name, inner, adjoint, sizes))
+        case Map(profile, args) if (weights := _weights(profile, args, z)) is not None:  # sum of w * (M z), w (m' z)
+            products = [_weighed(elementwise(w, *args), _matrix(args[i], z)) for i, w in weights.items()]
+            return None if any(m is None for m in products) else scale(c, add(*(m for m in products if m is not None)))
+        case Sum(x, axis) if x.cols == 1 and axis in (None, 0) and (inner := _matrix(x, z)) is not None:
+            return matmul(ones(1, x.rows), inner, coef=c)
         case Add(terms):
             found = [_matrix(t, z) for t in terms]
             return None if any(m is None for m in found) else scale(c, add(*(m for m in found if m is not None)))
         case _:
             return None
+
+
+def _weights(profile: sp.Expr, args: tuple[Expr, ...], z: Sym) -> dict[int, sp.Expr] | None:
+    """The factor of each argument that reads z, of a profile that is linear in them."""
+    moving = [i for i, a in enumerate(args) if depends(a, z)]
+    slots = {slot(i) for i in moving}
+    factors: dict[int, sp.Expr] = {
+        i: sp.factor(sp.diff(profile, slot(i))) for i in moving
+    }  # one product: no sum of two diagonals
+    if any(w.free_symbols & slots for w in factors.values()) or profile.subs(dict.fromkeys(slots, 0)) != 0:
+        return None
+    return factors
+
+
+def _weighed(w: Expr, m: Expr | None) -> Expr | None:
+    """w * (M z) as a matrix before z, w a number or a vector."""
+    if m is None or w.cols != 1:
+        return None
+    if w.is_scalar:
+        return elementwise(slot(0) * slot(1), w, m)
+    return matmul(w if m.rows == 1 else diag(w), m)

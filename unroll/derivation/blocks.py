@@ -36,7 +36,7 @@ from unroll.language.constructors import (
     zeros,
 )
 from unroll.language.functions import Value, as_expr
-from unroll.language.nodes import Add, Expr, Prox, Sym, depends, scalar, show_shape, slot
+from unroll.language.nodes import Add, Expr, Prox, Sym, Zero, depends, scalar, show_shape, slot
 from unroll.language.parse import Place, Scope, parse, parse_constraint
 from unroll.language.problem import Problem, place_of, tensor
 from unroll.language.show import text
@@ -258,7 +258,11 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         notes += [f"{half.name}: {n}" for n in part.notes if not n.startswith("monotone")]
         subproblems += part.subproblems
         hands += part.hands
-    first = [State(s, zeros(*z.shape)) for z, s in states.items()]
+    said = {
+        s.symbol: s for s in reversed(hidden) if not isinstance(s.start, Zero)
+    }  # by the first algorithm that says it
+    first = [said.get(s, State(s, zeros(*z.shape))) for z, s in states.items()]
+    hidden = [s for s in hidden if s.symbol not in states.values()]
     return Step(
         " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)) or "declared blocks", tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
         notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems), hands=tuple(hands),
@@ -296,7 +300,7 @@ def _whole(halves: list[Half], problem: Problem, spec: Spec) -> None:
 
 
 def _part(half: Half, v: Sym, alone: bool) -> Step:
-    """One block about the variable v, as a step whose assignments carry its name; states: those that it keeps besides the variable.
+    """One block about the variable v, as a step whose assignments carry its name; states: those that it keeps, and where v starts.
 
     alone: does no other block change v?
     """
@@ -318,7 +322,7 @@ def _part(half: Half, v: Sym, alone: bool) -> Step:
     return replace(
         step,
         definitions=tuple(definitions),
-        states=tuple(s for s in step.states if s.symbol is not state_of(z)),
+        states=tuple(s for s in step.states if z is v or s.symbol is not state_of(z)),
         assigns=tuple(parts),
         departures=(*departures, *found, *more),
         subproblems=((half.name, sub),),
@@ -522,7 +526,8 @@ def _framed(
     if entry is not None:
         assigns.append(Assign(entry, entered, "" if entered is raw else f"{entry.name} <- {text(entered)}"))
         entered = entry
-    start = _start(half, z, v, entered, scope) if block is not None else entered
+    (own,) = (s.start for s in step.states if s.symbol is inner)
+    start = _start(half, z, v, entered, as_expr(own), scope) if block is not None else entered
     if half.scheme.gauge is not None:
         _one_assignment(half, step, block.steps if block is not None else 1)
     goes_on = z is v and start in (entered, raw)
@@ -663,11 +668,12 @@ def _norm_departure(half: Half, record: Normalise, v: Sym) -> Departure:
     )
 
 
-def _start(half: Half, z: Sym, v: Sym, entered: Expr, scope: Scope) -> Expr:
+def _start(half: Half, z: Sym, v: Sym, entered: Expr, own: Expr, scope: Scope) -> Expr:
+    """Where the iteration of a block begins. own: where its algorithm does, by itself."""
     block = half.block
     assert block is not None
     if block.start is None:
-        return entered if z is v else zeros(*z.shape)
+        return entered if z is v else own
     place = half.place("start")
     value = parse(block.start, scope, place)
     e = constant(value, *z.shape) if not isinstance(value, Expr) else value

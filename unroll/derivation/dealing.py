@@ -8,27 +8,32 @@ g(K @ z) a term that reads z through something linear. Smooth terms go to what t
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import prod
 
+import sympy as sp
+
+from unroll.calculus.entropy import entropic
 from unroll.calculus.linear import Linear, quadratic
+from unroll.calculus.majorise import Of, tangent
 from unroll.calculus.prox import proximable
 from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add
-from unroll.language.nodes import Expr, Sym
+from unroll.language.nodes import Expr, Indicator, Sym
 from unroll.language.parse import Reader, Scope
 from unroll.language.show import pretty
 from unroll.spec.texts import Text
 
-GRADIENT, PROX, ARGMIN = "gradient", "prox", "argmin"
-USES = {"grad": GRADIENT, "prox": PROX, "argmin": ARGMIN}
+GRADIENT, PROX, ARGMIN, ENTROPY = "gradient", "prox", "argmin", "entropy"
+MAJORANTS: dict[str, Of] = {"majorant in |z|": "abs", "majorant in z^2": "square"}
+USES = {"grad": GRADIENT, "hess": GRADIENT, "prox": PROX, "argmin": ARGMIN, "bregman": ENTROPY, "tangent": "majorant"}
 MOST = 512
 """Dealings that are tried, where the first does not fit."""
-PROPERTIES = ("convex", "not convex", "sets")
+PROPERTIES = ("convex", "not convex", "concave", "quadratic", "sets", "simplex")
 
 
 class Misfit(Exception):
@@ -184,13 +189,28 @@ def _uses(text: Text, names: set[str]) -> dict[str, set[str]]:
         tree = Reader(formula, Scope(), text.place(*path)).tree()
         for call in (x for x in ast.walk(tree) if isinstance(x, ast.Call)):
             match call:
+                case ast.Call(func=ast.Name("tangent"), args=[ast.Name() | ast.Subscript() as first, _, ast.Name(of)]):
+                    use = next((u for u, o in MAJORANTS.items() if o == of), "")
                 case ast.Call(func=ast.Name(word), args=[first, *_]) if word in USES:
-                    for x in ast.walk(first):
-                        if isinstance(x, ast.Name) and x.id in names:
-                            found[x.id].add(USES[word])
+                    use = USES[word]
                 case _:
-                    pass
+                    continue
+            for name in _named(first):
+                if name in names:
+                    found[name].add(use)
     return found
+
+
+def _named(e: ast.AST) -> Iterator[str]:
+    """The names in a formula, but those that an operation within takes."""
+    match e:
+        case ast.Name(name):
+            yield name
+        case ast.Call(func=ast.Name("tangent")):
+            return
+        case _:
+            for x in ast.iter_child_nodes(e):
+                yield from _named(x)
 
 
 def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...]] | None = None) -> Dealt:
@@ -272,6 +292,8 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
         for p in parts:
             if not p.differentiable:
                 raise Misfit(f"{pretty(p.e)} is not smooth")
+            if letter.operator and p.inner is None:
+                raise Misfit(f"{pretty(p.e)} is no {letter.name}(K {p.variable.name} + b) with one K")
         return
     if letter.operator:
         _refuse_inner(letter, parts)
@@ -281,11 +303,28 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
             if not quadratic(p.e, p.variable):
                 raise Misfit(f"{pretty(p.e)} is not quadratic, and {letter.name} is minimised exactly")
         return
+    if ENTROPY in letter.uses:
+        _try(lambda z: entropic(add(*(p.e for p in parts)), z, sp.S.One, z), parts)
+        return
+    for use, of in MAJORANTS.items():
+        if use in letter.uses:
+            for p in parts:
+                _try(lambda z, e=p.e, of=of: tangent(e, z, z, of), parts)
+            return
     for p in parts:
         if p.proximal is None and p.own_prox is None:
             raise Misfit(p.own_reason)
     if len(parts) > 1:
         _joint(add(*(p.weighed for p in parts)), parts[0].variable)
+
+
+def _try(derive: Callable[[Sym], object], parts: list[Part]) -> None:
+    """Raises Misfit where a derivation is refused."""
+    try:
+        if parts:
+            derive(parts[0].variable)
+    except DeriveError as refused:
+        raise Misfit(refused.message) from None
 
 
 def _joint(e: Expr, z: Sym) -> None:
@@ -333,9 +372,21 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
                 raise Misfit(f"{pretty(loose[0].e)} is neither smooth nor a constraint")
             if not parts:
                 raise Misfit("there is no constraint to project on")
+        case "simplex":
+            loose = [p for p in parts if not isinstance(p.e, Indicator) or p.e.set != "simplex"]
+            if loose or not parts:
+                raise Misfit("the variable is not constrained to the simplex, and to nothing else")
         case "not convex":
             if all(_convex(p) for p in parts):
                 raise Misfit("what is minimised is convex; this step is for what is convex and maximised")
+        case "concave":
+            bad = [p for p in parts if p.smooth is None or not p.smooth.concave]
+            if bad or not parts:
+                raise Misfit(f"{pretty(bad[0].e)} is not known to be concave" if bad else f"no term is left for {name}")
+        case "quadratic":
+            bad = [p for p in parts if not quadratic(p.e, p.variable)]
+            if bad:
+                raise Misfit(f"{pretty(bad[0].e)} is not quadratic")
         case _:
             bad = [p for p in parts if not _convex(p)]
             if bad:

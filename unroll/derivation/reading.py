@@ -10,20 +10,24 @@ from typing import Any, cast
 import sympy as sp
 
 from unroll.calculus import curvature
+from unroll.calculus.cones import nonnegative
+from unroll.calculus.divergence import divergence, planned
+from unroll.calculus.entropy import entropic, signed_parts
 from unroll.calculus.gradient import gradient
-from unroll.calculus.linear import Linear, least, square_of_norm
+from unroll.calculus.linear import Linear, hessian, least, square_of_norm
+from unroll.calculus.majorise import tangent
 from unroll.calculus.torch_text import nonzero
-from unroll.derivation.dealing import ARGMIN, GRADIENT, Dealt, Share, letters
+from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters
 from unroll.derivation.parts import Part
 from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant, constant, elementwise, hold, prox, scale, symbol, zeros
 from unroll.language.functions import Value, as_expr
-from unroll.language.nodes import Expr, Sym, scalar, show_shape, slot
+from unroll.language.nodes import Expr, Hold, Sym, depends, scalar, show_shape, slot
 from unroll.language.parse import Condition, Place, Reader, Scope, nowhere, parse
 from unroll.language.problem import Problem
 from unroll.language.show import text as shown
-from unroll.language.traversal import held_at, substitute
+from unroll.language.traversal import held_at, substitute, transform
 from unroll.spec.schema import Free, Rule, Start
 from unroll.spec.texts import Text
 
@@ -79,7 +83,7 @@ class Reading:
         self.derived: list[Assign] = []
         """Lipschitz constants and norms, in the order in which they were asked for."""
         self.notes: list[str] = []
-        self.states: list[State] = [State(self.state, zeros(*self.z.shape))]
+        self.states: list[State] = []
         self.assigns: list[Assign] = []
         self.last: dict[str, Sym | sp.Symbol] = {}
         self.written: set[str] = set()
@@ -111,6 +115,8 @@ class Reading:
         self._scalars_of_rule()
         for name, free in record.scalars.items():
             self._declare(name, free)
+        if self.argument not in record.states:
+            self.states.append(State(self.state, zeros(*self.z.shape)))
         for name, start in [*record.states.items(), *(self.rule.states.items() if self.rule else ())]:
             self._start(name, start)
         for name, start in self.options.states.items():
@@ -142,7 +148,7 @@ class Reading:
     def _hands(self) -> Iterable[Hand]:
         for share in (s for shares in self.dealt.values() for s in shares if s.e is not None):
             uses = share.letter.uses
-            use = "gradient" if GRADIENT in uses else "argmin" if ARGMIN in uses else "prox"
+            use = cast(Any, next((u for u in (GRADIENT, ARGMIN, PROX, ENTROPY) if u in uses), "majorant"))
             terms = tuple(dict.fromkeys(p.term for p in share.parts))
             e = add(*(p.e for p in share.parts)) if use == "gradient" else cast(Expr, share.e)
             operator = share.linear.e if share.linear is not None and not share.linear.is_identity else None
@@ -150,12 +156,15 @@ class Reading:
 
     def _claims(self) -> Iterable[str]:
         parts = [p for shares in self.dealt.values() for s in shares for p in s.parts]
+        majorised = [
+            p for shares in self.dealt.values() for s in shares if s.letter.uses & {*MAJORANTS} for p in s.parts
+        ]
         if (
             "monotone" in self.text.record.claims
             and self.options.step == OWN_STEP
             and not self.options.numbers
             and not self.options.updates
-            and all(p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
+            and all(p in majorised or p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
             and not any(p.holds for p in parts)
         ):
             yield "monotone: no step raises the objective"
@@ -230,6 +239,10 @@ class Reading:
         ).read()
         name, _, index = key.removesuffix("]").partition("[")
         for called, indices in self._members(name, index):
+            if called == self.argument:
+                value = self._first(key, start, place, read, indices)
+                self.states.append(State(self.state, substitute(value, {self.state: zeros(*self.z.shape)})))
+                continue
             if start.number is not None:
                 first = read(start.number, indices)
                 if isinstance(first, Expr) or first.is_nonpositive:
@@ -238,24 +251,35 @@ class Reading:
                 self.states.append(State(s, first))
                 self.names[called] = s
                 continue
-            if start.like is None and start.start is None:
-                hint = "its first value, s: z, or {like: K @ z}, or {number: 1}"
-                raise SpecError("E320", f"the state {key} has no start", place(0, 1), hint)
-            like = as_expr(read(start.like, indices)) if start.like is not None else None
-            value = as_expr(read(start.start, indices)) if start.start is not None else zeros(*cast(Expr, like).shape)
-            if like is not None and value.shape != like.shape:
-                c = as_constant(value)
-                if c is None:
-                    raise SpecError(
-                        "E131",
-                        f"the start of {key} is {show_shape(value.shape)}, it is like {show_shape(like.shape)}",
-                        place(0, 1),
-                    )
-                value = constant(c, *like.shape)
+            value = self._first(key, start, place, read, indices)
             sized = self.z if value.shape == self.z.shape else None
             s = state_of(sized, self.fresh(called)) if sized is not None else _vector(self.fresh(called), value)
             self.states.append(State(s, value))
             self.names[called] = s
+
+    def _first(
+        self,
+        key: str,
+        start: Start,
+        place: Place,
+        read: Callable[[str, Mapping[str, int]], Value],
+        index: Mapping[str, int],
+    ) -> Expr:
+        """The first value of a state that is no number. Raises SpecError E131, E320."""
+        if start.like is None and start.start is None:
+            hint = "its first value, s: z, or {like: K @ z}, or {number: 1}"
+            raise SpecError("E320", f"the state {key} has no start", place(0, 1), hint)
+        like = as_expr(read(start.like, index)) if start.like is not None else None
+        if start.start is None:
+            return zeros(*cast(Expr, like).shape)
+        value = as_expr(read(start.start, index))
+        if like is not None and value.shape != like.shape:
+            c = as_constant(value)
+            if c is None:
+                message = f"the start of {key} is {show_shape(value.shape)}, it is like {show_shape(like.shape)}"
+                raise SpecError("E131", message, place(0, 1))
+            return constant(c, *like.shape)
+        return value
 
     def _members(self, name: str, index: str) -> Iterable[tuple[str, dict[str, int]]]:
         if not index:
@@ -433,9 +457,8 @@ class Reading:
         first = next((x.name for x in self.letters.values() if GRADIENT in x.uses), name)
         target = LIPSCHITZ if name == first else scalar(f"L_{name}", positive=True)
         if not any(a.target == target for a in self.derived):
-            smooth = add(zeros(1, 1), *(p.e for p in share.parts))
-            found = curvature.smoothness(smooth, self.z)
-            value = substitute(found.lipschitz, {self.z: self.at})
+            found = curvature.smoothness(self._smooth(share), share.variable)
+            value = substitute(found.lipschitz, {share.variable: self.at})
             if as_constant(value) == 0:
                 raise DeriveError(
                     "E304",
@@ -443,15 +466,33 @@ class Reading:
                     hint="give the step size yourself: step: 0.1",
                 )
             self.derived.append(Assign(target, value, "Lipschitz constant of the gradient"))
-            self.notes.append(
-                f"L: {found.proof}, {found.reason}"
-                if target == LIPSCHITZ
-                else f"{target.name}: {found.proof}, {found.reason}"
-            )
+            self.notes.append(f"{target.name}: {found.proof}, {found.reason}")
         (value,) = (a.value for a in self.derived if a.target == target)
         # L may be 0 for one sample: its smooth part is constant there, and every number is a bound
         moving = isinstance(value, Expr) and any(s.role != "parameter" for s in value.symbols)
         return cast(sp.Expr, nonzero(target)) if moving else target
+
+    def convexity(self, name: str) -> sp.Expr:
+        """A constant of strong convexity of a letter. Raises DeriveError E304."""
+        (share,) = self.dealt[name]
+        target = scalar(f"mu_{name}", positive=True)
+        if not any(a.target == target for a in self.derived):
+            found = curvature.bounds(self._smooth(share), share.variable)
+            value = zeros(1, 1) if found is None else substitute(found.low, {share.variable: self.at})
+            if as_constant(value) == 0 or not nonnegative(value):
+                raise DeriveError(
+                    "E304",
+                    f"{name} is not known to be strongly convex",
+                    hint="a ridge makes it so: gamma/2 * sumsq(z) beside its terms",
+                )
+            self.derived.append(Assign(target, value, "constant of strong convexity"))
+        return target
+
+    def _smooth(self, share: Share) -> Expr:
+        """The sum of the terms of a letter that is taken through its gradient; of g(K z), as a function of K z."""
+        if share.linear is not None:
+            return cast(Expr, share.e)
+        return add(zeros(1, 1), *(p.e for p in share.parts))
 
     def norm(self, operators: list[tuple[str, Linear]]) -> sp.Expr:
         name = "norm_" + "_".join(dict.fromkeys(n for n, _ in operators))
@@ -466,11 +507,30 @@ class Reading:
         return target
 
     def grad(self, share: Share, at: Expr) -> Expr:
-        z = self.z
-        slope = gradient(add(*(p.e for p in share.parts)), z)
+        slope = gradient(self._smooth(share), share.variable)
         if isinstance(at, Sym) and at.role == "state":
             self.at = at
-        return substitute(slope, {z: at})
+        return substitute(slope, {share.variable: at})
+
+    def hessian(self, share: Share, at: Expr) -> Expr:
+        return substitute(hessian(self._smooth(share), share.variable), {share.variable: at})
+
+    def divergence(self, value: Expr, r: Sym) -> tuple[Expr, Expr]:
+        """Of what was assigned to a name, in the name of what it was read at."""
+        formula = planned(value)
+        for a in reversed(self.assigns):  # what was read through an update between them
+            if a.target is r:
+                break
+            if isinstance(a.target, Sym) and isinstance(a.value, Expr) and depends(a.value, r):
+                formula = substitute(formula, {a.target: a.value})
+        loose = next((a for a in self.assigns if _follows(a, r) and a.target in formula.scalars), None)
+        if loose is not None:
+            raise DeriveError(
+                "E301",
+                f"{loose.target.name} changes with {r.name}, in which the divergence is taken",
+                hint=f"{loose.target.name}: hold(..)",
+            )
+        return divergence(formula, r), formula
 
     def prox(self, share: Share, t: sp.Expr, v: Expr) -> Expr:
         if share.e is None:
@@ -609,6 +669,11 @@ class _Formula(Reader):
             return self._derived(node, args, keywords)
         if name in r.letters:
             return self._value_of(node, self.share(node.func), args)
+        if name in ("rows", "cols") and len(args) == 1 and (k := self.operator_of(args[0])) is not None:
+            _, linear, transposed = k
+            tall, wide = linear.e, linear.z
+            x = wide if transposed == (name == "rows") else tall
+            return x.rows * x.cols
         operation = OPERATIONS.get(name)
         if operation is None:
             if (
@@ -694,6 +759,18 @@ class _Formula(Reader):
                     node, "E320", f"{self.source(node)} is not a letter of the algorithm", f"its letters: {known}"
                 )
 
+    def majorant(self, node: ast.Call) -> Share:
+        """The letter of tangent(g, p, abs), with what lies above it."""
+        match node.args:
+            case [letter, at, ast.Name(id="abs" | "square" as of)]:
+                share, point = self.share(letter), self.matrix(at)
+            case _:
+                self.fail(node, "E105", "tangent takes a letter, a point, and abs or square", "tangent(g, z, abs)")
+        if share.e is None:
+            return share
+        point = substitute(point, {self.reading.z: self.reading.state})  # inside argmin, z is what is minimised over
+        return replace(share, e=tangent(share.e, share.variable, point, of))
+
     def _value_of(self, node: ast.Call, share: Share, args: list[ast.expr]) -> Expr:
         """f(z): the value of a letter."""
         if len(args) != 1:
@@ -718,15 +795,27 @@ class _Formula(Reader):
                 return c / self.number(t), share, conjugate
             case ast.Call(func=ast.Name(id="conj"), args=[g], keywords=[]):
                 return sp.S.One, self.share(g), True
+            case ast.Call(func=ast.Name(id="tangent")):
+                return sp.S.One, self.majorant(node), False
             case _:
                 return sp.S.One, self.share(node), False
 
 
 def _grad(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    return r.reading.grad(*_letter_at(r, args))
+
+
+def _hess(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    return r.reading.hessian(*_letter_at(r, args))
+
+
+def _letter_at(r: _Formula, args: list[ast.expr]) -> tuple[Share, Expr]:
+    """A letter and the point at which it is taken; of g(K z), a value of K z."""
     share, at = r.share(args[0]), r.matrix(args[1])
-    if at.shape != r.reading.z.shape:
-        r.fail(args[1], "E131", f"{r.source(args[1])} is {r.shape(at)}; the variable is {r.shape(r.reading.z)}")
-    return r.reading.grad(share, at)
+    if at.shape != share.variable.shape:
+        what = "the variable" if share.linear is None else f"{share.letter.operator} {r.reading.argument}"
+        r.fail(args[1], "E131", f"{r.source(args[1])} is {r.shape(at)}; {what} is {r.shape(share.variable)}")
+    return share, at
 
 
 def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -747,6 +836,67 @@ def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
             f"conj({share.letter.name}) needs what is convex, and {shown(cast(Expr, share.e))} is not known to be",
         )
     return add(v, scale(-t, r.reading.prox(share, 1 / t, scale(1 / t, v))))  # Moreau
+
+
+def _tangent(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    """The majorant of a letter, as a value: at the variable in argmin, through `scaled` in a prox."""
+    share, z = r.majorant(node), cast(Expr, r.scope.names[r.reading.argument])
+    if share.e is None:
+        return zeros(1, 1)
+    return substitute(share.e, {share.variable: z if share.linear is None else share.linear(z)})
+
+
+def _div(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    reading = r.reading
+    names = [a.id if isinstance(a, ast.Name) else "" for a in args]
+    found = [reading.names.get(n) for n in names]
+    for a, s in zip(args, found, strict=True):
+        if not isinstance(s, Sym) or s not in [b.target for b in reading.assigns]:
+            r.fail(
+                a,
+                "E320",
+                f"{r.source(a)} is no update above",
+                "div(z, r): of the update of z, in r, from which it was worked out",
+            )
+    z, r_ = cast(Sym, found[0]), cast(Sym, found[1])
+    targets = [b.target for b in reading.assigns]
+    last = lambda s: len(targets) - 1 - targets[::-1].index(s)
+    if last(z) < last(r_):
+        r.fail(
+            args[1],
+            "E320",
+            f"{names[1]} changes after {names[0]} was worked out",
+            f"div above the update of {names[1]}",
+        )
+    value = cast(Expr, reading.assigns[last(z)].value)
+    if not depends(value, r_):
+        r.fail(node, "E320", f"{names[0]} was not worked out from {names[1]}")
+    if value.shape != r_.shape:
+        r.fail(
+            node, "E131", f"{names[0]} is {r.shape(value)}, {names[1]} is {r.shape(r_)}: a divergence needs one shape"
+        )
+    e, formula = reading.divergence(value, r_)
+    return substitute(e, {formula: z})
+
+
+def _bregman(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    v = r.matrix(args[1])
+    t, share, conjugate = r.scaled(args[0])
+    if conjugate:
+        r.fail(args[0], "E320", "bregman takes a letter, not its conjugate", "bregman(t * g, v)")
+    return v if share.e is None else entropic(share.e, share.variable, t, v)
+
+
+def _plus(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    return signed_parts(r.matrix(args[0]))[0]
+
+
+def _minus(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    return signed_parts(r.matrix(args[0]))[1]
+
+
+def _mu(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
+    return r.reading.convexity(r.share(args[0]).letter.name)
 
 
 def _lipschitz(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
@@ -826,6 +976,13 @@ class Operation:
 OPERATIONS = {
     "grad": Operation("grad(f, z): the gradient of f at z", 2, _grad),
     "prox": Operation("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", 2, _prox),
+    "hess": Operation("hess(f, z): the matrix of second derivatives of f at a vector z", 2, _hess),
+    "tangent": Operation("tangent(g, p, abs): above g, linear in |z|, and equal at p; square: in z^2", 3, _tangent),
+    "bregman": Operation("bregman(t * g, v): argmin of t g(x) + sum(x log(x/v) - x + v)", 2, _bregman),
+    "plus": Operation("plus(e): the terms of e without a negative entry", 1, _plus),
+    "minus": Operation("minus(e): minus the others", 1, _minus),
+    "div": Operation("div(z, r): the divergence of the update of z in r", 2, _div),
+    "mu": Operation("mu(f): a constant of strong convexity of f", 1, _mu),
     "L": Operation("L(f): the Lipschitz constant of grad f", 1, _lipschitz),
     "norm": Operation("norm(K), norm(stack(K)): the largest singular value", 1, _norm),
     "argmin": Operation("argmin(f(z) + ...), over the update it stands in", 1, _argmin),
@@ -835,6 +992,15 @@ OPERATIONS = {
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _follows(a: Assign, r: Sym) -> bool:
+    """Is it a number that changes with r?"""
+    return not isinstance(a.target, Sym) and isinstance(a.value, Expr) and depends(transform(a.value, _held), r)
+
+
+def _held(e: Expr) -> Expr | None:
+    return zeros(*e.shape) if isinstance(e, Hold) else None
 
 
 def state_of(z: Sym, name: str | None = None) -> Sym:
@@ -862,8 +1028,7 @@ def _tree(formula: str) -> ast.AST:
 def _derived(formula: str) -> bool:
     """Is something derived in it?"""
     return any(
-        isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.func.id in ("grad", "prox", "argmin")
-        for x in ast.walk(_tree(formula))
+        isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.func.id in USES for x in ast.walk(_tree(formula))
     )
 
 

@@ -56,7 +56,7 @@ class Hand:
     """
 
     letter: str
-    use: Literal["gradient", "prox", "argmin"]
+    use: Literal["gradient", "prox", "argmin", "majorant", "entropy"]
     terms: tuple[str, ...]
     e: Expr
     variable: Sym

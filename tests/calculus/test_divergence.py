@@ -1,0 +1,117 @@
+"""Divergences and second derivatives against those of automatic differentiation."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import sympy as sp
+import torch
+
+from unroll.calculus.divergence import divergence, planned
+from unroll.calculus.linear import hessian
+from unroll.errors import DeriveError
+from unroll.language.constructors import prox, symbol
+from unroll.language.functions import as_expr
+from unroll.language.nodes import Expr, Sym, scalar
+from unroll.language.parse import Scope, nowhere, parse
+from unroll.network.evaluate import Evaluator
+
+n, m, k = (sp.Symbol(s, integer=True, positive=True) for s in "nmk")
+lam, t, rho = scalar("lam", positive=True), scalar("t", positive=True), scalar("rho", positive=True)
+z, Z = symbol("z", n, 1, "variable"), symbol("Z", n, k, "variable", 2)
+r, R = symbol("r", n, 1, "state"), symbol("R", n, k, "state", 2)
+A, S, x, w = symbol("A", m, n), symbol("S", n, n), symbol("x", m, 1, "input"), symbol("w", n, 1, props=["positive"])
+SCOPE = Scope({"z": z, "Z": Z, "r": r, "R": R, "A": A, "S": S, "x": x, "w": w, "lam": lam, "t": t, "rho": rho})
+SIZES: dict[sp.Symbol, Any] = {n: 5, m: 4, k: 3, lam: 0.4, t: 0.7, rho: 0.3}
+Given = dict[Sym, torch.Tensor]
+
+
+def read(formula: str) -> Expr:
+    return as_expr(parse(formula, SCOPE, nowhere))
+
+
+def values(seed: int = 0) -> Given:
+    torch.manual_seed(seed)
+    size = lambda d: SIZES[d] if d in SIZES else int(d)
+    made: Given = {v: torch.randn(*map(size, v.shape), dtype=torch.float64) for v in (r, R, A, S, x, w, z)}
+    return {**made, w: made[w].abs() + 0.1}
+
+
+def value(e: Expr, given: Given) -> torch.Tensor:
+    return Evaluator(given, SIZES, {})(e)
+
+
+def trace_of_jacobian(e: Expr, at: Sym, given: Given, width: float = 1e-6) -> torch.Tensor:
+    """By central differences."""
+    run = lambda v: value(e, {**given, at: v}).flatten()
+    point, found = given[at], torch.zeros((), dtype=torch.float64)
+    for i in range(point.numel()):
+        d = torch.zeros_like(point).flatten()
+        d[i] = width
+        d = d.reshape(point.shape)
+        found = found + (run(point + d)[i] - run(point - d)[i]) / (2 * width)
+    return found
+
+
+MAPS = [
+    "r - rho * A.T @ (A @ r - x)", "tanh(r) * w", "maximum(r, 0)", "r * norm2(r)", "S @ r / 2 + sumsq(r) * w", "r / (1 + sumsq(r)) ",
+    "where(r > 1, r - 1, 0)", "r * dot(w, r)", "hold(r) * r" , "softplus(r) - 2 * r",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", MAPS)
+def test_the_divergence_of_a_map_is_the_trace_of_its_jacobian(formula: str) -> None:
+    e, given = read(formula.replace("hold", "stop_gradient")), values()
+    wanted = trace_of_jacobian(e, r, given) if "hold" not in formula else given[r].sum()
+    torch.testing.assert_close(value(divergence(e, r), given).reshape(()), wanted, rtol=1e-7, atol=1e-7)
+
+
+TERMS = [
+    "lam * norm1(z)", "lam * norm1(z) + 1/2 * sumsq(z)", "norm2(z)", "lam * sumsq(z - w)", "1/2 * sumsq(x - A @ z)", "sum(softplus(z))",
+    "norm_inf(z)", "lam * norm1(w * z)", "sum(huber(z, 1))", "norm1(z) + norm2(z)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3.0])
+@pytest.mark.parametrize("term", TERMS)
+def test_the_divergence_of_a_proximal_step_is_the_trace_of_its_jacobian(term: str, scale: float) -> None:
+    e, given = planned(prox(read(term), z, t, r)), values(1)
+    given[r] *= scale
+    found = value(divergence(e, r), given).reshape(())
+    torch.testing.assert_close(found, trace_of_jacobian(e, r, given), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("term", ["group_norm(Z, axis=1)", "norm_fro(Z)", "norm1(Z)"])
+def test_the_divergence_of_groups_is_the_trace_of_their_jacobian(term: str) -> None:
+    e, given = planned(prox(read(term), Z, t, R)), values(2)
+    given[R][1] = 1e-3
+    found = value(divergence(e, R), given).reshape(())
+    torch.testing.assert_close(found, trace_of_jacobian(e, R, given), rtol=1e-7, atol=1e-7)
+
+
+def test_a_zero_argument_has_the_divergence_of_what_it_is_shrunk_to() -> None:
+    given = {**values(), r: torch.zeros(5, 1, dtype=torch.float64)}
+    for term in ("lam * norm1(z)", "norm2(z)", "norm1(z) + norm2(z)"):
+        e = planned(prox(read(term), z, t, r))
+        assert value(divergence(e, r), given).item() == 0
+
+
+@pytest.mark.parametrize("term", ["lam * norm0(z)", "lam * norm1(S @ z)"])
+def test_a_map_that_jumps_has_no_divergence(term: str) -> None:
+    with pytest.raises(DeriveError):
+        divergence(planned(prox(read(term), z, t, r)), r)
+
+
+CURVED = [
+    "1/2*sumsq(x - A @ z)", "sum(logistic(A @ z)) + lam/2 * sumsq(z)", "sum((x - A @ z)**4)", "logsumexp(A @ z)", "sum(sqrt(1 + z**2))",
+    "log(1 + sumsq(z))", "sqrt(1 + sumsq(A @ z))", "dot(w, z)**2 / 2", "sum(w * exp(z))", "logsumexp(z) + dot(z, S @ z)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", CURVED)
+def test_second_derivatives_are_those_of_automatic_differentiation(formula: str) -> None:
+    e, given = read(formula), values(3)
+    run = lambda v: value(e, {**given, z: v}).sum()
+    wanted = cast(torch.Tensor, torch.autograd.functional.hessian(run, given[z])).reshape(5, 5)
+    torch.testing.assert_close(value(hessian(e, z), given), wanted, rtol=1e-9, atol=1e-9)

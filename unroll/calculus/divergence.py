@@ -1,0 +1,138 @@
+"""The divergence of a map, sum over i of d e_i / d r_i, in closed form.
+
+    entry by entry       sum of the slopes; a derived scalar prox has 1/(1 + t f''), 0 where it stands at a kink
+    groups, balls        through the length: n - (n - 1) t/|v| of what is shrunk
+    simplex, 1-norm ball entries that are not 0, less one for each sum that is held
+    linear               the trace
+
+A map that jumps has none that could be worked out from its slopes. What no rule covers is refused.
+Source: Stein 1981, doi:10.1214/aos/1176345632; Deledalle, Vaiter, Peyre & Fadili 2012, arXiv:1205.3482.
+"""
+
+from __future__ import annotations
+
+import sympy as sp
+
+from unroll.calculus.gradient import derivative, jumps
+from unroll.calculus.prox import plan
+from unroll.calculus.prox_function import ScalarProx
+from unroll.calculus.stable import Primitive
+from unroll.errors import DeriveError
+from unroll.language.constructors import (
+    add,
+    constant,
+    diagonal,
+    elementwise,
+    eye,
+    matmul,
+    ones,
+    scale,
+    split,
+    total,
+    transpose,
+    zeros,
+)
+from unroll.language.nodes import Add, Expr, Hold, Map, Mul, Project, Prox, ProxMap, Sum, Sym, depends, slot
+from unroll.language.show import text
+from unroll.language.traversal import expand, transform
+
+NOTHING = zeros(1, 1)
+
+
+def planned(e: Expr) -> Expr:
+    """e with every proximal step as the formula that was derived for it."""
+    return transform(e, lambda x: plan(x) if isinstance(x, Prox) else None)
+
+
+def divergence(e: Expr, r: Sym) -> Expr:
+    """The trace of the Jacobian of e in r, a number per sample; e has the shape of r. Raises DeriveError E301."""
+    e = expand(e)
+    if isinstance(e, Add):
+        return add(NOTHING, *(divergence(t, r) for t in e.terms))
+    c, body = split(e)
+    match body:
+        case Project(name, _, x) if name in ("simplex", "ball1") and depends(x, r):
+            return scale(c, _on_the_boundary(body, r))
+        case _:
+            return total(_own(e, r, e))
+
+
+def _on_the_boundary(e: Project, r: Sym) -> Expr:
+    """Of a projection: as many entries as are not 0, less one for each sum that is held; all of them inside of a ball."""
+    c, body = split(e.x)
+    if body is not r:
+        raise _refused(e, "it projects more than a multiple of its argument")
+    count = total(elementwise(sp.Piecewise((0, sp.Eq(slot(0), 0)), (1, True)), e))
+    if e.set == "simplex":
+        return scale(c, add(count, constant(-r.cols)))
+    (radius,) = (p for p in e.params if not isinstance(p, Expr))
+    size = total(elementwise(sp.Abs(slot(0)), e.x))
+    return scale(c, elementwise(sp.Piecewise((r.rows * r.cols, slot(0) <= radius), (slot(1) - 1, True)), size, count))
+
+
+def _own(e: Expr, r: Sym, whole: Expr) -> Expr:
+    """d e_k / d r_i at entry i of r, e_k the entry of e that belongs to i: i itself, or its row, column, or sample."""
+    if not depends(e, r) or isinstance(e, Hold):
+        return zeros(*e.shape)
+    match e:
+        case Sym():
+            return ones(*r.shape)
+        case Add(terms):
+            return add(*(_wide(_own(t, r, whole), r) for t in terms))
+        case Mul(c, (x,)):
+            return scale(c, _own(x, r, whole))
+        case Mul(c, factors) if [f for f in factors if depends(f, r)] == [r] and e.shape == r.shape:
+            i = factors.index(r)
+            left, right = matmul(eye(r.rows), *factors[:i]), matmul(eye(r.cols), *factors[i + 1 :])
+            return elementwise(c * slot(0) * slot(1), diagonal(left), transpose(diagonal(right)))
+        case Map(profile, args):
+            slopes = [_wide(zeros(1, 1), r)]
+            for i, a in enumerate(args):
+                if slot(i) in profile.free_symbols and depends(a, r):
+                    if jumps(profile, slot(i)):
+                        raise _refused(whole, "it jumps, and the jumps count")
+                    slope = elementwise(derivative(profile, slot(i)), *args)
+                    slopes.append(_wide(elementwise(slot(0) * slot(1), slope, _own(a, r, whole)), r))
+            return add(*slopes)
+        case ProxMap(found, (v, *others), slots):
+            if any(depends(o, r) for o in others):
+                raise _refused(whole, "a number in its proximal step changes with it: hold(..) that")
+            return elementwise(slot(0) * slot(1), _slope(found, e, slots, others, whole), _own(v, r, whole))
+        case Sum(x, _) if x.shape == r.shape and _entrywise(x, r):
+            return _own(x, r, whole)
+        case _:
+            raise _refused(whole, f"no rule is known for {text(e)}")
+
+
+def _slope(found: ScalarProx, z: Expr, slots: tuple[sp.Symbol, ...], others: list[Expr], whole: Expr) -> Expr:
+    """d prox / dv, in what leaves the prox."""
+    if found.mode != "threshold":
+        raise _refused(whole, "it jumps, and the jumps count")
+    size = sp.Abs(slot(0)) if found.even else slot(0)
+    names = {s: slot(i + 1) for i, s in enumerate(slots)}
+    plain = found.slope.replace(lambda x: isinstance(x, Primitive), lambda x: x.textbook())
+    return elementwise(plain.xreplace({found.u: size, **names}), z, *others)
+
+
+def _wide(e: Expr, r: Sym) -> Expr:
+    """e, repeated to the shape of r."""
+    return e if e.shape == r.shape else elementwise(slot(0) * slot(1), e, ones(*r.shape))
+
+
+def _entrywise(e: Expr, r: Sym) -> bool:
+    """Does every entry of e read that entry of r alone?"""
+    match e:
+        case _ if not depends(e, r) or e is r:
+            return True
+        case Map() | Add() | ProxMap() | Mul(_, (_,)):
+            return e.shape == r.shape and all(_entrywise(a, r) for a in e.children)
+        case _:
+            return False
+
+
+def _refused(e: Expr, why: str) -> DeriveError:
+    return DeriveError(
+        "E301",
+        f"no divergence is known of {text(e)}: {why}",
+        hint="maps of entries, of lengths of groups, projections on the simplex and the 1-norm ball, and linear maps have one",
+    )
