@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import sympy as sp
 
 from unroll.calculus import curvature
+from unroll.calculus.cones import nonnegative
 from unroll.calculus.gradient import gradient
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
+    as_constant,
+    constant,
     diag,
     elementwise,
     eye,
@@ -23,6 +27,7 @@ from unroll.language.constructors import (
     scale,
     split,
     symbol,
+    times,
     total,
     zeros,
 )
@@ -30,7 +35,6 @@ from unroll.language.nodes import (
     Add,
     Diagonal,
     Expr,
-    Eye,
     FamilySum,
     Hold,
     Indicator,
@@ -170,7 +174,6 @@ def least(e: Expr, z: Sym) -> Expr:
     slope = expand(gradient(add(*smooth), z)) if smooth else zeros(*z.shape)
     terms = slope.terms if isinstance(slope, Add) else (slope,)
     moving = [t for t in terms if depends(t, z)]
-    factors = [_matrix(t, z) for t in moving]
     b = substitute(slope, {z: zeros(*z.shape)})
     if rest:
         c = sp.Add(*(split(t)[0] for t in moving))
@@ -181,18 +184,95 @@ def least(e: Expr, z: Sym) -> Expr:
                 hint=f"{text(add(*rest))} is not quadratic: it has to stand beside c*sumsq({z.name} - v), or in another letter",
             )
         return prox(add(*rest), z, 1 / c, scale(-1 / c, b))
-    if not moving or any(f is None for f in factors):
+    found = _solved(moving, b, z)
+    if found is None:
         why = "it is not bounded below" if not moving else f"no rule solves {text(slope)} = 0"
+        if any(isinstance(body, Mul) and z in body.factors[:-1] for _, body in map(split, moving)):
+            why += f", where matrices stand on both sides of {z.name}: a Sylvester equation"
         raise DeriveError("E302", f"no closed form is known for the minimiser over {z.name} of {text(e)}: {why}")
-    h = add(*(f for f in factors if f is not None))
-    c, body = split(h)
-    if isinstance(body, Eye):
-        return scale(-1 / c, b)
-    return matmul(inverse(h), scale(-1, b))
+    return found
+
+
+def _solved(moving: list[Expr], b: Expr, z: Sym) -> Expr | None:
+    """z with sum(moving) + b = 0: entry by entry, by a matrix on the left, or by one on the right."""
+    if not moving:
+        return None
+    weights = _all(_weight(t, z) for t in moving)
+    if weights is not None and (as_constant(weights) is not None or _above_zero(weights)):
+        c = as_constant(weights)
+        return scale(-1 / c, b) if c is not None else elementwise(-slot(0) / slot(1), b, weights)
+    others = [t for t in moving if split(t)[1] is not z]
+    if len(others) == 1 < len(moving) and (outer := _outer(others[0], z)) is not None:  # Sherman & Morrison
+        c, (v, g) = sp.Add(*(split(t)[0] for t in moving if t is not others[0])), outer
+        share = elementwise(slot(0) / (c + slot(1)), total(times(g, b)), total(times(g, v)))
+        return scale(1 / c, add(elementwise(slot(0) * slot(1), v, share), scale(-1, b)))
+    if (left := _all(_matrix(t, z) for t in moving)) is not None:
+        return matmul(inverse(left), scale(-1, b))
+    right = _all(_right(t, z) for t in moving)
+    return None if right is None else matmul(scale(-1, b), inverse(right))
+
+
+def _all(parts: Iterable[Expr | None]) -> Expr | None:
+    found = list(parts)
+    known = [p for p in found if p is not None]
+    return add(*known) if len(known) == len(found) else None
+
+
+def _above_zero(weights: Expr) -> bool:
+    """Has a sum no entry that is 0 or less?"""
+    terms = weights.terms if isinstance(weights, Add) else (weights,)
+    return all(map(nonnegative, terms)) and any((c := as_constant(t)) is not None and c.is_positive for t in terms)
+
+
+def _factor(e: Map, z: Sym) -> tuple[Expr, Expr] | None:
+    """(w, x) with e = w * x + data, x what changes with z, w as large as e."""
+    moving = [i for i, a in enumerate(e.args) if depends(a, z)]
+    if len(moving) != 1:
+        return None
+    (i,) = moving
+    w = sp.diff(e.profile, slot(i))
+    return None if w.has(slot(i)) else (elementwise(w * slot(len(e.args)), *e.args, ones(*e.shape)), e.args[i])
+
+
+def _parts(e: Expr, z: Sym) -> list[Expr]:
+    """The terms that change with z."""
+    return [t for t in (e.terms if isinstance(e, Add) else (e,)) if depends(t, z)]
+
+
+def _weight(e: Expr, z: Sym) -> Expr | None:
+    """w with e = w * z + data, entry by entry, as large as z."""
+    c, body = split(e)
+    if body is z:
+        return constant(c, *z.shape)
+    if isinstance(body, Map) and (found := _factor(body, z)) is not None and found[1].shape == z.shape:
+        inner = _all(_weight(t, z) for t in _parts(found[1], z))
+        return None if inner is None else elementwise(c * slot(0) * slot(1), found[0], inner)
+    return None
+
+
+def _outer(e: Expr, z: Sym) -> tuple[Expr, Expr] | None:
+    """(V, G) with e = V <G, z> + data."""
+    c, body = split(e)
+    if not isinstance(body, Map) or (found := _factor(body, z)) is None or not found[1].is_scalar:
+        return None
+    slope = gradient(found[1], z)
+    return None if depends(slope, z) else (scale(c, found[0]), slope)
+
+
+def _right(e: Expr, z: Sym) -> Expr | None:
+    """M with e = z M."""
+    c, body = split(e)
+    if body is z:
+        return scale(c, eye(z.cols))
+    match body:
+        case Mul(_, (x, *rest)) if x is z and not any(depends(f, z) for f in rest):
+            return matmul(*rest, coef=c)
+        case _:
+            return None
 
 
 def _matrix(e: Expr, z: Sym) -> Expr | None:
-    """M with e = M z, for what acts on columns from the left."""
+    """M with e = M z + data, for what acts on columns from the left."""
     c, body = split(e)
     if body is z:
         return scale(c, eye(z.rows))
@@ -203,13 +283,21 @@ def _matrix(e: Expr, z: Sym) -> Expr | None:
         case Op(name, x, adjoint, sizes) if name in COLUMNWISE and (inner := _matrix(x, z)) is not None:
             return scale(c, operator(name, inner, adjoint, sizes))
         case Map(profile, args) if (weights := _weights(profile, args, z)) is not None:  # sum of w * (M z), w (m' z)
-            products = [_weighed(elementwise(w, *args), _matrix(args[i], z)) for i, w in weights.items()]
-            return None if any(m is None for m in products) else scale(c, add(*(m for m in products if m is not None)))
+            repeated = lambda i: () if args[i].shape == body.shape else (ones(*body.shape),)
+            products = [
+                _weighed(
+                    elementwise(w * sp.Mul(*(slot(len(args)) for _ in repeated(i))), *args, *repeated(i)),
+                    _matrix(args[i], z),
+                )
+                for i, w in weights.items()
+            ]
+            found = _all(products)
+            return None if found is None else scale(c, found)
         case Sum(x, axis) if x.cols == 1 and axis in (None, 0) and (inner := _matrix(x, z)) is not None:
             return matmul(ones(1, x.rows), inner, coef=c)
         case Add(terms):
-            found = [_matrix(t, z) for t in terms]
-            return None if any(m is None for m in found) else scale(c, add(*(m for m in found if m is not None)))
+            found = _all(_matrix(t, z) for t in terms if depends(t, z))
+            return None if found is None else scale(c, found)
         case _:
             return None
 
@@ -218,12 +306,10 @@ def _weights(profile: sp.Expr, args: tuple[Expr, ...], z: Sym) -> dict[int, sp.E
     """The factor of each argument that reads z, of a profile that is linear in them."""
     moving = [i for i, a in enumerate(args) if depends(a, z)]
     slots = {slot(i) for i in moving}
-    factors: dict[int, sp.Expr] = {
-        i: sp.factor(sp.diff(profile, slot(i))) for i in moving
+    factors = {
+        i: cast(sp.Expr, sp.factor(sp.diff(profile, slot(i)))) for i in moving
     }  # one product: no sum of two diagonals
-    if any(w.free_symbols & slots for w in factors.values()) or profile.subs(dict.fromkeys(slots, 0)) != 0:
-        return None
-    return factors
+    return None if any(w.free_symbols & slots for w in factors.values()) else factors
 
 
 def _weighed(w: Expr, m: Expr | None) -> Expr | None:

@@ -54,6 +54,16 @@ class nonzero(sp.Function):
         return f"nonzero({printer.doprint(self.args[0])})"
 
 
+class above_zero(sp.Function):
+    """x > 0, and a number too small to count, but not to divide by, in the place of 0."""
+
+    nargs = (1,)
+    is_positive = True
+
+    def _torchcode(self, printer: Any) -> str:
+        return f"above_zero({printer.doprint(self.args[0])})"
+
+
 class reciprocal(sp.Function):
     """1/x, and 0 for 0."""
 

@@ -16,7 +16,7 @@ from unroll.calculus.entropy import entropic, signed_parts
 from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, hessian, least, square_of_norm
 from unroll.calculus.majorise import tangent
-from unroll.calculus.torch_text import nonzero
+from unroll.calculus.torch_text import above_zero, nonzero
 from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters
 from unroll.derivation.parts import Part
 from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
@@ -532,6 +532,15 @@ class Reading:
             )
         return divergence(formula, r), formula
 
+    def above_zero(self, t: sp.Expr) -> sp.Expr:
+        """t, and its limit where a number of some sample makes it 0: to divide by."""
+        put = dict[sp.Symbol, sp.Symbol]()
+        for s in (a.target for a in self.assigns if isinstance(a.value, Expr)):
+            if isinstance(s, sp.Symbol) and s in t.free_symbols and s not in put:
+                put[s] = scalar(self.fresh(f"{s.name}_above_0"), positive=True)
+        self.assigns += [Assign(new, constant(above_zero(s)), f"{s.name}, to divide by") for s, new in put.items()]
+        return cast(sp.Expr, t.xreplace(put))
+
     def prox(self, share: Share, t: sp.Expr, v: Expr) -> Expr:
         if share.e is None:
             return v
@@ -835,6 +844,7 @@ def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
             "E303",
             f"conj({share.letter.name}) needs what is convex, and {shown(cast(Expr, share.e))} is not known to be",
         )
+    t = r.reading.above_zero(t)
     return add(v, scale(-t, r.reading.prox(share, 1 / t, scale(1 / t, v))))  # Moreau
 
 

@@ -286,7 +286,7 @@ class Builder:
         kept = [i for i in range(len(refs)) if slot(i) not in plain]
         profile = swap(profile, {**plain, **{slot(i): slot(j) for j, i in enumerate(kept)}})
         refs = tuple(refs[i] for i in kept)
-        if not refs:
+        if profile.is_number and all(self.view(r).shape == (ONE, ONE) for r in refs):
             return self.number(profile)
         return refs[0] if profile == slot(0) and len(refs) == 1 else self.add("map", refs, profile)
 

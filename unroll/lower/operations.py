@@ -754,7 +754,11 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("cholesky_inverse", _same, _call("cholesky_inverse"), _cubic, ("cholesky_inverse",)),
     Operation("solve", lambda args, attrs: args[1].shape, _solve_text("solve"), _cubic, ("solve",)),
     Operation(
-        "cholesky_solve", lambda args, attrs: args[1].shape, _solve_text("cholesky_solve"), _cubic, ("cholesky_solve",)
+        "cholesky_solve",
+        lambda args, attrs: args[1].shape,
+        _solve_text("cholesky_solve"),
+        _cubic,
+        ("cholesky_solve",),
     ),
     Operation("logdet_cholesky", _to_scalar, _call("logdet_cholesky"), _pointwise, ("logdet_cholesky",)),
     Operation("spectral_norm", _to_scalar, _call("spectral_norm"), _cubic, ("spectral_norm",)),
@@ -873,8 +877,29 @@ HELPERS: dict[str, Helper] = {
         "return torch.linalg.cholesky(s)",
     ),
     "cholesky_inverse": _exact("cholesky_inverse", "l", "inv(l l').", "return torch.cholesky_inverse(l)"),
-    "solve": _exact("solve", "m, b", "inv(m) b.", "return torch.linalg.solve(m, b)"),
-    "cholesky_solve": _exact("cholesky_solve", "l, b", "inv(l l') b.", "return torch.cholesky_solve(b, l)"),
+    "beside_one_another": Helper(
+        '''def beside_one_another(b):
+    """The columns of all samples as one matrix, and the way back: what one matrix solves at once, it is not repeated for."""
+    moved = b.movedim(-2, 0)
+    return moved.flatten(1), lambda x: x.reshape(moved.shape).movedim(0, -2)
+'''
+    ),
+    "solve": _exact(
+        "solve",
+        "m, b",
+        "inv(m) b.",
+        "if m.ndim > 2 or b.ndim < 3:\n    return torch.linalg.solve(m, b)\n"
+        "columns, back = beside_one_another(b)\nreturn back(torch.linalg.solve(m, columns))",
+        ("beside_one_another",),
+    ),
+    "cholesky_solve": _exact(
+        "cholesky_solve",
+        "l, b",
+        "inv(l l') b.",
+        "if l.ndim > 2 or b.ndim < 3:\n    return torch.cholesky_solve(b, l)\n"
+        "columns, back = beside_one_another(b)\nreturn back(torch.cholesky_solve(columns, l))",
+        ("beside_one_another",),
+    ),
     "logdet_cholesky": _exact(
         "logdet_cholesky", "l", "log det(l l').", "return 2 * l.diagonal(dim1=-2, dim2=-1).log().sum(-1)"
     ),

@@ -11,7 +11,7 @@ import sympy as sp
 from sympy.logic.boolalg import Boolean
 
 from unroll.calculus.stable import entr, expm1, log1p, logaddexp, logcosh, sigmoid, softplus, xlogy
-from unroll.calculus.torch_text import as_fraction, decimal, nonzero, power, reciprocal
+from unroll.calculus.torch_text import above_zero, as_fraction, decimal, nonzero, power, reciprocal
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -80,6 +80,10 @@ TEMPLATES: dict[type[Any], tuple[str, str]] = {
     logsigmoid: ("F.logsigmoid({})", "-math.log1p(math.exp(-({})))"),
     sigmoid: ("torch.sigmoid({})", "(1 / (1 + math.exp(-({}))))"),
     nonzero: ("torch.where({0} >= torch.finfo({0}.dtype).tiny, {0}, 1)", "({0} or 1.0)"),
+    above_zero: (
+        "torch.where({0} >= torch.finfo({0}.dtype).tiny, {0}, torch.finfo({0}.dtype).tiny ** 0.25)",
+        "({0} or 1e-9)",
+    ),
 }
 
 

@@ -82,6 +82,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "max": _extreme(torch.maximum),
     "min": _extreme(torch.minimum),
     "nonzero": lambda x: torch.where(_wide(x) >= torch.finfo(torch.float64).tiny, _wide(x), 1),
+    "above_zero": lambda x: torch.where(_wide(x) == 0, 1e-77, _wide(x)),
     "pow": lambda x, p: torch.pow(_wide(x), _wide(p)),
     "where": lambda yes, a, b: torch.where(yes, _wide(a), _wide(b)),
 }
