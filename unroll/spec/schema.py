@@ -756,6 +756,17 @@ class Rates(Record):
     """of learned step sizes and thresholds"""
 
 
+class Search(Record):
+    """Grid search for up to three numbers that all layers share, in place of training by slopes."""
+
+    grid: Annotated[dict[Name, Annotated[tuple[float, ...], Field(min_length=1)]], Field(min_length=1, max_length=3)]
+    """learned number -> values that are tried out, all with all"""
+    rounds: Annotated[int, Field(ge=1, le=10)] = 3
+    """of which each after the first looks as closely between the neighbours of the best"""
+    samples: Count = 1000
+    """of the training data, over which the loss is taken"""
+
+
 class Train(Record):
     """How the free parameters are fitted."""
 
@@ -796,6 +807,8 @@ class Train(Record):
     """which weights remain: the best on held-out data, or the last"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """measure and keep the mean of the weights of all steps, each counting this much less than the next"""
+    search: Search | None = None
+    """numbers that are searched for on a grid, instead of training"""
     baselines: tuple[str, ...] = ("fista",)
     """algorithms of the same depth that the closing table compares with"""
     tensorboard: bool = False

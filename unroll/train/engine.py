@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from unroll.errors import SpecError, quote
 from unroll.spec.schema import Train
-from unroll.train import losses
+from unroll.train import losses, search
 from unroll.train.groups import parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
 from unroll.train.masked import as_in_training
@@ -568,6 +568,8 @@ def fit(
     """
     purpose = find_task(settings, data)
     _check(net, data, settings)
+    if settings.search is not None:
+        return search.find(net, data, settings, folder)
     size = min(settings.batch, len(data.train))
     per_epoch = len(data.train) // size
     steps = total_steps(settings, per_epoch)
