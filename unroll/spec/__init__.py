@@ -382,19 +382,66 @@ def _refuse_unknown(root: Entries, keys: list[str], where: Where) -> None:
         raise SpecError("E210", f"a spec has no '{quote('.'.join(keys))}'", where, hint)
 
 
+CALLED = re.compile(r"\s*([\w./-]+)\s*\(\s*(\w+\s*=\s*\w+(?:\s*,\s*\w+\s*=\s*\w+)*)\s*\)\s*")
+"""lista_cp(A=D, lam=mu): a preset, and what its names are called here."""
+
+
 def _expand(root: Entries) -> tuple[Entries, str | None]:
     """The tree with the preset that `unroll.parametrisation` names worked in; what is written goes before it."""
     unroll = root.get("unroll")
     if not isinstance(unroll, Entries):
         return root, None
     match unroll.get("parametrisation"):
-        case Scalar(str(name), origin):
+        case Scalar(str(written), origin):
+            called = CALLED.fullmatch(written)
+            name = called[1] if called else written
+            swaps = dict(tuple(map(str.strip, pair.split("="))) for pair in called[2].split(",")) if called else {}
             fragment = read_file(library.find(name, ("presets",), origin.where()))
-            joined = merge(fragment.without("about", "source", "parametrisation"), unroll.without("parametrisation"))
+            reads = [str(x) for x in cast("list[str]", plain(fragment.get("names") or Items((), origin)))]
+            _preset_fits(name, swaps, reads, root, origin)
+            own = ("scalars", "functions")
+            for section in own:  # what it brings beside the steps
+                if (part := fragment.get(section)) is not None:
+                    given = entries({section: (fragment.entries[section][0], part)}, fragment.origin)
+                    root = merge(given, root)
+            steps = _renamed(fragment.without("about", "source", "parametrisation", "names", *own), swaps)
+            joined = merge(cast(Entries, steps), unroll.without("parametrisation"))
             key = root.entries["unroll"][0]
-            return entries({**root.entries, "unroll": (key, joined)}, root.origin), name
+            return entries({**root.entries, "unroll": (key, joined)}, root.origin), written.strip()
         case _:
             return root, None
+
+
+def _preset_fits(name: str, swaps: dict[str, str], reads: list[str], root: Entries, origin: Origin) -> None:
+    """Raises SpecError E101 for a name that the preset has not, or the objective."""
+    for word in swaps:
+        if word not in reads:
+            hint = did_you_mean(word, reads) or f"it reads {', '.join(reads) or 'no name of an objective'}"
+            raise SpecError("E101", f"the preset {name} reads no '{quote(word)}'", origin.where(), hint)
+    declared = {n for section in NAMED for n in _names_of(root, section)}
+    for word in reads:
+        if swaps.get(word, word) not in declared:
+            what = f"the preset {name} reads '{word}', and there is no '{swaps.get(word, word)}' here"
+            hint = f"say what it is called here: parametrisation: {name}({word}=..); declared: {', '.join(sorted(declared))}"
+            raise SpecError("E101", what, origin.where(), hint)
+
+
+def _names_of(root: Entries, section: str) -> Iterator[str]:
+    part = root.get(section)
+    yield from part.entries if isinstance(part, Entries) else ()
+
+
+def _renamed(node: Node, swaps: dict[str, str]) -> Node:
+    """The tree with words of its texts swapped, all at once."""
+    match node:
+        case Scalar(str(text), origin):
+            return Scalar(WORD.sub(lambda found: swaps.get(found[0], found[0]), text), origin)
+        case Entries(found, origin):
+            return entries({k: (key, _renamed(v, swaps)) for k, (key, v) in found.items()}, origin)
+        case Items(items, origin):
+            return Items(tuple(_renamed(i, swaps) for i in items), origin)
+        case _:
+            return node
 
 
 def _with_texts(root: Entries) -> Entries:
