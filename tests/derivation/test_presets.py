@@ -61,16 +61,19 @@ def test_a_preset_says_its_names_as_they_are_here(preset: str) -> None:
 @pytest.mark.parametrize(
     "objective, preset, says",
     [
-        ("ridge", "lista_cp(lam=rho)", "step \\* lam does not occur in the step"),
+        ("huber", "lista", r"I\(n\) - step \* A.T @ A does not occur in the step"),
         ("nonnegative_least_squares", "cpss", "reads 'lam', and there is no 'lam' here"),
         ("lasso", "lista_cp(B=A)", "the preset lista_cp reads no 'B'"),
         ("lasso", "lista_cpp", "lista_cp"),
     ],
 )
 def test_what_is_missing_is_said(objective: str, preset: str, says: str) -> None:
-    algorithm = "gradient_descent" if objective == "ridge" else "proximal_gradient"
+    written = (
+        {"minimize": {"fit": "sum(huber(x - A @ z, 1))", "sparsity": "lam * norm1(z)"}} if objective == "huber" else {}
+    )
+    use = "lasso" if objective == "huber" else objective
     with pytest.raises(SpecError, match=says):
-        unroll.compile({"use": objective, "dims": {"m": 6, "n": 9}, "unroll": {"algorithm": algorithm, "layers": 2, "parametrisation": preset}})  # fmt: skip
+        unroll.compile(spec({"use": use, "dims": {"m": 6, "n": 9}, **written}, preset))
 
 
 def test_momentum_is_heavy_ball_at_a_moved_point() -> None:

@@ -27,7 +27,7 @@ from unroll.derivation.step import LAYER, Assign, Hand
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.columns import WIDTH, table_rows, wrapped
 from unroll.language.constructors import prox, swap
-from unroll.language.nodes import Expr, Member, Normalise, Prox, Spectrum, Sym, free_indices, scalar, walk
+from unroll.language.nodes import Expr, Member, Normalise, Prox, Spectrum, Sym, Worked, free_indices, scalar, walk
 from unroll.language.parse import Scope, parse_matrix
 from unroll.language.show import pretty, text
 from unroll.network.evaluate import Evaluator, evaluate
@@ -322,8 +322,10 @@ def initialisation(d: Derivation, sample: Sample) -> Iterator[Row]:
     if not d.step.learned:
         return
     drawn = [p.name for p in d.step.learned if p.init not in ("value", "data")]
-    if drawn or d.step.estimated:
+    own = any(x.name == "start" for x in d.step.departures)
+    if drawn or own or d.step.estimated:
         what = f"{', '.join(drawn)} start drawn" if drawn else f"{', '.join(d.step.estimated)} is estimated"
+        what = "it starts at formulas of its own" if own and not drawn else what
         yield Row("untrained network == algorithm, every layer", f"does not apply: {what}", "-", "noted")
         return
     ours, exact = sample.network(d.spec), sample.network(plain(d.spec))
@@ -394,6 +396,12 @@ def by_hand(
     return out
 
 
+def _selects(d: Derivation) -> bool:
+    """Does a layer count entries? What says how many moves the answer in jumps."""
+    values = (a.value for a in d.step.assigns if isinstance(a.value, Expr))
+    return any(isinstance(x, Worked) for value in values for x in walk(value))
+
+
 def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
     """Every parameter moves the answer; of one layer, where more of them magnify these inputs past all numbers."""
     if not d.step.learned:
@@ -404,15 +412,19 @@ def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
         net = sample.network(read(d.spec, ["unroll.layers=1"]))
     outs = _answers(net, sample.taken(net))
     sum((o * torch.randn(o.shape, generator=sample.generator, dtype=o.dtype)).sum() for o in outs).backward()  # type: ignore[union-attr]
-    lost = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    still = [n for n, p in net.named_parameters() if n not in lost and not cast(Tensor, p.grad).abs().sum() > 0]
+    jumps = [n for n, p in net.named_parameters() if p.grad is None and _selects(d)]
+    lost = [n for n, p in net.named_parameters() if n not in jumps and (p.grad is None or not p.grad.isfinite().all())]
+    still = [
+        n for n, p in net.named_parameters() if n not in (*lost, *jumps) and not cast(Tensor, p.grad).abs().sum() > 0
+    ]
     count = sum(1 for _ in net.parameters())
     idle = f"; 0 here for {', '.join(still)}" if still and d.step.estimated else ""
     alone = "; one layer: more of them overflow" if few else ""
+    alone += f"; {', '.join(jumps)} says how many" if jumps else ""
     broken = lost or (still and not d.step.estimated)
     yield Row(
         "a gradient reaches every parameter",
-        f"{count - len(lost) - (0 if idle else len(still))} of {count}{idle}{alone}",
+        f"{count - len(jumps) - len(lost) - (0 if idle else len(still))} of {count - len(jumps)}{idle}{alone}",
         "all",
         _verdict(not broken),
     )

@@ -395,7 +395,8 @@ def _expand(root: Entries) -> tuple[Entries, str | None]:
         case Scalar(str(written), origin):
             called = CALLED.fullmatch(written)
             name = called[1] if called else written
-            swaps = dict(tuple(map(str.strip, pair.split("="))) for pair in called[2].split(",")) if called else {}
+            pairs = [pair.partition("=") for pair in called[2].split(",")] if called else []
+            swaps = {word.strip(): here.strip() for word, _, here in pairs}
             fragment = read_file(library.find(name, ("presets",), origin.where()))
             reads = [str(x) for x in cast("list[str]", plain(fragment.get("names") or Items((), origin)))]
             _preset_fits(name, swaps, reads, root, origin)
