@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from unroll.spec import load
 from unroll.train import engine, train
 
 SETTINGS = {
@@ -37,7 +38,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "Hessian-LISTA": ("hessian_lista", (*LAYERWISE, STEPS), "I/L"),
     "scaled tied LISTA": ("scaled_lista", (*LAYERWISE, STEPS), "A'A, A'"),
     "LISTA-CP": ("lista_cp", (*LAYERWISE, STEPS), "A'/L"),
-    "LISTA-CPSS": ("lista_cpss", (*LAYERWISE, STEPS), "A'/L"),
+    "LISTA-CPSS": ("lista_cpss", (*LAYERWISE, "train.lr={matrices: 0.002, scalars: 0.02}"), "A'/L"),
     "LISTA-CPSS, analytic": (
         "lista_cpss",
         (*LAYERWISE, GENTLE, "unroll.learn.W.start=diag(1 / diagonal(pinv(A) @ A)) @ pinv(A)"),
@@ -46,6 +47,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "TiLISTA": ("ti_lista", (*LAYERWISE, STEPS), "A', step 1/L"),
     "GLISTA": ("glista", (*LAYERWISE, STEPS), "A'/L"),
     "ALISTA": ("alista", (*LAYERWISE, STEPS), "analytic weight, step 1"),
+    "LAMP": ("lamp", (*LAYERWISE, STEPS), "A', alpha 1"),
     "TISTA": ("tista", (*LAYERWISE, STEPS), "pseudoinverse, step 1"),
     "HyperLISTA, search": ("hyper_lista", (), "grid of 4 x 4 x 4"),
 }
@@ -67,13 +69,22 @@ def _timed(fit: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _spec(name: str) -> dict[str, Any]:
+    """The spec, its training as it is said here; a search as it says itself."""
+    document = load(name).to_dict()
+    search = document["train"].get("search")
+    return {**document, "train": {"loss": "nmse"} if search is None else {"loss": "nmse", "search": search}}
+
+
 def run(spec: str, settings: tuple[str, ...], seconds: float, seed: int) -> list[dict[str, Any]]:
     """Trained, and the algorithms and the optimum that the closing table has beside it: NMSE (sum ratio) in dB."""
     searched = spec == "hyper_lista"
     data = ("data.train=20000", "data.validation=1000", f"data.seed={seed}", f"train.seed={seed}", "train.baselines=[fista]")  # fmt: skip
     limits = () if searched else (f"train.steps={_steps(spec, settings, seconds)}", "train.validate_every=200")
     with tempfile.TemporaryDirectory() as folder:
-        found = train(spec, overrides=(*data, *settings, *limits), out=Path(folder) / "run", device="cpu", quiet=True)
+        found = train(
+            _spec(spec), overrides=(*data, *settings, *limits), out=Path(folder) / "run", device="cpu", quiet=True
+        )
     return [
         {
             "row": row.name,
@@ -90,7 +101,7 @@ def _steps(spec: str, settings: tuple[str, ...], seconds: float) -> int:
     """As many steps as fit, measured on a few of a whole layer-wise training."""
     few = ("data.train=640", "data.validation=64", "train.baselines=[]", "train.steps=48", "train.validate_every=48")
     with tempfile.TemporaryDirectory() as folder:
-        train(spec, overrides=(*settings, *few), out=Path(folder) / "run", device="cpu", quiet=True)
+        train(_spec(spec), overrides=(*settings, *few), out=Path(folder) / "run", device="cpu", quiet=True)
     return max(64, int(0.9 * seconds / (SPENT[-1] / 48)))
 
 

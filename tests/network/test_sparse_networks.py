@@ -136,11 +136,16 @@ def tista(net: Net, A: Tensor, x: Tensor, z: Tensor, k: int, kept: dict[str, Any
     return u * alpha2 / xi * p * of(u, xi) / ((1 - p) * of(u, tau2) + p * of(u, xi))
 
 
+def lamp(net: Net, A: Tensor, x: Tensor, z: Tensor, k: int, kept: dict[str, Any]) -> Tensor:
+    v = kept["v"] = x - z @ A.T + (z != 0).sum(-1, keepdim=True) / M * kept.get("v", torch.zeros_like(x))
+    return shrink(z + v @ net.W[k].T, softplus(net.alpha_k[k]) * v.norm(dim=-1, keepdim=True) / M**0.5)
+
+
 LAYERS: dict[str, Layer] = {
     f.__name__: f
     for f in (
         ista, fista, step_lista, lista, lfista, lista_cp, lista_cpss, ti_lista, alista, hyper_lista, hessian_lista, scaled_lista,
-        ada_lista, glista, tista,
+        ada_lista, glista, tista, lamp,
     )
 }  # fmt: skip
 
