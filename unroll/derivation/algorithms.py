@@ -112,10 +112,6 @@ def find(name: str, spec: Spec | None = None, path: tuple[str | int, ...] = ()) 
 def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
     """One iteration on `problem`. Raises DeriveError E303 with what was needed, found, and what fits."""
     text, record = algorithm.text, algorithm.text.record
-    if len(problem.variables) != 1:
-        raise DeriveError(
-            "E303", f"{algorithm.name} minimises over one variable; this problem has {len(problem.variables)}"
-        )
     rules = [k.split("(")[0] for k in record.momenta]
     if options.momentum is not None and options.momentum.split("(")[0] not in rules:
         hint = f"its momenta: {', '.join(rules)}" if rules else f"{algorithm.name} has no momentum; fista has"
@@ -135,7 +131,9 @@ def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
     _known_numbers(text, options)
     step = Reading(text, problem, dealt, options).step()
     each, once = where_known(step.definitions, {s.symbol.name for s in step.states})
-    return replace(step, definitions=tuple(once), assigns=(*each, *step.assigns))
+    return replace(
+        step, definitions=tuple(once), assigns=(*(replace(a, block=step.assigns[0].block) for a in each), *step.assigns)
+    )
 
 
 def _known_terms(text: Text, parts: tuple[Part, ...], options: Options) -> None:

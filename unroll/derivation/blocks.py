@@ -9,7 +9,7 @@ A spec without `blocks:` is one block. Every departure is kept in `Step.departur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -125,22 +125,31 @@ def _started(s: State, starts: dict[str, Expr]) -> State:
 def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     """The whole objective by one algorithm; what it carries besides the variable goes from layer to layer."""
     half = Half("", ("unroll",), unrolled, spec, problem)
-    if len(problem.variables) > 1:
-        names = ", ".join(z.name for z in problem.variables)
-        hint = "write blocks: one for each variable, with over: NAME"
-        raise SpecError(
-            "E303",
-            f"{half.algorithm} minimises over one variable; this problem has {names}",
-            half.where("algorithm"),
-            hint,
-        )
     step, found, problem = _iteration(half, problem, problem.scope)
-    step = replace(step, subproblems=(("", problem),), departures=tuple(found))
+    step = replace(step, subproblems=tuple(_one_by_one(problem, step)), departures=tuple(found))
     if not (unrolled.gauge or unrolled.normalise):
         return step
+    if len(problem.variables) > 1:
+        key = "gauge" if unrolled.gauge else "normalise"
+        where = spec.key_where("unroll", key)
+        raise SpecError(
+            "E310", f"{key} is of one variable; this problem has {len(problem.variables)}", where, "write blocks"
+        )
     (z,) = problem.variables
     step, more = _framed(half, step, z, z, problem.scope, None)
     return _without_descent(replace(step, departures=(*found, *more)))
+
+
+def _one_by_one(problem: Problem, step: Step) -> Iterator[tuple[str, Problem]]:
+    """What each part of a layer minimises: the whole, or of several variables, in each with the others held."""
+    if len(problem.variables) == 1:
+        yield "", problem
+        return
+    for name in step.blocks:
+        z = next(v for v in problem.variables if v.name == name)
+        others = (v for v in problem.variables if v is not z)
+        terms = {n: e for n, e in problem.terms.items() if depends(e, z)}
+        yield name, replace(problem, variables=(z,), inputs=(*problem.inputs, *others), terms=terms)
 
 
 def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[Departure], Problem]:

@@ -45,22 +45,30 @@ class Letter:
     """A letter of `solves`. operator: the K of g(K @ z).  index: the j of g[j](K[j] @ z), one for each term."""
 
     name: str
-    argument: str
+    arguments: tuple[str, ...]
     operator: str = ""
     index: str = ""
     over: str = ""
     uses: frozenset[str] = frozenset()
 
+    @property
+    def argument(self) -> str:
+        return self.arguments[0]
+
 
 @dataclass(frozen=True)
 class Share:
-    """What a letter stands for: the sum e of some terms, as a function of `variable`, which is K z where there is a K."""
+    """What a letter stands for: the sum e of some terms, as a function of `variable`, which is K z where there is a K.
+
+    places: each argument of the letter, and the variable of the problem that it is.
+    """
 
     letter: Letter
     parts: tuple[Part, ...]
     variable: Sym
     e: Expr | None
     linear: Linear | None = None
+    places: tuple[tuple[str, Sym], ...] = ()
 
     @property
     def convex(self) -> bool:
@@ -97,12 +105,6 @@ def letters(text: Text) -> tuple[Letter, ...]:
 def _refuse_names(text: Text, found: tuple[Letter, ...]) -> None:
     """Raises SpecError E320 for names that mean two things or nothing."""
     record, names = text.record, [x.name for x in found]
-    arguments = list(dict.fromkeys(x.argument for x in found))
-    if len(arguments) > 1:
-        message = f"a text minimises over one variable; {record.solves} has {' and '.join(arguments)}"
-        raise SpecError(
-            "E320", message, text.where("solves"), "several variables are blocks, each with its own algorithm"
-        )
     if len(set(names)) < len(names):
         raise SpecError(
             "E320",
@@ -131,10 +133,8 @@ def _refuse_names(text: Text, found: tuple[Letter, ...]) -> None:
             raise SpecError(
                 "E320", f"no update changes the state {name}", where, "a number that stays is one of scalars"
             )
-    if arguments[0] not in record.updates:
-        raise SpecError(
-            "E320", f"no update changes {arguments[0]}, the variable", text.where("updates"), f"{arguments[0]}: ..."
-        )
+    if loose := next((z for z in arguments_of(found) if z not in record.updates), None):
+        raise SpecError("E320", f"no update changes {loose}, the variable", text.where("updates"), f"{loose}: ...")
     rule = record.updates.get("momentum", "")
     if record.momenta and rule not in record.momenta:
         hint = f"momentum: {next(iter(record.momenta))}"
@@ -143,6 +143,11 @@ def _refuse_names(text: Text, found: tuple[Letter, ...]) -> None:
         )
     if bad := next((n for n in record.notes if n not in written), None):
         raise SpecError("E320", f"there is no update {bad}", text.where("notes", bad), did_you_mean(bad, written))
+
+
+def arguments_of(found: tuple[Letter, ...]) -> tuple[str, ...]:
+    """The variables of a text, in the order in which `solves` names them."""
+    return tuple(dict.fromkeys(a for x in found for a in x.arguments))
 
 
 def _summands(tree: ast.expr) -> Iterator[ast.expr]:
@@ -168,13 +173,18 @@ def _letter(tree: ast.expr) -> Letter:
         case ast.Call(func=ast.Name(name) | ast.Subscript(value=ast.Name(name)), args=[arg]):
             match arg:
                 case ast.Name(z):
-                    return Letter(name, z)
+                    return Letter(name, (z,))
                 case ast.BinOp(
                     left=ast.Name(k) | ast.Subscript(value=ast.Name(k)), op=ast.MatMult(), right=ast.Name(z)
                 ):
-                    return Letter(name, z, k)
+                    return Letter(name, (z,), k)
                 case _:
                     raise ValueError
+        case ast.Call(func=ast.Name(name), args=[_, _, *_] as args, keywords=[]):
+            written = tuple(a.id for a in args if isinstance(a, ast.Name))
+            if len(set(written)) < len(args):
+                raise ValueError
+            return Letter(name, written)
         case _:
             raise ValueError
 
@@ -213,9 +223,24 @@ def _named(e: ast.AST) -> Iterator[str]:
                 yield from _named(x)
 
 
+def placed(text: Text, variables: tuple[Sym, ...]) -> dict[str, Sym]:
+    """The variable of the problem that each argument of a text is: of its name, or else in the order of both. Raises Misfit."""
+    arguments = arguments_of(letters(text))
+    if len(arguments) != len(variables):
+        names = " and ".join(v.name for v in variables)
+        raise Misfit(f"it minimises over {' and '.join(arguments)}, and the problem over {names}")
+    by_name = {v.name: v for v in variables}
+    return (
+        {a: by_name[a] for a in arguments}
+        if {*arguments} == {*by_name}
+        else dict(zip(arguments, variables, strict=True))
+    )
+
+
 def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...]] | None = None) -> Dealt:
     """Every part to a letter. named: letter -> the terms that a spec gives it. Raises Misfit with what is missing."""
     found = letters(text)
+    places = placed(text, parts[0].among or (parts[0].variable,))
     smooth = next((x for x in found if GRADIENT in x.uses), None)
     others = [x for x in found if GRADIENT not in x.uses]
     if not others and smooth is not None:
@@ -224,7 +249,7 @@ def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...
         if bad:
             raise Misfit(f"{pretty(bad[0].e)} is not smooth")
     chosen = {t: letter for letter, terms in (named or {}).items() for t in terms}
-    choices = [_choices(p, found, smooth, chosen.get(p.term)) for p in parts]
+    choices = [_choices(p, found, smooth, chosen.get(p.term), places) for p in parts]
     hands = _greedy(parts, choices, found)
     try:
         _check(hands, found, text)
@@ -240,13 +265,23 @@ def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...
             break
         else:
             raise first from None
-    return {x.name: tuple(_shares(x, tuple(hands[x.name]), parts[0].variable)) for x in found}
+    return {x.name: tuple(_shares(x, tuple(hands[x.name]), places)) for x in found}
 
 
-def _choices(p: Part, found: tuple[Letter, ...], smooth: Letter | None, chosen: str | None) -> list[Letter]:
-    """The letters that a part may go to, the first choice first."""
+def _choices(
+    p: Part, found: tuple[Letter, ...], smooth: Letter | None, chosen: str | None, places: Mapping[str, Sym]
+) -> list[Letter]:
+    """The letters that a part may go to, the first choice first: those of its variables, or of more where a gradient is taken."""
     if chosen is not None:
         return [x for x in found if x.name == chosen]
+    if len(places) > 1:
+        reads = {q.variable for q in (p, *p.also)}
+        of = {x.name: {places[a] for a in x.arguments} for x in found}
+        fits = [x for x in found if of[x.name] == reads or (GRADIENT in x.uses and of[x.name] > reads)]
+        if not fits:
+            names = ", ".join(sorted(v.name for v in reads))
+            raise Misfit(f"{pretty(p.e)} reads {names}, and no letter is of that")
+        return sorted(fits, key=lambda x: (GRADIENT in x.uses) != p.descended)
     if smooth is not None and p.descended:
         return [smooth, *(x for x in found if x is not smooth)]
     return [x for x in found if x is not smooth] or list(found)
@@ -290,7 +325,7 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
     """Raises Misfit where a letter cannot stand for these parts."""
     if GRADIENT in letter.uses:
         for p in parts:
-            if not p.differentiable:
+            if not all(q.differentiable for q in (p, *p.also)):
                 raise Misfit(f"{pretty(p.e)} is not smooth")
             if letter.operator and p.inner is None:
                 raise Misfit(f"{pretty(p.e)} is no {letter.name}(K {p.variable.name} + b) with one K")
@@ -402,12 +437,13 @@ def _convex(p: Part) -> bool:
     return p.own_prox is not None and p.own_prox.convex
 
 
-def _shares(letter: Letter, parts: tuple[Part, ...], z: Sym) -> Iterator[Share]:
+def _shares(letter: Letter, parts: tuple[Part, ...], places: Mapping[str, Sym]) -> Iterator[Share]:
     """What a letter stands for; of one with an index, one for each operator."""
+    mine = tuple((a, places[a]) for a in letter.arguments)
     if not letter.operator:
-        yield Share(letter, parts, z, add(*(p.weighed for p in parts)) if parts else None)
+        yield Share(letter, parts, mine[0][1], add(*(p.weighed for p in parts)) if parts else None, places=mine)
         return
     for group in _by_operator(parts).values():
         _, w, k = group[0]
-        mine = tuple(p for p in parts if p.inner in group)
-        yield Share(letter, mine, w, add(*(g for g, _, _ in group)), k)
+        own = tuple(p for p in parts if p.inner in group)
+        yield Share(letter, own, w, add(*(g for g, _, _ in group)), k, mine)

@@ -307,8 +307,9 @@ def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
     for found in proxes(mine):
         rows += _prox_rows(found)
     suffix = f"_{half.name}" if half.name else ""
-    for a in d.exact.definitions:
-        if not suffix or a.target.name.endswith(suffix):
+    first = half is d.halves[0] and not d.spec.unroll.blocks if d.spec.unroll is not None else False
+    for a in d.exact.definitions:  # of a text in several variables, all before the first
+        if not suffix or a.target.name.endswith(suffix) or first:
             rows.append(("", f"{a.target.name} = {pretty(a.value)}"))
     for i, a in enumerate(mine):
         rows.append(("step" if i == 0 else "", f"{a.target.name} ← {pretty(a.value)}"))

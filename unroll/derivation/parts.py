@@ -6,7 +6,7 @@ a function g(K z + b) of something linear in the variable, and g is proximable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import sympy as sp
@@ -30,6 +30,7 @@ class Part:
     """One summand of the objective and what is known of it, derived when it is first read.
 
     weight_name: what a number in front of it is called.  given: is it taken through its gradient, whatever else is known?
+    also: the same summand in the other variables that it reads, of those `among` which the problem minimises.
     """
 
     term: str
@@ -37,6 +38,8 @@ class Part:
     variable: Sym
     weight_name: str = "weight"
     given: bool = False
+    also: tuple[Part, ...] = ()
+    among: tuple[Sym, ...] = ()
 
     @cached_property
     def differentiable(self) -> bool:
@@ -164,23 +167,28 @@ def _fits_if_positive(p: Part, data: Sym) -> bool:
 
 def classify(problem: Problem) -> tuple[Part, ...]:
     """Every summand of every term; what is known of it is derived when it is read."""
-    (z,) = problem.variables
     parts: list[Part] = []
     for name, cost in problem.costs.items():
-        parts += [Part(name, e, z, f"weight_{name}{i or ''}") for i, e in enumerate(_summands(cost, z))]
+        for i, (e, reads) in enumerate(_summands(cost, problem.variables)):
+            of = [Part(name, e, z, f"weight_{name}{i or ''}") for z in reads]
+            parts.append(replace(of[0], also=tuple(of[1:]), among=problem.variables))
     if not parts:
-        raise DeriveError("E303", f"the objective does not depend on {z.name}")
+        raise DeriveError("E303", f"the objective does not depend on {problem.variables[0].name}")
     return tuple(parts)
 
 
-def _summands(cost: Expr, z: Sym) -> list[Expr]:
-    """The terms of a sum that depend on z; entrywise ones of the same argument stay together: |u| - log(1 + |u|) is smooth."""
+def _summands(cost: Expr, variables: tuple[Sym, ...]) -> list[tuple[Expr, tuple[Sym, ...]]]:
+    """The terms of a sum, and the variables that they read; entrywise ones of the same argument stay together: |u| - log(1 + |u|) is smooth."""
     groups: dict[object, list[Expr]] = {}
     for e in cost.terms if isinstance(cost, Add) else (cost,):
-        if depends(e, z):
+        for z in (z for z in variables[:1] if depends(e, z)):
             inner = curvature.entrywise(e, z)
             groups.setdefault(e if inner is None else tuple(a for a in inner[1].args if depends(a, z)), []).append(e)
-    return [add(*g) for g in groups.values()]
+            break
+        else:
+            groups.setdefault(e, []).append(e)
+    found = [(add(*g), tuple(z for z in variables if any(depends(e, z) for e in g))) for g in groups.values()]
+    return [(e, reads) for e, reads in found if reads]
 
 
 def _unweighed(e: Expr, z: Sym) -> tuple[Expr, Expr]:

@@ -17,7 +17,7 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, hessian, least, square_of_norm
 from unroll.calculus.majorise import tangent
 from unroll.calculus.torch_text import above_zero, nonzero
-from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters
+from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters, placed
 from unroll.derivation.parts import Part
 from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
@@ -73,13 +73,14 @@ class Reading:
 
     def __init__(self, text: Text, problem: Problem, dealt: Dealt, options: Options) -> None:
         self.text, self.problem, self.dealt, self.options = text, problem, dealt, options
-        (self.z,) = problem.variables
         self.letters = {x.name: x for x in letters(text)}
-        self.argument = next(iter(self.letters.values())).argument
-        self.state = state_of(self.z)
-        self.at = self.state
+        self.places = placed(text, problem.variables)
+        """The variables of the problem that the arguments of the text are."""
+        self.running = {a: state_of(z) for a, z in self.places.items()}
+        self.argument, self.z = next(iter(self.places.items()))
+        self.at = self.running[self.argument]
         """Where the step is taken: what is held in a prox is worked out there."""
-        self.names: dict[str, Value] = {self.argument: self.state, "layer": LAYER}
+        self.names: dict[str, Value] = {**self.running, "layer": LAYER}
         self.derived: list[Assign] = []
         """Lipschitz constants and norms, in the order in which they were asked for."""
         self.notes: list[str] = []
@@ -115,8 +116,9 @@ class Reading:
         self._scalars_of_rule()
         for name, free in record.scalars.items():
             self._declare(name, free)
-        if self.argument not in record.states:
-            self.states.append(State(self.state, zeros(*self.z.shape)))
+        for a, z in self.places.items():
+            if a not in record.states:
+                self.states.append(State(self.running[a], zeros(*z.shape)))
         for name, start in [*record.states.items(), *(self.rule.states.items() if self.rule else ())]:
             self._start(name, start)
         for name, start in self.options.states.items():
@@ -127,17 +129,31 @@ class Reading:
         weights = tuple(
             Assign(name, substitute(w, {p.variable: self.at}), "weight") for p, (name, w) in self._weights()
         )
+        assigns = self._tagged(tuple(self._short()))
         return Step(
             self.text.name,
             (*weights, *self.derived, *values),
             tuple(self.states),
-            tuple(self._short()),
-            (self.state,),
+            assigns,
+            tuple(state_of(z) for z in self.problem.variables),
             (),
             tuple((*self.notes, *self._claims(), *self._said())),
             departures=tuple(self._departures()),
+            blocks=tuple(dict.fromkeys(a.block for a in assigns if a.block)),
             hands=tuple(self._hands()),
         )
+
+    def _tagged(self, assigns: tuple[Assign, ...]) -> tuple[Assign, ...]:
+        """Of several variables: each assignment with the variable that it leads to, as if that were a block."""
+        if len(self.places) == 1:
+            return assigns
+        names: dict[Sym | sp.Symbol, str] = {self.running[a]: z.name for a, z in self.places.items()}
+        block = next(names[a.target] for a in reversed(assigns) if a.target in names)
+        tagged: list[Assign] = []
+        for a in reversed(assigns):
+            block = names.get(a.target, block)
+            tagged.append(replace(a, block=block))
+        return tuple(reversed(tagged))
 
     def _weights(self) -> Iterable[tuple[Part, tuple[sp.Symbol, Expr]]]:
         for shares in self.dealt.values():
@@ -152,7 +168,9 @@ class Reading:
             terms = tuple(dict.fromkeys(p.term for p in share.parts))
             e = add(*(p.e for p in share.parts)) if use == "gradient" else cast(Expr, share.e)
             operator = share.linear.e if share.linear is not None and not share.linear.is_identity else None
-            yield Hand(share.letter.name, use, terms, e, share.variable, operator)
+            for z in (v for _, v in share.places) if use == GRADIENT and operator is None else (share.variable,):
+                block = "" if len(self.places) == 1 else z.name if operator is None else share.places[0][1].name
+                yield Hand(share.letter.name, use, terms, e, z, operator, block)
 
     def _claims(self) -> Iterable[str]:
         parts = [p for shares in self.dealt.values() for s in shares for p in s.parts]
@@ -193,8 +211,10 @@ class Reading:
 
     def fresh(self, name: str) -> str:
         """The name of a state or an update in the emitted module: after the variable where it begins with it."""
-        if name.startswith(f"{self.argument}_"):
-            name = self.z.name + name[len(self.argument) :]
+        for a, z in self.places.items():
+            if name.startswith(f"{a}_"):
+                name = z.name + name[len(a) :]
+                break
         while name in self.problem.scope.names:
             name += "_"
         return name
@@ -222,7 +242,9 @@ class Reading:
         self, own: bool = True, index: Mapping[str, int] | None = None, more: Mapping[str, Value] | None = None
     ) -> TextScope:
         """The names of the text; own=False: those of the problem before them."""
-        of_spec = {} if own else {**self.problem.scope.names, self.z.name: self.state}
+        of_spec = (
+            {} if own else {**self.problem.scope.names, **{z.name: self.running[a] for a, z in self.places.items()}}
+        )
         names = {**self.names, **of_spec, **(more or {})}
         base = Scope() if own else self.problem.scope
         return TextScope(names, base.macros, base.declared, base.sizes, True, self, dict(index or {}))
@@ -239,9 +261,10 @@ class Reading:
         ).read()
         name, _, index = key.removesuffix("]").partition("[")
         for called, indices in self._members(name, index):
-            if called == self.argument:
+            if called in self.places:
                 value = self._first(key, start, place, read, indices)
-                self.states.append(State(self.state, substitute(value, {self.state: zeros(*self.z.shape)})))
+                nowhere_yet = {s: zeros(*s.shape) for s in self.running.values()}
+                self.states.append(State(self.running[called], substitute(value, {**nowhere_yet})))
                 continue
             if start.number is not None:
                 first = read(start.number, indices)
@@ -252,7 +275,7 @@ class Reading:
                 self.names[called] = s
                 continue
             value = self._first(key, start, place, read, indices)
-            sized = self.z if value.shape == self.z.shape else None
+            sized = next((z for z in self.places.values() if z.shape == value.shape), None)
             s = state_of(sized, self.fresh(called)) if sized is not None else _vector(self.fresh(called), value)
             self.states.append(State(s, value))
             self.names[called] = s
@@ -406,7 +429,7 @@ class Reading:
         if isinstance(old, Sym) and not isinstance(value, Expr):
             value = constant(value, *old.shape)
         if old is None:
-            if isinstance(value, Expr) and (self.z.is_scalar or not value.is_scalar):
+            if isinstance(value, Expr) and (any(z.is_scalar for z in self.places.values()) or not value.is_scalar):
                 old = _vector(self.fresh(name), value)
             else:
                 old = scalar(self._numbered(name), positive=_positive(value))
@@ -506,14 +529,32 @@ class Reading:
             self.derived.append(Assign(target, value, "largest singular value, or a bound"))
         return target
 
-    def grad(self, share: Share, at: Expr) -> Expr:
-        slope = gradient(self._smooth(share), share.variable)
-        if isinstance(at, Sym) and at.role == "state":
-            self.at = at
-        return substitute(slope, {share.variable: at})
+    def grad(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> Expr:
+        """In z, at a point; of what the letter reads besides, at what that is now."""
+        slope = gradient(self._smooth(share), z)
+        if isinstance(at[z], Sym) and cast(Sym, at[z]).role == "state":
+            self.at = cast(Sym, at[z])
+        return substitute(slope, {**self.others(at), **at})
 
-    def hessian(self, share: Share, at: Expr) -> Expr:
-        return substitute(hessian(self._smooth(share), share.variable), {share.variable: at})
+    def hessian(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> Expr:
+        return substitute(hessian(self._smooth(share), z), {**self.others(at), **at})
+
+    def others(self, but: Iterable[Sym]) -> dict[Expr, Expr]:
+        """What the variables are now."""
+        return {z: self.running[a] for a, z in self.places.items() if z not in set(but)}
+
+    def partial(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> sp.Expr:
+        """The Lipschitz constant of the gradient in one of several variables: a number per sample, by what the others are."""
+        found = curvature.smoothness(self._smooth(share), z)
+        note = f"L_{z.name}: {found.proof}, {found.reason}"
+        self.notes += [] if note in self.notes else [note]
+        name = self.fresh(f"L_{z.name}")
+        while any(a.target.name == name for a in self.assigns):
+            name += "_"
+        target = scalar(name, positive=True)
+        value = substitute(found.lipschitz, {**self.others(at), **at})
+        self.assigns.append(Assign(target, value, f"Lipschitz constant of the gradient in {z.name}"))
+        return cast(sp.Expr, nonzero(target))
 
     def divergence(self, value: Expr, r: Sym) -> tuple[Expr, Expr]:
         """Of what was assigned to a name, in the name of what it was read at."""
@@ -544,7 +585,7 @@ class Reading:
     def prox(self, share: Share, t: sp.Expr, v: Expr) -> Expr:
         if share.e is None:
             return v
-        held = held_at(share.e, {self.z: self.at})
+        held = held_at(share.e, {self.z: self.at} if len(self.places) == 1 else {**self.others(())})
         return prox(held, share.variable, t, v)
 
 
@@ -693,11 +734,11 @@ class _Formula(Reader):
             ):
                 return e
             return super()._call(node, name, args, keywords)
-        if keywords or len(args) != operation.count:
+        if (keywords and not operation.at) or len(args) not in operation.counts:
             self.fail(
                 node,
                 "E105",
-                f"{name} takes {operation.count} arguments, not {len(args) + len(keywords)}",
+                f"{name} takes {' or '.join(map(str, operation.counts))} arguments, not {len(args) + len(keywords)}",
                 f"it is called as {operation.signature}",
             )
         try:
@@ -777,21 +818,25 @@ class _Formula(Reader):
                 self.fail(node, "E105", "tangent takes a letter, a point, and abs or square", "tangent(g, z, abs)")
         if share.e is None:
             return share
-        point = substitute(point, {self.reading.z: self.reading.state})  # inside argmin, z is what is minimised over
+        point = substitute(
+            point, {z: self.reading.running[a] for a, z in self.reading.places.items()}
+        )  # inside argmin, z is what is minimised over
         return replace(share, e=tangent(share.e, share.variable, point, of))
 
     def _value_of(self, node: ast.Call, share: Share, args: list[ast.expr]) -> Expr:
         """f(z): the value of a letter."""
-        if len(args) != 1:
-            self.fail(node, "E105", f"{share.letter.name} takes one argument, not {len(args)}")
-        at = self.matrix(args[0])
-        if share.linear is not None and at.shape != share.variable.shape:
+        count = len(share.places)
+        if len(args) != count:
             self.fail(
-                args[0],
-                "E131",
-                f"{self.source(args[0])} is {self.shape(at)}; {share.letter.name} takes {self.shape(share.variable)}",
+                node, "E105", f"{share.letter.name} takes {count} argument{'s' if count > 1 else ''}, not {len(args)}"
             )
-        return zeros(1, 1) if share.e is None else substitute(share.e, {share.variable: at})
+        variables = [share.variable] if count == 1 else [z for _, z in share.places]
+        at = [self.matrix(a) for a in args]
+        for a, e, z in zip(args, at, variables, strict=True):
+            if (share.linear is not None or count > 1) and e.shape != z.shape:
+                message = f"{self.source(a)} is {self.shape(e)}; {share.letter.name} takes {self.shape(z)}"
+                self.fail(a, "E131", message)
+        return zeros(1, 1) if share.e is None else substitute(share.e, dict(zip(variables, at, strict=True)))
 
     def scaled(self, node: ast.expr) -> tuple[sp.Expr, Share, bool]:
         """(t, g, is it the conjugate?) of t * g, g / t, t * conj(g)."""
@@ -811,20 +856,41 @@ class _Formula(Reader):
 
 
 def _grad(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return r.reading.grad(*_letter_at(r, args))
+    return r.reading.grad(*_letter_at(r, args, node.keywords))
 
 
 def _hess(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return r.reading.hessian(*_letter_at(r, args))
+    return r.reading.hessian(*_letter_at(r, args, node.keywords))
 
 
-def _letter_at(r: _Formula, args: list[ast.expr]) -> tuple[Share, Expr]:
-    """A letter and the point at which it is taken; of g(K z), a value of K z."""
-    share, at = r.share(args[0]), r.matrix(args[1])
-    if at.shape != share.variable.shape:
-        what = "the variable" if share.linear is None else f"{share.letter.operator} {r.reading.argument}"
-        r.fail(args[1], "E131", f"{r.source(args[1])} is {r.shape(at)}; {what} is {r.shape(share.variable)}")
-    return share, at
+def _letter_at(r: _Formula, args: list[ast.expr], keywords: list[ast.keyword]) -> tuple[Share, Sym, dict[Sym, Expr]]:
+    """A letter, the variable that is meant, and the point; of g(K z), a value of K z. Of H(x, y), grad(H, x, y=last(y))."""
+    share = r.share(args[0])
+    places = dict(share.places)
+    if len(places) == 1:
+        z, put = share.variable, {share.variable: args[1]}
+    else:
+        name = args[1].id if isinstance(args[1], ast.Name) else ""
+        if name not in places:
+            hint = f"grad({share.letter.name}, {share.letter.argument}); at another point, grad(.., {share.letter.argument}=..)"
+            r.fail(args[1], "E320", f"{r.source(args[1])} is none of the variables of {share.letter.name}", hint)
+        z, put = places[name], {places[name]: args[1]}
+    for k in keywords:
+        if str(k.arg) not in places or len(places) == 1:
+            r.fail(k.value, "E320", f"{share.letter.name} has no variable '{k.arg}' beside that one")
+        put[places[str(k.arg)]] = k.value
+    at = {v: r.matrix(e) for v, e in put.items()}
+    for v, e in put.items():
+        if at[v].shape != v.shape:
+            what = (
+                v.name
+                if len(places) > 1
+                else "the variable"
+                if share.linear is None
+                else f"{share.letter.operator} {r.reading.argument}"
+            )
+            r.fail(e, "E131", f"{r.source(e)} is {r.shape(at[v])}; {what} is {r.shape(v)}")
+    return share, z, at
 
 
 def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -850,7 +916,8 @@ def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
 
 def _tangent(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
     """The majorant of a letter, as a value: at the variable in argmin, through `scaled` in a prox."""
-    share, z = r.majorant(node), cast(Expr, r.scope.names[r.reading.argument])
+    share = r.majorant(node)
+    z = cast(Expr, r.scope.names[share.letter.argument])
     if share.e is None:
         return zeros(1, 1)
     return substitute(share.e, {share.variable: z if share.linear is None else share.linear(z)})
@@ -909,8 +976,16 @@ def _mu(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
     return r.reading.convexity(r.share(args[0]).letter.name)
 
 
-def _lipschitz(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
-    return r.reading.lipschitz(r.share(args[0]).letter.name)
+def _lipschitz(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
+    share = r.share(args[0])
+    if len(share.places) > 1:
+        if len(args) == 1:
+            hint = f"L({share.letter.name}, {share.letter.argument}): in one of its variables"
+            r.fail(node, "E105", f"{share.letter.name} is of several variables", hint)
+        return r.reading.partial(*_letter_at(r, args, node.keywords))
+    if len(args) > 1 or node.keywords:
+        r.fail(node, "E105", f"{share.letter.name} is of one variable", f"L({share.letter.name})")
+    return r.reading.lipschitz(share.letter.name)
 
 
 def _norm(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
@@ -932,15 +1007,16 @@ def _norm(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
 
 def _argmin(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
     """argmin over the update that it is the value of."""
-    reading, z = r.reading, r.reading.z
-    if reading.target != reading.argument:
+    reading = r.reading
+    z = reading.places.get(reading.target)
+    if z is None:
         r.fail(
             node,
             "E320",
             f"argmin is over the update it stands in, and {reading.target} is not a variable",
             f"{reading.argument}: argmin(...)",
         )
-    names = {**r.scope.names, reading.argument: z}
+    names = {**r.scope.names, reading.target: z}
     inner = _Formula(r.text, replace(cast(TextScope, r.scope), names=names), r.place, r.active)
     return least(inner.matrix(args[0]), z)
 
@@ -976,28 +1052,29 @@ def _last(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
 
 @dataclass(frozen=True)
 class Operation:
-    """Something that is done with letters: how it is called, with how many arguments, and what it gives."""
+    """Something that is done with letters: how it is called, with how many arguments, what it gives; at: may a point be given by names?"""
 
     signature: str
-    count: int
+    counts: tuple[int, ...]
     build: Callable[[_Formula, ast.Call, list[ast.expr]], Value]
+    at: bool = False
 
 
 OPERATIONS = {
-    "grad": Operation("grad(f, z): the gradient of f at z", 2, _grad),
-    "prox": Operation("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", 2, _prox),
-    "hess": Operation("hess(f, z): the matrix of second derivatives of f at a vector z", 2, _hess),
-    "tangent": Operation("tangent(g, p, abs): above g, linear in |z|, and equal at p; square: in z^2", 3, _tangent),
-    "bregman": Operation("bregman(t * g, v): argmin of t g(x) + sum(x log(x/v) - x + v)", 2, _bregman),
-    "plus": Operation("plus(e): the terms of e without a negative entry", 1, _plus),
-    "minus": Operation("minus(e): minus the others", 1, _minus),
-    "div": Operation("div(z, r): the divergence of the update of z in r", 2, _div),
-    "mu": Operation("mu(f): a constant of strong convexity of f", 1, _mu),
-    "L": Operation("L(f): the Lipschitz constant of grad f", 1, _lipschitz),
-    "norm": Operation("norm(K), norm(stack(K)): the largest singular value", 1, _norm),
-    "argmin": Operation("argmin(f(z) + ...), over the update it stands in", 1, _argmin),
-    "hold": Operation("hold(e): a constant for every derivation", 1, _hold),
-    "last": Operation("last(z): z where the layer began", 1, _last),
+    "grad": Operation("grad(f, z): the gradient of f at z; of H(x, y), grad(H, x, y=..)", (2,), _grad, at=True),
+    "prox": Operation("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", (2,), _prox),
+    "hess": Operation("hess(f, z): the matrix of second derivatives of f at a vector z", (2,), _hess, at=True),
+    "tangent": Operation("tangent(g, p, abs): above g, linear in |z|, and equal at p; square: in z^2", (3,), _tangent),
+    "bregman": Operation("bregman(t * g, v): argmin of t g(x) + sum(x log(x/v) - x + v)", (2,), _bregman),
+    "plus": Operation("plus(e): the terms of e without a negative entry", (1,), _plus),
+    "minus": Operation("minus(e): minus the others", (1,), _minus),
+    "div": Operation("div(z, r): the divergence of the update of z in r", (2,), _div),
+    "mu": Operation("mu(f): a constant of strong convexity of f", (1,), _mu),
+    "L": Operation("L(f): the Lipschitz constant of grad f; of H(x, y), L(H, x)", (1, 2), _lipschitz, at=True),
+    "norm": Operation("norm(K), norm(stack(K)): the largest singular value", (1,), _norm),
+    "argmin": Operation("argmin(f(z) + ...), over the update it stands in", (1,), _argmin),
+    "hold": Operation("hold(e): a constant for every derivation", (1,), _hold),
+    "last": Operation("last(z): z where the layer began", (1,), _last),
 }
 
 
