@@ -135,7 +135,7 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         raise SpecError(
             "E310", f"{key} is of one variable; this problem has {len(problem.variables)}", where, "write blocks"
         )
-    (z,) = problem.variables
+    z = problem.variables[0]
     step, more = _framed(half, step, z, z, problem.scope, None)
     return _without_descent(replace(step, departures=(*found, *more)))
 

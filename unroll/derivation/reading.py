@@ -548,6 +548,8 @@ class Reading:
         found = curvature.smoothness(self._smooth(share), z)
         note = f"L_{z.name}: {found.proof}, {found.reason}"
         self.notes += [] if note in self.notes else [note]
+        if (c := as_constant(found.lipschitz)) is not None and c.is_positive:
+            return c
         name = self.fresh(f"L_{z.name}")
         while any(a.target.name == name for a in self.assigns):
             name += "_"

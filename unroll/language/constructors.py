@@ -886,12 +886,12 @@ def top(e: Expr, share: Expr) -> Expr:
 
 
 def factored(name: str, e: Expr) -> Expr:
-    """A part of a factorisation of what is known before the network runs. Raises DeriveError E132 of what moves."""
-    moving = sorted(s.name for s in e.symbols if s.role != "parameter")
+    """A part of a factorisation of what no layer changes. Raises DeriveError E132 of what moves."""
+    moving = sorted(s.name for s in e.symbols if s.role not in ("parameter", "input"))
     if moving:
         raise DeriveError(
             "E132",
-            f"{name} is worked out once, of what parameters alone say; this depends on {moving[0]}",
+            f"{name} is worked out once, of parameters and inputs; this depends on {moving[0]}",
             hint="inv(M) and spectral_map(h(s), M) follow what moves",
         )
     if name.startswith("eigh") and not is_symmetric(e):

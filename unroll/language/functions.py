@@ -169,7 +169,7 @@ NORMS = (
 
 
 FACTORS = (
-    ("pinv", "pseudoinverse; this and what follows up to eigh_vectors: of parameters alone, worked out once"),
+    ("pinv", "pseudoinverse; this and what follows up to eigh_vectors: of parameters and inputs, worked out once"),
     ("svd_u", "left singular vectors, those of the largest values first; the largest entry of each is positive"),
     ("svd_s", "singular values, the largest first"),
     ("svd_v", "right singular vectors, M = svd_u(M) @ diag(svd_s(M)) @ svd_v(M).T"),
@@ -227,7 +227,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("shifts_T", ("matrix", "size", "size"), _shifts(adjoint=True), "adjoint of shifts", optional=1),
     Function("repeat", ("vector", "size"), lambda x, n: operator("repeat", x, sizes=(n,)), "each entry n times"),
     Function("repeat_T", ("vector", "size"), lambda x, n: operator("repeat", x, adjoint=True, sizes=(n,)), "adjoint of repeat: sums of n entries"),
-    Function("first", ("vector", "size"), lambda x, n: operator("first", x, sizes=(n,)), "the first n entries, 0 after the last"),
+    Function("first", ("matrix", "size"), lambda x, n: operator("first", x, sizes=(n,)), "the first n entries, 0 after the last, of each column"),
     Function("top", ("matrix", "share"), top, "1 where an entry is among the share p (0 to 1) of largest magnitudes of its sample, else 0; a condition of where too"),
     *(Function(name, ("matrix",), _factored(name), about) for name, about in FACTORS),
     Function("stop_gradient", ("matrix",), hold, "a constant for every derivation: gradient, curvature, prox"),

@@ -488,7 +488,7 @@ class Lowering:
                 return b.add("top", (self.lower(x), p), b.nodes[p.node].plain)
             case Worked(name, (x,)):
                 ref = self.lower(x)
-                if b.nodes[ref.node].stage > Stage.SETUP:
+                if b.nodes[ref.node].stage > Stage.PROLOGUE:
                     raise UnrollError(
                         "E403",
                         f"{e} is worked out once, and what is in it changes",
