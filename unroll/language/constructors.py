@@ -888,11 +888,13 @@ def top(e: Expr, share: Expr) -> Expr:
 def factored(name: str, e: Expr) -> Expr:
     """A part of a factorisation of what no layer changes. Raises DeriveError E132 of what moves."""
     moving = sorted(s.name for s in e.symbols if s.role not in ("parameter", "input"))
+    if moving and name == "pinv":
+        return transpose(spectral_map(sp.Piecewise((1 / slot(0), slot(0) > 0), (0, True)), e))
     if moving:
         raise DeriveError(
             "E132",
             f"{name} is worked out once, of parameters and inputs; this depends on {moving[0]}",
-            hint="inv(M) and spectral_map(h(s), M) follow what moves",
+            hint="inv(M), pinv(M) and spectral_map(h(s), M) follow what moves",
         )
     if name.startswith("eigh") and not is_symmetric(e):
         raise DeriveError("E132", f"{name} takes a symmetric matrix", hint="M.T @ M, or (M + M.T) / 2")

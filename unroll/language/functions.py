@@ -169,8 +169,8 @@ NORMS = (
 
 
 FACTORS = (
-    ("pinv", "pseudoinverse; this and what follows up to eigh_vectors: of parameters and inputs, worked out once"),
-    ("svd_u", "left singular vectors, those of the largest values first; the largest entry of each is positive"),
+    ("pinv", "pseudoinverse"),
+    ("svd_u", "this and what follows up to eigh_vectors: of parameters and inputs, worked out once; left singular vectors, those of the largest values first; the largest entry of each is positive"),
     ("svd_s", "singular values, the largest first"),
     ("svd_v", "right singular vectors, M = svd_u(M) @ diag(svd_s(M)) @ svd_v(M).T"),
     ("qr_q", "orthonormal factor Q of M = Q R"),
