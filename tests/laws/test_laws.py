@@ -123,10 +123,18 @@ SPLIT = ("fused_lasso",)
 """Objectives that only algorithms with several letters take."""
 
 
-@pytest.mark.parametrize("algorithm", [n for n in library.names("algorithms") if n not in ("power_step", "multiplicative")])
+@pytest.mark.parametrize(
+    "algorithm", [n for n in library.names("algorithms") if n not in ("power_step", "multiplicative")]
+)
 def test_laws_hold_for_every_algorithm(algorithm):
     """On the first of these that it takes; the specs pca and nmf take the two that are left out."""
-    own = {"palm": "dictionary_learning", "scaled_gradient": "robust_pca", "mirror_descent": "simplex_least_squares", "cccp": "hopfield_energy", "amp": "lasso"}
+    own = {
+        "palm": "dictionary_learning",
+        "scaled_gradient": "robust_pca",
+        "mirror_descent": "simplex_least_squares",
+        "cccp": "hopfield_energy",
+        "amp": "lasso",
+    }
     for name in (own[algorithm],) if algorithm in own else ("fused_lasso", "lasso", "ridge", "box_least_squares"):
         spec = one_network(name, algorithm)
         try:

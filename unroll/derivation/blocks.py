@@ -129,14 +129,14 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     step = replace(step, subproblems=tuple(_one_by_one(problem, step)), departures=tuple(found))
     if not (unrolled.gauge or unrolled.normalise):
         return step
-    if len(problem.variables) > 1:
+    variables = problem.variables
+    if len(variables) > 1:
         key = "gauge" if unrolled.gauge else "normalise"
         where = spec.key_where("unroll", key)
         raise SpecError(
             "E310", f"{key} is of one variable; this problem has {len(problem.variables)}", where, "write blocks"
         )
-    z = problem.variables[0]
-    step, more = _framed(half, step, z, z, problem.scope, None)
+    step, more = _framed(half, step, variables[0], variables[0], problem.scope, None)
     return _without_descent(replace(step, departures=(*found, *more)))
 
 

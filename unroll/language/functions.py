@@ -170,7 +170,10 @@ NORMS = (
 
 FACTORS = (
     ("pinv", "pseudoinverse"),
-    ("svd_u", "this and what follows up to eigh_vectors: of parameters and inputs, worked out once; left singular vectors, those of the largest values first; the largest entry of each is positive"),
+    (
+        "svd_u",
+        "this and what follows up to eigh_vectors: of parameters and inputs, worked out once, constants for slopes; left singular vectors, those of the largest values first; the largest entry of each is positive",
+    ),
     ("svd_s", "singular values, the largest first"),
     ("svd_v", "right singular vectors, M = svd_u(M) @ diag(svd_s(M)) @ svd_v(M).T"),
     ("qr_q", "orthonormal factor Q of M = Q R"),

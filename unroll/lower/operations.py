@@ -424,9 +424,10 @@ def _factor_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
 
 
 def _factor_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    """attrs: which factor. Axes of size 1 are there while it is worked out."""
+    """attrs: which factor. Axes of size 1 are there while it is worked out; those of inputs are constants for slopes."""
     (x,) = args
     code = x.ordered("rc")
+    code = code.then(".detach()") if out.stage > Stage.SETUP else code
     code = code if "c" in x.tags else code.then("[..., None]")
     code = code if "r" in x.tags else code.then("[..., None, :]")
     call = Text(f"{out.attrs[0]}({code.code})")
