@@ -150,6 +150,9 @@ CONVEX: dict[str, tuple[Case, list[Case]]] = {
     "lam*norm_inf(q)": (lambda z, a: lam * cp.norm_inf(z), []),
     "lam*norm_inf(q) + dot(q, w)": (lambda z, a: lam * cp.norm_inf(z) + cp.sum(cp.multiply(z, a["w"])), []),
     "lam*norm_inf(q) + mu/2*sumsq(q)": (lambda z, a: lam * cp.norm_inf(z) + mu / 2 * cp.sum_squares(z), []),
+    "lam*sum(max_entry(abs(Z), axis=1)) + dot(C, Z)": (lambda z, a: lam * cp.sum(cp.max(cp.abs(z), axis=1)) + cp.sum(cp.multiply(z, a["C"])), []),
+    "lam*sum(max_entry(abs(2*Z), axis=0)) + mu/2*sumsq(Z)": (lambda z, a: 2 * lam * cp.sum(cp.max(cp.abs(z), axis=0)) + mu / 2 * cp.sum_squares(z), []),
+    "dot(H, X) - lam*logdet((X + X.T)/2) + mu/2*sumsq(X)": (lambda z, a: cp.sum(cp.multiply(a["H"], z)) - lam * cp.log_det((z + z.T) / 2) + mu / 2 * cp.sum_squares(z), []),
     "lam*norm_inf(Z)": (lambda z, a: lam * cp.max(cp.abs(z)), []),
     "lam*nuclear(Z)": (lambda z, a: lam * cp.normNuc(z), []),
     "lam*nuclear(Z) + dot(C, Z)": (lambda z, a: lam * cp.normNuc(z) + cp.sum(cp.multiply(z, a["C"])), []),
@@ -247,7 +250,7 @@ def test_no_point_near_it_is_better_than_the_prox(text: str) -> None:
     given, g = drawn("usual", 5), torch.Generator().manual_seed(5)
     v = far(term, "usual", 5)
     x = applied(term, v, given, "usual")
-    finite = not any(c in text for c in (" in ", ">=", "=="))
+    finite = not any(c in text for c in (" in ", ">=", "==", "logdet"))
     smooth = term if finite else None
     if smooth is None:
         return
@@ -448,6 +451,8 @@ REFUSED = {
     "lam*norm2(A @ q)": "not declared orthonormal",
     "lam*norm1(q) + mu*norm_inf(q)": "no rule joins them",
     "lam*nuclear(Z) + mu*norm1(Z)": "no rule joins them",
+    "lam*logdet((X + X.T)/2)": "",
+    "norm1(X) - logdet((X + X.T)/2)": "no rule joins them",
     "lam*nuclear(Z); Z >= 0": "no rule joins them",
     "lam*norm1(q); q in simplex": "no rule joins them",
     "q in ball1(r); q in ball2(r)": "no rule joins them",

@@ -109,14 +109,15 @@ CVXPY: dict[str, Case] = {
     "dictionary_coding": lambda z, a: (cp.sum_squares(a["X"].T - a["A"] @ z) / 2 + 0.1 * cp.sum(cp.abs(z)), []),
 }  # fmt: skip
 ELSEWHERE = {
-    "fused_lasso",
+    "robust_pca", "nonnegative_factorisation",
+    "fused_lasso", "total_variation_denoising", "matrix_completion", "graph_smoothing", "svm_dual", "group_infinity", "sparse_inverse_covariance",
     "sparse_rate_reduction", "rate_reduction", "token_statistics", "token_energy", "hopfield_energy", "subspace_mixture", "fourth_power",
     "kurtosis", "principal_subspace", "shift_rate_reduction", "shift_rate_reduction_2d", "dictionary_learning", "mcr2", "mcr2_regularised", "ctrl_binary", "ctrl_multi",
 }  # fmt: skip
-"""Not convex either: what they give is held against forms written by hand (test_networks.py, test_losses.py)."""
+"""What they give is held against forms written by hand, and optima (test_networks.py, test_losses.py, test_optima.py)."""
 WITHOUT_SPLITTING = ("gradient_descent", "projected_gradient", "proximal_gradient", "power_step", "fista")
 """The others: test_algorithm_texts.py."""
-NOT_CONVEX = {"l0_sparse_coding", "mcp_sparse_coding", "scad_sparse_coding"}
+NOT_CONVEX = {"phase_retrieval", "l0_sparse_coding", "mcp_sparse_coding", "scad_sparse_coding"}
 STEPS: dict[str, dict[str, Any]] = {"poisson_regression": {"step": 0.2}}
 
 

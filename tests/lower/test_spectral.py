@@ -26,7 +26,13 @@ def emitted(*names: str) -> dict[str, Any]:
 
 
 CALLS = emitted(
-    "spectral_map", "project_psd", "project_stiefel", "project_rank_at_most", "spectral_sum", "spectral_norm"
+    "spectral_map",
+    "project_psd",
+    "project_stiefel",
+    "project_rank_at_most",
+    "spectral_sum",
+    "spectral_norm",
+    "prox_volume",
 )
 
 
@@ -45,6 +51,10 @@ def inverted(x: Tensor) -> Tensor:
 
 def rank2(x: Tensor) -> Tensor:
     return CALLS["project_rank_at_most"](x, 2)
+
+
+def volume(x: Tensor, t: Any = 0.5) -> Tensor:
+    return CALLS["prox_volume"](x, t)
 
 
 psd, polar = CALLS["project_psd"], CALLS["project_stiefel"]
@@ -144,9 +154,20 @@ def test_the_derivative_in_what_the_profile_holds() -> None:
         assert torch.allclose(found, want, atol=1e-8)
 
 
+@pytest.mark.parametrize("x", [symmetric(3, -1, 2), torch.zeros(3, 3, dtype=D), -2 * torch.eye(3, dtype=D)])
+def test_the_prox_of_a_log_determinant_and_its_derivatives_at_ties_too(x: Tensor) -> None:
+    t = torch.tensor(0.5, dtype=D)
+    z = volume(x, t)
+    assert torch.allclose(z - t * torch.linalg.inv(z), (x + x.T) / 2, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        volume, (x.clone().requires_grad_(), t.clone().requires_grad_()), check_forward_ad=True
+    )
+    assert volume(x, torch.zeros((), dtype=D)).isfinite().all() and volume(1e6 * x.float()).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("f", "x"),
-    [(shrunk, turned(3, 2, 3, 1)), (soft, turned(2, 3, 3, 0.2)), (polar, turned(3, 3, 3, 2, 1)), (psd, symmetric(3, -1, 2)), (rank2, turned(3, 3, 3, 2, 1))],
+    [(shrunk, turned(3, 2, 3, 1)), (soft, turned(2, 3, 3, 0.2)), (polar, turned(3, 3, 3, 2, 1)), (psd, symmetric(3, -1, 2)), (volume, symmetric(3, -1, 2)), (rank2, turned(3, 3, 3, 2, 1))],
 )  # fmt: skip
 def test_second_derivatives_where_singular_values_differ(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
     x = x.clone().requires_grad_()

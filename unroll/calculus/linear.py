@@ -20,6 +20,7 @@ from unroll.language.constructors import (
     elementwise,
     eye,
     inverse,
+    is_symmetric,
     matmul,
     ones,
     operator,
@@ -97,7 +98,8 @@ def inside(e: Expr, z: Sym) -> tuple[Expr, Sym, Linear] | None:
     (x,) = found
     b = substitute(x, {z: zeros(*z.shape)})
     k = Linear(expand(add(x, scale(-1, b))), z)
-    w = z if k.is_identity else symbol(f"{z.name}_K", *x.shape, "variable", 1 if x.cols == 1 else 2)
+    props = ("symmetric",) if x.cols != 1 and is_symmetric(x) else ()
+    w = z if k.is_identity else symbol(f"{z.name}_K", *x.shape, "variable", 1 if x.cols == 1 else 2, props=props)
     return substitute(e, {x: add(w, b)}), w, k
 
 

@@ -4,7 +4,8 @@
     radial, groups       f(|z|), sum of f(|z_g|):                              z / |z| times the scalar prox of |z|
     sparse groups        sum of f(|z_g|) + c |z|_1 (and z >= 0):               groups after entries (Yu 2013)
     spectral             sum of f(singular values):                            the scalar prox of each singular value
-    largest entry        c |z|_inf:                                            Moreau, v - P(v) on the 1-norm ball
+    largest entry        c |z|_inf, or c sum of |z_g|_inf:                     Moreau, v - P(v) on the 1-norm ball, of each group
+    log determinant      -c log det (z + z')/2:                                the prox of -c log of each eigenvalue
     total variation      sum of w |differences of neighbours|, down columns:   exact, by levels
     ... and entries      the same + sum of f(z_ij), one f, or f(|z|):          their prox after its prox (below)
     semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b; so for f(z M), M' M = I
@@ -54,6 +55,7 @@ from unroll.language.nodes import (
     Axis,
     Expr,
     Indicator,
+    LogDet,
     Map,
     Max,
     Mul,
@@ -121,7 +123,7 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     """The first rule that covers the kinds of parts that are there."""
     if p.walks:
         return _walk(p, z, t, at, swaps)
-    others = (p.radial, p.spectral, p.peak, p.sets, p.mapped, p.lifted)
+    others = (p.radial, p.spectral, p.peak, p.volumes, p.sets, p.mapped, p.lifted)
     kinds = [*map(bool, others), bool(p.quadratic)]
     if not any(kinds):
         return _separable(p, t, at, swaps)
@@ -141,12 +143,17 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
             spectral_prox(found, at), "the scalar prox of each singular value", found.curvature.convex, found
         )
     if p.peak:  # Moreau: the conjugate of c max|z| is the indicator of the 1-norm ball of radius c
-        (c,) = p.peak
-        return Proximal(
-            add(at, scale(-1, project("ball1", at, _learned(t * c, swaps)))),
-            "Moreau: v minus its projection on a 1-norm ball",
-            True,
-        )
+        ((c, axis),) = p.peak
+        radius, turned = _learned(t * c, swaps), at if axis != 1 else transpose(at)
+        nearest = project("ball1" if axis is None else "columns_ball1", turned, radius)
+        nearest = nearest if axis != 1 else transpose(nearest)
+        rule = f"Moreau: v minus {'its projection' if axis is None else 'projections of its groups'} on a 1-norm ball"
+        return Proximal(add(at, scale(-1, nearest)), rule, True)
+    if p.volumes:
+        (c,) = p.volumes
+        even = scale(sp.Rational(1, 2), add(at, transpose(at)))
+        step = add(at, scale(-1, even), project("volume", even, _learned(t * c, swaps)))
+        return Proximal(step, "the prox of -log of each eigenvalue of the symmetric part", True)
     if p.sets:
         ((name, params),) = p.sets
         return _projection(name, params, at)
@@ -208,7 +215,7 @@ class Lifted:
 class Parts:
     """A term by what its summands are in z. Profiles are in slot(0); further slots of `entries` stand for `others`.
 
-    walks: (c, w, b) for c sum(w |differences of z + b|), c >= 0 and w >= 0.
+    walks: (c, w, b) for c sum(w |differences of z + b|), c >= 0 and w >= 0.  volumes: c for -c log det (z + z') / 2, c >= 0.
     """
 
     tilt: tuple[Expr, ...] = ()
@@ -217,8 +224,9 @@ class Parts:
     domain: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
     radial: tuple[tuple[sp.Expr, Axis, Expr], ...] = ()
     spectral: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
-    peak: tuple[sp.Expr, ...] = ()
+    peak: tuple[tuple[sp.Expr, Axis], ...] = ()
     walks: tuple[tuple[sp.Expr, Expr, Expr], ...] = ()
+    volumes: tuple[sp.Expr, ...] = ()
     sets: tuple[tuple[str, tuple[sp.Expr | Expr, ...]], ...] = ()
     mapped: tuple[tuple[sp.Expr, sp.Expr, Expr, Expr], ...] = ()
     lifted: tuple[Lifted, ...] = ()
@@ -266,8 +274,12 @@ class Parts:
                 return replace(self, tilt=(*self.tilt, gradient(e, z)))
             case Spectral(h, x) if x is z:
                 return replace(self, spectral=(*self.spectral, (c, h)))
+            case LogDet(x) if (-c).is_nonnegative and x is scale(sp.Rational(1, 2), add(z, transpose(z))):
+                return replace(self, volumes=(*self.volumes, -c))
             case Max(inner, None) if (k := _times_abs(inner, z)) is not None and k.is_positive and c.is_nonnegative:
-                return replace(self, peak=(*self.peak, c * k))
+                return replace(self, peak=(*self.peak, (c * k, None)))
+            case Sum(Max(inner, axis), None) if (k := _times_abs(inner, z)) is not None and (c * k).is_nonnegative:
+                return replace(self, peak=(*self.peak, (c * k, axis)))
             case _:
                 return self._with_smooth(e, z)
 
@@ -561,7 +573,7 @@ def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     c = _learned(t * sp.Add(*(walk_[0] for walk_ in p.walks)), swaps)
     rest = replace(p, walks=())
     alone = rest == Parts()
-    alike = not (p.others or p.spectral or p.peak or p.sets or p.mapped or p.lifted or p.quadratic)
+    alike = not (p.others or p.spectral or p.peak or p.volumes or p.sets or p.mapped or p.lifted or p.quadratic)
     whole = all(axis in (None, 0) and as_constant(shift) == 0 for _, axis, shift in p.radial)
     if not alone and not (alike and whole and as_constant(b) == 0):
         return None

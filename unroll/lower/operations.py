@@ -627,7 +627,7 @@ def _number_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 WHOLE = ("ball1", "ball2", "sparse")
 """Sets that take a matrix as one long vector; the others take each column, or the matrix."""
-COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns", "tv")
+COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns", "tv", "columns_ball1")
 """Sets that a matrix is in if each of its columns is, and functions that are a sum over columns."""
 
 
@@ -655,7 +655,7 @@ def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:
 
 def helper_of(name: str) -> str:
     """The function that projects on a set, or is the prox of a function."""
-    name = "stiefel" if name == "orthogonal" else name
+    name = {"orthogonal": "stiefel", "columns_ball1": "ball1"}.get(name, name)
     return f"prox_{name}" if f"prox_{name}" in HELPERS else f"project_{name}"
 
 
@@ -1195,6 +1195,13 @@ def signs_of_jumps(v, t):
     ),
     "project_psd": _exact(
         "project_psd", "m", "Nearest symmetric positive semidefinite matrix.", spectral.PSD, ("recomposed",)
+    ),
+    "prox_volume": _exact(
+        "prox_volume",
+        "m, t",
+        "argmin over symmetric z of -t log det z + |z - m|^2 / 2.",
+        spectral.VOLUME,
+        ("recomposed",),
     ),
     "project_stiefel": _exact(
         "project_stiefel",

@@ -85,6 +85,13 @@ PSD = """m = (m + m.mT) / 2
 w, q = torch.linalg.eigh(m)
 return recomposed(m, q, w, q.mT, w.relu(), (w > 0).to(w))"""
 
+VOLUME = """t = torch.as_tensor(t, dtype=m.dtype, device=m.device)
+m, t, tiny = (m + m.mT) / 2, t.squeeze(-1) if t.ndim else t, torch.finfo(m.dtype).tiny
+w, q = torch.linalg.eigh(m)
+half = (w.square() / 4 + t).clamp_min(tiny).sqrt()
+y = (w + w.abs()) / 2 + t / (half + w.abs() / 2)  # (w + sqrt(w^2 + 4 t)) / 2, without a difference
+return recomposed(m, q, w, q.mT, y, y / (2 * half))"""
+
 STIEFEL = """u, s, v = torch.linalg.svd(m, full_matrices=False)
 return recomposed(m, u, s, v, torch.ones_like(s), torch.zeros_like(s))"""
 

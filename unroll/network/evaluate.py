@@ -322,6 +322,8 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
         case "ball1", [r]:
             shift = _bisect(lambda t: (x.abs() - t).clamp_min(0).sum() - r, torch.zeros(()), x.abs().max())
             return x.sign() * (x.abs() - shift).clamp_min(0)
+        case "columns_ball1", [r]:
+            return torch.stack([project("ball1", c[:, None], [r])[:, 0] for c in x.T], 1)
         case "simplex", []:
             shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - 1, c.max() - 1, c.max()) for c in x.T]
             return (x - torch.stack(shifts)).clamp_min(0)
@@ -333,6 +335,9 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             return x / torch.where(length == 0, 1, length)
         case "unit_columns", []:
             return x / x.norm(dim=0).clamp_min(1)
+        case "volume", [t]:
+            w, q = torch.linalg.eigh((x + x.T) / 2)
+            return q @ torch.diag((w + (w**2 + 4 * t.squeeze()).sqrt()) / 2) @ q.T
         case "psd", []:
             w, q = torch.linalg.eigh((x + x.T) / 2)
             return q @ torch.diag(w.clamp_min(0)) @ q.T

@@ -92,7 +92,7 @@ def _is_square(e: Expr, z: Sym) -> bool:
 def polar(g: Parts, at: Expr) -> Expr | None:
     """sup of <at, z> over g(z) <= 1, for a gauge g."""
     kinds = (
-        g.radial, g.spectral, g.peak, g.walks, g.entries or g.domain, g.sets, g.mapped, g.lifted, g.quadratic, g.tilt
+        g.radial, g.spectral, g.peak, g.walks, g.volumes, g.entries or g.domain, g.sets, g.mapped, g.lifted, g.quadratic, g.tilt
     )  # fmt: skip
     if sum(map(bool, kinds)) != 1:
         return None
@@ -103,7 +103,8 @@ def polar(g: Parts, at: Expr) -> Expr | None:
     if len(g.spectral) == 1 and g.spectral[0][1] == u:
         return scale(1 / g.spectral[0][0], spectral_norm(at))
     if len(g.peak) == 1:
-        return scale(1 / g.peak[0], total(elementwise(sp.Abs(u), at)))
+        ((c, axis),) = g.peak
+        return scale(1 / c, largest(total(elementwise(sp.Abs(u), at), axis)))
     return None
 
 
@@ -133,7 +134,7 @@ def _slope(h: sp.Expr) -> sp.Expr | None:
 
 def support(g: Parts, at: Expr, z: Sym) -> Expr | None:
     """sup of <at, z> over a compact set."""
-    if any((g.entries, g.radial, g.spectral, g.peak, g.walks, g.mapped, g.lifted, g.quadratic, g.tilt)):
+    if any((g.entries, g.radial, g.spectral, g.peak, g.walks, g.volumes, g.mapped, g.lifted, g.quadratic, g.tilt)):
         return None
     if len(g.sets) == 1 and not g.domain:
         match g.sets[0]:
