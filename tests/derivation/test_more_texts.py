@@ -87,6 +87,43 @@ def test_amp_of_groups_has_their_divergence() -> None:
     torch.testing.assert_close(two, shrink(z + v @ a, 1.2 * v.norm() / M**0.5), rtol=1e-10, atol=1e-12)
 
 
+def test_vamp_is_the_loop_of_its_paper() -> None:
+    """Rangan, Schniter & Fletcher 2019, algorithm 2, sample by sample, each with precisions of its own; shares are kept off 0 and 1."""
+    a, x = data()
+    net = network({"fit": "50*sumsq(x - A @ z)", "sparsity": "norm1(z)"}, "vamp", 5, a)
+    h, eye = 100 * a.T @ a, torch.eye(N, dtype=torch.float64)
+    for found, sample in zip(net(x), x, strict=True):
+        r, gamma, z = (
+            torch.zeros(N, dtype=torch.float64),
+            torch.tensor(1.0, dtype=torch.float64),
+            torch.zeros(N, dtype=torch.float64),
+        )
+        for _ in range(5):
+            inverse = torch.linalg.inv(eye + h / gamma)
+            kept = (inverse.trace() / N).clamp_max(1 - 1e-6)
+            q = (inverse @ (r + 100 * a.T @ sample / gamma) - kept * r) / (1 - kept)
+            gamma = gamma * (1 - kept) / kept
+            z = soft(q, 1 / gamma)
+            share = ((z != 0).double().mean()).clamp(1e-6, 1 - 1e-6)
+            r, gamma = (z - share * q) / (1 - share), (gamma * (1 - share) / share).clamp_max(1e12)
+        torch.testing.assert_close(found, z, rtol=1e-8, atol=1e-9)
+    assert net(x[:0]).shape == (0, N)
+    assert net(x, layers=60).isfinite().all()
+
+
+def test_a_number_per_sample_may_stand_before_a_letter() -> None:
+    """Worked out where it stands, without a name; against the same with one."""
+    a, x = data()
+    text = {"algorithm": "own", "solves": "f(z) + g(z)", "states": {"s": {"like": "sumsq(z)", "start": 2}}}
+    inline = {**text, "updates": {"v": "z - grad(f, z) / L(f)", "z": "prox(g / (1 + norm2(v)) / s, v)", "s": "s * 2"}}
+    z, s, l = torch.zeros(3, N, dtype=torch.float64), 2.0, torch.linalg.matrix_norm(a, 2) ** 2
+    for _ in range(4):
+        v = z - (z @ a.T - x) @ a / l
+        z, s = soft(v, 1 / (1 + v.norm(dim=-1, keepdim=True)) / s), s * 2
+    net = network({"fit": FIT, "sparsity": "norm1(z)"}, "own", 4, a, {"algorithms": {"own": inline}})
+    torch.testing.assert_close(net(x), z, rtol=1e-10, atol=1e-12)
+
+
 def test_messages_need_a_quadratic_and_a_step_without_jumps() -> None:
     a, _ = data()
     with pytest.raises(UnrollError, match="E303.*is not quadratic"):

@@ -133,10 +133,9 @@ def _single(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     if len(variables) > 1:
         key = "gauge" if unrolled.gauge else "normalise"
         where = spec.key_where("unroll", key)
-        raise SpecError(
-            "E310", f"{key} is of one variable; this problem has {len(problem.variables)}", where, "write blocks"
-        )
-    step, more = _framed(half, step, variables[0], variables[0], problem.scope, None)
+        raise SpecError("E310", f"{key} is of one variable; this problem has {len(variables)}", where, "write blocks")
+    z = next(iter(variables))
+    step, more = _framed(half, step, z, z, problem.scope, None)
     return _without_descent(replace(step, departures=(*found, *more)))
 
 

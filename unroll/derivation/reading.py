@@ -558,6 +558,19 @@ class Reading:
         self.assigns.append(Assign(target, value, f"Lipschitz constant of the gradient in {z.name}"))
         return cast(sp.Expr, nonzero(target))
 
+    def named(self, value: Expr) -> sp.Expr:
+        """A number per sample that a formula works out, as an assignment of its own."""
+        known = next((a.target for a in self.assigns if a.value is value and isinstance(a.target, sp.Symbol)), None)
+        if known is not None and not any(isinstance(a.target, Sym) and a.target in value.symbols for a in self.assigns):
+            return known
+        name = self.fresh(value.name if isinstance(value, Sym) else "strength")
+        taken = {a.target.name for a in self.assigns} | {s.symbol.name for s in self.states}
+        while name in taken:
+            name += "_"
+        target = scalar(name, positive=True)
+        self.assigns.append(Assign(target, value, ""))
+        return target
+
     def divergence(self, value: Expr, r: Sym) -> tuple[Expr, Expr]:
         """Of what was assigned to a name, in the name of what it was read at."""
         formula = planned(value)
@@ -845,16 +858,30 @@ class _Formula(Reader):
         match node:
             case ast.BinOp(left=t, op=ast.Mult(), right=g):
                 c, share, conjugate = self.scaled(g)
-                return c * self.number(t), share, conjugate
+                return c * self.strength(t), share, conjugate
             case ast.BinOp(left=g, op=ast.Div(), right=t):
                 c, share, conjugate = self.scaled(g)
-                return c / self.number(t), share, conjugate
+                return c / self.strength(t), share, conjugate
             case ast.Call(func=ast.Name(id="conj"), args=[g], keywords=[]):
                 return sp.S.One, self.share(g), True
             case ast.Call(func=ast.Name(id="tangent")):
                 return sp.S.One, self.majorant(node), False
             case _:
                 return sp.S.One, self.share(node), False
+
+    def strength(self, node: ast.expr) -> sp.Expr:
+        """A number before a letter. One of each sample gets a name, as the prox takes numbers."""
+        value = self.value(node)
+        if not isinstance(value, Expr):
+            return value
+        if not value.is_scalar:
+            self.fail(
+                node,
+                "E131",
+                f"{self.source(node)} is {self.shape(value)}; before a letter stands a number",
+                "one number, or one per sample",
+            )
+        return self.reading.named(value)
 
 
 def _grad(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -928,33 +955,24 @@ def _tangent(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
 def _div(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
     reading = r.reading
     names = [a.id if isinstance(a, ast.Name) else "" for a in args]
-    found = [reading.names.get(n) for n in names]
-    for a, s in zip(args, found, strict=True):
-        if not isinstance(s, Sym) or s not in [b.target for b in reading.assigns]:
-            r.fail(
-                a,
-                "E320",
-                f"{r.source(a)} is no update above",
-                "div(z, r): of the update of z, in r, from which it was worked out",
-            )
-    z, r_ = cast(Sym, found[0]), cast(Sym, found[1])
     targets = [b.target for b in reading.assigns]
-    last = lambda s: len(targets) - 1 - targets[::-1].index(s)
-    if last(z) < last(r_):
-        r.fail(
-            args[1],
-            "E320",
-            f"{names[1]} changes after {names[0]} was worked out",
-            f"div above the update of {names[1]}",
-        )
+    last: Callable[[Any], int] = lambda s: max((i for i, t in enumerate(targets) if t is s), default=-1)
+    z, at = (reading.names.get(n) for n in names)
+    for a, s, known in zip(args, (z, at), (False, any(s.symbol is at for s in reading.states)), strict=True):
+        if not isinstance(s, Sym) or (last(s) < 0 and not known):
+            hint = "div(z, r): of the update of z, in r, from which it was worked out"
+            r.fail(a, "E320", f"{r.source(a)} is no update above", hint)
+    z, at = cast(Sym, z), cast(Sym, at)
+    if last(z) < last(at):
+        hint = f"div above the update of {names[1]}"
+        r.fail(args[1], "E320", f"{names[1]} changes after {names[0]} was worked out", hint)
     value = cast(Expr, reading.assigns[last(z)].value)
-    if not depends(value, r_):
+    if not depends(value, at):
         r.fail(node, "E320", f"{names[0]} was not worked out from {names[1]}")
-    if value.shape != r_.shape:
-        r.fail(
-            node, "E131", f"{names[0]} is {r.shape(value)}, {names[1]} is {r.shape(r_)}: a divergence needs one shape"
-        )
-    e, formula = reading.divergence(value, r_)
+    if value.shape != at.shape:
+        message = f"{names[0]} is {r.shape(value)}, {names[1]} is {r.shape(at)}: a divergence needs one shape"
+        r.fail(node, "E131", message)
+    e, formula = reading.divergence(value, at)
     return substitute(e, {formula: z})
 
 
