@@ -442,9 +442,7 @@ def _replaced(step: Step, w: _Wanted) -> Step | None:
             return found
         return substitute(found, {cast(Sym, learned[0].symbol): as_expr(cast(Value, w.start))})
 
-    mine: Callable[[Assign], bool] = lambda a: (
-        (not w.block or a.block == w.block) and w.record.in_ in (None, a.update.removesuffix(f"_{w.block}"))
-    )
+    mine: Callable[[Assign], bool] = lambda a: (not w.block or a.block == w.block) and w.record.in_ in (None, a.update)
     assigns = tuple(replace(a, value=swap(a.value)) if mine(a) else a for a in step.assigns)
     at_start = w.record.in_ == "start"
     states = tuple(replace(s, start=swap(s.start)) if at_start else s for s in step.states)

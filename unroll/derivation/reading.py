@@ -456,7 +456,7 @@ class Reading:
                 if sum(b.target is a.target for b in left) > 1:
                     continue
                 readers = [j for j, b in enumerate(left) if isinstance(b.value, Expr) and a.target in b.value.symbols]
-                if len(readers) != 1 or readers[0] < i:
+                if len(readers) != 1 or readers[0] < i or left[readers[0]].update in self.options.apart:
                     continue
                 (j,) = readers
                 moved = {b.target for b in left[i + 1 : j]}
