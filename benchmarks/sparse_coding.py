@@ -49,7 +49,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "ALISTA": ("alista", (*LAYERWISE, STEPS), "analytic weight, step 1"),
     "LAMP": ("lamp", (*LAYERWISE, STEPS), "A', alpha 1"),
     "TISTA": ("tista", (*LAYERWISE, STEPS), "pseudoinverse, step 1"),
-    "HyperLISTA, search": ("hyper_lista", (), "grid of 4 x 4 x 4"),
+    "HyperLISTA, search": ("hyper_lista", ("train.search.rounds=6",), "grid of 4 x 4 x 4, six rounds"),
 }
 RESULTS = Path(__file__).parent / "results" / "sparse_coding.json"
 

@@ -163,3 +163,54 @@ def test_what_does_not_fit_is_said(learn: Spec, more: Spec, says: str) -> None:
     with pytest.raises(unroll.UnrollError, match=says) as caught:
         unroll.compile(on(learn, **more))
     assert isinstance(caught.value, SpecError) or "shared by all layers" in says
+
+
+BOUNDS = {
+    "softplus": (torch.nn.functional.softplus, 0.0, float("inf")),
+    "exp": (torch.exp, 0.0, float("inf")),
+    "sigmoid(0, 0.9)": (lambda q: 0.9 * torch.sigmoid(q), 0.0, 0.9),
+    "sigmoid(0.01, 1)": (lambda q: 0.01 + 0.99 * torch.sigmoid(q), 0.01, 1.0),
+    "clamp(0)": (lambda q: q.clamp_min(0), 0.0, float("inf")),
+    "box(0, 0.8)": (lambda q: q.clamp(0, 0.8), 0.0, 0.8),
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_a_bound_by_its_name(bounds: str) -> None:
+    """It starts at the value that it replaces, and stays within wherever training takes it."""
+    of, low, high = BOUNDS[bounds]
+    net, A, x, step = made(on({"gamma": {"replaces": "step", "in": "v", "bounds": bounds}}))
+    assert torch.allclose(of(net.gamma), torch.full((3,), step, dtype=D))
+    plain: Any = unroll.compile(on({}), parameters={"A": A}, dtype=D)
+    assert torch.allclose(net(x), plain(x), atol=1e-12)
+    for far in (-30.0, 0.3, 30.0):
+        with torch.no_grad():
+            net.gamma.fill_(far)
+        value = of(net.gamma)
+        assert ((value >= low) & (value <= high)).all()
+        want = by_hand(net, A, x, lambda z, k, v=value: z + v[k] * (x - z @ A.T) @ A, lambda k: 0.1 * step)
+        got = net(x)
+        assert torch.allclose(got, want, rtol=1e-9) or not want.isfinite().all()
+
+
+def test_a_matrix_has_bounds_of_its_entries() -> None:
+    net, A, *_ = made(on({"W": {"replaces": "A.T", "in": "v", "transposed": False, "bounds": "sigmoid(-5, 5)"}}))
+    assert torch.allclose(-5 + 10 * torch.sigmoid(net.W[0]), A.T)
+
+
+@pytest.mark.parametrize(
+    "bounds, says",
+    [
+        ("tanh", "'tanh' is no bound of gamma"),
+        ("sigmoid(0)", "is no bound"),
+        ("box(1, 0)", "no room between 1 and 0"),
+        ("sigmoid(0, inf)", "no room between"),
+        ("sigmoid(5, 9)", "cannot start at the value that it replaces"),
+        ("box(5, 9)", "cannot start at the value that it replaces"),
+    ],
+)
+def test_what_is_no_bound_is_said(bounds: str, says: str) -> None:
+    with pytest.raises(unroll.UnrollError, match=says):
+        unroll.compile(on({"gamma": {"replaces": "step", "in": "v", "bounds": bounds}}))
+    with pytest.raises(unroll.UnrollError, match="two constraints"):
+        unroll.compile(on({"gamma": {"replaces": "step", "bounds": "exp", "positive": True}}))

@@ -71,7 +71,7 @@ def test_units_do_not_matter(unit: float, tmp_path: Path) -> None:
     [
         ({"c4": (1.0,)}, "'c4' is no learned number"),
         ({"A": (1.0,)}, "'A' is no learned number"),
-        ({"c1": (0.0, 1.0)}, "c1 is positive, 0 is not"),
+        ({"c1": (0.0, 1.0)}, "c1 is kept away from 0"),
         ({"c1": tuple(range(1, 400)), "c3": tuple(range(1, 400))}, "points; at most"),
     ],
 )

@@ -534,7 +534,7 @@ def _framed(
     if entry is not None:
         assigns.append(Assign(entry, entered, "" if entered is raw else f"{entry.name} <- {text(entered)}"))
         entered = entry
-    (own,) = (s.start for s in step.states if s.symbol is inner)
+    own = next((s.start for s in step.states if s.symbol is inner), zeros(*z.shape))  # a declared block has no states
     start = _start(half, z, v, entered, as_expr(own), scope) if block is not None else entered
     if half.scheme.gauge is not None:
         _one_assignment(half, step, block.steps if block is not None else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -345,7 +346,10 @@ def _learned(d: Derivation, half: Half, learned: list[Learned]) -> Iterable[str]
 
 
 def _parameter(p: Learned, d: Derivation) -> tuple[str, ...]:
-    kept = {"none": "", "positive": ", > 0", "symmetric": ", symmetric", "unit_columns": ", unit columns"}[p.constraint]
+    low, high = p.limits
+    within = f", ≥ {low:g}" if math.isinf(high) else f", {low:g} to {high:g}"
+    said = {"positive": ", > 0", "exp": ", > 0", "symmetric": ", symmetric", "unit_columns": ", unit columns"}
+    kept = "" if p.constraint == "none" else said.get(p.constraint, within)
     shape = " × ".join(map(str, p.shape)) or "scalar"
     shape = f"{p.family} of {shape}" if p.family is not None else shape
     kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")

@@ -9,6 +9,8 @@ What is not found is an error that shows the step, never a parameter that does n
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import cast
@@ -518,7 +520,7 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
             sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True)
             for n in record.shape or ()
         )
-        s = scalar(w.name, positive=bool(value.is_positive) or record.positive)
+        s = scalar(w.name, positive=bool(value.is_positive) or record.positive or _limits(w)[0] >= 0)
         return (
             Learned(
                 w.name,
@@ -532,6 +534,7 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
                 record.scale,
                 where=record.where or record.in_ or "",
                 own_start=w.start,
+                limits=_limits(w),
             ),
         )
     if record.shape is not None:
@@ -539,7 +542,9 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
             "E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'"
         )
     rank = 0 if value.is_scalar else 1 if value.cols == 1 else 2
-    known = {"positive"} if record.positive else set[str]()  # a weight in a prox has to have a sign
+    known = (
+        {"positive"} if record.positive or _limits(w)[0] >= 0 else set[str]()
+    )  # a weight in a prox has to have a sign
     s = symbol(w.name, *value.shape, "learned", rank, w.size, known)
     found = Learned(
         w.name,
@@ -554,6 +559,7 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
         record.init == "data",
         record.where or record.in_ or "",
         w.start,
+        _limits(w),
     )
     if not record.bias:
         return (found,)
@@ -561,6 +567,32 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
     return found, Learned(
         f"{w.name}_bias", symbol(f"{w.name}_bias", n, 1, "learned"), zeros(n), (n,), per_layer, text=f"zeros({n})"
     )
+
+
+BOUNDS = re.compile(r"\s*(softplus|exp|sigmoid|clamp|box)\s*(?:\(([^()]*)\))?\s*")
+COUNTS = {"softplus": 0, "exp": 0, "sigmoid": 2, "clamp": 1, "box": 2}
+
+
+def _bounded(w: _Wanted) -> tuple[Constraint, tuple[float, float]]:
+    """`bounds:` read: what keeps the parameter, and between which numbers. Raises SpecError E306."""
+    written = str(w.record.bounds)
+    found = BOUNDS.fullmatch(written)
+    hint = "softplus, exp, sigmoid(0, 2), clamp(0), box(0, 1)"
+    try:
+        numbers = [float(x) for x in (found[2] or "").split(",") if x.strip()] if found else []
+    except ValueError:
+        found, numbers = None, []
+    if found is None or len(numbers) != COUNTS[found[1]] or any(math.isnan(x) for x in numbers):
+        raise SpecError("E306", f"'{written}' is no bound of {w.name}", w.where, hint)
+    low, high = numbers[0] if numbers else 0.0, numbers[1] if len(numbers) > 1 else math.inf
+    if low >= high or (found[1] == "sigmoid" and not math.isfinite(high - low)):
+        raise SpecError("E306", f"{w.name} has no room between {low:g} and {high:g}", w.where, hint)
+    kind: dict[str, Constraint] = {"softplus": "positive", "exp": "exp", "sigmoid": "sigmoid"}
+    return kind.get(found[1], "clamp"), (low, high)
+
+
+def _limits(w: _Wanted) -> tuple[float, float]:
+    return _bounded(w)[1] if w.record.bounds is not None else (-math.inf, math.inf)
 
 
 def _constraint(w: _Wanted) -> Constraint:
@@ -571,6 +603,10 @@ def _constraint(w: _Wanted) -> Constraint:
         "unit_columns": record.columns == "unit",
     }
     asked: list[Constraint] = [constraint for constraint, holds in said.items() if holds]
+    if record.bounds is not None:
+        asked.append(_bounded(w)[0])
+    if asked and asked[-1] in ("exp", "sigmoid", "clamp") and record.init != "value":
+        raise SpecError("E306", f"{w.name} has bounds, and a start that is drawn", w.where, "say its start: start: 0.1")
     if len(asked) > 1:
         raise SpecError("E306", f"{w.name} has two constraints, {' and '.join(asked)}; one can be kept", w.where)
     match asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import sympy as sp
 from unroll.language.nodes import Expr, Sym
 from unroll.language.problem import Problem
 
-Constraint = Literal["none", "positive", "symmetric", "unit_columns"]
+Constraint = Literal["none", "positive", "symmetric", "unit_columns", "exp", "sigmoid", "clamp"]
 LAYER = sp.Symbol("layer", integer=True, nonnegative=True)
 """Index of the layer, from 0, in schedules."""
 
@@ -70,7 +71,7 @@ class Learned:
 
     symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
     matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
-    where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.
+    where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.  limits: of sigmoid and clamp.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Learned:
     constructed: bool = False
     where: str = ""
     own_start: Expr | sp.Expr | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def starts_at(self) -> Expr | sp.Expr:

@@ -143,4 +143,9 @@ def _start_of(m: Module, p: Learned, ref: Ref, sec: Section, which: str = "") ->
     if p.constraint == "positive":
         value = text.code if text.tensor else f"torch.tensor({text.code}, dtype=torch.float64)"
         return f"self.{name}.copy_(softplus_inverse({value}))"
+    if p.constraint in ("exp", "sigmoid"):
+        value = text.code if text.tensor else f"torch.tensor({text.code}, dtype=torch.float64)"
+        low, high = p.limits
+        inner = f"({value}).log()" if p.constraint == "exp" else f"torch.logit(({value} - {low!r}) / {high - low!r})"
+        return f"self.{name}.copy_({inner})"
     return f"self.{name}.copy_({text.code})" if text.tensor else f"self.{name}.fill_({text.code})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,7 +16,7 @@ from unroll.emit.section import WIDTH, Section
 from unroll.errors import UnrollError
 from unroll.language.nodes import Sym
 from unroll.lower.operations import Ref, Stage
-from unroll.lower.scalar_text import POSTFIX, PRODUCT, Text
+from unroll.lower.scalar_text import POSTFIX, PRODUCT, SUM, Text
 
 
 def opening(
@@ -296,6 +297,15 @@ def constrained(p: Learned, text: str) -> Text:
             return Text(f"({text} + {text}.mT) / 2", PRODUCT)
         case "unit_columns":
             return Text(f"F.normalize({text}, dim={p.column_axis})")
+        case "exp":
+            return Text(f"{text}.exp()")
+        case "sigmoid":
+            low, high = p.limits
+            code = f"{high - low!r} * torch.sigmoid({text})"
+            return Text(f"{low!r} + {code}" if low else code, SUM if low else PRODUCT)
+        case "clamp":
+            low, high = p.limits
+            return Text(f"{text}.clamp({low!r}, {high!r})" if math.isfinite(high) else f"{text}.clamp_min({low!r})")
 
 
 def axes_tuple(axes: Sequence[int]) -> str:

@@ -79,9 +79,11 @@ def _init(m: Module, methods: Sequence[Method]) -> str:
         name, node = m.attributes("learned", p.name), _leaf(m, "learned", p.name)
         shape = _shape(m, node, ["layers"] if p.per_layer else [])
         where = "one per layer" if p.per_layer else "shared by layers"
-        kind = {"none": "", "positive": ", kept > 0 by softplus"}.get(
+        kind = {"none": "", "positive": ", kept > 0 by softplus", "exp": ", kept > 0 by exp"}.get(
             p.constraint, f", {p.constraint.replace('_', ' ')}"
         )
+        if p.constraint in ("sigmoid", "clamp"):
+            kind = f", kept from {p.limits[0]:g} to {p.limits[1]:g} by {p.constraint}"
         lines.append(
             commented(
                 f"self.{name} = nn.Parameter(torch.empty({shape}))", f"{p.text or show(p.replaces)}, {where}{kind}"

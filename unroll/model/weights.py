@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unroll.derivation.step import Learned
 from unroll.errors import SpecError, UnrollError, did_you_mean, quote
 from unroll.model.module import Model
 from unroll.network.network import Network, draw
@@ -197,23 +198,47 @@ def _said(net: Net) -> dict[str, int]:
     return {axis: n if isinstance(n, int) else spec.at(*n.split(".")) for axis, n in weights.sizes.items()}
 
 
-def _constraint(net: Net, name: str) -> str:
-    """That of a learned parameter; "none" for all others."""
+def _learned(net: Net, name: str) -> Learned | None:
+    """What is known of a learned parameter; None for all others."""
     for prefix, inner in _networks(net).items():
         for (own, _), p in zip(inner.named_parameters(), inner.learned, strict=True):
             if prefix + own == name:
-                return p.constraint
-    return "none"
+                return p
+    return None
 
 
 def _outside(net: Net, name: str, stored: Tensor) -> Tensor:
     """The value of a parameter from what is stored."""
-    return nn.functional.softplus(stored) if _constraint(net, name) == "positive" else stored
+    p = _learned(net, name)
+    match p.constraint if p is not None else "none":
+        case "positive":
+            return nn.functional.softplus(stored)
+        case "exp":
+            return stored.exp()
+        case "sigmoid":
+            assert p is not None
+            return p.limits[0] + (p.limits[1] - p.limits[0]) * torch.sigmoid(stored)
+        case _:
+            return stored
 
 
 def _inside(net: Net, name: str, value: Tensor) -> Tensor:
     """The inverse of `_outside`."""
-    return value + torch.log(-torch.expm1(-value)) if _constraint(net, name) == "positive" else value
+    p = _learned(net, name)
+    return value if p is None else inside(p, value)
+
+
+def inside(p: Learned, value: Tensor) -> Tensor:
+    """What is stored for the value of a parameter."""
+    match p.constraint:
+        case "positive":
+            return value + torch.log(-torch.expm1(-value))
+        case "exp":
+            return value.log()
+        case "sigmoid":
+            return torch.logit((value - p.limits[0]) / (p.limits[1] - p.limits[0]))
+        case _:
+            return value
 
 
 def _constants(net: Net) -> set[str]:
@@ -313,9 +338,13 @@ class _Filling:
             self._refuse_other_constant(name, ours, tensor.dtype, value, target[place])
             self.compared.append((name, ours))
             return
-        if _constraint(self.net, ours) == "positive" and not bool((value > 0).all()):
+        p = _learned(self.net, ours)
+        if p is not None and p.constraint in ("positive", "exp") and not bool((value > 0).all()):
             hint = "leave positive: out of learn:"
             raise UnrollError("E421", f"{name} -> {ours}: numbers that the spec keeps positive are not", hint=hint)
+        if p is not None and not bool(((value >= p.limits[0]) & (value <= p.limits[1])).all()):
+            within = f"{p.limits[0]:g} to {p.limits[1]:g}"
+            raise UnrollError("E421", f"{name} -> {ours}: numbers that the spec keeps from {within} are not", hint="leave bounds: out of learn:")  # fmt: skip
         if bool((filled[place] & (target[place] != value)).any()):
             first = next(theirs for theirs, to in self.loaded if to == ours)
             two = f"{first} and {name}" if first != name else f"two that are named {name}, but for a prefix,"

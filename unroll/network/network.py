@@ -613,6 +613,9 @@ def _holds(p: Learned, value: Tensor) -> bool:
             return not bool((value - value.mT).abs().max() > 1e-3 * value.abs().max())
         case "unit_columns":
             return not bool((value.double().norm(dim=p.column_axis) - 1).abs().max() > 1e-3)
+        case "clamp":
+            low, high = p.limits
+            return bool((value >= low).all() & (value <= high).all())
         case _:
             return True
 

@@ -63,6 +63,12 @@ def learned_value(net: Holder, words: Mapping[tuple[str, str], str], p: Learned,
             return (value + value.mT) / 2
         case "unit_columns":
             return torch.nn.functional.normalize(value, dim=p.column_axis)
+        case "exp":
+            return value.exp()
+        case "sigmoid":
+            return p.limits[0] + (p.limits[1] - p.limits[0]) * torch.sigmoid(value)
+        case "clamp":
+            return value.clamp(*p.limits)
 
 
 class State:

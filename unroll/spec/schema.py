@@ -244,6 +244,8 @@ class Learn(Record):
     shape: Shape | None = None
     """expand a scalar to this shape"""
     positive: bool = False
+    bounds: str | None = None
+    """what keeps it where it is: softplus (as `positive`), exp, sigmoid(a, b), clamp(a), box(a, b)"""
     symmetric: bool = False
     columns: Literal["unit"] | None = None
     bias: bool = False

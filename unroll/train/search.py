@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll.errors import SpecError, did_you_mean
+from unroll.model.weights import inside
 from unroll.network.network import Network
 from unroll.spec.schema import Search, Train
 from unroll.train import losses
@@ -74,11 +75,12 @@ def _loss(net: Net, samples: Split, settings: Train, places: dict[str, nn.Parame
 def _set(net: Net, places: dict[str, nn.Parameter], point: dict[str, float]) -> None:
     """Values, as they stand in the layers: what is stored of a positive one is another number."""
     layers = [cast(Net, m) for m in losses.module(net).modules() if isinstance(m, Network)]
-    positive = {p.name for n in layers for p in n.learned if p.constraint == "positive"}
+    known = {p.name: p for n in layers for p in n.learned}
     for name, value in point.items():
-        if name in positive and value <= 0:
-            raise SpecError("E511", f"train: search: {name} is positive, {value:g} is not")
-        places[name].fill_(value + math.log(-math.expm1(-value)) if name in positive else value)
+        stored = inside(known[name], torch.tensor(value, dtype=torch.float64))
+        if not bool(stored.isfinite()):
+            raise SpecError("E511", f"train: search: {name} is kept away from {value:g}", hint="other values")
+        places[name].copy_(stored)
 
 
 def _finer(values: list[float], best: float) -> list[float]:
