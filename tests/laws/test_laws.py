@@ -134,7 +134,7 @@ def test_laws_hold_for_every_algorithm(algorithm):
         "mirror_descent": "simplex_least_squares",
         "cccp": "hopfield_energy",
         "amp": "lasso",
-        "vamp": "lasso",
+        "vamp": "elastic_net",
     }
     for name in (own[algorithm],) if algorithm in own else ("fused_lasso", "lasso", "ridge", "box_least_squares"):
         spec = one_network(name, algorithm)
