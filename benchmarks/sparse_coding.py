@@ -13,12 +13,13 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from _record import write
 
 from unroll.spec import load
 from unroll.train import engine, train
@@ -49,7 +50,16 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "ALISTA": ("alista", (*LAYERWISE, STEPS), "analytic weight, step 1"),
     "LAMP": ("lamp", (*LAYERWISE, STEPS), "A', alpha 1"),
     "TISTA": ("tista", (*LAYERWISE, STEPS), "pseudoinverse, step 1"),
-    "HyperLISTA, search": ("hyper_lista", ("train.search.rounds=6",), "grid of 4 x 4 x 4, six rounds"),
+    "HyperLISTA, search": (
+        "hyper_lista",
+        (
+            "train.search.rounds=4",
+            "train.search.samples=400",
+            "train.search.grid.c1=[0.01, 0.02, 0.04, 0.08]",
+            "train.search.grid.c3=[0.25, 0.5, 1.0, 2.0]",
+        ),
+        "grid of 4 x 4 x 4, four rounds",
+    ),
 }
 RESULTS = Path(__file__).parent / "results" / "sparse_coding.json"
 
@@ -114,42 +124,47 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     engine.fit = _timed(engine.fit)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows: dict[str, Any] = known.get("rows", {}) if isinstance(known.get("rows", {}), dict) else {}
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = {(r["setting"], r["network"]): r for r in known}
     for setting in args.setting or SETTINGS:
         for network in args.network or NETWORKS:
             spec, how, start = NETWORKS[network]
             runs = [run(spec, (*SETTINGS[setting], *how), args.seconds, seed) for seed in args.seeds]
             trained = [next(r for r in rs if r["row"].endswith("trained")) for rs in runs]
-            rows[f"{setting} / {network}"] = {
-                "dB": median(r["dB"] for r in trained), "F1": median(r["F1"] for r in trained), "seconds": max(r["seconds"] for r in trained),
-                "steps": trained[0]["steps"], "start": start, "seeds": args.seeds,
-            }  # fmt: skip
+            rows[setting, network] = {
+                "setting": setting,
+                "network": network,
+                "NMSE (dB)": median(r["dB"] for r in trained),
+                "support F1": median(r["F1"] for r in trained),
+                "CPU-seconds": max(r["seconds"] for r in trained),
+                "steps or points": trained[0]["steps"],
+                "starts at": start,
+                "seeds": args.seeds,
+            }
             for r in runs[0]:
-                if r["row"].startswith(("fista", "converged")):
-                    rows[f"{setting} / {r['row']}"] = {"dB": r["dB"], "F1": r["F1"], "seconds": 0.0, "steps": 0, "start": "", "seeds": args.seeds[:1]}  # fmt: skip
-            RESULTS.write_text(
-                json.dumps({"about": __doc__, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-            )
-            RESULTS.with_suffix(".md").write_text(table(rows))
-            print(f"{setting} / {network}: {rows[f'{setting} / {network}']}", flush=True)
+                if spec == "alista" and r["row"].startswith(("fista", "converged")):
+                    plain = {"CPU-seconds": 0.0, "steps or points": 0, "starts at": "", "seeds": args.seeds[:1]}
+                    rows[setting, r["row"]] = {"setting": setting, "network": r["row"], "NMSE (dB)": r["dB"], "support F1": r["F1"], **plain}  # fmt: skip
+            write("sparse_coding", list(rows.values()), m=250, n=500, layers=16, threads=1, seconds=args.seconds)
+            RESULTS.with_suffix(".md").write_text(table(rows.values()))
 
 
-def table(rows: dict[str, Any]) -> str:
+def table(rows: Iterable[dict[str, Any]]) -> str:
     """One table for each setting, the best last."""
-    out = ["# Sparse coding: NMSE at layer 16", "", *__doc__.strip().splitlines()[:3], ""]
+    out = ["# Sparse coding: NMSE at layer 16", "", *str(__doc__).strip().splitlines()[:3], ""]
     out += ["NMSE is the sum of squared errors over that of squares, on 1,000 held-out samples. Made by `benchmarks/sparse_coding.py`.", ""]  # fmt: skip
     for setting in SETTINGS:
-        mine = {k.split(" / ", 1)[1]: r for k, r in rows.items() if k.split(" / ", 1)[0] == setting}
+        mine = sorted((r for r in rows if r["setting"] == setting), key=lambda r: -r["NMSE (dB)"])
         if not mine:
             continue
-        out += [f"## {setting}", "", "| network | NMSE (dB) | support F1 | training (s) | steps or points | starts at | seeds |"]  # fmt: skip
-        out.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
-        for name, r in sorted(mine.items(), key=lambda kr: -kr[1]["dB"]):
+        heads = [k for k in mine[0] if k != "setting"]
+        out += [f"## {setting}", "", f"| {' | '.join(heads)} |", "| --- | ---: | ---: | ---: | ---: | --- | --- |"]
+        for r in mine:
             seeds = ", ".join(map(str, r["seeds"]))
-            out.append(
-                f"| {name} | {r['dB']:.1f} | {r['F1']:.3f} | {r['seconds']:.0f} | {r['steps']:,} | {r['start']} | {seeds} |"
+            numbers = (
+                f"{r['NMSE (dB)']:.1f} | {r['support F1']:.3f} | {r['CPU-seconds']:.0f} | {r['steps or points']:,}"
             )
+            out.append(f"| {r['network']} | {numbers} | {r['starts at']} | {seeds} |")
         out.append("")
     return "\n".join(out)
 
