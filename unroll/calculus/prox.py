@@ -36,6 +36,7 @@ from unroll.language.constructors import (
     as_constant,
     elementwise,
     eye,
+    indicator,
     inverse,
     matmul,
     project,
@@ -559,6 +560,13 @@ def slope_of_abs(f: sp.Expr, s: sp.Symbol = S) -> sp.Expr | None:
     """c with f(s) = c |s|."""
     c = swap(f, {s: 1})
     return c if sp.expand(f - c * sp.Abs(s)) == 0 else None
+
+
+def conjugate_of_abs(term: Expr, z: Sym) -> Expr | None:
+    """The conjugate of sum of c |z_ij|: the set of entries from -c to c. None for other terms."""
+    p = Parts.of(term, z)
+    c = slope_of_abs(sp.Add(*p.entries)) if p.entries else None
+    return None if c is None or p.others or replace(p, entries=()) != Parts() else indicator("ball_inf", z, c)
 
 
 def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:

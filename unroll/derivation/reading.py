@@ -16,6 +16,7 @@ from unroll.calculus.entropy import entropic, signed_parts
 from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, hessian, least, square_of_norm
 from unroll.calculus.majorise import tangent
+from unroll.calculus.prox import conjugate_of_abs
 from unroll.calculus.torch_text import above_zero, nonzero
 from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters, placed
 from unroll.derivation.parts import Part
@@ -939,6 +940,9 @@ def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
             "E303",
             f"conj({share.letter.name}) needs what is convex, and {shown(cast(Expr, share.e))} is not known to be",
         )
+    known = None if share.e is None else conjugate_of_abs(share.e, share.variable)
+    if known is not None:
+        return r.reading.prox(replace(share, e=known), t, v)
     t = r.reading.above_zero(t)
     return add(v, scale(-t, r.reading.prox(share, 1 / t, scale(1 / t, v))))  # Moreau
 
