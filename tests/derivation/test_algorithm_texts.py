@@ -437,7 +437,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "an indefinite number": ([("{step: 1 / L(h)}", "{step: {start: 2, below: 1}}")], "E132", "a step size is below 1"),
     "no minimum in closed form": ([("prox(step * f, v)", "prox(step * f, v) + argmin(h(z) + norm1(z - v))")], "E302", "no closed form"),
     "a requirement": ([("    states:", "    requires: [f smooth]\n    states:")], "E320", "requires nothing that is known"),
-    "two variables": ([("h(z) + f(z)", "h(z) + f(y)")], "E320", "minimises over one variable"),
+    "two variables": ([("h(z) + f(z)", "h(z) + f(y)")], "E320", "no update changes y, the variable"),
     "a letter twice": ([("h(z) + f(z)", "f(z) + f(z)")], "E320", "a letter stands twice"),
     "a letter that is a number": ([("{step: 1 / L(h)}", "{step: 1 / L(h), f: 1}")], "E320", "f is a letter"),
     "an unknown index": ([("{s: z}", '{"s[i]": z}')], "E320", "i is no index"),
