@@ -54,7 +54,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], str]] = {
         "hyper_lista",
         (
             "train.search.rounds=4",
-            "train.search.samples=400",
+            "train.search.samples=250",
             "train.search.grid.c1=[0.01, 0.02, 0.04, 0.08]",
             "train.search.grid.c3=[0.25, 0.5, 1.0, 2.0]",
         ),
