@@ -122,10 +122,12 @@ def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
         dealt = deal(text, parts, options.split)
     except Misfit as missing:
         fitting = list(islice(fitting_names(parts), 3))
+        hint = f"{' or '.join(fitting)} fits" if fitting else unsigned(parts) or NONE_FITS
+        hint += ", or blocks do, one over: each variable" if len(problem.variables) > 1 else ""
         raise DeriveError(
             "E303",
             f"{algorithm.name} does not fit: {missing}",
-            hint=f"{' or '.join(fitting)} fits" if fitting else unsigned(parts) or NONE_FITS,
+            hint=hint,
             notes=(f"needed: {algorithm.needs}", *(f"found: {p.show()}" for p in parts)),
         ) from None
     _known_numbers(text, options)
