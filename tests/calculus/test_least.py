@@ -126,3 +126,19 @@ def test_one_factor_solves_for_a_whole_batch_without_copies_of_it() -> None:
         patched.setattr(torch, "cholesky_solve", lambda b, l: shapes.append(b.shape) or solve(b, l))
         net(x)
     assert set(shapes) == {(5, 8)}
+
+
+@pytest.mark.parametrize(("m", "n", "side"), [(2, 9, 2), (1, 3, 1), (4, 9, 4), (5, 9, 9), (3, 3, 3)])
+def test_an_inverse_is_taken_on_the_smaller_side_and_once(m: int, n: int, side: int) -> None:
+    """ADMM as Boyd et al. write it, with the inverse of the larger side."""
+    g = torch.Generator().manual_seed(0)
+    a, x = torch.randn(m, n, generator=g, dtype=D), torch.randn(4, m, generator=g, dtype=D)
+    ways = ["unroll.algorithm=admm", "unroll.layers=7", "unroll.numbers={rho: 0.3}"]
+    net = unroll.compile("lasso", parameters={"A": a}, overrides=ways, dtype=D)
+    w = u = torch.zeros(4, n, dtype=D)
+    for _ in range(7):
+        z = (x @ a + 0.3 * (w - u)) @ torch.linalg.inv(a.T @ a + 0.3 * torch.eye(n, dtype=D))
+        w = torch.nn.functional.softshrink(z + u, 0.1 / 0.3)
+        u = u + z - w
+    assert torch.allclose(net(x), z, atol=1e-12)
+    assert net.chol.shape[-1] == side and "cholesky(" not in net.source.split("def forward")[-1]

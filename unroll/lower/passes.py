@@ -1,5 +1,6 @@
 """Graph -> Graph: exact passes. Each says in one line what it did, and the graph is verified before and after.
 
+smaller     inv(a I + c M' M) @ B is worked out by the inverse of a I + c M M' where M has few rows
 solves      inv(S) @ B becomes a solve; by Cholesky where S is positive definite
 gram        products distribute over sums where that is cheaper: A'(A z - x) -> (A'A) z - A'x
 order       the order of multiplication with the least work, given sizes, depth and what can be done once
@@ -132,6 +133,54 @@ def _hoisted(graph: Graph) -> str:
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def smaller(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """inv(a I + c M' M) B = (B - c M' inv(a I + c M M') M B) / a, where M has less than half as many rows as columns (Woodbury 1950)."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "product" or len(inputs) != 3 or b.nodes[inputs[1].node].op != "inverse":
+            return None
+        coef, inner, right = inputs[0], b.nodes[inputs[1].node], inputs[2]
+        found = _gram_beside_identity(b, inner.inputs[0]) if inner.attrs[0] == "symmetric" else None
+        if found is None:
+            return None
+        a, c, m = found
+        rows, cols = b.view(m).shape
+        if rows == 1 or 2 * sizes(rows) > sizes(cols):
+            return None
+        count += 1
+        one, back = b.number(ONE), b.flip(m)
+        square = b.product(c, (m, back))
+        least = b.add(
+            "inverse", (b.add("add", (b.scaled(a, b.constant("eye", rows, rows)), square), (ONE, ONE)),), *inner.attrs
+        )
+        less = b.product(c, (back, least, m, right))
+        share = b.map(slot(0) / slot(1), (coef, a))
+        return b.scaled(share, b.add("add", (b.scaled(one, right), less), (ONE, -ONE)))
+
+    return rewrite(graph, rule), f"{count} inverses taken on the smaller side"
+
+
+def _gram_beside_identity(b: Builder, ref: Ref) -> tuple[Ref, Ref, Ref] | None:
+    """(a, c, M) of a I + c M' M, a sum of these two alone."""
+    node = b.nodes[ref.node]
+    if node.op != "add" or len(node.inputs) != 2:
+        return None
+    a = c = m = None
+    for number, term in zip(node.attrs[0], node.inputs, strict=True):
+        part, scaled = b.nodes[term.node], b.number(number)
+        if part.op == "scale" and b.nodes[part.inputs[0].node].shape == (ONE, ONE):
+            scaled, part = b.map(slot(0) * number, (part.inputs[0],)), b.nodes[part.inputs[1].node]
+        elif part.op == "add" and len(part.inputs) == 1:
+            scaled, part = b.number(number * part.attrs[0][0]), b.nodes[part.inputs[0].node]
+        if part.op == "eye":
+            a = scaled
+        elif part.op == "product" and len(part.inputs) == 3 and b.flip(part.inputs[1]) == part.inputs[2]:
+            c, m = b.map(slot(0) * slot(1), (scaled, part.inputs[0])), part.inputs[2]
+    return (a, c, m) if a is not None and c is not None and m is not None else None
 
 
 def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
@@ -621,6 +670,7 @@ def _nonnegative(b: Builder, ref: Ref) -> bool:
 
 Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
 PASSES: tuple[tuple[str, Pass], ...] = (
+    ("smaller", smaller),
     ("solves", solves),
     ("gram", gram),
     ("order", order),
