@@ -107,18 +107,34 @@ def compile_layers(
     what is not given is drawn from `seed` (see `Network.drawn`).  scalars: values in the place of defaults.
     overrides: "unroll.layers=8" and the like.  Raises SpecError (the spec), UnrollError E4xx (values).
     """
-    import torch
-
     from unroll.network import values
     from unroll.network.kinds import check_making
-    from unroll.network.network import draw, network
 
     check_making(seed, dtype, device)
     loaded = read(spec, overrides)
     loaded = loaded if loaded.model is None else loaded.layers()
     given = {name: values.as_tensor(name, value) for name, value in (parameters or {}).items()}
     derivation = derive_spec(loaded, values.sizes_of(loaded, dims or {}, given))
-    program = build(derivation)
+    return network_of(derivation, build(derivation), given, scalars, seed=seed, dtype=dtype, device=device)
+
+
+def network_of(
+    derivation: Derivation,
+    program: Program,
+    given: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, float] | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Network:
+    """The network of a program; parameters without a value are drawn. Raises UnrollError E4xx."""
+    import torch
+
+    from unroll.network import values
+    from unroll.network.network import draw, network
+
+    loaded = derivation.spec
     values.refuse_undeclared(derivation.problem.parameters, given)
     values.refuse_out_of_bounds(loaded, scalars or {})
     missing = [s.name for s in derivation.problem.parameters if s.name not in given]
@@ -129,7 +145,7 @@ def compile_layers(
         else {}
     )
     dtype = dtype or torch.get_default_dtype()
-    held = given | {name: drawn[name].to(dtype) for name in missing}
+    held = {**given, **{name: drawn[name].to(dtype) for name in missing}}
     net = network(
         program, held, scalars, spec=derivation.spec, derivation=derivation, dtype=dtype, device=device, seed=seed
     )

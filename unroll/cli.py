@@ -171,9 +171,17 @@ def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     "--tol",
     default=1e-8,
     show_default=True,
-    help="Largest certified gap, relative to the objective at 0 or at the start; or residual, relative to the first step.",
+    help="Largest certified gap, relative to the objective at 0 or at the start; or residual, relative to the first ones.",
 )
 @click.option("--max-iterations", type=click.IntRange(min=1), default=100_000, show_default=True)
+@click.option(
+    "--algorithm",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="A text: its name, its path, or one of the spec's own; auto: the first that fits, accelerated where that is known to be sound.",
+)
+@click.option("--start", metavar="FILE", help="Where the variable begins (.npy), in place of 0.")
 def solve(
     spec: str,
     overrides: tuple[str, ...],
@@ -182,12 +190,22 @@ def solve(
     output: Path | None,
     tol: float,
     max_iterations: int,
+    algorithm: str,
+    start: str | None,
 ) -> None:
-    """Solve the problem itself: the same iteration, run until a gap or residual certifies the answer."""
+    """Solve the problem itself: an iteration run until a duality gap certifies the answer, or a residual says that it is at rest."""
     from unroll.from_files import solve_files
 
     solution = solve_files(
-        spec, inputs, parameters, overrides=overrides, tol=tol, max_iterations=max_iterations, output=output
+        spec,
+        inputs,
+        parameters,
+        overrides=overrides,
+        tol=tol,
+        max_iterations=max_iterations,
+        output=output,
+        algorithm=algorithm,
+        start=start,
     )
     click.echo(str(solution))
     sys.exit(0 if solution.converged.all() else 1)

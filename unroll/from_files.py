@@ -41,6 +41,8 @@ def solve_files(
     tol: float = 1e-8,
     max_iterations: int = 100_000,
     output: Path | None = None,
+    algorithm: str | None = None,
+    start: str | None = None,
 ) -> Solution:
     """As `solve`, from and to .npy files named [NAME=]FILE. Raises SpecError E502 to E506 for files, UnrollError E404 for names."""
     spec = read(source, overrides)
@@ -53,7 +55,17 @@ def solve_files(
     arrays = [read_array(Path(named[name]), name).double() for name in spec.inputs]
     for name in (p for p in spec.parameters if p not in given):
         raise UnrollError("E402", f"the parameter '{name}' has no value", hint=f"--parameter {name}=FILE")
-    found = solve(spec, *arrays, parameters=given, tol=tol, max_iterations=max_iterations, console=Console(stderr=True))
+    begin = None if start is None else read_array(Path(start), "start").double()
+    found = solve(
+        spec,
+        *arrays,
+        algorithm=algorithm,
+        start=begin,
+        parameters=given,
+        tol=tol,
+        max_iterations=max_iterations,
+        console=Console(stderr=True),
+    )
     if output is not None:
         with output.open("wb") as file:  # np.save would add to a name without .npy
             np.save(file, found.z.numpy())

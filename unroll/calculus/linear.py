@@ -130,6 +130,8 @@ def affine(e: Expr, z: Sym) -> bool:
             return affine(x, z)
         case Map(profile, args):
             moving = [(slot(i), a) for i, a in enumerate(args) if depends(a, z)]
+            if not profile.is_polynomial(*(t for t, _ in moving)):  # where(z == 0, 0, 1) has a slope of 0, and jumps
+                return False
             return all(affine(a, z) for _, a in moving) and not any(
                 sp.diff(profile, s).has(*(t for t, _ in moving)) for s, _ in moving
             )

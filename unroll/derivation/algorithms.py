@@ -80,18 +80,18 @@ def every() -> tuple[Algorithm, ...]:
     return tuple(Algorithm(t) for t in texts.every())
 
 
-def fitting_names(parts: tuple[Part, ...]) -> Iterator[str]:
-    """The algorithms of the library that fit, those that claim optima first, then those of few letters and states."""
-    simple = sorted(
-        every(),
-        key=lambda a: (
-            "optimum" not in a.text.record.claims,
-            len(a.text.record.solves),
-            len(a.text.record.states),
-            a.name,
-        ),
+def by_simplicity() -> list[Algorithm]:
+    """All algorithms of the library: those that claim optima first, then those of few letters and states."""
+    records = {a: a.text.record for a in every()}
+    return sorted(
+        records,
+        key=lambda a: ("optimum" not in records[a].claims, len(records[a].solves), len(records[a].states), a.name),
     )
-    return (a.name for a in simple if a.fits(parts) is None)
+
+
+def fitting_names(parts: tuple[Part, ...]) -> Iterator[str]:
+    """The algorithms of the library that fit, the simplest first."""
+    return (a.name for a in by_simplicity() if a.fits(parts) is None)
 
 
 def find(name: str, spec: Spec | None = None, path: tuple[str | int, ...] = ()) -> Algorithm:

@@ -72,7 +72,7 @@ class Share:
 
     @property
     def convex(self) -> bool:
-        return all(_convex(p) for p in self.parts)
+        return all(convex(p) for p in self.parts)
 
 
 Dealt = Mapping[str, tuple[Share, ...]]
@@ -412,7 +412,7 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
             if loose or not parts:
                 raise Misfit("the variable is not constrained to the simplex, and to nothing else")
         case "not convex":
-            if all(_convex(p) for p in parts):
+            if all(convex(p) for p in parts):
                 raise Misfit("what is minimised is convex; this step is for what is convex and maximised")
         case "concave":
             bad = [p for p in parts if p.smooth is None or not p.smooth.concave]
@@ -423,12 +423,13 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
             if bad:
                 raise Misfit(f"{pretty(bad[0].e)} is not quadratic")
         case _:
-            bad = [p for p in parts if not _convex(p)]
+            bad = [p for p in parts if not convex(p)]
             if bad:
                 raise Misfit(f"{pretty(bad[0].e)} is not known to be convex")
 
 
-def _convex(p: Part) -> bool:
+def convex(p: Part) -> bool:
+    """Is a part known to be convex?"""
     if p.descended or (p.smooth is not None and p.smooth.convex):
         return p.smooth is not None and p.smooth.convex
     if p.inner is not None and not p.inner[2].is_identity:

@@ -20,7 +20,7 @@ from unroll.calculus.prox import conjugate_of_abs
 from unroll.calculus.torch_text import above_zero, nonzero
 from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters, placed
 from unroll.derivation.parts import Part
-from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
+from unroll.derivation.step import LAYER, Assign, Departure, Hand, Residuals, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant, constant, elementwise, hold, prox, scale, symbol, zeros
 from unroll.language.functions import Value, as_expr
@@ -126,6 +126,7 @@ class Reading:
             self._start(name, start, own=False)
         for update in self._updates():
             self._update(update)
+        residuals = self._residuals()
         values = [self._number(name, free) for name, free in record.scalars.items()]
         weights = tuple(
             Assign(name, substitute(w, {p.variable: self.at}), "weight") for p, (name, w) in self._weights()
@@ -142,6 +143,7 @@ class Reading:
             departures=tuple(self._departures()),
             blocks=tuple(dict.fromkeys(a.block for a in assigns if a.block)),
             hands=tuple(self._hands()),
+            residuals=residuals,
         )
 
     def _tagged(self, assigns: tuple[Assign, ...]) -> tuple[Assign, ...]:
@@ -440,6 +442,25 @@ class Reading:
         self.names[name] = target
         self.written.add(name)
         self.assigns.append(Assign(target, cast(Any, value), note, update=u.name.partition("[")[0]))
+
+    def _residuals(self) -> Residuals:
+        """What the text says is 0 at a solution; of the updates nothing changes."""
+        kept, at, names = dict(self.last), self.at, dict(self.names)
+        known = {s.symbol for s in self.states}
+        numbers = {*self.text.record.scalars, *(self.rule.scalars if self.rule else ())}
+        self.names = {n: v for n, v in names.items() if n in numbers or v in known or n == "layer"}
+        found: list[Assign] = []
+        for key, formula in self.text.record.residuals.items():
+            name, _, index = key.removesuffix("]").partition("[")
+            for own, indices in self._members(name, index):
+                self.target = own
+                value = as_expr(self._read(formula, self.text.place("residuals", key), indices))
+                found.append(Assign(_vector(self.fresh(own), value), value, f"{own}: 0 at a solution"))
+        before = tuple(
+            Assign(s, cast(Any, names[n]), f"{n} where the layer began") for n, s in self.last.items() if n not in kept
+        )
+        self.last, self.at, self.names = kept, at, names
+        return Residuals(before, tuple(found))
 
     def _numbered(self, name: str) -> str:
         """The name of a number: its own, or a free one. Those that specs write (`step`) are not given away: E213."""
@@ -1052,10 +1073,14 @@ def _hold(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
 def _last(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
     reading = r.reading
     match args[0]:
-        case ast.Name(id=name) if any(s.symbol is reading.names.get(name) for s in reading.states):
+        case ast.Name(id=name):
             pass
+        case ast.Subscript(value=ast.Name(id=family), slice=ast.Name(id=i)) if i in r.index:
+            name = member(family, r.index[i], reading.indexed(i))
         case _:
-            r.fail(args[0], "E320", f"{r.source(args[0])} is not a state", "last(z) is z where the layer began")
+            name = ""
+    if not any(s.symbol is reading.names.get(name) for s in reading.states):
+        r.fail(args[0], "E320", f"{r.source(args[0])} is not a state", "last(z) is z where the layer began")
     now = cast("Sym | sp.Symbol", reading.names[name])
     if name not in reading.written:
         if name == reading.target:

@@ -111,6 +111,14 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What is 0 at a solution. before: states as they were, kept before a layer.  after: each residual, worked out at its end."""
+
+    before: tuple[Assign, ...] = ()
+    after: tuple[Assign, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
     """One iteration.
 
@@ -118,7 +126,7 @@ class Step:
     states: start values.  assigns: the body of a layer.  output: the states that are the answer, one per variable.
     blocks: names of the parts of a layer, in order; none where it has one part.  estimated: inputs that a formula
     has taken the place of.  departures: what is not the exact algorithm.  subproblems: what each block minimises, in one variable.
-    hands: how the terms were dealt out to the letters of the algorithm.
+    hands: how the terms were dealt out to the letters of the algorithm.  residuals: what tells a solution, for who runs it to the end.
     """
 
     algorithm: str
@@ -133,3 +141,4 @@ class Step:
     departures: tuple[Departure, ...] = ()
     subproblems: tuple[tuple[str, Problem], ...] = ()
     hands: tuple[Hand, ...] = ()
+    residuals: Residuals = Residuals()

@@ -1,56 +1,76 @@
-"""Solve problems to convergence, many at once: the derived iteration of one layer, accelerated and restarted.
+"""Solve problems to convergence, many at once: an algorithm is chosen, or named, and run with all that it keeps.
 
-    y = z + beta (z - z_before);  z <- T(y)        T: one untrained layer of the spec's problem
+    a map of the variable alone    accelerated and restarted, problem by problem (iteration.py)
+    any other text                 as it is written, problem by problem
 
-Every problem of the batch has its own momentum, its own restarts and its own stop.
-Sources: Beck & Teboulle 2009, doi:10.1137/080716542; O'Donoghue & Candes 2015, doi:10.1007/s10208-013-9150-3 (restart).
+How far an answer is from the optimum is said by a duality gap where one is derived, else by a residual: see `Solution`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from unroll.api import Source, compile_layers, read
+from unroll.api import Source, build, network_of, read
 from unroll.calculus.gradient import gradient
-from unroll.derivation.algorithms import LIPSCHITZ, find
+from unroll.derivation.algorithms import LIPSCHITZ, Algorithm, by_simplicity
+from unroll.derivation.algorithms import find as find_named
+from unroll.derivation.dealing import GRADIENT, PROX, convex, letters
+from unroll.derivation.derive import Derivation
+from unroll.derivation.derive import derive as derive_spec
 from unroll.derivation.parts import Part, classify, unsigned
 from unroll.errors import SpecError, UnrollError
 from unroll.language.constructors import add, elementwise, total
-from unroll.language.nodes import Expr, slot
+from unroll.language.constructors import split as unscaled
+from unroll.language.nodes import Expr, Indicator, slot
 from unroll.language.problem import from_spec
 from unroll.language.show import pretty
+from unroll.network import values as given_values
 from unroll.network.kinds import check_kind
 from unroll.network.network import Network, check_shape, finite
 from unroll.network.values import refuse_undeclared
 from unroll.solver.certificate import duality_gap, values_of
-from unroll.spec import Spec, load
-
-PLAIN = ("proximal_gradient", "projected_gradient", "gradient_descent")
-"""Algorithms whose layer is a map of the variable alone, in the order of preference."""
-CHECK = 10
-"""Iterations between two looks at who has converged."""
+from unroll.solver.iteration import (
+    CHECK,
+    Advance,
+    Error,
+    Judge,
+    Machine,
+    Map,
+    States,
+    accelerated,
+    at_rest,
+    by_its_map,
+    iterations,
+    length,
+    run,
+)
+from unroll.spec import Spec, load, texts
+from unroll.spec.nodes import plain
 
 DEFAULTS = {torch.float64: 1e-8, torch.float32: 1e-5}
 """Tolerances where none is asked for, of the types that can certify a solution."""
-
-Map = Callable[[Tensor, Tensor], Tensor]
-Error = Callable[[Tensor, Tensor, Tensor], Tensor]
+AUTO = "auto"
+OF_SPEC = ("step", "momentum", "split", "numbers", "updates", "start")
+"""What a spec says of its algorithm, and `solve` too."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """values: {variable: (..., n)}.  objective, error: (...), one per problem.
+    """values: {variable: (..., n)}.  objective (its terms that are no constraints), error: (...), one per problem.
 
-    error has no unit. Where `certified` it is the duality gap, divided by the objective at 0 (|x|^2/2 of least squares) or
-    at the start, the larger; else the residual z - prox(z - step grad), divided by the length of the first gradient step.
+    error has no unit; `measure` says what it is:
+      - certified: the duality gap, divided by the objective at 0 (|x|^2/2 of least squares) or at the start, the larger;
+      - else, where a proximal gradient step is known: z - prox(z - step grad), divided by the length of the first such step;
+      - else the residuals that the algorithm names, or the change of each of its states in one iteration, each divided by the
+        largest that it has been in the first 10 iterations from the algorithm's own start, or later; the largest of them.
     convex: is the objective known to be? Where it is not, a point that no step moves need not be the optimum.
+    algorithm: what was run.  claims: does its text claim optima? states: all that it kept, to go on from.
     """
 
     values: dict[str, Tensor]
@@ -60,6 +80,10 @@ class Solution:
     iterations: int
     converged: Tensor
     convex: bool
+    algorithm: str = ""
+    measure: str = "certified duality gap"
+    claims: bool = True
+    states: States = field(default_factory=dict[str, Tensor], repr=False)
 
     @property
     def z(self) -> Tensor:
@@ -73,17 +97,21 @@ class Solution:
 
     def __str__(self) -> str:
         done, count = int(self.converged.sum()), self.converged.numel()
-        kind = "certified duality gap" if self.certified else "residual |z - prox(z - step grad)|"
         worst = float(self.error.max()) if count else 0.0
         mean = float(self.objective.mean()) if count else 0.0
-        solved = "problems solved" if self.convex else "points found that no step moves (not known to be convex),"
-        return f"{done} of {count} {solved} in {self.iterations} iterations: {kind} <= {worst:.1e}, mean objective {mean:.10g}"
+        why = (
+            "not known to be convex" if not self.convex else "" if self.claims else f"{self.algorithm} claims no optima"
+        )
+        solved = f"points found that no step moves ({why})," if why and not self.certified else "problems solved"
+        return f"{done} of {count} {solved} in {self.iterations} iterations: {self.measure} <= {worst:.1e}, mean objective {mean:.10g}"
 
 
 @torch.no_grad()
 def solve(
     source: Source,
     *inputs: Tensor,
+    algorithm: str | None = None,
+    start: Tensor | Solution | None = None,
     dims: Mapping[str, int] | None = None,
     parameters: Mapping[str, Any] | None = None,
     scalars: Mapping[str, float] | None = None,
@@ -96,11 +124,17 @@ def solve(
 ) -> Solution:
     """The optimum for every sample of `inputs`, each (..., n): certified gap (else residual) at most `tol`, see `Solution`.
 
-    Samples that come in other units, c x in the place of x, are solved to the same share.  restart: forget the momentum of
-    a problem where it points uphill.  tol: 1e-8 in float64 and 1e-5 in float32, if left out. Works in the dtype (float32 or
-    float64) and on the device of the inputs.  console: where a progress bar is drawn; None: nowhere.
+    algorithm: None or "auto" takes a proximal gradient method, accelerated, where one fits, else the first text that fits, its
+    constants being known, and claims optima of what is convex; else a text by its name, a path, or a name of the spec's own,
+    run as it is written.  Of the algorithm that the spec itself names, `split`, `numbers`, `updates`, `step`, `momentum` and
+    `start` hold too; schedules and what is learned do not.
+    start: a tensor like the answer; or a Solution, gone on from with all its states where it is of the same algorithm, else from
+    its answer.  Samples that come in other units, c x in the place of x, are solved to the same share.  restart: forget the
+    momentum of a problem where it points uphill (where a method was chosen).  tol: 1e-8 in float64 and 1e-5 in float32, if left
+    out. Works in the dtype (float32 or float64) and on the device of the inputs.  console: where a progress bar is drawn.
     Raises SpecError E303 if no algorithm fits, UnrollError E402 for a parameter without a value, E403 for an input that is not
-    what it is declared to be, E404 for inputs of another kind or shape, E407 for a tol below the precision of the inputs.
+    what it is declared to be, E404 for inputs, or a start, of another kind or shape, E407 for a tol below the precision of the
+    inputs.
     """
     spec = read(source, overrides)
     missing = [name for name in spec.parameters if name not in (parameters or {})]
@@ -116,44 +150,161 @@ def solve(
     like = _refuse_other_kinds(data)
     tol = _tolerance(tol, like.dtype)
     _refuse_none(max_iterations)
-    single = one_step(spec)
-    try:
-        net = compile_layers(
-            single, dims=dims, parameters=parameters, scalars=scalars, dtype=like.dtype, device=like.device
-        )
-    except SpecError as refused:
-        if refused.code != "E304":
-            raise
-        hint = "layers with steps of a size of your own, by unroll.compile, as unroll: {algorithm: gradient_descent, layers: 100, step: 0.01}"
-        message = f"no algorithm here solves {spec.title}: {refused.message}, so no step is known to be short enough"
-        raise SpecError("E303", message, hint=hint) from refused
-    refuse_undeclared(net.program.problem.inputs, data)
+    given = {name: given_values.as_tensor(name, value) for name, value in (parameters or {}).items()}
+    sizes = given_values.sizes_of(spec, dims or {}, given)
+    chosen = _chosen(spec, algorithm, sizes)
+
+    def made(d: Derivation) -> Network:
+        return network_of(d, build(d), given, scalars, dtype=like.dtype, device=like.device)
+
+    mapped = made(chosen.map) if chosen.map is not None else None
+    nets = iterations(chosen.text, given, scalars, like) if chosen.text is not None else None
+    net = nets[0] if nets is not None else mapped
+    assert net is not None
+    refuse_undeclared(net.derivation.problem.inputs, data)
     shape, data = _flat(net, data)
-    name, read_by_layers = net.variables[0], {n: x for n, x in data.items() if n in net.inputs}
-
-    def step(z: Tensor, rows: Tensor) -> Tensor:
-        return net(**{n: x[rows] for n, x in read_by_layers.items()}, **{name: z})
-
-    start = net(**read_by_layers)
-    error, certified = error_of(net, data, start)
-    z, found, count = iterate(step, start, error, tol, max_iterations, console, label, restart)
-    value = net.objective(**data, **{name: z})["total"]
-    found = found.reshape(shape)
+    count, name = shape.numel(), net.derivation.variable.name
+    begun = None if start is None else _start(start, net, name, shape, like)
+    method = f"{chosen.name}, accelerated" if nets is None else chosen.name
+    judge, certified, measure = None, False, "change in one iteration"
+    advance: Advance | None = None
+    states: States = {}
+    if mapped is not None:
+        step, first = _map(mapped, data, name, count)
+        error, certified = error_of(mapped, data, first)
+        measure = "certified duality gap" if certified else "residual |z - prox(z - step grad)|"
+        judge = by_its_map(error) if nets is None else _one_step_on(step, error, name)
+        advance, states = accelerated(step, restart), at_rest(first if begun is None else begun)
+    if nets is not None:
+        advance = m = Machine(*nets, {n: x for n, x in data.items() if n in net.inputs}, count)
+        states = m.start(begun)
+        if judge is None:
+            judge = _at_rest(m, data)
+            measure = f"residuals {', '.join(m.named)}" if m.named else measure
+    if isinstance(start, Solution) and start.algorithm == method:
+        states = {n: s.reshape(count, *s.shape[len(shape) :]) for n, s in start.states.items()}
+    assert judge is not None and advance is not None
+    found = run(advance, states, judge, tol, max_iterations, console, label)
+    goal = net.derivation.problem
+    costs = {n: e for n, e in goal.terms.items() if not isinstance(unscaled(e)[1], Indicator)}
+    terms = net.terms_of(replace(goal, terms=costs))({**data, name: found.answer})
+    errors = found.errors.reshape(shape)
+    back: Callable[[Tensor], Tensor] = lambda x: x.reshape((*shape, *x.shape[1:]))
     return Solution(
-        {name: z.reshape(*shape, *z.shape[1:])},
-        value.reshape(shape),
-        found,
+        {name: back(found.answer)},
+        sum(terms.values(), like.new_zeros(count)).reshape(shape),
+        errors,
         certified,
-        count,
-        found <= tol,
-        _convex(net),
+        found.iterations,
+        errors <= tol,
+        all(convex(p) for p in net.derivation.parts),
+        method,
+        measure,
+        chosen.claims,
+        {n: back(s) for n, s in found.states.items()},
     )
 
 
-def _convex(net: Network) -> bool:
-    """Is every part of the objective known to be convex?"""
-    parts = net.derivation.parts
-    return all(p.smooth.convex if p.smooth is not None else p.proximal is not None and p.proximal.convex for p in parts)
+# --- which algorithm --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """text: what is run as it is written; None where the map is accelerated.  map: a plain map that fits, by which errors are measured."""
+
+    name: str
+    text: Derivation | None
+    map: Derivation | None
+    claims: bool
+
+
+def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choice:
+    """Raises SpecError E303 where nothing fits, E3xx where what is named does not."""
+    problem = from_spec(spec, dict(sizes))
+    if len(problem.variables) != 1:
+        raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
+    parts = classify(problem)
+    refused: list[SpecError] = []
+    maps = [a for a in by_simplicity() if is_map(a)]
+    mapped = _first_of(spec, [a for a in maps if a.fits(parts) is None], sizes, refused)
+    if algorithm is not None and algorithm != AUTO:
+        named = _named(spec, algorithm)
+        try:
+            found = derive_spec(_alone(spec, named), dict(sizes))
+        except SpecError as e:  # its place is in no text of the user's
+            raise SpecError(e.code, e.message, None, e.hint, e.notes) from None
+        claims = "optimum" in named.text.record.claims and not found.exact.departures
+        return Choice(named.name, found, mapped, claims)
+    if mapped is not None:
+        return Choice(mapped.exact.algorithm, None, mapped, True)
+    others = [a for a in by_simplicity() if "optimum" in a.text.record.claims and not is_map(a)]
+    fitting = [a for a in others if a.fits(parts) is None]
+    found = _first_of(spec, fitting, sizes, refused) if all(map(convex, parts)) else None
+    if found is not None:
+        return Choice(found.exact.algorithm, found, None, True)
+    if refused:
+        hint = "layers with steps of a size of your own, by unroll.compile, as unroll: {algorithm: gradient_descent, layers: 100, step: 0.01}"
+        message = f"no algorithm here solves {spec.title}: {refused[0].message}, so no step is known to be short enough"
+        raise SpecError("E303", message, hint=hint) from refused[0]
+    why = maps[-1].fits(parts)
+    named_hint = (
+        f"it is not known to be convex; {fitting[0].name} fits, algorithm='{fitting[0].name}', without a claim"
+        if fitting
+        else ""
+    )
+    raise SpecError(
+        "E303",
+        f"no algorithm here solves {spec.title}: {why}",
+        hint=unsigned(parts) or named_hint or _remedy(parts),
+        notes=tuple(p.show() for p in parts),
+    )
+
+
+def is_map(a: Algorithm) -> bool:
+    """Is it a descent by gradients and proxes that keeps nothing but the variable? Then momentum and restarts speed it up."""
+    record = a.text.record
+    uses = [x.uses for x in letters(a.text)]
+    return (
+        {"monotone", "optimum"} <= set(record.claims)
+        and not record.states
+        and set(record.scalars) == {"step"}
+        and sum(GRADIENT in u for u in uses) == 1
+        and all(u <= {GRADIENT} or u <= {PROX} for u in uses)
+        and not any(x.operator for x in letters(a.text))
+    )
+
+
+def _first_of(
+    spec: Spec, among: Iterable[Algorithm], sizes: Mapping[str, int], refused: list[SpecError]
+) -> Derivation | None:
+    """The first that can be derived: one whose constants are known."""
+    for a in among:
+        try:
+            return derive_spec(_alone(spec, a, own=False), dict(sizes))
+        except SpecError as e:
+            if e.code not in ("E302", "E303", "E304"):
+                raise
+            refused.append(e)
+    return None
+
+
+def _named(spec: Spec, name: str) -> Algorithm:
+    """The text that a name, or a path, means. Raises SpecError E001, E303."""
+    known = name in spec.algorithms or name.endswith((".yaml", ".yml"))
+    return Algorithm(texts.find(name, spec)) if known else find_named(name)
+
+
+def _alone(spec: Spec, a: Algorithm, own: bool = True) -> Spec:
+    """The spec's problem with one layer of an algorithm. own: where the spec names it, with what it says of it."""
+    document: dict[str, Any] = {
+        k: v for k, v in spec.to_dict().items() if k not in ("data", "train", "model", "weights")
+    }
+    said: Any = document.get("unroll") or {}
+    own = own and said.get("algorithm") == a.name
+    kept = {k: said[k] for k in OF_SPEC if k in said} if own else {}
+    if a.name not in spec.algorithms and all(a.text is not t for t in texts.every()):  # a file of the user's
+        document["algorithms"] = {**document.get("algorithms", {}), a.name: plain(a.text.root)}
+    return load({**document, "unroll": {**kept, "algorithm": a.name, "layers": 1}})
 
 
 def _refuse_other_kinds(data: Mapping[str, Any]) -> Tensor:
@@ -213,6 +364,67 @@ def _tolerance(tol: Any, dtype: torch.dtype) -> float:
 
 
 # --- what an error is measured against --------------------------------------------------------------------------------
+
+
+def _map(net: Network, data: Mapping[str, Tensor], name: str, count: int) -> tuple[Map, Tensor]:
+    """One layer as a map of the variable, and where it leads from the start."""
+    read = {n: x for n, x in data.items() if n in net.inputs}
+
+    def step(z: Tensor, rows: Tensor) -> Tensor:
+        return net(**(read if len(rows) == count else {n: x[rows] for n, x in read.items()}), **{name: z})
+
+    first = net(**read)
+    axes = len(net.program.axes(net.program.problem.symbols[name]))
+    return step, first.expand(count, *first.shape[first.ndim - axes :])
+
+
+def _start(start: Tensor | Solution, net: Network, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+    """Where the variable begins, with one batch axis. Raises UnrollError E404."""
+    if isinstance(start, Solution) and name not in start.values:
+        raise UnrollError("E404", f"the start is a solution in {', '.join(start.values)}; the variable is {name}")
+    z = start.values[name] if isinstance(start, Solution) else start
+    check_kind("start", z, like, "the inputs")
+    check_shape(net.program, name, z)
+    lead = z.shape[: z.ndim - len(net.program.axes(net.program.problem.symbols[name]))]
+    if lead != shape:
+        raise UnrollError("E404", f"the start has batch axes {tuple(lead)}, the inputs have {tuple(shape)}")
+    if not finite(z):
+        raise UnrollError("E404", "the start has entries that are not finite")
+    return z.reshape(shape.numel(), *z.shape[len(shape) :])
+
+
+def _one_step_on(step: Map, error: Error, name: str) -> Judge:
+    """Of a text whose problem a plain map solves too: the answer is where that leads, which meets the constraints."""
+
+    def judge(before: States, after: States, rows: Tensor) -> tuple[Tensor, Tensor]:
+        new = step(after[name], rows)
+        return new, error(new, after[name] - new, rows)
+
+    return judge
+
+
+def _at_rest(m: Machine, data: Mapping[str, Tensor]) -> Judge:
+    """The residuals of a text, or the changes of its states, against the largest that they have been."""
+    seen: dict[str, Tensor] = {}
+    states, every = m.start(), torch.arange(m.count, device=m.like.device)
+    for _ in range(CHECK):
+        before, states = states, m(states, every, 1)
+        for name, (r, _) in m.residuals(before, states).items():
+            seen[name] = torch.maximum(seen[name], length(r)) if name in seen else length(r)
+    _refuse_tiny(_largest(seen.values()), data)
+    dtype = m.like.dtype
+    rounding = least_tolerance(dtype) / DEFAULTS[dtype]
+
+    def judge(before: States, after: States, rows: Tensor) -> tuple[Tensor, Tensor]:
+        errors: list[Tensor] = []
+        for name, (r, state) in m.residuals(before, after).items():
+            found = length(r)
+            seen[name][rows] = torch.maximum(seen[name][rows], found)
+            scale = seen[name][rows] if state is None else torch.maximum(seen[name][rows], rounding * length(state))
+            errors.append(relative(found, scale, r))
+        return after[m.variable], torch.stack(errors).amax(0)
+
+    return judge
 
 
 def error_of(net: Network, data: Mapping[str, Tensor], start: Tensor) -> tuple[Error, bool]:
@@ -283,82 +495,9 @@ def relative(x: Tensor, scale: Tensor, moved: Tensor) -> Tensor:
     return torch.where(scale >= info.tiny / info.eps, x / scale, torch.where(still, 0.0, torch.inf).to(scale))
 
 
-def length(x: Tensor) -> Tensor:
-    """Of every row."""
-    return x.flatten(1).norm(dim=1)
-
-
-def one_step(spec: Spec) -> Spec:
-    """The spec's problem with one layer of the first plain algorithm that fits. Raises SpecError E303."""
-    document: dict[str, Any] = {
-        k: v for k, v in spec.to_dict().items() if k not in ("data", "train", "model", "weights")
-    }
-    problem = from_spec(spec)
-    if len(problem.variables) != 1:
-        raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
-    parts = classify(problem)
-    name = next((name for name in PLAIN if find(name).fits(parts) is None), None)
-    if name is None:
-        found = {name: find(name).fits(parts) for name in PLAIN}
-        raise SpecError(
-            "E303",
-            f"no algorithm here solves {spec.title}: {found[PLAIN[0]]}",
-            hint=unsigned(parts) or _remedy(parts),
-            notes=tuple(p.show() for p in parts),
-        )
-    return load({**document, "unroll": {"algorithm": name, "layers": 1}})
-
-
 def _remedy(parts: Sequence[Part]) -> str:
     """What to change in the objective."""
     stuck = [p for p in parts if not p.descended and p.proximal is None]
     if stuck:
         return f"leave out, or write in another way, what has neither a gradient nor a prox: {pretty(stuck[0].e)}"
-    if not any(p.descended for p in parts):
-        return "one term must have a gradient with a Lipschitz constant: 1/2 * sumsq(x - z), say, or huber(z, 0.1) in the place of abs(z)"
     return "of the terms without a gradient keep one, or give the others one: huber(z, 0.1) in the place of abs(z)"
-
-
-def iterate(
-    step: Map,
-    z: Tensor,
-    error: Error,
-    tol: float,
-    iterations: int,
-    console: Console | None = None,
-    label: str = "",
-    restart: bool = True,
-) -> tuple[Tensor, Tensor, int]:
-    """(fixed points, errors, iterations done) of z = step(z, rows), row by row of z, accelerated with restarts.
-
-    step(z, rows) maps the rows of z that belong to the problems `rows`.  error(z, moved, rows): that of z, reached from the
-    extrapolated point z + moved.  A row is done when its error is at most tol, or when it is no number any more.
-    """
-    answer, errors = z.clone(), z.new_full((len(z),), torch.inf)
-    active, y, before, k = torch.arange(len(z), device=z.device), z, z, 0
-    t = z.new_ones(len(z), *[1] * (z.ndim - 1))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task(label, total=len(z), note="")
-        for k in range(1, iterations + 1):
-            new = step(y, active)
-            moved, change = y - new, new - before
-            if restart:
-                t = torch.where(dot(moved, change) > 0, torch.ones_like(t), t)  # momentum points uphill: forget it
-            t_new = (1 + (1 + 4 * t * t).sqrt()) / 2
-            y, before, t = new + (t - 1) / t_new * change, new, t_new
-            if k % CHECK and k < iterations:
-                continue
-            found = error(new, moved, active).to(errors)
-            answer[active], errors[active] = new, found
-            left = ~(found <= tol) & new.flatten(1).isfinite().all(1)
-            active, y, before, t = active[left], y[left], before[left], t[left]
-            bar.update(task, completed=len(z) - len(active), note=f"iteration {k:,}, {len(active):,} left")
-            if not len(active):
-                break
-    return answer, errors, k
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product row by row, kept as a column that scales rows: (B, ...), (B, ...) -> (B, 1, ...)."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))

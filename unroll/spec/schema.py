@@ -413,6 +413,8 @@ class Algorithm(Record):
     """in this order; a later one sees what an earlier one wrote"""
     momenta: dict[Text, Rule] = {}
     """rules that the update `momentum` may name"""
+    residuals: dict[Target, Formula] = {}
+    """what is 0 at a solution, in states, `last(..)` and numbers; the change of every state, if left out"""
     claims: tuple[Literal["monotone", "optimum"], ...] = ()
     """monotone: no step raises the objective, with the numbers as they stand here; optimum: of convex terms, in the limit"""
     notes: dict[Name, Text] = {}
