@@ -169,6 +169,30 @@ def test_the_concave_convex_procedure_of_hopfield_energy_is_attention() -> None:
     torch.testing.assert_close(net(), z, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "term", ["sum(log(1 + z**2))", "sqrt(0.01 + sumsq(z))", "sum(1 - exp(-z**2))", "sum((z**2 + 0.1)**(1/4))", "lam*sum(z**2/(1 + z**2))"]
+)  # fmt: skip
+def test_reweighted_least_squares_descends_on_what_grows(term: str) -> None:
+    a, x = data()
+    net = network({"fit": FIT, "own": term}, "irls", 20, a, {"scalars": {"lam": 0.3}}, start={"z": "A.T @ x"})
+    found = values(net, x)
+    assert (found.diff(dim=0) <= 1e-12 * (1 + found[:-1].abs())).all()
+    assert "monotone" in str(net.derivation)
+
+
+@pytest.mark.parametrize("algorithm, term", [
+    ("irls", "-1.3*sumsq(z)"), ("irls", "-1.3*sumsq(A @ z)"), ("irls", "sum(log(1 + z**2) - z**2)"), ("cccp", "-2*sumsq(A @ z)"),
+])  # fmt: skip
+def test_a_saddle_is_not_taken_for_a_minimum(algorithm: str, term: str) -> None:
+    """The linear system has a solution, which is no argmin, and the objective rises."""
+    terms = {"fit": FIT, "own": term, "concave": "-logsumexp(z)"}
+    if algorithm == "irls":
+        terms["concave"] = "0.1*sum(log(1 + z**2))"
+    split = {} if algorithm == "irls" else {"split": {"f": ["fit", "own"]}}
+    with pytest.raises(UnrollError, match="E303"):
+        network(terms, algorithm, 2, data()[0], **split)
+
+
 @pytest.mark.parametrize("term", ["0.1*norm1(z)", "sum(z**4)", "0.1*sum(sqrt(abs(z)))"])
 def test_what_has_no_majorant_is_refused(term: str) -> None:
     with pytest.raises(UnrollError, match="E303"):
@@ -239,6 +263,14 @@ def test_multiplicative_updates_are_those_of_lee_and_seung(divergence: str) -> N
     torch.testing.assert_close(net(x), z, rtol=1e-10, atol=1e-12)
     assert torch.equal(net(x)[1], torch.zeros(N, dtype=torch.float64))
     assert (values(net, x[:1]).diff(dim=0) <= 1e-12).all()
+
+
+def test_multiplication_promises_no_descent() -> None:
+    """z <- x / z^2 moves away from the minimum of z^4/4 - x z: the power that descends depends on the objective."""
+    a, x = data(positive=True)
+    net = network({"fit": "sum((A @ z)**4)/4 - dot(x, A @ z)"}, "multiplicative", 6, a, POSITIVE)
+    assert (values(net, x[:1]).diff(dim=0) > 0).any()
+    assert "monotone" not in str(net.derivation)
 
 
 def test_signs_that_are_not_declared_are_asked_for() -> None:

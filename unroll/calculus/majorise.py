@@ -43,6 +43,8 @@ def _of_term(e: Expr, z: Sym, at: Expr, of: Of) -> Expr:
     if not concave:
         raise _refused(e, z, f"it is not known to be concave in {NAMES[of]}")
     slope = cast(sp.Expr, sp.factor(sp.diff(grown, S)))
+    if of == "square" and not slope.is_nonnegative:  # what is least of it would be a saddle
+        raise _refused(e, z, "it is not known to grow in z^2")
     if sp.limit(slope, S, 0, "+").is_infinite:
         raise _refused(e, z, "its slope at 0 is infinite: add a small number to what is under it")
     slope = slope.xreplace({S: slot(0), **{s: o for o, s in signs.items()}})
