@@ -118,7 +118,7 @@ ELSEWHERE = {
 WITHOUT_SPLITTING = ("gradient_descent", "projected_gradient", "proximal_gradient", "power_step", "fista")
 """The others: test_algorithm_texts.py."""
 NOT_CONVEX = {"phase_retrieval", "l0_sparse_coding", "mcp_sparse_coding", "scad_sparse_coding"}
-STEPS: dict[str, dict[str, Any]] = {"poisson_regression": {"step": 0.2}}
+STEPS: dict[str, dict[str, Any]] = {"poisson_regression": {"step": 0.2}, "phase_retrieval": {"step": 0.01}}
 
 
 def optimum(case: Case, shape: tuple[int, ...], arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -43,6 +43,7 @@ STEPS: dict[str, Any] = {
         "subspace_mixture",
         "fourth_power",
         "kurtosis",
+        "phase_retrieval",
     )
 }
 """Objectives whose gradient has no Lipschitz constant, and a step size that is small enough here."""
@@ -119,7 +120,7 @@ def test_specs_of_other_sizes_are_known_as_the_same_derivation():
 SMOOTH = ("ridge", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy")
 
 
-SPLIT = ("fused_lasso",)
+SPLIT = ("fused_lasso", "svm_dual", "sparse_inverse_covariance")
 """Objectives that only algorithms with several letters take."""
 
 

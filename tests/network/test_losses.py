@@ -143,6 +143,10 @@ def test_terms_are_as_written_and_the_loss_of_a_maximum_is_its_negative() -> Non
     assert loss(z, Pi=members) == -(terms["rate"] + terms["class_rate"])
 
 
+DEFINITE = {"sparse_inverse_covariance"}
+"""Objectives of positive definite matrices."""
+
+
 @pytest.mark.parametrize("name", library.names("objectives"))
 def test_every_objective_of_the_library_is_a_loss(name: str) -> None:
     """Its terms are what the definition of each node says."""
@@ -158,6 +162,7 @@ def test_every_objective_of_the_library_is_a_loss(name: str) -> None:
     ) in loss.recipe.arguments:  # in mathematical layout; positive, as memberships are, and what is under a logarithm
         family = [] if s.family is None else [s.family]
         values[s] = drawn(*(int(n.subs(sizes)) for n in (*family, s.rows, s.cols)), seed=len(values)).abs()
+    values |= {s: v @ v.mT for s, v in values.items() if name in DEFINITE and s.rows == s.cols}
     terms = loss.terms(**{s.name: stored(s, v) for s, v in values.items()})
     assert terms
     for term, value in terms.items():

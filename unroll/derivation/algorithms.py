@@ -122,7 +122,7 @@ def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
         dealt = deal(text, parts, options.split)
     except Misfit as missing:
         fitting = list(islice(fitting_names(parts), 3))
-        hint = f"{' or '.join(fitting)} fits" if fitting else unsigned(parts) or NONE_FITS
+        hint = unsigned(parts) or (f"{' or '.join(fitting)} fits" if fitting else NONE_FITS)
         hint += ", or blocks do, one over: each variable" if len(problem.variables) > 1 else ""
         raise DeriveError(
             "E303",
