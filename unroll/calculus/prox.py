@@ -275,7 +275,7 @@ class Parts:
                 return replace(self, tilt=(*self.tilt, gradient(e, z)))
             case Spectral(h, x) if x is z:
                 return replace(self, spectral=(*self.spectral, (c, h)))
-            case LogDet(x) if (-c).is_nonnegative and x is scale(sp.Rational(1, 2), add(z, transpose(z))):
+            case LogDet(x) if (-c).is_nonnegative and z.rows == z.cols and x is _symmetric_part(z):
                 return replace(self, volumes=(*self.volumes, -c))
             case Max(inner, None) if (k := _times_abs(inner, z)) is not None and k.is_positive and c.is_nonnegative:
                 return replace(self, peak=(*self.peak, (c * k, None)))
@@ -590,6 +590,10 @@ def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
         return Proximal(at, TV, True)
     found = _rest(rest, z, t, at, swaps)
     return None if found is None else replace(found, rule=f"{TV}; then {found.rule}")
+
+
+def _symmetric_part(z: Sym) -> Expr:
+    return scale(sp.Rational(1, 2), add(z, transpose(z)))
 
 
 def _times_abs(e: Expr, z: Sym) -> sp.Expr | None:
