@@ -182,9 +182,10 @@ def test_reweighted_least_squares_descends_on_what_grows(term: str) -> None:
 
 @pytest.mark.parametrize("algorithm, term", [
     ("irls", "-1.3*sumsq(z)"), ("irls", "-1.3*sumsq(A @ z)"), ("irls", "sum(log(1 + z**2) - z**2)"), ("cccp", "-2*sumsq(A @ z)"),
+    ("cccp", "1/4*sumsq(A @ z)"),
 ])  # fmt: skip
 def test_a_saddle_is_not_taken_for_a_minimum(algorithm: str, term: str) -> None:
-    """The linear system has a solution, which is no argmin, and the objective rises."""
+    """The linear system has a solution which is no argmin, or none, and the objective rises."""
     terms = {"fit": FIT, "own": term, "concave": "-logsumexp(z)"}
     if algorithm == "irls":
         terms["concave"] = "0.1*sum(log(1 + z**2))"

@@ -16,13 +16,15 @@ from math import prod
 
 import sympy as sp
 
+from unroll.calculus import curvature
+from unroll.calculus.cones import nonnegative
 from unroll.calculus.entropy import entropic
 from unroll.calculus.linear import Linear, quadratic
 from unroll.calculus.majorise import Of, tangent
 from unroll.calculus.prox import proximable
 from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
-from unroll.language.constructors import add
+from unroll.language.constructors import add, as_constant
 from unroll.language.nodes import Expr, Indicator, Sym
 from unroll.language.parse import Reader, Scope
 from unroll.language.show import pretty
@@ -33,7 +35,7 @@ MAJORANTS: dict[str, Of] = {"majorant in |z|": "abs", "majorant in z^2": "square
 USES = {"grad": GRADIENT, "hess": GRADIENT, "prox": PROX, "argmin": ARGMIN, "bregman": ENTROPY, "tangent": "majorant"}
 MOST = 512
 """Dealings that are tried, where the first does not fit."""
-PROPERTIES = ("convex", "not convex", "concave", "quadratic", "sets", "simplex")
+PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "sets", "simplex")
 
 
 class Misfit(Exception):
@@ -407,6 +409,10 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
                 raise Misfit(f"{pretty(loose[0].e)} is neither smooth nor a constraint")
             if not parts:
                 raise Misfit("there is no constraint to project on")
+        case "strongly convex":
+            known = curvature.bounds(add(*(p.e for p in parts)), parts[0].variable) if parts else None
+            if known is None or not nonnegative(known.low) or as_constant(known.low) == 0:
+                raise Misfit(f"{name} is not known to be strongly convex, so its minimum need not exist")
         case "simplex":
             loose = [p for p in parts if not isinstance(p.e, Indicator) or p.e.set != "simplex"]
             if loose or not parts:
