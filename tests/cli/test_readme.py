@@ -219,7 +219,7 @@ def specs() -> str:
             dict.fromkeys(b.algorithm for b in spec.unroll.blocks if b.algorithm)
         )
         link = f"[{name}](specs/{name}.yaml)"
-        return link, str(spec.objective), algorithm, str(spec.unroll.layers), learned, spec.source
+        return link, spec.objective or "its own", algorithm, str(spec.unroll.layers), learned, spec.source
 
     return table("spec | objective | algorithm | layers | learned | source", map(row, library.names("specs")))
 
@@ -252,7 +252,10 @@ def measured() -> str:
         rows.append((f"`unroll.compile` of a shipped spec, {kind}; the longest draws its parameters", spread))
     rows += _speed(found)
     rows += [
-        (f"NMSE of noiseless codes at depth 16, m = 250, n = 500: {row['network']}", f"{row['NMSE (dB)']:.1f} dB")
+        (
+            f"NMSE of noiseless codes at depth 16, m = 250, n = 500, one seed ([how](benchmarks/results/sparse_coding.md)): {row['network']}",
+            f"{row['NMSE (dB)']:.1f} dB",
+        )
         for row in sorted(found["sparse_coding"], key=lambda row: -row["NMSE (dB)"])
         if row["setting"] == "10 % nonzeros"
     ]
