@@ -11,27 +11,11 @@ from collections.abc import Callable
 import torch
 from _record import write
 from _timing import interleaved
+from lista_speed import Soft
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unroll
-
-
-class Soft(torch.autograd.Function):
-    """sign(v) max(|v| - t, 0); keeps its output for backward, nothing else."""
-
-    @staticmethod
-    def forward(ctx, v, t):
-        z = v - v.clamp(-t, t)
-        ctx.save_for_backward(z)
-        ctx.shape = t.shape
-        return z
-
-    @staticmethod
-    def backward(ctx, grad):
-        (z,) = ctx.saved_tensors
-        g = grad * z.sign()
-        return g * z.sign(), -g.sum_to_size(ctx.shape)
 
 
 def soft(v: Tensor, t: Tensor) -> Tensor:

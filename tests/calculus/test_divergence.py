@@ -90,6 +90,13 @@ def test_the_divergence_of_groups_is_the_trace_of_their_jacobian(term: str) -> N
     torch.testing.assert_close(found, trace_of_jacobian(e, R, given), rtol=1e-7, atol=1e-7)
 
 
+def test_a_ball_without_radius_takes_nothing_from_the_trace() -> None:
+    """The step of norm_inf of strength 0 is the identity."""
+    e, given = planned(prox(read("norm_inf(z)"), z, t, r)), values()
+    found = Evaluator(given, {**SIZES, t: 0.0}, {})(divergence(e, r))
+    assert found.item() == 5
+
+
 def test_a_zero_argument_has_the_divergence_of_what_it_is_shrunk_to() -> None:
     given = {**values(), r: torch.zeros(5, 1, dtype=torch.float64)}
     for term in ("lam * norm1(z)", "norm2(z)", "norm1(z) + norm2(z)"):

@@ -274,6 +274,14 @@ def test_multiplication_promises_no_descent() -> None:
     assert "monotone" not in str(net.derivation)
 
 
+@pytest.mark.parametrize("term", ["0.1*tv(z)", "0.1*norm2(z)", "0.1*norm_inf(z)", "sumsq(z)"])
+def test_what_has_no_step_of_entropy_is_refused_and_not_left_out(term: str) -> None:
+    own = {"algorithm": "own", "solves": "f(z) + g(z)", "updates": {"z": "bregman(g, z * exp(-grad(f, z)))"}}
+    more = {**POSITIVE, "algorithms": {"own": own}}
+    with pytest.raises(UnrollError, match="E303"):
+        network({"fit": FIT, "own": term}, "own", 2, data(positive=True)[0], more, split={"g": ["own"]})
+
+
 def test_signs_that_are_not_declared_are_asked_for() -> None:
     with pytest.raises(UnrollError, match="positive: true"):
         network({"fit": FIT}, "multiplicative", 2, data()[0])

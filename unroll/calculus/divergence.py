@@ -67,7 +67,9 @@ def _on_the_boundary(e: Project, r: Sym) -> Expr:
         return scale(c, add(count, constant(-r.cols)))
     (radius,) = (p for p in e.params if not isinstance(p, Expr))
     size = total(elementwise(sp.Abs(slot(0)), e.x))
-    return scale(c, elementwise(sp.Piecewise((r.rows * r.cols, slot(0) <= radius), (slot(1) - 1, True)), size, count))
+    return scale(
+        c, elementwise(sp.Piecewise((r.rows * r.cols, slot(0) <= radius), (sp.Max(slot(1) - 1, 0), True)), size, count)
+    )
 
 
 def _own(e: Expr, r: Sym, whole: Expr) -> Expr:

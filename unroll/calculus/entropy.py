@@ -9,6 +9,8 @@ Source: Beck & Teboulle 2003, doi:10.1016/S0167-6377(02)00231-6.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy as sp
 
 from unroll.calculus.cones import nonnegative
@@ -24,9 +26,9 @@ def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
     """The minimiser, as an expression in v. Raises DeriveError E302 where no rule gives it."""
     p = Parts.of(term, z)
     slope = slope_of_abs(sp.Add(*p.entries)) if p.entries else sp.S.Zero
-    others = (p.radial, p.spectral, p.peak, p.mapped, p.lifted, p.quadratic)
+    others = replace(p, tilt=(), entries=(), others=(), domain=(), sets=()) != Parts()
     sets = [name for name, _ in p.sets]
-    if any(others) or slope is None or sets not in ([], ["simplex"]) or (sets and p.domain):
+    if others or slope is None or sets not in ([], ["simplex"]) or (sets and p.domain):
         raise DeriveError(
             "E302",
             f"no proximal step of entropy is known for {text(term)}",
