@@ -16,8 +16,9 @@ from typing import cast
 import sympy as sp
 
 from unroll.derivation.dealing import Misfit, deal, letters
+from unroll.derivation.known import LIPSCHITZ, state_of
 from unroll.derivation.parts import Part, classify, unsigned
-from unroll.derivation.reading import LIPSCHITZ, MOMENTUM, OWN_STEP, STEP, Options, Reading, state_of
+from unroll.derivation.reading import MOMENTUM, OWN_STEP, STEP, Options, Reading
 from unroll.derivation.step import LAYER, Assign, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import constant

@@ -1,4 +1,4 @@
-"""A text read for one problem: what its names mean so far, and the assignments that they make."""
+"""A text read for one problem: its numbers, states and updates from top to bottom, as the assignments of one step."""
 
 from __future__ import annotations
 
@@ -9,31 +9,24 @@ from typing import Any, cast
 
 import sympy as sp
 
-from unroll.calculus import curvature
-from unroll.calculus.cones import nonnegative
-from unroll.calculus.divergence import divergence, planned
-from unroll.calculus.entropy import entropic, signed_parts
-from unroll.calculus.gradient import gradient
-from unroll.calculus.linear import Linear, hessian, least, square_of_norm
-from unroll.calculus.majorise import tangent
-from unroll.calculus.prox import conjugate_of_abs
-from unroll.calculus.torch_text import above_zero, nonzero
-from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, Share, letters, placed
+from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt
+from unroll.derivation.formulas import Formula, Later, TextScope
+from unroll.derivation.known import Known, member, state_of
+from unroll.derivation.operations import OPERATIONS
 from unroll.derivation.parts import Part
-from unroll.derivation.step import LAYER, Assign, Departure, Hand, Residuals, State, Step
+from unroll.derivation.step import Assign, Departure, Hand, Residuals, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
-from unroll.language.constructors import add, as_constant, constant, elementwise, hold, prox, scale, symbol, zeros
+from unroll.language.constructors import add, as_constant, constant, symbol, zeros
 from unroll.language.functions import Value, as_expr
-from unroll.language.nodes import Expr, Hold, Sym, depends, scalar, show_shape, slot
-from unroll.language.parse import Condition, Place, Reader, Scope, nowhere, parse
+from unroll.language.nodes import Expr, Sym, scalar, show_shape
+from unroll.language.parse import Place, Scope, nowhere, parse
 from unroll.language.problem import Problem
 from unroll.language.show import text as shown
-from unroll.language.traversal import held_at, substitute, transform
+from unroll.language.traversal import substitute
 from unroll.spec.schema import Free, Rule, Start
 from unroll.spec.texts import Text
 
-STEP, LIPSCHITZ = scalar("step", positive=True), scalar("L", positive=True)
-MOMENTUM = scalar("momentum")
+STEP, MOMENTUM = scalar("step", positive=True), scalar("momentum")
 OWN_STEP = "1/L"
 
 
@@ -69,28 +62,12 @@ class _Update:
     own: bool = False
 
 
-class Reading:
-    """A text read for a problem: what its names mean so far, and the assignments that they make."""
+class Reading(Known):
+    """A text read for a problem, with what a spec asks of it."""
 
     def __init__(self, text: Text, problem: Problem, dealt: Dealt, options: Options) -> None:
-        self.text, self.problem, self.dealt, self.options = text, problem, dealt, options
-        self.letters = {x.name: x for x in letters(text)}
-        self.places = placed(text, problem.variables)
-        """The variables of the problem that the arguments of the text are."""
-        self.running = {a: state_of(z) for a, z in self.places.items()}
-        self.argument, self.z = next(iter(self.places.items()))
-        self.at = self.running[self.argument]
-        """Where the step is taken: what is held in a prox is worked out there."""
-        self.names: dict[str, Value] = {**self.running, "layer": LAYER}
-        self.derived: list[Assign] = []
-        """Lipschitz constants and norms, in the order in which they were asked for."""
-        self.notes: list[str] = []
-        self.states: list[State] = []
-        self.assigns: list[Assign] = []
-        self.last: dict[str, Sym | sp.Symbol] = {}
-        self.written: set[str] = set()
-        self.target = ""
-        """The update that is being read."""
+        super().__init__(text, problem, dealt)
+        self.options = options
         self.rule, self.argument_of_rule = self._rule()
 
     # --- what a spec asks for ---
@@ -212,20 +189,6 @@ class Reading:
 
     # --- names ---
 
-    def fresh(self, name: str) -> str:
-        """The name of a state or an update in the emitted module: after the variable where it begins with it."""
-        for a, z in self.places.items():
-            if name.startswith(f"{a}_"):
-                name = z.name + name[len(a) :]
-                break
-        while name in self.problem.scope.names:
-            name += "_"
-        return name
-
-    def indexed(self, index: str) -> tuple[Share, ...]:
-        """What an index, or the set that it runs over, counts."""
-        return next((self.dealt[x.name] for x in self.letters.values() if index in (x.index, x.over)), ())
-
     def _declare(self, name: str, free: Free) -> None:
         self.names[name] = scalar(self._numbered(name), positive=free.above is not None and free.above >= 0)
 
@@ -250,7 +213,7 @@ class Reading:
         )
         names = {**self.names, **of_spec, **(more or {})}
         base = Scope() if own else self.problem.scope
-        return TextScope(names, base.macros, base.declared, base.sizes, True, self, dict(index or {}))
+        return TextScope(names, base.macros, base.declared, base.sizes, True, self, dict(index or {}), OPERATIONS)
 
     # --- states, numbers, updates ---
 
@@ -259,7 +222,7 @@ class Reading:
         place = self.text.place("states", key) if own else self.options.at("states", key)
         if not own and key in self.names:
             raise SpecError("E320", f"{self.text.name} has a '{key}' already", place(0, 1), "choose another name")
-        read: Callable[[str, Mapping[str, int]], Value] = lambda formula, index: _Formula(
+        read: Callable[[str, Mapping[str, int]], Value] = lambda formula, index: Formula(
             formula, self.scope(own, index), place
         ).read()
         name, _, index = key.removesuffix("]").partition("[")
@@ -316,7 +279,7 @@ class Reading:
             yield member(name, i, among), {index: i}
 
     def _read(self, formula: str, place: Place, index: Mapping[str, int] | None = None) -> Value:
-        return _Formula(formula, self.scope(index=index), place).read()
+        return Formula(formula, self.scope(index=index), place).read()
 
     def _number(self, name: str, free: Free) -> Assign:
         """A number of the algorithm, as the spec or the text says it. Raises SpecError E132, DeriveError E304."""
@@ -333,8 +296,8 @@ class Reading:
                 raise DeriveError(e.code, e.message, hint=hint, notes=e.notes) from None
         else:
             first = next((x for x in self.letters.values() if GRADIENT in x.uses), None)
-            l = {"L": _Later(self, first.name)} if first is not None else {}
-            value = _Formula(given, self.scope(own=False, more=cast(Any, l)), place).read()
+            l = {"L": Later(self, first.name)} if first is not None else {}
+            value = Formula(given, self.scope(own=False, more=cast(Any, l)), place).read()
         what = "a step size" if name == STEP.name else name
         length = free.start if given is None else given
         at = place(0, len(length))
@@ -415,9 +378,9 @@ class Reading:
     def _value(self, u: _Update, member: str, indices: Mapping[str, int]) -> Value:
         self.target = member
         if not u.own:
-            return _Formula(u.formula, self.scope(index=indices), u.place).read()
+            return Formula(u.formula, self.scope(index=indices), u.place).read()
         more = {"derived": self._value(u.replaces, member, indices)} if u.replaces is not None else None
-        return _Formula(u.formula, self.scope(False, indices, more), u.place).read()
+        return Formula(u.formula, self.scope(False, indices, more), u.place).read()
 
     def _assign(self, name: str, value: Value, note: str | None, u: _Update) -> None:
         old = self.names.get(name)
@@ -494,654 +457,8 @@ class Reading:
             else:
                 return [*saved, *left]
 
-    # --- what can be done with a letter ---
 
-    def lipschitz(self, name: str) -> sp.Expr:
-        """The Lipschitz constant of the gradient of a letter. Raises DeriveError E304."""
-        (share,) = self.dealt[name]
-        first = next((x.name for x in self.letters.values() if GRADIENT in x.uses), name)
-        target = LIPSCHITZ if name == first else scalar(f"L_{name}", positive=True)
-        if not any(a.target == target for a in self.derived):
-            found = curvature.smoothness(self._smooth(share), share.variable)
-            value = substitute(found.lipschitz, {share.variable: self.at})
-            if as_constant(value) == 0:
-                raise DeriveError(
-                    "E304",
-                    "the smooth part is linear: L is 0, so 1/L is no step size",
-                    hint="give the step size yourself: step: 0.1",
-                )
-            self.derived.append(Assign(target, value, "Lipschitz constant of the gradient"))
-            self.notes.append(f"{target.name}: {found.proof}, {found.reason}")
-        (value,) = (a.value for a in self.derived if a.target == target)
-        # L may be 0 for one sample: its smooth part is constant there, and every number is a bound
-        moving = isinstance(value, Expr) and any(s.role != "parameter" for s in value.symbols)
-        return cast(sp.Expr, nonzero(target)) if moving else target
-
-    def convexity(self, name: str) -> sp.Expr:
-        """A constant of strong convexity of a letter. Raises DeriveError E304."""
-        (share,) = self.dealt[name]
-        target = scalar(f"mu_{name}", positive=True)
-        if not any(a.target == target for a in self.derived):
-            found = curvature.bounds(self._smooth(share), share.variable)
-            value = zeros(1, 1) if found is None else substitute(found.low, {share.variable: self.at})
-            if as_constant(value) == 0 or not nonnegative(value):
-                raise DeriveError(
-                    "E304",
-                    f"{name} is not known to be strongly convex",
-                    hint="a ridge makes it so: gamma/2 * sumsq(z) beside its terms",
-                )
-            self.derived.append(Assign(target, value, "constant of strong convexity"))
-        return target
-
-    def _smooth(self, share: Share) -> Expr:
-        """The sum of the terms of a letter that is taken through its gradient; of g(K z), as a function of K z."""
-        if share.linear is not None:
-            return cast(Expr, share.e)
-        return add(zeros(1, 1), *(p.e for p in share.parts))
-
-    def norm(self, operators: list[tuple[str, Linear]]) -> sp.Expr:
-        name = "norm_" + "_".join(dict.fromkeys(n for n, _ in operators))
-        target = scalar(name, positive=True)
-        if all(k.is_identity for _, k in operators):
-            return sp.sqrt(len(operators))
-        if not any(a.target == target for a in self.derived):
-            square = square_of_norm([k for _, k in operators])
-            c = as_constant(square)
-            value = sp.sqrt(c) if c is not None else elementwise(sp.sqrt(slot(0)), square)
-            self.derived.append(Assign(target, value, "largest singular value, or a bound"))
-        return target
-
-    def grad(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> Expr:
-        """In z, at a point; of what the letter reads besides, at what that is now."""
-        slope = gradient(self._smooth(share), z)
-        if isinstance(at[z], Sym) and cast(Sym, at[z]).role == "state":
-            self.at = cast(Sym, at[z])
-        return substitute(slope, {**self.others(at), **at})
-
-    def hessian(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> Expr:
-        return substitute(hessian(self._smooth(share), z), {**self.others(at), **at})
-
-    def others(self, but: Iterable[Sym]) -> dict[Expr, Expr]:
-        """What the variables are now."""
-        return {z: self.running[a] for a, z in self.places.items() if z not in set(but)}
-
-    def partial(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> sp.Expr:
-        """The Lipschitz constant of the gradient in one of several variables: a number per sample, by what the others are."""
-        found = curvature.smoothness(self._smooth(share), z)
-        note = f"L_{z.name}: {found.proof}, {found.reason}"
-        self.notes += [] if note in self.notes else [note]
-        if (c := as_constant(found.lipschitz)) is not None and c.is_positive:
-            return c
-        name = self.fresh(f"L_{z.name}")
-        while any(a.target.name == name for a in self.assigns):
-            name += "_"
-        target = scalar(name, positive=True)
-        value = substitute(found.lipschitz, {**self.others(at), **at})
-        self.assigns.append(Assign(target, value, f"Lipschitz constant of the gradient in {z.name}"))
-        return cast(sp.Expr, nonzero(target))
-
-    def named(self, value: Expr) -> sp.Expr:
-        """A number per sample that a formula works out, as an assignment of its own."""
-        known = next((a.target for a in self.assigns if a.value is value and isinstance(a.target, sp.Symbol)), None)
-        if known is not None and not any(isinstance(a.target, Sym) and a.target in value.symbols for a in self.assigns):
-            return known
-        name = self.fresh(value.name if isinstance(value, Sym) else "strength")
-        taken = {a.target.name for a in self.assigns} | {s.symbol.name for s in self.states}
-        while name in taken:
-            name += "_"
-        target = scalar(name, positive=True)
-        self.assigns.append(Assign(target, value, ""))
-        return target
-
-    def divergence(self, value: Expr, r: Sym) -> tuple[Expr, Expr]:
-        """Of what was assigned to a name, in the name of what it was read at."""
-        formula = planned(value)
-        for a in reversed(self.assigns):  # what was read through an update between them
-            if a.target is r:
-                break
-            if isinstance(a.target, Sym) and isinstance(a.value, Expr) and depends(a.value, r):
-                formula = substitute(formula, {a.target: a.value})
-        loose = next((a for a in self.assigns if _follows(a, r) and a.target in formula.scalars), None)
-        if loose is not None:
-            raise DeriveError(
-                "E301",
-                f"{loose.target.name} changes with {r.name}, in which the divergence is taken",
-                hint=f"{loose.target.name}: hold(..)",
-            )
-        return divergence(formula, r), formula
-
-    def above_zero(self, t: sp.Expr) -> sp.Expr:
-        """t, and its limit where a number of some sample makes it 0: to divide by."""
-        put = dict[sp.Symbol, sp.Symbol]()
-        for s in (a.target for a in self.assigns if isinstance(a.value, Expr)):
-            if isinstance(s, sp.Symbol) and s in t.free_symbols and s not in put:
-                put[s] = scalar(self.fresh(f"{s.name}_above_0"), positive=True)
-        self.assigns += [Assign(new, constant(above_zero(s)), f"{s.name}, to divide by") for s, new in put.items()]
-        return cast(sp.Expr, t.xreplace(put))
-
-    def prox(self, share: Share, t: sp.Expr, v: Expr) -> Expr:
-        if share.e is None:
-            return v
-        held = held_at(share.e, {self.z: self.at} if len(self.places) == 1 else {**self.others(())})
-        return prox(held, share.variable, t, v)
-
-
-# --- formulas ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Later:
-    """L, in a step size that a spec writes: asked for when it is read."""
-
-    reading: Reading
-    letter: str
-
-
-@dataclass(frozen=True)
-class TextScope(Scope):
-    """What names mean in an update; index: the member that is being read."""
-
-    reading: Any = None
-    index: Mapping[str, int] = field(default_factory=dict[str, int])
-
-
-class _Formula(Reader):
-    """A formula of an algorithm: those of the language, and what is done with letters."""
-
-    @property
-    def reading(self) -> Reading:
-        return cast(TextScope, self.scope).reading
-
-    @property
-    def index(self) -> Mapping[str, int]:
-        return cast(TextScope, self.scope).index
-
-    def visit(self, node: ast.expr) -> Value | Condition:
-        match node:
-            case ast.BinOp(op=ast.MatMult()) if (chain := self._chain(node)) is not None:
-                return chain
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if i in self.index:
-                return self._name(cast(Any, node), member(name, self.index[i], self.reading.indexed(i)))
-            case ast.Call(func=ast.Subscript(value=ast.Name(id=name)) as letter, args=args) if (
-                name in self.reading.letters
-            ):
-                return self._value_of(node, self.share(letter), args)
-            case ast.Name(id=name) if isinstance(self.scope.names.get(name), _Later):
-                later = cast(_Later, self.scope.names[name])
-                return later.reading.lipschitz(later.letter)
-            case ast.Name(id=name) if name in self.reading.letters and name not in self.scope.names:
-                self.fail(
-                    node,
-                    "E320",
-                    f"{name} is a letter: it is taken by grad, prox, argmin",
-                    f"grad({name}, z), prox(t * {name}, v)",
-                )
-            case ast.Attribute(value=ast.Name(id="algorithm"), attr=name):
-                value = self.reading.names.get(name)
-                if value is None:
-                    known = list(self.reading.names)
-                    self.fail(
-                        node,
-                        "E101",
-                        f"the algorithm has no '{name}'",
-                        did_you_mean(name, known) or f"there are: {', '.join(known)}",
-                    )
-                return value
-            case _:
-                return super().visit(node)
-
-    def operator_of(self, node: ast.expr) -> tuple[str, Linear, bool] | None:
-        """(name, K, is it transposed?) of K, K.T, K[j], K[j].T."""
-        match node:
-            case ast.Attribute(value=x, attr="T") if (found := self.operator_of(x)) is not None:
-                return found[0], found[1], not found[2]
-            case ast.Name(id=name) if (shares := self.with_operator(name)) and not shares[0].letter.index:
-                return name, cast(Linear, shares[0].linear), False
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if i in self.index and (
-                shares := self.with_operator(name)
-            ):
-                return member(name, self.index[i], shares), cast(Linear, shares[self.index[i]].linear), False
-            case _:
-                return None
-
-    def with_operator(self, name: str) -> tuple[Share, ...]:
-        r = self.reading
-        return next((r.dealt[x.name] for x in r.letters.values() if x.operator == name), ())
-
-    def _chain(self, node: ast.BinOp) -> Expr | None:
-        """K.T @ K @ z: operators applied from the right."""
-        factors: list[ast.expr] = []
-        at: ast.expr = node
-        while isinstance(at, ast.BinOp) and isinstance(at.op, ast.MatMult):
-            factors.append(at.right)
-            at = at.left
-        weight: list[ast.expr] = []  # of `a * K @ z`, which Python reads as (a * K) @ z
-        negative = False
-        while True:
-            match at:
-                case ast.BinOp(left=c, op=ast.Mult(), right=inner) if self.operator_of(inner) is not None:
-                    weight.append(c)
-                    at = inner
-                case ast.UnaryOp(op=ast.USub(), operand=inner) if self.operator_of(inner) is not None:
-                    negative = not negative
-                    at = inner
-                case _:
-                    break
-        found = [self.operator_of(x) for x in (*factors[1:], at)]
-        if not any(x is not None for x in found):
-            return None
-        value = self.matrix(factors[0])
-        for x, k in zip((*factors[1:], at), found, strict=True):
-            if k is None:
-                self.fail(
-                    x, "E320", f"{self.source(x)} stands before an operator", "apply it to the result: name that first"
-                )
-            _, linear, transposed = k
-            want = linear.e.shape if transposed else linear.z.shape
-            if value.shape != want:
-                self.fail(
-                    node,
-                    "E131",
-                    f"{self.source(node)} does not fit: {self.source(x)} takes {show_shape(want)}, this is {self.shape(value)}",
-                )
-            value = linear.adjoint(value) if transposed else linear(value)
-        for c in weight:
-            w = self.value(c)
-            value = elementwise(slot(0) * slot(1), w, value) if isinstance(w, Expr) else scale(w, value)
-        return scale(-1, value) if negative else value
-
-    def _call(self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
-        r = self.reading
-        if name == "derived" and isinstance(self.scope.names.get("derived"), Expr):
-            return self._derived(node, args, keywords)
-        if name in r.letters:
-            return self._value_of(node, self.share(node.func), args)
-        if name in ("rows", "cols") and len(args) == 1 and (k := self.operator_of(args[0])) is not None:
-            _, linear, transposed = k
-            tall, wide = linear.e, linear.z
-            x = wide if transposed == (name == "rows") else tall
-            return x.rows * x.cols
-        operation = OPERATIONS.get(name)
-        if operation is None:
-            if (
-                name == "sum"
-                and len(args) == 1
-                and isinstance(args[0], ast.GeneratorExp)
-                and (e := self._over(args[0])) is not None
-            ):
-                return e
-            return super()._call(node, name, args, keywords)
-        if (keywords and not operation.at) or len(args) not in operation.counts:
-            self.fail(
-                node,
-                "E105",
-                f"{name} takes {' or '.join(map(str, operation.counts))} arguments, not {len(args) + len(keywords)}",
-                f"it is called as {operation.signature}",
-            )
-        try:
-            return operation.build(self, node, args)
-        except DeriveError as e:
-            raise e.located(self.place(*self.span(node))) if e.code not in ("E304",) else e from None
-
-    def _over(self, node: ast.GeneratorExp) -> Expr | None:
-        """sum(... for j in J), J what an index of the text runs over."""
-        match node.generators:
-            case [ast.comprehension(target=ast.Name(id=j), iter=ast.Name(id=over), ifs=[])] if self.reading.indexed(
-                over
-            ):
-                pass
-            case _:
-                return None
-        shares = self.reading.indexed(over)
-        terms: list[Expr] = []
-        for i in range(len(shares)):
-            scope = replace(cast(TextScope, self.scope), index={**self.index, j: i})
-            terms.append(type(self)(self.text, scope, self.place, self.active).matrix(node.elt))
-        return add(*terms)
-
-    def _derived(self, node: ast.Call, args: list[ast.expr], keywords: list[ast.keyword]) -> Value:
-        """derived(z=q): what was there, at another point."""
-        if args or not keywords:
-            self.fail(node, "E105", "derived takes the names that change, derived(z=q)", "derived, or derived(z=q)")
-        put: dict[Expr, Expr] = {}
-        for k in keywords:
-            s = self.reading.names.get(str(k.arg))
-            if not isinstance(s, Sym):
-                self.fail(node, "E101", f"the algorithm has no state '{k.arg}'")
-            put[s] = self.matrix(k.value)
-            if put[s].shape != s.shape:
-                self.fail(
-                    k.value, "E131", f"{self.source(k.value)} is {self.shape(put[s])}; {k.arg} is {self.shape(s)}"
-                )
-        value, states = cast(Expr, self.scope.names["derived"]), {s.symbol for s in self.reading.states}
-        for a in reversed(self.reading.assigns):  # what was read through an update above
-            if (
-                isinstance(a.target, Sym)
-                and isinstance(a.value, Expr)
-                and a.target not in states
-                and a.target not in put
-            ):
-                value = substitute(value, {a.target: a.value})
-        return substitute(value, put)
-
-    def share(self, node: ast.expr) -> Share:
-        """The letter that stands here."""
-        match node:
-            case ast.Name(id=name) if name in self.reading.letters:
-                shares = self.reading.dealt[name]
-                letter = self.reading.letters[name]
-                if letter.index:
-                    self.fail(node, "E320", f"{name} has a member for each {letter.index}", f"{name}[{letter.index}]")
-                return shares[0]
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if (
-                name in self.reading.letters and i in self.index
-            ):
-                return self.reading.dealt[name][self.index[i]]
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Name(id=i)) if self.reading.letters.get(name):
-                hint = f"sum(... for {i} in {self.reading.letters[name].over or 'J'}), or an update of its own: v[{i}]"
-                self.fail(node, "E320", f"no member {i} is meant here", hint)
-            case _:
-                known = ", ".join(self.reading.letters)
-                self.fail(
-                    node, "E320", f"{self.source(node)} is not a letter of the algorithm", f"its letters: {known}"
-                )
-
-    def majorant(self, node: ast.Call) -> Share:
-        """The letter of tangent(g, p, abs), with what lies above it."""
-        match node.args:
-            case [letter, at, ast.Name(id="abs" | "square" as of)]:
-                share, point = self.share(letter), self.matrix(at)
-            case _:
-                self.fail(node, "E105", "tangent takes a letter, a point, and abs or square", "tangent(g, z, abs)")
-        if share.e is None:
-            return share
-        point = substitute(
-            point, {z: self.reading.running[a] for a, z in self.reading.places.items()}
-        )  # inside argmin, z is what is minimised over
-        return replace(share, e=tangent(share.e, share.variable, point, of))
-
-    def _value_of(self, node: ast.Call, share: Share, args: list[ast.expr]) -> Expr:
-        """f(z): the value of a letter."""
-        count = len(share.places)
-        if len(args) != count:
-            self.fail(
-                node, "E105", f"{share.letter.name} takes {count} argument{'s' if count > 1 else ''}, not {len(args)}"
-            )
-        variables = [share.variable] if count == 1 else [z for _, z in share.places]
-        at = [self.matrix(a) for a in args]
-        for a, e, z in zip(args, at, variables, strict=True):
-            if (share.linear is not None or count > 1) and e.shape != z.shape:
-                message = f"{self.source(a)} is {self.shape(e)}; {share.letter.name} takes {self.shape(z)}"
-                self.fail(a, "E131", message)
-        return zeros(1, 1) if share.e is None else substitute(share.e, dict(zip(variables, at, strict=True)))
-
-    def scaled(self, node: ast.expr) -> tuple[sp.Expr, Share, bool]:
-        """(t, g, is it the conjugate?) of t * g, g / t, t * conj(g)."""
-        match node:
-            case ast.BinOp(left=t, op=ast.Mult(), right=g):
-                c, share, conjugate = self.scaled(g)
-                return c * self.strength(t), share, conjugate
-            case ast.BinOp(left=g, op=ast.Div(), right=t):
-                c, share, conjugate = self.scaled(g)
-                return c / self.strength(t), share, conjugate
-            case ast.Call(func=ast.Name(id="conj"), args=[g], keywords=[]):
-                return sp.S.One, self.share(g), True
-            case ast.Call(func=ast.Name(id="tangent")):
-                return sp.S.One, self.majorant(node), False
-            case _:
-                return sp.S.One, self.share(node), False
-
-    def strength(self, node: ast.expr) -> sp.Expr:
-        """A number before a letter. One of each sample gets a name, as the prox takes numbers."""
-        value = self.value(node)
-        if not isinstance(value, Expr):
-            return value
-        if not value.is_scalar:
-            self.fail(
-                node,
-                "E131",
-                f"{self.source(node)} is {self.shape(value)}; before a letter stands a number",
-                "one number, or one per sample",
-            )
-        return self.reading.named(value)
-
-
-def _grad(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return r.reading.grad(*_letter_at(r, args, node.keywords))
-
-
-def _hess(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return r.reading.hessian(*_letter_at(r, args, node.keywords))
-
-
-def _letter_at(r: _Formula, args: list[ast.expr], keywords: list[ast.keyword]) -> tuple[Share, Sym, dict[Sym, Expr]]:
-    """A letter, the variable that is meant, and the point; of g(K z), a value of K z. Of H(x, y), grad(H, x, y=last(y))."""
-    share = r.share(args[0])
-    places = dict(share.places)
-    if len(places) == 1:
-        z, put = share.variable, {share.variable: args[1]}
-    else:
-        name = args[1].id if isinstance(args[1], ast.Name) else ""
-        if name not in places:
-            hint = f"grad({share.letter.name}, {share.letter.argument}); at another point, grad(.., {share.letter.argument}=..)"
-            r.fail(args[1], "E320", f"{r.source(args[1])} is none of the variables of {share.letter.name}", hint)
-        z, put = places[name], {places[name]: args[1]}
-    for k in keywords:
-        if str(k.arg) not in places or len(places) == 1:
-            r.fail(k.value, "E320", f"{share.letter.name} has no variable '{k.arg}' beside that one")
-        put[places[str(k.arg)]] = k.value
-    at = {v: r.matrix(e) for v, e in put.items()}
-    for v, e in put.items():
-        if at[v].shape != v.shape:
-            what = (
-                v.name
-                if len(places) > 1
-                else "the variable"
-                if share.linear is None
-                else f"{share.letter.operator} {r.reading.argument}"
-            )
-            r.fail(e, "E131", f"{r.source(e)} is {r.shape(at[v])}; {what} is {r.shape(v)}")
-    return share, z, at
-
-
-def _prox(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    v = r.matrix(args[1])
-    t, share, conjugate = r.scaled(args[0])
-    if share.e is not None and v.shape != share.variable.shape:
-        r.fail(
-            args[1], "E131", f"{r.source(args[1])} is {r.shape(v)}; {share.letter.name} takes {r.shape(share.variable)}"
-        )
-    if t.is_nonpositive:
-        r.fail(args[0], "E132", f"the step of a prox is positive; {r.source(args[0])} has {t}")
-    if not conjugate:
-        return r.reading.prox(share, t, v)
-    if not share.convex:
-        r.fail(
-            args[0],
-            "E303",
-            f"conj({share.letter.name}) needs what is convex, and {shown(cast(Expr, share.e))} is not known to be",
-        )
-    known = None if share.e is None else conjugate_of_abs(share.e, share.variable)
-    if known is not None:
-        return r.reading.prox(replace(share, e=known), t, v)
-    t = r.reading.above_zero(t)
-    return add(v, scale(-t, r.reading.prox(share, 1 / t, scale(1 / t, v))))  # Moreau
-
-
-def _tangent(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    """The majorant of a letter, as a value: at the variable in argmin, through `scaled` in a prox."""
-    share = r.majorant(node)
-    z = cast(Expr, r.scope.names[share.letter.argument])
-    if share.e is None:
-        return zeros(1, 1)
-    return substitute(share.e, {share.variable: z if share.linear is None else share.linear(z)})
-
-
-def _div(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    reading = r.reading
-    names = [a.id if isinstance(a, ast.Name) else "" for a in args]
-    targets = [b.target for b in reading.assigns]
-    last: Callable[[Any], int] = lambda s: max((i for i, t in enumerate(targets) if t is s), default=-1)
-    z, at = (reading.names.get(n) for n in names)
-    for a, s, known in zip(args, (z, at), (False, any(s.symbol is at for s in reading.states)), strict=True):
-        if not isinstance(s, Sym) or (last(s) < 0 and not known):
-            hint = "div(z, r): of the update of z, in r, from which it was worked out"
-            r.fail(a, "E320", f"{r.source(a)} is no update above", hint)
-    z, at = cast(Sym, z), cast(Sym, at)
-    if last(z) < last(at):
-        hint = f"div above the update of {names[1]}"
-        r.fail(args[1], "E320", f"{names[1]} changes after {names[0]} was worked out", hint)
-    value = cast(Expr, reading.assigns[last(z)].value)
-    if not depends(value, at):
-        r.fail(node, "E320", f"{names[0]} was not worked out from {names[1]}")
-    if value.shape != at.shape:
-        message = f"{names[0]} is {r.shape(value)}, {names[1]} is {r.shape(at)}: a divergence needs one shape"
-        r.fail(node, "E131", message)
-    e, formula = reading.divergence(value, at)
-    return substitute(e, {formula: z})
-
-
-def _bregman(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    v = r.matrix(args[1])
-    t, share, conjugate = r.scaled(args[0])
-    if conjugate:
-        r.fail(args[0], "E320", "bregman takes a letter, not its conjugate", "bregman(t * g, v)")
-    return v if share.e is None else entropic(share.e, share.variable, t, v)
-
-
-def _plus(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return signed_parts(r.matrix(args[0]))[0]
-
-
-def _minus(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return signed_parts(r.matrix(args[0]))[1]
-
-
-def _mu(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
-    return r.reading.convexity(r.share(args[0]).letter.name)
-
-
-def _lipschitz(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
-    share = r.share(args[0])
-    if len(share.places) > 1:
-        if len(args) == 1:
-            hint = f"L({share.letter.name}, {share.letter.argument}): in one of its variables"
-            r.fail(node, "E105", f"{share.letter.name} is of several variables", hint)
-        return r.reading.partial(*_letter_at(r, args, node.keywords))
-    if len(args) > 1 or node.keywords:
-        r.fail(node, "E105", f"{share.letter.name} is of one variable", f"L({share.letter.name})")
-    return r.reading.lipschitz(share.letter.name)
-
-
-def _norm(r: _Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
-    match args[0]:
-        case ast.Call(func=ast.Name(id="stack"), args=[ast.Name(id=name)]) if shares := r.with_operator(name):
-            found = [(member(name, i, shares), cast(Linear, s.linear)) for i, s in enumerate(shares)]
-        case _:
-            one = r.operator_of(args[0])
-            if one is None:
-                r.fail(
-                    args[0],
-                    "E320",
-                    f"{r.source(args[0])} is not an operator of the algorithm",
-                    "norm(K), norm(stack(K))",
-                )
-            found = [(one[0], one[1])]
-    return r.reading.norm(found)
-
-
-def _argmin(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    """argmin over the update that it is the value of."""
-    reading = r.reading
-    z = reading.places.get(reading.target)
-    if z is None:
-        r.fail(
-            node,
-            "E320",
-            f"argmin is over the update it stands in, and {reading.target} is not a variable",
-            f"{reading.argument}: argmin(...)",
-        )
-    names = {**r.scope.names, reading.target: z}
-    inner = _Formula(r.text, replace(cast(TextScope, r.scope), names=names), r.place, r.active)
-    return least(inner.matrix(args[0]), z)
-
-
-def _hold(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
-    return hold(r.matrix(args[0]))
-
-
-def _last(r: _Formula, node: ast.Call, args: list[ast.expr]) -> Value:
-    reading = r.reading
-    match args[0]:
-        case ast.Name(id=name):
-            pass
-        case ast.Subscript(value=ast.Name(id=family), slice=ast.Name(id=i)) if i in r.index:
-            name = member(family, r.index[i], reading.indexed(i))
-        case _:
-            name = ""
-    if not any(s.symbol is reading.names.get(name) for s in reading.states):
-        r.fail(args[0], "E320", f"{r.source(args[0])} is not a state", "last(z) is z where the layer began")
-    now = cast("Sym | sp.Symbol", reading.names[name])
-    if name not in reading.written:
-        if name == reading.target:
-            r.fail(
-                node,
-                "E320",
-                f"last({name}) in the update of {name} is {name} itself: nothing has changed it yet",
-                f"keep the one before as a state: {name}_before",
-            )
-        return now
-    if name not in reading.last:
-        fresh = reading.fresh(f"{name}_last")
-        reading.last[name] = (
-            state_of(now, fresh) if isinstance(now, Sym) else scalar(fresh, positive=bool(now.is_positive))
-        )
-    return cast(Value, reading.last[name])
-
-
-@dataclass(frozen=True)
-class Operation:
-    """Something that is done with letters: how it is called, with how many arguments, what it gives; at: may a point be given by names?"""
-
-    signature: str
-    counts: tuple[int, ...]
-    build: Callable[[_Formula, ast.Call, list[ast.expr]], Value]
-    at: bool = False
-
-
-OPERATIONS = {
-    "grad": Operation("grad(f, z): the gradient of f at z; of H(x, y), grad(H, x, y=..)", (2,), _grad, at=True),
-    "prox": Operation("prox(t * g, v): argmin of t g(x) + |x - v|^2 / 2; of t * conj(g) too", (2,), _prox),
-    "hess": Operation("hess(f, z): the matrix of second derivatives of f at a vector z", (2,), _hess, at=True),
-    "tangent": Operation("tangent(g, p, abs): above g, linear in |z|, and equal at p; square: in z^2", (3,), _tangent),
-    "bregman": Operation("bregman(t * g, v): argmin of t g(x) + sum(x log(x/v) - x + v)", (2,), _bregman),
-    "plus": Operation("plus(e): the terms of e without a negative entry", (1,), _plus),
-    "minus": Operation("minus(e): minus the others", (1,), _minus),
-    "div": Operation("div(z, r): the divergence of the update of z in r", (2,), _div),
-    "mu": Operation("mu(f): a constant of strong convexity of f", (1,), _mu),
-    "L": Operation("L(f): the Lipschitz constant of grad f; of H(x, y), L(H, x)", (1, 2), _lipschitz, at=True),
-    "norm": Operation("norm(K), norm(stack(K)): the largest singular value", (1,), _norm),
-    "argmin": Operation("argmin(f(z) + ...), over the update it stands in", (1,), _argmin),
-    "hold": Operation("hold(e): a constant for every derivation", (1,), _hold),
-    "last": Operation("last(z): z where the layer began", (1,), _last),
-}
-
-
-# --- pieces -----------------------------------------------------------------------------------------------------------
-
-
-def _follows(a: Assign, r: Sym) -> bool:
-    """Is it a number that changes with r?"""
-    return not isinstance(a.target, Sym) and isinstance(a.value, Expr) and depends(transform(a.value, _held), r)
-
-
-def _held(e: Expr) -> Expr | None:
-    return zeros(*e.shape) if isinstance(e, Hold) else None
-
-
-def state_of(z: Sym, name: str | None = None) -> Sym:
-    """The running value of a variable."""
-    return symbol(name or z.name, z.nrows, z.ncols, "state", z.rank, z.family, z.props)
+# --- pieces ---
 
 
 def _vector(name: str, value: Expr) -> Sym:
@@ -1166,8 +483,3 @@ def _derived(formula: str) -> bool:
     return any(
         isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.func.id in USES for x in ast.walk(_tree(formula))
     )
-
-
-def member(name: str, i: int, among: tuple[Any, ...]) -> str:
-    """The name of a member: without a number where there is one."""
-    return name if len(among) == 1 else f"{name}_{i + 1}"
