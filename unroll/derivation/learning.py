@@ -23,6 +23,7 @@ from unroll.derivation.blocks import affine_norms
 from unroll.derivation.rewrites.frequencies import circulant_block
 from unroll.derivation.rewrites.record import Applied
 from unroll.derivation.rewrites.rewriting import rewritten
+from unroll.derivation.signs import needs_sign
 from unroll.derivation.step import LAYER, Assign, Constraint, Departure, Learned, Step
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
@@ -434,6 +435,24 @@ def _replace(step: Step, w: _Wanted) -> Step:
 
 
 def _replaced(step: Step, w: _Wanted) -> Step | None:
+    """The step with the parameter in place; a number is kept positive where that needs its sign. Raises SpecError E306."""
+    found = _put(step, w)
+    s = found.learned[-1].symbol if found is not None and not w.record.fixed and not isinstance(w.value, Expr) else None
+    needed = needs_sign(found, s) if found is not None and isinstance(s, sp.Symbol) and not s.is_positive else None
+    if needed is None:
+        return found
+    if w.record.positive is None and w.record.bounds is None:
+        return _put(step, replace(w, record=w.record.model_copy(update={"positive": True})))
+    a, e = needed
+    raise SpecError(
+        "E306",
+        f"{w.name} may be negative, and the proximal step of {text(e.term)} in the update of {_name(a.target)} is right for positive ones alone",
+        w.where,
+        f"leave out {'positive: false' if w.record.bounds is None else 'bounds'}: it is then kept positive; or bounds: clamp(0)",
+    )
+
+
+def _put(step: Step, w: _Wanted) -> Step | None:
     learned = _learned(w)
 
     def swap(value: Expr | sp.Expr) -> Expr | sp.Expr:
@@ -520,7 +539,7 @@ def _learned(w: _Wanted) -> tuple[Learned, ...]:
             sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True)
             for n in record.shape or ()
         )
-        s = scalar(w.name, positive=bool(value.is_positive) or record.positive or _limits(w)[0] >= 0)
+        s = scalar(w.name, positive=record.positive or _limits(w)[0] >= 0)
         return (
             Learned(
                 w.name,
@@ -598,7 +617,7 @@ def _limits(w: _Wanted) -> tuple[float, float]:
 def _constraint(w: _Wanted) -> Constraint:
     record, value = w.record, w.value
     said: dict[Constraint, bool] = {
-        "positive": record.positive,
+        "positive": bool(record.positive),
         "symmetric": record.symmetric,
         "unit_columns": record.columns == "unit",
     }

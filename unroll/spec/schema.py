@@ -243,7 +243,8 @@ class Learn(Record):
     """factor of a drawn start, and of ones"""
     shape: Shape | None = None
     """expand a scalar to this shape"""
-    positive: bool = False
+    positive: bool | None = None
+    """kept above 0; if left out, a number is where the derivation used its sign, as the strength of a proximal step"""
     bounds: str | None = None
     """what keeps it where it is: softplus (as `positive`), exp, sigmoid(a, b), clamp(a), box(a, b)"""
     symmetric: bool = False
