@@ -141,11 +141,33 @@ def lamp(net: Net, A: Tensor, x: Tensor, z: Tensor, k: int, kept: dict[str, Any]
     return shrink(z + v @ net.W[k].T, softplus(net.alpha_k[k]) * v.norm(dim=-1, keepdim=True) / M**0.5)
 
 
+def na_alista(net: Net, A: Tensor, x: Tensor, z: Tensor, k: int, kept: dict[str, Any]) -> Tensor:
+    hidden, gates = net.control_out.shape[0], "ifgo"
+    cell = torch.nn.LSTMCell(2, hidden, dtype=D)
+    joined: Callable[[str], Tensor] = lambda word: torch.cat([getattr(net, f"control_{g}_{word}") for g in gates])
+    own = {
+        "weight_ih": torch.stack([joined("1"), joined("2")], 1),
+        "weight_hh": joined("hidden"),
+        "bias_ih": joined("bias"),
+    }
+    own["bias_hh"] = torch.zeros(4 * hidden, dtype=D)
+    r = z @ A.T - x
+    u = torch.stack([(r.abs().sum(-1) - 88.6) / 11.0, ((r @ analytic(A).T).abs().sum(-1) - 155.0) / 19.4], -1)
+    start = (net.control_hidden_start.expand(len(x), -1), net.control_cell_start.expand(len(x), -1))
+    h, c = kept["h"], kept["c"] = torch.func.functional_call(cell, own, (u, kept.get("hc", start)))
+    kept["hc"] = (h, c)
+    out = torch.relu(c @ net.control_out.T + net.control_out_bias)
+    gamma, theta = (
+        softplus(out @ getattr(net, f"{q}_weight") + getattr(net, f"{q}_bias"))[:, None] for q in ("gamma", "theta")
+    )
+    return selected(z - gamma * r @ analytic(A).T, theta, share(k))
+
+
 LAYERS: dict[str, Layer] = {
     f.__name__: f
     for f in (
         ista, fista, step_lista, lista, lfista, lista_cp, lista_cpss, ti_lista, alista, hyper_lista, hessian_lista, scaled_lista,
-        ada_lista, glista, tista, lamp,
+        ada_lista, glista, tista, lamp, na_alista,
     )
 }  # fmt: skip
 

@@ -159,7 +159,9 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         problem = _rewritten_objective(half, problem, call, departures)
     algorithm = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
     scheme = half.scheme
-    apart = {r.in_: name for name, r in scheme.learn.items() if r.in_ is not None}
+    apart = {r.in_: ("learn", name) for name, r in scheme.learn.items() if r.in_ is not None}
+    given = scheme.control.gives if scheme.control is not None else {}
+    apart |= {r.in_: ("control", "gives", name) for name, r in given.items() if r.in_ is not None}
     options = Options(
         scheme.step, scheme.momentum, scheme.split, scheme.numbers, scheme.updates, scheme.states, apart, half.place
     )

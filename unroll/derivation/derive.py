@@ -14,6 +14,7 @@ from unroll.calculus import prox as proximal
 from unroll.calculus.curvature import bounds
 from unroll.calculus.gradient import gradient
 from unroll.derivation import blocks
+from unroll.derivation.control import controlled
 from unroll.derivation.learning import parametrise, used_scalars
 from unroll.derivation.parts import Part, classify
 from unroll.derivation.step import Assign, Departure, Hand, Learned, Step
@@ -137,7 +138,7 @@ def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
                 "unroll.loss takes families; or give it its sizes: Z: [n, N]",
             )
     exact = blocks.derive(problem, spec)
-    return Derivation(spec, problem, exact, parametrise(exact, problem, spec))
+    return Derivation(spec, problem, exact, controlled(parametrise(exact, problem, spec), problem, spec))
 
 
 def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.Proximal]:
@@ -329,7 +330,9 @@ def _prox_rows(found: proximal.Proximal) -> list[tuple[str, str]]:
 
 
 def _learned(d: Derivation, half: Half, learned: list[Learned]) -> Iterable[str]:
-    rows = [("learned" if i == 0 else "", *_parameter(p, d)) for i, p in enumerate(learned)]
+    said = [_parameter(p, d) for p in learned if not p.cell]
+    said += [(says, "", "shared by layers", "") for says in dict.fromkeys(p.cell for p in learned if p.cell)]
+    rows = [("learned" if i == 0 else "", *row) for i, row in enumerate(said)]
     if sum(max(map(len, column)) for column in zip(*rows, strict=True)) + 20 <= WIDTH:
         yield from table([(r[0].ljust(15), *r[1:]) for r in rows])
     else:  # what each is for, below it

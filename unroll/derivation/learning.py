@@ -85,7 +85,7 @@ ANY = "*"
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """One entry of `learn:`, read. index, size: of a family, of which `value` is the member `index`.
 
     rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
@@ -105,7 +105,7 @@ class _Wanted:
     kernel: Expr | None = None
     start: Value | None = None
 
-    def rewritten(self) -> _Wanted:
+    def rewritten(self) -> Wanted:
         """The entry as the exact rewrites of its block make it, if they do."""
         if not isinstance(self.value, Expr):
             return self
@@ -139,12 +139,16 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
         ("", ("unroll",), unrolled),
         *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks)),
     ]
-    wanted = [_read(name, step, problem, spec, block, path) for block, path, scheme in schemes for name in scheme.learn]
+    wanted = [
+        read(name, record, step, problem, spec, block, (*path, "learn", name))
+        for block, path, scheme in schemes
+        for name, record in scheme.learn.items()
+    ]
     _once(wanted, step, spec)
     for w in sorted(
         wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True
     ):  # what is larger takes its words first
-        step = _replace(step, w)
+        step = put(step, w)
     step = _affine(step, spec)
     for block, path, scheme in schemes:
         for name in scheme.keep:
@@ -157,10 +161,10 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
     order = [w.name for w in wanted]
     rank = {name: i for i, name in enumerate(order)}
     learned = tuple(sorted(step.learned, key=lambda p: rank.get(p.name.removesuffix("_bias"), len(order))))
-    return _without_unused(replace(step, learned=learned))
+    return without_unused(replace(step, learned=learned))
 
 
-def _once(wanted: list[_Wanted], step: Step, spec: Spec) -> None:
+def _once(wanted: list[Wanted], step: Step, spec: Spec) -> None:
     """Every parameter has a name of its own: not that of another, of a weight of a norm, or of what any block works out."""
     taken = {a.target.name for a in (*step.definitions, *step.assigns)} | {s.symbol.name for s in step.states}
     taken |= {
@@ -220,7 +224,7 @@ def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple
         raise SpecError(
             "E306", f"'{name}' is not an input", where, did_you_mean(name, [s.name for s in problem.inputs])
         )
-    scope = replace(problem.scope, names={**_names(step, problem, block), **{p.name: p.symbol for p in step.learned}})
+    scope = replace(problem.scope, names={**names_in(step, problem, block), **{p.name: p.symbol for p in step.learned}})
     written = cast(str, spec.at(*path))
     value, index, size = parse_member(written, scope, place_of(spec, *path))
     e = rewritten(as_expr(value), _exact(step, block))
@@ -254,7 +258,7 @@ def _estimated(step: Step, problem: Problem, spec: Spec, block: str, path: tuple
 
 def _kept(name: str, step: Step, problem: Problem, spec: Spec, block: str, path: tuple[str | int, ...]) -> Learned:
     """A quantity that takes the place of nothing: it is worked out on data, for estimates."""
-    names, written = _names(step, problem, block), cast(str, spec.at(*path))
+    names, written = names_in(step, problem, block), cast(str, spec.at(*path))
     if name in names or name in {p.name for p in step.learned}:
         raise SpecError(
             "E306", f"'{name}' is already the name of something else", spec.key_where(*path), "choose another name"
@@ -293,7 +297,7 @@ def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where
         )
 
 
-def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
+def names_in(step: Step, problem: Problem, block: str) -> dict[str, Value]:
     """What names mean in a block: states in the place of variables, the numbers of its algorithm, what it defines."""
     own = {
         s.name: s
@@ -314,10 +318,11 @@ def _names(step: Step, problem: Problem, block: str) -> dict[str, Value]:
     return {**own, **worked_out, **problem.scope.names, **states, **numbers, **momentum, "layer": LAYER}
 
 
-def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: tuple[str | int, ...]) -> _Wanted:
-    path = (*at, "learn", name)
-    record = cast(Learn, spec.at(*path))
-    names = _names(step, problem, block)
+def read(
+    name: str, record: Learn, step: Step, problem: Problem, spec: Spec, block: str, path: tuple[str | int, ...]
+) -> Wanted:
+    """An entry of `learn:`; path: where it stands in the spec. Raises SpecError E306, E307."""
+    names = names_in(step, problem, block)
     where = spec.key_where(*path)
     z = next((p.variables[0] for b, p in step.subproblems if b == block), problem.variables[0])
     _shape_fits(name, record, problem, z, where)
@@ -377,7 +382,7 @@ def _read(name: str, step: Step, problem: Problem, spec: Spec, block: str, at: t
             "add where: output, or put a vector into the objective",
         )
     at_value = spec.origin(*path, "replaces").where()
-    return _Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start)
+    return Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start)
 
 
 def _own_start(name: str, record: Learn, value: Expr, scope: Scope, place: Place) -> Value | None:
@@ -410,15 +415,15 @@ def _exact(step: Step, block: str) -> tuple[Applied, ...]:
     return tuple(a for a in found if a is not None and a.rewrite.stage == "step")
 
 
-def _size(w: _Wanted) -> tuple[int, int]:
+def _size(w: Wanted) -> tuple[int, int]:
     if not isinstance(w.value, Expr):
         return (0, len(w.value.free_symbols))
     words = _words(w.value)
     return (len(words), max(len(f) for _, f in words))
 
 
-def _replace(step: Step, w: _Wanted) -> Step:
-    """Raises SpecError E305 where neither the entry as written nor as rewritten occurs."""
+def put(step: Step, w: Wanted) -> Step:
+    """The step with the parameter in place, last of `learned`. Raises SpecError E305 where neither the entry as written nor as rewritten occurs."""
     other = w.rewritten()
     found = _replaced(step, w) or (_replaced(step, other) if other is not w else None)
     if found is None:
@@ -434,15 +439,15 @@ def _replace(step: Step, w: _Wanted) -> Step:
     return found
 
 
-def _replaced(step: Step, w: _Wanted) -> Step | None:
+def _replaced(step: Step, w: Wanted) -> Step | None:
     """The step with the parameter in place; a number is kept positive where that needs its sign. Raises SpecError E306."""
-    found = _put(step, w)
+    found = _swapped(step, w)
     s = found.learned[-1].symbol if found is not None and not w.record.fixed and not isinstance(w.value, Expr) else None
     needed = needs_sign(found, s) if found is not None and isinstance(s, sp.Symbol) and not s.is_positive else None
     if needed is None:
         return found
     if w.record.positive is None and w.record.bounds is None:
-        return _put(step, replace(w, record=w.record.model_copy(update={"positive": True})))
+        return _swapped(step, replace(w, record=w.record.model_copy(update={"positive": True})))
     a, e = needed
     raise SpecError(
         "E306",
@@ -452,7 +457,7 @@ def _replaced(step: Step, w: _Wanted) -> Step | None:
     )
 
 
-def _put(step: Step, w: _Wanted) -> Step | None:
+def _swapped(step: Step, w: Wanted) -> Step | None:
     learned = _learned(w)
 
     def swap(value: Expr | sp.Expr) -> Expr | sp.Expr:
@@ -481,7 +486,7 @@ def _put(step: Step, w: _Wanted) -> Step | None:
     )
 
 
-def _said(w: _Wanted) -> Iterable[Departure]:
+def _said(w: Wanted) -> Iterable[Departure]:
     """A start of its own is a choice."""
     if w.record.start is not None:
         what = f"{w.record.replaces.strip()} becomes" if w.record.fixed else f"{w.name} starts at"
@@ -510,7 +515,7 @@ def _read_by(value: Value, step: Step) -> set[Sym | sp.Basic]:
     return found
 
 
-def _has_start(w: _Wanted, step: Step) -> None:
+def _has_start(w: Wanted, step: Step) -> None:
     """What a parameter takes the place of has a value before the network runs, or the spec says where its start comes from."""
     record = w.record
     moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
@@ -530,7 +535,7 @@ def _has_start(w: _Wanted, step: Step) -> None:
         )
 
 
-def _learned(w: _Wanted) -> tuple[Learned, ...]:
+def _learned(w: Wanted) -> tuple[Learned, ...]:
     """The parameter, and its bias if it has one."""
     record, value = w.record, w.value if w.kernel is None else w.kernel
     per_layer = record.share == "none" and record.in_ != "start"
@@ -592,7 +597,7 @@ BOUNDS = re.compile(r"\s*(softplus|exp|sigmoid|clamp|box)\s*(?:\(([^()]*)\))?\s*
 COUNTS = {"softplus": 0, "exp": 0, "sigmoid": 2, "clamp": 1, "box": 2}
 
 
-def _bounded(w: _Wanted) -> tuple[Constraint, tuple[float, float]]:
+def _bounded(w: Wanted) -> tuple[Constraint, tuple[float, float]]:
     """`bounds:` read: what keeps the parameter, and between which numbers. Raises SpecError E306."""
     written = str(w.record.bounds)
     found = BOUNDS.fullmatch(written)
@@ -610,11 +615,11 @@ def _bounded(w: _Wanted) -> tuple[Constraint, tuple[float, float]]:
     return kind.get(found[1], "clamp"), (low, high)
 
 
-def _limits(w: _Wanted) -> tuple[float, float]:
+def _limits(w: Wanted) -> tuple[float, float]:
     return _bounded(w)[1] if w.record.bounds is not None else (-math.inf, math.inf)
 
 
-def _constraint(w: _Wanted) -> Constraint:
+def _constraint(w: Wanted) -> Constraint:
     record, value = w.record, w.value
     said: dict[Constraint, bool] = {
         "positive": bool(record.positive),
@@ -644,7 +649,7 @@ def _constraint(w: _Wanted) -> Constraint:
 # --- matrices ---------------------------------------------------------------------------------------------------------
 
 
-def _swap_matrix(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | sp.Expr:
+def _swap_matrix(value: Expr | sp.Expr, w: Wanted, learned: Learned) -> Expr | sp.Expr:
     assert isinstance(w.value, Expr) and isinstance(learned.symbol, Sym)
     if not isinstance(value, Expr):
         return value
@@ -695,7 +700,7 @@ def _apart(e: Expr, around: Callable[[Expr], Expr], taken: Callable[[Prox], Expr
     return substitute(left, {s: taken(p) for p, s in names.items()})
 
 
-def _derivable(e: Prox, term: Expr, at: Expr, w: _Wanted) -> Expr:
+def _derivable(e: Prox, term: Expr, at: Expr, w: Wanted) -> Expr:
     """The prox of the term with a parameter in it. Raises SpecError E306 where the step of that prox cannot be derived."""
     try:
         derive_prox(term, e.variable, e.t, at, e.swaps)
@@ -832,7 +837,7 @@ def algebraic_within(e: Expr, pattern: Expr, into: Expr, both: bool = True) -> E
 # --- scalars ----------------------------------------------------------------------------------------------------------
 
 
-def _swap_scalar(value: Expr | sp.Expr, w: _Wanted, learned: Learned) -> Expr | sp.Expr:
+def _swap_scalar(value: Expr | sp.Expr, w: Wanted, learned: Learned) -> Expr | sp.Expr:
     assert isinstance(w.value, sp.Expr) and isinstance(learned.symbol, sp.Symbol)
     old, place = w.value, w.record.where
     new = cast(sp.Symbol, w.start) if w.record.fixed else learned.symbol
@@ -915,7 +920,7 @@ def used_scalars(e: Expr) -> set[sp.Symbol]:
     return out
 
 
-def _without_unused(step: Step) -> Step:
+def without_unused(step: Step) -> Step:
     """Assignments to numbers that nothing reads any more (a momentum counter once momentum is learned) are dropped."""
     read = set[sp.Basic]().union(*(used_scalars(a.value) for a in step.assigns if isinstance(a.value, Expr)))
     numbers = [a for a in step.assigns if isinstance(a.target, sp.Symbol)]

@@ -35,7 +35,7 @@ class Options:
     """What a spec may ask of an algorithm; None, and what is not there, is the algorithm's own.
 
     split: letter -> terms.  numbers, updates, states: name -> formula, each at the place that `at` gives for (section, name).
-    apart: updates that keep a line of their own, and a parameter that is put into them.
+    apart: updates that keep a line of their own, and where the spec says of a parameter that is put into them.
     """
 
     step: str = OWN_STEP
@@ -44,7 +44,7 @@ class Options:
     numbers: Mapping[str, str] = field(default_factory=dict[str, str])
     updates: Mapping[str, str] = field(default_factory=dict[str, str])
     states: Mapping[str, Start] = field(default_factory=dict[str, Start])
-    apart: Mapping[str, str] = field(default_factory=dict[str, str])
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     place: Callable[..., Place] | None = None
 
     def at(self, *key: str) -> Place:
@@ -365,7 +365,7 @@ class Reading(Known):
         for name, learned in self.options.apart.items():
             if name not in (*known, *self.options.updates, "start"):
                 hint = did_you_mean(name, known) or f"its updates: {', '.join(known)}; or start"
-                where = self.options.at("learn", learned, "in")(0, 1)
+                where = self.options.at(*learned, "in")(0, 1)
                 raise SpecError("E320", f"{self.text.name} has no update '{name}'", where, hint)
 
     def _update(self, u: _Update) -> None:

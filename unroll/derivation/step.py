@@ -72,6 +72,7 @@ class Learned:
     symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
     matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
     where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.  limits: of sigmoid and clamp.
+    cell: of a weight of a controller, what is said of all of these.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Learned:
     where: str = ""
     own_start: Expr | sp.Expr | None = None
     limits: tuple[float, float] = (-math.inf, math.inf)
+    cell: str = ""
 
     @property
     def starts_at(self) -> Expr | sp.Expr:

@@ -376,6 +376,8 @@ def by_hand(
     values = {s: as_matrix(sample.parameters[s.name], s) for s in problem.parameters}
     values |= {s: as_matrix(sample.inputs[s.name][i], s) for s in problem.inputs}
     state = State(values, {**sample.numbers, **sample.sizes})
+    for p in (p for p in net.learned if not p.per_layer):  # of the start, too
+        state.put(p, learned_value(net, net.program.words, p, 0))
     for a in step.definitions:
         state.assign(a)
     for s in step.states:
@@ -410,6 +412,9 @@ def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
     few = not all(o.isfinite().all() for o in _answers(net, sample.taken(net)))
     if few:
         net = sample.network(read(d.spec, ["unroll.layers=1"]))
+    with torch.no_grad():  # the way out of a cell starts at 0: what is before it would not count
+        for p in (net.get_parameter(net.program.words["learned", p.name]) for p in d.step.learned if p.cell):
+            p.add_(0.1 * torch.randn(p.shape, generator=sample.generator, dtype=p.dtype))
     outs = _answers(net, sample.taken(net))
     sum((o * torch.randn(o.shape, generator=sample.generator, dtype=o.dtype)).sum() for o in outs).backward()  # type: ignore[union-attr]
     jumps = [n for n, p in net.named_parameters() if p.grad is None and _selects(d)]

@@ -159,6 +159,9 @@ class Replay:
         values |= {s: self._input(s) for s in p.inputs if s.name in self.inputs}
         numbers: dict[sp.Symbol, Any] = {s: self.scalars[s.name] for s in p.scalars}
         state = State(values, numbers | self._sizes())
+        for q in self.step.learned:  # of the start, too
+            if not q.per_layer and ("learned", q.name) in self.words:
+                state.put(q, _wide(learned_value(self.net, self.words, q, 0)))
         for a in self.step.definitions:
             state.assign(a)
         for s in self.step.states:

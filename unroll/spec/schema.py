@@ -219,38 +219,56 @@ NumberField = Annotated[Number, BeforeValidator(_short_scalar, json_schema_input
 # --- the network ---------------------------------------------------------------------------------------------------
 
 
-class Learn(Record):
-    """A free parameter in place of a derived sub-expression; it starts at the value that it replaces."""
+class Given(Record):
+    """A number in the place of a derived sub-expression."""
 
     replaces: Formula
     """the sub-expression, as `unroll show` prints it or any text equal to it; a family by its name"""
-    share: Literal["layers", "none"] = "none"
-    """layers: one for all; none: one per layer"""
     in_: str | None = Field(default=None, alias="in")
     """the update of the algorithm in which it stands, as it is before others are put into it; or `start`: where variable and states start"""
-    transposed: bool = True
-    """its transpose too; false: as it is written alone, so that A.T is learned and A is not"""
     where: str | None = None
     """which occurrences: gradient (what is fed to the prox), prox, output (the outermost factor); all if left out"""
+    start: Formula | None = None
+    """what it starts at, in place of the value that it replaces; may depend on `layer`: a departure from the algorithm"""
+    positive: bool | None = None
+    """kept above 0; if left out, a number is where the derivation used its sign, as the strength of a proximal step"""
+    bounds: str | None = None
+    """what keeps it where it is: softplus (as `positive`), exp, sigmoid(a, b), clamp(a), box(a, b)"""
+    about: Text = ""
+
+
+class Learn(Given):
+    """A free parameter in place of a derived sub-expression; it starts at the value that it replaces."""
+
+    share: Literal["layers", "none"] = "none"
+    """layers: one for all; none: one per layer"""
+    transposed: bool = True
+    """its transpose too; false: as it is written alone, so that A.T is learned and A is not"""
     init: Literal["value", "data", "gaussian", "uniform", "zeros", "ones"] = "value"
     """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
     depends on the variable; or a draw of its own in each layer, of variance 1/rows"""
-    start: Formula | None = None
-    """what it starts at, in place of the value that it replaces; may depend on `layer`: a departure from the algorithm"""
     fixed: bool = False
     """not learned: `start` stands in its place for good"""
     scale: Positive = 1.0
     """factor of a drawn start, and of ones"""
     shape: Shape | None = None
     """expand a scalar to this shape"""
-    positive: bool | None = None
-    """kept above 0; if left out, a number is where the derivation used its sign, as the strength of a proximal step"""
-    bounds: str | None = None
-    """what keeps it where it is: softplus (as `positive`), exp, sigmoid(a, b), clamp(a), box(a, b)"""
     symmetric: bool = False
     columns: Literal["unit"] | None = None
     bias: bool = False
     """add a free vector after the replaced matrix; it starts at 0"""
+
+
+class Control(Record):
+    """A recurrent cell that gives numbers for each sample, anew in each layer; its state lives on from layer to layer."""
+
+    cell: Literal["lstm"] = "lstm"
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 32
+    """entries of its state"""
+    reads: Annotated[tuple[Formula, ...], Field(min_length=1, max_length=16)]
+    """numbers of each sample, as they are where the layer begins"""
+    gives: Annotated[dict[Name, Given], Field(min_length=1)]
+    """name of a number -> what it takes the place of; it starts at that value"""
     about: Text = ""
 
 
@@ -320,6 +338,8 @@ class Scheme(Record):
     states: dict[Target, StateField] = {}
     """states of the spec's own, for `updates`"""
     learn: dict[Name, Learn] = {}
+    control: Control | None = None
+    """a recurrent cell that gives some numbers, in place of learning them"""
     keep: dict[Name, Formula] = {}
     """quantities that `net.construct` works out on the data in every layer, for use in estimates: sum(Pi[k]) / N for k in K"""
     estimate: dict[Name, Formula] = {}
