@@ -134,6 +134,64 @@ def test_nonnegative_factors_are_those_of_scikit_learn(divergence: str) -> None:
         torch.testing.assert_close(found.mT, torch.as_tensor(right), rtol=1e-10, atol=1e-12)
 
 
+JOINT = {
+    "algorithm": "joint", "solves": "f(x) + g(y) + H(x, y)", "scalars": {"step": "1 / (L(H, x) + L(H, y))"},
+    "updates": {"v": "x - step * grad(H, x)", "w": "y - step * grad(H, y)", "x": "prox(step * f, v)", "y": "prox(step * g, w)"},
+}  # fmt: skip
+
+
+def test_a_number_reads_the_constant_of_one_variable_at_the_other_where_the_layer_begins() -> None:
+    net = unroll.compile(
+        {**PALM, "algorithms": {"joint": JOINT}, "unroll": {**PALM["unroll"], "algorithm": "joint"}},
+        dtype=torch.float64,
+    )
+    x, d0 = drawn(3, M, N), drawn(3, M, R, seed=1) / 3
+    d, z = d0, torch.zeros(3, R, N, dtype=torch.float64)
+    size = lambda a: torch.linalg.matrix_norm(a, 2)[..., None, None] ** 2
+    for k in range(4):
+        step = 1 / (torch.where(size(z) == 0, 1, size(z)) + size(d))
+        v, w = d - step * (d @ z - x) @ z.mT, z - step * d.mT @ (d @ z - x)
+        d, z = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1), soft(w, 0.1 * step)
+        torch.testing.assert_close(net(x.mT, d0.mT, layers=k + 1)[1].mT, z, rtol=1e-10, atol=1e-12)
+
+
+CONVEX: dict[str, Any] = {
+    "name": "o", "dims": {"n": 4}, "variables": {"a": ["n"], "b": ["n"]}, "inputs": {"u": ["n"]}, "parameters": {"A": ["n", "n"]},
+    "scalars": {"lam": 0.1}, "unroll": {"algorithm": "joint_proximal_gradient", "layers": 1},
+}  # fmt: skip
+HESSIANS = {
+    "sumsq(u - A @ a - b)": True, "sumsq(u - a) + sumsq(A @ a - b)": True, "sumsq(u - a * b)": False, "sumsq(a - u) + dot(a, b)": False,
+    "sumsq(a) + sumsq(b) + 4*dot(a, b)": False, "sumsq(a + b) - sumsq(b)": False, "sumsq(A @ (a - b)) + sumsq(a * u)": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("smooth", HESSIANS)
+def test_what_is_convex_in_two_variables_together(smooth: str) -> None:
+    """Against the least eigenvalue of the Hessian of the pair, by autograd, at random points; nothing else is taken by a step of both."""
+    spec = {**CONVEX, "minimize": {"f": smooth, "g": "lam*norm1(a)"}}
+    loss: Any = unroll.loss({k: v for k, v in spec.items() if k != "unroll"})
+    u, a_matrix = drawn(4), drawn(4, 4, seed=1)
+    given = {n: v for n, v in {"u": u, "A": a_matrix}.items() if n in loss.shapes}
+    of = lambda p: loss.terms(a=p[:4], b=p[4:], **given)["f"]
+    least = min(
+        float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(of, drawn(8, seed=s)))[0]) for s in range(5)
+    )  # type: ignore[no-untyped-call]
+    assert (least >= -1e-9) == HESSIANS[smooth]
+    if HESSIANS[smooth]:
+        assert "monotone" in " ".join(unroll.derive(spec).exact.notes)
+    else:
+        with pytest.raises(UnrollError, match="E303.*not known to be convex|E303.*no letter is of that"):
+            unroll.derive(spec)
+
+
+def test_a_step_in_units_of_one_constant_is_refused_where_there_are_two() -> None:
+    spec = {**CONVEX, "minimize": {"f": "sumsq(u - A @ a - b)"}, "unroll": {**CONVEX["unroll"], "step": "0.5/L"}}
+    with pytest.raises(UnrollError, match="E304.*several variables"):
+        unroll.derive(spec)
+    spec["unroll"]["step"] = "0.01"
+    unroll.derive(spec)
+
+
 OWN = {
     "algorithm": "own",
     "solves": "f(x) + g(y) + H(x, y)",

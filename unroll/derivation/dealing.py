@@ -19,7 +19,7 @@ import sympy as sp
 from unroll.calculus import curvature
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.entropy import entropic
-from unroll.calculus.linear import Linear, quadratic
+from unroll.calculus.linear import Linear, quadratic, quadratic_in
 from unroll.calculus.majorise import Of, tangent
 from unroll.calculus.prox import proximable
 from unroll.derivation.parts import Part
@@ -435,12 +435,17 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
 
 
 def convex(p: Part) -> bool:
-    """Is a part known to be convex?"""
+    """Is a part known to be convex, in all variables that it reads together?"""
+    if p.also:
+        return nonnegative(p.e) and quadratic_in(p.e, [q.variable for q in (p, *p.also)])
     if p.descended or (p.smooth is not None and p.smooth.convex):
         return p.smooth is not None and p.smooth.convex
     if p.inner is not None and not p.inner[2].is_identity:
         g, w, _ = p.inner
-        return proximable(g, w).convex
+        try:
+            return proximable(g, w).convex
+        except DeriveError:
+            return False
     return p.own_prox is not None and p.own_prox.convex
 
 

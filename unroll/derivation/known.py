@@ -47,7 +47,7 @@ class Known:
         self.last: dict[str, Sym | sp.Symbol] = {}
         self.written: set[str] = set()
         self.target = ""
-        """The update that is being read."""
+        """The update that is being read; "" where it is a number of the text."""
 
     # --- names ---
 
@@ -70,6 +70,8 @@ class Known:
     def lipschitz(self, name: str) -> sp.Expr:
         """The Lipschitz constant of the gradient of a letter. Raises DeriveError E304."""
         (share,) = self.dealt[name]
+        if len(share.places) > 1:
+            raise DeriveError("E304", f"{name} is of several variables, and L of one", hint="a number: step: 0.1")
         first = next((x.name for x in self.letters.values() if GRADIENT in x.uses), name)
         target = LIPSCHITZ if name == first else scalar(f"L_{name}", positive=True)
         if not any(a.target == target for a in self.derived):
@@ -137,18 +139,26 @@ class Known:
         return {z: self.running[a] for a, z in self.places.items() if z not in set(but)}
 
     def partial(self, share: Share, z: Sym, at: Mapping[Sym, Expr]) -> sp.Expr:
-        """The Lipschitz constant of the gradient in one of several variables: a number per sample, by what the others are."""
+        """The Lipschitz constant of the gradient in one of several variables: a number per sample, by what the others are.
+
+        It is worked out where it stands, and where it changes with nothing, or a number reads it, above all updates.
+        """
         found = curvature.smoothness(self._smooth(share), z)
         note = f"L_{z.name}: {found.proof}, {found.reason}"
         self.notes += [] if note in self.notes else [note]
         if (c := as_constant(found.lipschitz)) is not None and c.is_positive:
             return c
+        value = substitute(found.lipschitz, {**self.others(at), **at})
+        above = not self.target or not value.symbols & {s.symbol for s in self.states}
+        known = next((a.target for a in self.derived if above and a.value is value), None)
+        if known is not None:
+            return cast(sp.Expr, nonzero(known))
         name = self.fresh(f"L_{z.name}")
-        while any(a.target.name == name for a in self.assigns):
+        while any(a.target.name == name for a in (*self.derived, *self.assigns)):
             name += "_"
         target = scalar(name, positive=True)
-        value = substitute(found.lipschitz, {**self.others(at), **at})
-        self.assigns.append(Assign(target, value, f"Lipschitz constant of the gradient in {z.name}"))
+        made = Assign(target, value, f"Lipschitz constant of the gradient in {z.name}")
+        (self.derived if above else self.assigns).append(made)
         return cast(sp.Expr, nonzero(target))
 
     def named(self, value: Expr) -> sp.Expr:

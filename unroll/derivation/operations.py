@@ -19,7 +19,7 @@ from unroll.language.constructors import add, hold, scale, zeros
 from unroll.language.functions import Value
 from unroll.language.nodes import Expr, Sym, depends, scalar
 from unroll.language.show import text as shown
-from unroll.language.traversal import substitute
+from unroll.language.traversal import held_at, substitute
 
 
 def _grad(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -179,7 +179,7 @@ def _argmin(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
         )
     names = {**r.scope.names, reading.target: z}
     inner = Formula(r.text, replace(cast(TextScope, r.scope), names=names), r.place, r.active)
-    return least(inner.matrix(args[0]), z)
+    return least(held_at(inner.matrix(args[0]), reading.others(())), z)
 
 
 def _hold(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:

@@ -283,7 +283,7 @@ class Reading(Known):
 
     def _number(self, name: str, free: Free) -> Assign:
         """A number of the algorithm, as the spec or the text says it. Raises SpecError E132, DeriveError E304."""
-        options = self.options
+        options, self.target = self.options, ""
         given = options.numbers.get(name)
         place = options.at("numbers", name) if given is not None else self._of_scalar(name)
         if given is None and name == STEP.name and options.step != OWN_STEP:
