@@ -279,7 +279,7 @@ def test_splittings_agree_on_degenerate_operators(what: str, size: dict[str, int
 
 # --- states live on ---------------------------------------------------------------------------------------------------
 
-ALL = [a.name for a in every() if a.name not in ("power_step", "palm", "scaled_gradient")]
+ALL = [a.name for a in every() if a.name not in ("power_step", "palm", "joint_proximal_gradient", "scaled_gradient")]
 
 
 def problem_of(algorithm: str) -> str:

@@ -106,15 +106,17 @@ CVXPY: dict[str, Case] = {
     "sparse_logistic_regression": lambda z, a: (cp.sum(cp.logistic(-cp.multiply(a["y"], a["A"] @ z))) + 0.1 * cp.norm1(z), []),
     "poisson_regression": lambda z, a: (cp.sum(cp.exp(a["A"] @ z) - cp.multiply(a["y"], a["A"] @ z)) + 0.1 * cp.norm1(z), []),
     "group_lasso": lambda z, a: (cp.sum_squares(a["X"].T - a["A"] @ z) / 2 + 0.1 * cp.sum(cp.norm(z, 2, axis=1)), []),
+    "total_variation_regression": lambda z, a: (residual(z, a) + 0.1 * cp.tv(z), []),
+    "total_variation_synthesis": lambda z, a: (residual(cp.cumsum(z), a) + 0.1 * cp.norm1(z[1:]), []),
     "dictionary_coding": lambda z, a: (cp.sum_squares(a["X"].T - a["A"] @ z) / 2 + 0.1 * cp.sum(cp.abs(z)), []),
 }  # fmt: skip
 ELSEWHERE = {
-    "robust_pca", "nonnegative_factorisation",
+    "robust_pca", "nonnegative_factorisation", "beta_factorisation", "low_rank_and_groups", "node_smoothing", "reweighted_nodes",
     "fused_lasso", "total_variation_denoising", "matrix_completion", "graph_smoothing", "svm_dual", "group_infinity", "sparse_inverse_covariance",
     "sparse_rate_reduction", "rate_reduction", "token_statistics", "token_energy", "hopfield_energy", "subspace_mixture", "fourth_power",
     "kurtosis", "principal_subspace", "shift_rate_reduction", "shift_rate_reduction_2d", "dictionary_learning", "mcr2", "mcr2_regularised", "ctrl_binary", "ctrl_multi",
 }  # fmt: skip
-"""What they give is held against forms written by hand, and optima (test_networks.py, test_losses.py, test_optima.py)."""
+"""What they give is held against forms written by hand, and optima (test_networks.py, test_structured_networks.py, test_losses.py, test_optima.py)."""
 WITHOUT_SPLITTING = ("gradient_descent", "projected_gradient", "proximal_gradient", "power_step", "fista")
 """The others: test_algorithm_texts.py."""
 NOT_CONVEX = {"phase_retrieval", "l0_sparse_coding", "mcp_sparse_coding", "scad_sparse_coding"}
@@ -157,7 +159,14 @@ def test_enough_layers_reach_the_optimum_of_convex_library_objectives(name: str)
     accepted = fitting(spec, dims, **STEPS.get(name, {}))
     assert accepted
     for algorithm in accepted:
-        net = network(spec, dims, parameters, algorithm, LAYERS * (4 if name in STEPS else 1), **STEPS.get(name, {}))
+        net = network(
+            spec,
+            dims,
+            parameters,
+            algorithm,
+            LAYERS * (4 if name in STEPS or name == "total_variation_synthesis" else 1),
+            **STEPS.get(name, {}),
+        )
         z = net(*inputs)
         z = z.mT if z.ndim == 2 else z
         want = optimum(CVXPY[name], tuple(z.shape), arrays)

@@ -18,7 +18,9 @@ from unroll.language.constructors import scale
 from unroll.laws import laws
 from unroll.spec import library, load
 
-ALTERNATING = ("dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino", "robust_pca", "nonnegative_factorisation")
+ALTERNATING = (
+    "dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino", "robust_pca", "nonnegative_factorisation", "beta_factorisation", "low_rank_and_groups",
+)  # fmt: skip
 """Objectives in several variables: their laws are those of the specs that use them, or of losses (test_losses.py)."""
 CONSTRAINED = (
     "ball_denoising",
@@ -117,7 +119,9 @@ def test_specs_of_other_sizes_are_known_as_the_same_derivation():
     assert len(DISTINCT) >= 35
 
 
-SMOOTH = ("ridge", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy")
+SMOOTH = (
+    "ridge", "mcr2_regularised", "token_statistics", "token_energy", "subspace_mixture", "hopfield_energy", "node_smoothing", "reweighted_nodes",
+)  # fmt: skip
 
 
 SPLIT = ("fused_lasso", "svm_dual", "sparse_inverse_covariance")
@@ -132,6 +136,7 @@ def test_laws_hold_for_every_algorithm(algorithm):
     own = {
         "palm": "dictionary_learning",
         "scaled_gradient": "robust_pca",
+        "joint_proximal_gradient": "low_rank_and_groups",
         "mirror_descent": "simplex_least_squares",
         "cccp": "hopfield_energy",
         "amp": "lasso",
