@@ -163,11 +163,25 @@ def na_alista(net: Net, A: Tensor, x: Tensor, z: Tensor, k: int, kept: dict[str,
     return selected(z - gamma * r @ analytic(A).T, theta, share(k))
 
 
+def lvamp(net: Net, A: Tensor, x: Tensor, z: Tensor, k: int, kept: dict[str, Any]) -> Tensor:
+    """Least squares by the dense inverse, which is also that of the trace; one sample at a time."""
+    r, gamma = kept.get("r", z), kept.get("gamma", torch.full_like(x[:, :1], 10))
+    sigma2, theta = softplus(net.sigma2_k[k]), softplus(net.theta_k[k])
+    inner = torch.linalg.inv(A.T @ A / sigma2 + gamma[:, :, None] * torch.eye(N, dtype=D))
+    first = torch.einsum("bij,bj->bi", inner, x @ A / sigma2 + gamma * r)
+    share = (gamma * torch.einsum("bii->b", inner)[:, None] / N).clamp_max(1 - 1e-6)
+    q, gamma_q = (first - share * r) / (1 - share), gamma * (1 - share) / share
+    z = shrink(q, theta / gamma_q.sqrt())
+    alpha = ((z != 0).double().mean(-1, keepdim=True)).clamp(1e-6, 1 - 1e-6)
+    kept["r"], kept["gamma"] = (z - alpha * q) / (1 - alpha), (gamma_q * (1 - alpha) / alpha).clamp_max(1e13)
+    return z
+
+
 LAYERS: dict[str, Layer] = {
     f.__name__: f
     for f in (
         ista, fista, step_lista, lista, lfista, lista_cp, lista_cpss, ti_lista, alista, hyper_lista, hessian_lista, scaled_lista,
-        ada_lista, glista, tista, lamp, na_alista,
+        ada_lista, glista, tista, lamp, na_alista, lvamp,
     )
 }  # fmt: skip
 

@@ -379,7 +379,8 @@ class Reading(Known):
         self.target = member
         if not u.own:
             return Formula(u.formula, self.scope(index=indices), u.place).read()
-        more = {"derived": self._value(u.replaces, member, indices)} if u.replaces is not None else None
+        asked = u.replaces is not None and "derived" in u.formula  # what is not asked for need not be known
+        more = {"derived": self._value(u.replaces, member, indices)} if asked and u.replaces is not None else None
         return Formula(u.formula, self.scope(False, indices, more), u.place).read()
 
     def _assign(self, name: str, value: Value, note: str | None, u: _Update) -> None:
