@@ -173,7 +173,7 @@ def test_every_objective_of_the_library_is_a_loss(name: str) -> None:
 def stored(s: Sym, value: Tensor) -> Tensor:
     """A value in mathematical layout as a call takes it: tokens before features."""
     flat = value.squeeze(-1) if s.rank == 1 else value.squeeze((-2, -1)) if s.rank == 0 else value
-    return flat.mT if s.rank == 2 and s.role != "parameter" else flat
+    return flat.mT if s.rank == 2 and s.role != "parameter" and "as_written" not in s.props else flat
 
 
 def test_the_teacher_gets_no_gradient() -> None:
