@@ -16,7 +16,7 @@ import sympy as sp
 from unroll.derivation.derive import Derivation
 from unroll.derivation.derive import derive as derive_spec
 from unroll.language.problem import from_spec
-from unroll.spec import Spec, load
+from unroll.spec import DECODER, Spec, load
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,10 @@ def compile(
     decoder = None
     if loaded.decoder is not None:
         decoder = compile_layers(loaded.decoder, **theirs, seed=seed_of(seed, "decoder"), dtype=dtype, device=device)
-    return model(loaded, body, decoder, seed=seed, dtype=dtype)
+    chosen = {**body.derivation.exact.chosen}
+    if decoder is not None:
+        chosen |= {(*DECODER, *path): name for path, name in decoder.derivation.exact.chosen.items()}
+    return model(loaded.naming(chosen), body, decoder, seed=seed, dtype=dtype)
 
 
 def shares(spec: Spec, values: dict[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -85,8 +85,12 @@ def _entries(kind: str) -> dict[str, str]:
             return {s.name + (f"({', '.join(s.kinds)})" if s.kinds else ""): s.about for s in SETS}
         case "algorithms":
             from unroll.derivation.algorithms import every
+            from unroll.spec.texts import AUTO
 
-            return {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in every()}
+            auto = {
+                AUTO: "the simplest of these that fits and claims something of the problem; `show` says which, and why"
+            }
+            return auto | {a.name: f"{a.about}; needs {a.needs}  [{a.source}]" for a in every()}
         case "rewrites":
             from unroll.derivation.rewrites.catalogue import REWRITES
 
@@ -102,7 +106,10 @@ def _entries(kind: str) -> dict[str, str]:
 @click.option("--stage", type=click.Choice(STAGES), default="derivation", show_default=True, help="What to print.")
 @click.option("--latex", is_flag=True, help="The derivation as LaTeX.")
 def show(spec: str, overrides: tuple[str, ...], stage: str, latex: bool) -> None:
-    """Print a stage of the compilation: what was written, what was derived, what is emitted."""
+    """Print a stage of the compilation: what was written, what was derived, what is emitted.
+
+    Of `algorithm: auto`, the derivation says which text was chosen, why, and why not the others.
+    """
     from unroll import api
     from unroll.pages import stages
 

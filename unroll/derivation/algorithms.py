@@ -81,13 +81,16 @@ def every() -> tuple[Algorithm, ...]:
     return tuple(Algorithm(t) for t in texts.every())
 
 
-def by_simplicity() -> list[Algorithm]:
-    """All algorithms of the library: those that claim optima first, then those of few letters and states."""
-    records = {a: a.text.record for a in every()}
-    return sorted(
-        records,
-        key=lambda a: ("optimum" not in records[a].claims, len(records[a].solves), len(records[a].states), a.name),
-    )
+def by_simplicity(own: Iterable[Algorithm] = ()) -> list[Algorithm]:
+    """All algorithms of the library, and a spec's own: those that claim most first, then those of few letters and states."""
+    records = {a.name: (a, a.text.record) for a in (*every(), *own)}
+
+    def key(name: str) -> tuple[bool, bool, int, int, str]:
+        record = records[name][1]
+        claims, letters = record.claims, len(record.solves)
+        return "optimum" not in claims, "monotone" not in claims, letters, len(record.states), name
+
+    return [records[name][0] for name in sorted(records, key=key)]
 
 
 def fitting_names(parts: tuple[Part, ...]) -> Iterator[str]:
@@ -112,15 +115,9 @@ def find(name: str, spec: Spec | None = None, path: tuple[str | int, ...] = ()) 
 
 def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
     """One iteration on `problem`. Raises DeriveError E303 with what was needed, found, and what fits."""
-    text, record = algorithm.text, algorithm.text.record
-    rules = [k.split("(")[0] for k in record.momenta]
-    if options.momentum is not None and options.momentum.split("(")[0] not in rules:
-        hint = f"its momenta: {', '.join(rules)}" if rules else f"{algorithm.name} has no momentum; fista has"
-        raise DeriveError("E303", f"{algorithm.name} does not know the momentum '{options.momentum}'", hint=hint)
     parts = classify(problem)
-    _known_terms(text, parts, options)
     try:
-        dealt = deal(text, parts, options.split)
+        return attempt(algorithm, problem, parts, options)
     except Misfit as missing:
         fitting = list(islice(fitting_names(parts), 3))
         hint = unsigned(parts) or (f"{' or '.join(fitting)} fits" if fitting else NONE_FITS)
@@ -131,6 +128,17 @@ def build(algorithm: Algorithm, problem: Problem, options: Options) -> Step:
             hint=hint,
             notes=(f"needed: {algorithm.needs}", *(f"found: {p.show()}" for p in parts)),
         ) from None
+
+
+def attempt(algorithm: Algorithm, problem: Problem, parts: tuple[Part, ...], options: Options) -> Step:
+    """One iteration on `problem`, of which `parts` are what is known. Raises Misfit, SpecError E320, DeriveError E303, E304."""
+    text, record = algorithm.text, algorithm.text.record
+    rules = [k.split("(")[0] for k in record.momenta]
+    if options.momentum is not None and options.momentum.split("(")[0] not in rules:
+        hint = f"its momenta: {', '.join(rules)}" if rules else f"{algorithm.name} has no momentum; fista has"
+        raise DeriveError("E303", f"{algorithm.name} does not know the momentum '{options.momentum}'", hint=hint)
+    _known_terms(text, parts, options)
+    dealt = deal(text, parts, options.split)
     _known_numbers(text, options)
     step = Reading(text, problem, dealt, options).step()
     each, once = where_known(step.definitions, {s.symbol.name for s in step.states})

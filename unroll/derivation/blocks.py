@@ -17,6 +17,7 @@ import sympy as sp
 
 from unroll.derivation import algorithms
 from unroll.derivation.algorithms import LIPSCHITZ, STEP, Options, state_of
+from unroll.derivation.choosing import choose
 from unroll.derivation.rewrites import rewriting
 from unroll.derivation.rewrites.patterns import common_factor
 from unroll.derivation.rewrites.record import Applied, Call, Site
@@ -43,6 +44,7 @@ from unroll.language.show import text
 from unroll.language.traversal import substitute, substitute_scalars
 from unroll.spec import Spec
 from unroll.spec.schema import Block, Gauge, Normalise, Scheme, Unroll
+from unroll.spec.texts import AUTO
 
 LAYERS = sp.Symbol("layers", integer=True, positive=True)
 """How many layers there are, in schedules."""
@@ -157,7 +159,6 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
     departures: list[Departure] = []
     for call in (c for c in calls if c.rewrite.stage == "objective"):
         problem = _rewritten_objective(half, problem, call, departures)
-    algorithm = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
     scheme = half.scheme
     apart = {r.in_: ("learn", name) for name, r in scheme.learn.items() if r.in_ is not None}
     given = scheme.control.gives if scheme.control is not None else {}
@@ -166,7 +167,7 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
         scheme.step, scheme.momentum, scheme.split, scheme.numbers, scheme.updates, scheme.states, apart, half.place
     )
     try:
-        step = algorithms.build(algorithm, problem, options)
+        step = _chosen(half, problem, options) if half.algorithm == AUTO else _named(half, problem, options)
     except DeriveError as e:
         raise e.located(half.where("step" if e.code == "E304" else "algorithm")) from None
     departures += (replace(d, block=half.name) for d in step.departures)
@@ -180,6 +181,20 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
             if left is not None and isinstance(a.value, Expr) and (found := left(a.value, **call.values)) is not None:
                 raise rewriting.unfinished(call, found)
     return step, departures, problem
+
+
+def _named(half: Half, problem: Problem, options: Options) -> Step:
+    return algorithms.build(algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm")), problem, options)
+
+
+def _chosen(half: Half, problem: Problem, options: Options) -> Step:
+    """The step of the text that is taken where none is named, and what is said of the choice."""
+    own = [algorithms.find(name, half.spec) for name in half.spec.algorithms]
+    choice = choose(problem, options, own)
+    said = tuple(choice.says())
+    assert choice.taken is not None and choice.taken.step is not None
+    name, step = choice.taken.algorithm.name, choice.taken.step
+    return replace(step, notes=(*step.notes, *said), chosen={(*half.path, "algorithm"): name})
 
 
 def _rewritten_objective(half: Half, problem: Problem, call: Call, departures: list[Departure]) -> Problem:
@@ -258,6 +273,8 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
     subproblems: list[tuple[str, Problem]] = []
     hidden: list[State] = []
     hands: list[Hand] = []
+    chosen: dict[Path, str] = {}
+    names: list[str] = []
     about = [_about(h, cast(Block, h.block)) for h in halves]
     for half, v in zip(halves, about, strict=True):
         part = _part(half, v, alone=about.count(v) == 1)
@@ -268,14 +285,17 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         notes += [f"{half.name}: {n}" for n in part.notes if not n.startswith("monotone")]
         subproblems += part.subproblems
         hands += part.hands
+        chosen |= part.chosen
+        names += [part.algorithm] if half.algorithm else []
     said = {
         s.symbol: s for s in reversed(hidden) if not isinstance(s.start, Zero)
     }  # by the first algorithm that says it
     first = [said.get(s, State(s, zeros(*z.shape))) for z, s in states.items()]
     hidden = [s for s in hidden if s.symbol not in states.values()]
     return Step(
-        " and ".join(dict.fromkeys(h.algorithm for h in halves if h.algorithm)) or "declared blocks", tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
+        " and ".join(dict.fromkeys(names)) or "declared blocks", tuple(definitions), (*first, *hidden), tuple(assigns), tuple(states.values()),
         notes=tuple(notes), blocks=tuple(h.name for h in halves), departures=tuple(departures), subproblems=tuple(subproblems), hands=tuple(hands),
+        chosen=chosen,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from unroll.calculus.cones import nonnegative
 from unroll.calculus.entropy import entropic
 from unroll.calculus.linear import Linear, quadratic, quadratic_in
 from unroll.calculus.majorise import Of, tangent
-from unroll.calculus.prox import proximable
+from unroll.calculus.prox import proximable, replace_role
 from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant
@@ -331,6 +331,8 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
                 raise Misfit(f"{pretty(p.e)} is not smooth")
             if letter.operator and p.inner is None:
                 raise Misfit(f"{pretty(p.e)} is no {letter.name}(K {p.variable.name} + b) with one K")
+        if letter.operator:
+            _refuse_several(letter, parts)
         return
     if letter.operator:
         _refuse_inner(letter, parts)
@@ -345,14 +347,28 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
         return
     for use, of in MAJORANTS.items():
         if use in letter.uses:
-            for p in parts:
-                _try(lambda z, e=p.e, of=of: tangent(e, z, z, of), parts)
+            _refuse_majorant(parts, of)
             return
     for p in parts:
         if p.proximal is None and p.own_prox is None:
             raise Misfit(p.own_reason)
     if len(parts) > 1:
         _joint(add(*(p.weighed for p in parts)), parts[0].variable)
+
+
+def _refuse_majorant(parts: list[Part], of: Of) -> None:
+    """Each has one, and there is a prox of all together, or all are quadratic."""
+    for p in parts:
+        _try(lambda z, e=p.e: tangent(e, z, z, of), parts)
+    if not parts:
+        return
+    z = parts[0].variable
+    for p in parts:
+        above = tangent(p.e, z, replace_role(z), of)
+        if of == "square" and not quadratic(above, z):
+            raise Misfit(f"what lies above {pretty(p.e)}, {pretty(above)}, is not quadratic")
+    if of == "abs":
+        _joint(add(*(tangent(p.e, z, replace_role(z), of) for p in parts)), z)
 
 
 def _try(derive: Callable[[Sym], object], parts: list[Part]) -> None:
@@ -381,6 +397,11 @@ def _refuse_inner(letter: Letter, parts: list[Part]) -> None:
         for g, w, _ in group:
             _joint(g, w)
         _joint(add(*(g for g, _, _ in group)), group[0][1])
+    _refuse_several(letter, parts)
+
+
+def _refuse_several(letter: Letter, parts: list[Part]) -> None:
+    groups = _by_operator(parts)
     if len(groups) > 1 and not letter.index:
         first, second = (pretty(e) for e in list(groups)[:2])
         raise Misfit(f"its {letter.name} reads one K, and these terms read {first} and {second}")

@@ -138,6 +138,7 @@ def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
                 "unroll.loss takes families; or give it its sizes: Z: [n, N]",
             )
     exact = blocks.derive(problem, spec)
+    spec = spec.naming(exact.chosen)
     return Derivation(spec, problem, exact, controlled(parametrise(exact, problem, spec), problem, spec))
 
 
@@ -309,14 +310,15 @@ def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
     for found in proxes(mine):
         rows += _prox_rows(found)
     suffix = f"_{half.name}" if half.name else ""
-    first = half is d.halves[0] and not d.spec.unroll.blocks if d.spec.unroll is not None else False
+    whole = d.spec.unroll is not None and not d.spec.unroll.blocks
     for a in d.exact.definitions:  # of a text in several variables, all before the first
-        if not suffix or a.target.name.endswith(suffix) or first:
+        if not suffix or a.target.name.endswith(suffix) or (whole and half is d.halves[0]):
             rows.append(("", f"{a.target.name} = {pretty(a.value)}"))
     for i, a in enumerate(mine):
         rows.append(("step" if i == 0 else "", f"{a.target.name} ← {pretty(a.value)}"))
-    prefix = f"{half.name}: " if half.name else ""
-    rows += [("", note.removeprefix(prefix)) for note in d.exact.notes if note.startswith(prefix)]
+    prefix = f"{half.name}: " if half.name and not whole else ""
+    if half is d.halves[-1] or not whole:  # of a text in several variables, after the last
+        rows += [("", note.removeprefix(prefix)) for note in d.exact.notes if note.startswith(prefix)]
     for head, body in rows:
         yield from _row(head, body)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy as sp
@@ -129,6 +130,7 @@ class Step:
     blocks: names of the parts of a layer, in order; none where it has one part.  estimated: inputs that a formula
     has taken the place of.  departures: what is not the exact algorithm.  subproblems: what each block minimises, in one variable.
     hands: how the terms were dealt out to the letters of the algorithm.  residuals: what tells a solution, for who runs it to the end.
+    chosen: where a spec leaves its algorithm open -> the one that was taken.
     """
 
     algorithm: str
@@ -144,3 +146,4 @@ class Step:
     subproblems: tuple[tuple[str, Problem], ...] = ()
     hands: tuple[Hand, ...] = ()
     residuals: Residuals = Residuals()
+    chosen: Mapping[tuple[str | int, ...], str] = field(default_factory=dict[tuple[str | int, ...], str])

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from unroll.api import Source, build, network_of, read
 from unroll.calculus.gradient import gradient
-from unroll.derivation.algorithms import LIPSCHITZ, Algorithm, by_simplicity
+from unroll.derivation.algorithms import LIPSCHITZ, NONE_FITS, Algorithm, Options, by_simplicity
 from unroll.derivation.algorithms import find as find_named
+from unroll.derivation.choosing import Tried, choose, tried
 from unroll.derivation.dealing import GRADIENT, PROX, convex, letters
 from unroll.derivation.derive import Derivation
 from unroll.derivation.derive import derive as derive_spec
@@ -28,7 +29,7 @@ from unroll.errors import SpecError, UnrollError
 from unroll.language.constructors import add, elementwise, total
 from unroll.language.constructors import split as unscaled
 from unroll.language.nodes import Expr, Indicator, slot
-from unroll.language.problem import from_spec
+from unroll.language.problem import Problem, from_spec
 from unroll.language.show import pretty
 from unroll.network import values as given_values
 from unroll.network.kinds import check_kind
@@ -52,10 +53,10 @@ from unroll.solver.iteration import (
 )
 from unroll.spec import Spec, load, texts
 from unroll.spec.nodes import plain
+from unroll.spec.texts import AUTO
 
 DEFAULTS = {torch.float64: 1e-8, torch.float32: 1e-5}
 """Tolerances where none is asked for, of the types that can certify a solution."""
-AUTO = "auto"
 OF_SPEC = ("step", "momentum", "split", "numbers", "updates", "start")
 """What a spec says of its algorithm, and `solve` too."""
 
@@ -223,39 +224,44 @@ def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choi
     problem = from_spec(spec, dict(sizes))
     if len(problem.variables) != 1:
         raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
-    parts = classify(problem)
-    refused: list[SpecError] = []
-    maps = [a for a in by_simplicity() if is_map(a)]
-    mapped = _first_of(spec, [a for a in maps if a.fits(parts) is None], sizes, refused)
+    own = [find_named(name, spec) for name in spec.algorithms]
     if algorithm is not None and algorithm != AUTO:
         named = _named(spec, algorithm)
+        maps = tried(problem, filter(is_map, by_simplicity(own)))
+        mapped = next((_derived(spec, t.algorithm, sizes) for t in maps if t.step is not None), None)
         try:
             found = derive_spec(_alone(spec, named), dict(sizes))
         except SpecError as e:  # its place is in no text of the user's
             raise SpecError(e.code, e.message, None, e.hint, e.notes) from None
         claims = "optimum" in named.text.record.claims and not found.exact.departures
         return Choice(named.name, found, mapped, claims)
-    if mapped is not None:
-        return Choice(mapped.exact.algorithm, None, mapped, True)
-    others = [a for a in by_simplicity() if "optimum" in a.text.record.claims and not is_map(a)]
-    fitting = [a for a in others if a.fits(parts) is None]
-    found = _first_of(spec, fitting, sizes, refused) if all(map(convex, parts)) else None
-    if found is not None:
-        return Choice(found.exact.algorithm, found, None, True)
-    if refused:
+    choice = choose(problem, Options(), own)
+    if choice.taken is None:
+        raise _unsolved(spec, problem, choice.before)
+    taken = choice.taken.algorithm
+    found = _derived(spec, taken, sizes)
+    text, mapped = (None, found) if is_map(taken) else (found, None)
+    return Choice(taken.name, text, mapped, "optimum" in taken.text.record.claims)
+
+
+def _derived(spec: Spec, a: Algorithm, sizes: Mapping[str, int]) -> Derivation:
+    return derive_spec(_alone(spec, a, own=False), dict(sizes))
+
+
+def _unsolved(spec: Spec, problem: Problem, refused: Sequence[Tried]) -> SpecError:
+    """Why nothing solves it, and what would."""
+    parts = classify(problem)
+    if open_step := next((t for t in refused if t.needs_a_number), None):
         hint = "layers with steps of a size of your own, by unroll.compile, as unroll: {algorithm: gradient_descent, layers: 100, step: 0.01}"
-        message = f"no algorithm here solves {spec.title}: {refused[0].message}, so no step is known to be short enough"
-        raise SpecError("E303", message, hint=hint) from refused[0]
-    why = maps[-1].fits(parts)
-    named_hint = (
-        f"it is not known to be convex; {fitting[0].name} fits, algorithm='{fitting[0].name}', without a claim"
-        if fitting
-        else ""
-    )
-    raise SpecError(
+        message = f"no algorithm here solves {spec.title}: {open_step.reason}, so no step is known to be short enough"
+        return SpecError("E303", message, hint=hint)
+    fits = next((t.algorithm.name for t in refused if t.step is not None), None)
+    named = f"it is not known to be convex; {fits} fits, algorithm='{fits}', without a claim" if fits else ""
+    why = next((t.reason for t in reversed(refused) if is_map(t.algorithm)), NONE_FITS)
+    return SpecError(
         "E303",
         f"no algorithm here solves {spec.title}: {why}",
-        hint=unsigned(parts) or named_hint or _remedy(parts),
+        hint=unsigned(parts) or named or _remedy(parts),
         notes=tuple(p.show() for p in parts),
     )
 
@@ -272,20 +278,6 @@ def is_map(a: Algorithm) -> bool:
         and all(u <= {GRADIENT} or u <= {PROX} for u in uses)
         and not any(x.operator for x in letters(a.text))
     )
-
-
-def _first_of(
-    spec: Spec, among: Iterable[Algorithm], sizes: Mapping[str, int], refused: list[SpecError]
-) -> Derivation | None:
-    """The first that can be derived: one whose constants are known."""
-    for a in among:
-        try:
-            return derive_spec(_alone(spec, a, own=False), dict(sizes))
-        except SpecError as e:
-            if e.code not in ("E302", "E303", "E304"):
-                raise
-            refused.append(e)
-    return None
 
 
 def _named(spec: Spec, name: str) -> Algorithm:

@@ -125,6 +125,14 @@ class Spec(Document):
         """The spec of the layers alone, with nothing around them."""
         return self.check(self._root.without(*AROUND), self._preset, self._left)
 
+    def naming(self, algorithms: Mapping[tuple[str | int, ...], str]) -> Spec:
+        """The spec with these algorithms in place; those of the user's own folder are worked in."""
+        root = self._root
+        for path, name in algorithms.items():
+            keys = [(str(key), key_origin(self._root, path[: i + 1])) for i, key in enumerate(path)]
+            root = put(root, keys, Scalar(name, self.origin(*path).saying(name)))
+        return self if root is self._root else self.check(_with_texts(root), self._preset, self._left)
+
     def origin(self, *path: str | int) -> Origin:
         """Where the value at `path` is written; of a default, the nearest key around it, with the default as text."""
         node = node_at(self._root, path)

@@ -358,7 +358,7 @@ class Block(Scheme):
 
     block: Name
     algorithm: str | None = None
-    """a block without one leaves what its output says: declared, not derived"""
+    """a name, a path, or auto; a block without one leaves what its output says: declared, not derived"""
     over: Name | None = None
     """the variable it is about; may be left out where there is one"""
     variable: dict[Name, TensorField] = {}
@@ -378,6 +378,7 @@ class Unroll(Scheme):
     """How the objective becomes layers."""
 
     algorithm: str | None = None
+    """a name of `unroll list algorithms`, the path of a text, or auto: the simplest that fits and claims something of the problem"""
     schedule: dict[Name, Formula] = {}
     """scalar -> its value as a formula of `layer`, 0, 1, .. and `layers`"""
     layers: Annotated[int, Field(ge=1, le=10_000)] | Literal["equilibrium"]

@@ -15,6 +15,9 @@ from unroll.spec.messages import to_spec_error
 from unroll.spec.nodes import Entries, Origin, Scalar, key_origin, node_at, plain
 from unroll.spec.schema import Algorithm
 
+AUTO = "auto"
+"""No text is called so: one is chosen."""
+
 
 @dataclass(frozen=True, eq=False)
 class Text:
@@ -72,6 +75,8 @@ def _read(path: Path, changed: int) -> Text:
 
 def _called(name: str, text: Text) -> Text:
     """The text, if it is called as what holds it. Raises SpecError E320."""
+    if name == AUTO:
+        raise SpecError("E320", f"no text is called {AUTO}: one that fits is chosen", text.where("algorithm"))
     if text.name != name:
         raise SpecError(
             "E320", f"'{text.name}' stands where '{name}' is meant", text.where("algorithm"), f"algorithm: {name}"

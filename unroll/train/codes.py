@@ -13,6 +13,7 @@ from torch import nn
 
 from unroll.errors import SpecError, UnrollError
 from unroll.solver.solve import solve
+from unroll.spec import Spec
 from unroll.spec.schema import Train
 from unroll.train import losses
 from unroll.train.job import Job, build, first_rank, plain_spec
@@ -110,7 +111,7 @@ def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
     baselines, notes = _baselines(job, data, layers)
     notes = (*notes, *unsolved)
     depth = f"{layers} iterations"
-    nets = {f"untrained (= {(spec.unroll and spec.unroll.algorithm) or 'the steps as written'}, {depth})": initial}
+    nets = {f"untrained (= {_algorithm(cast(Spec, initial.spec))}, {depth})": initial}
     nets |= {f"{name}, {depth}": baseline for name, baseline in baselines.items()}
     nets[f"{spec.title}, trained"] = net
     rows = [measure(name, cast(Net, item), held, reference) for name, item in nets.items()]
@@ -126,6 +127,10 @@ def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
     errors = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
     footer = f"NMSE and support F1 are against {AGAINST[kind]}"
     return Closing(rows, CODES, len(held), kind, footer, notes, errors)
+
+
+def _algorithm(spec: Spec) -> str:
+    return (spec.unroll and spec.unroll.algorithm) or "the steps as written"
 
 
 def _optimum(job: Job, held: Split, parameters: Tensors) -> tuple[Tensors, tuple[str, ...]]:

@@ -311,7 +311,15 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
+        _settle(job, cast(Spec, net.spec))
     return replace(data, parameters=parameters), net
+
+
+def _settle(job: Job, spec: Spec) -> None:
+    """The spec of the folder with the algorithm that was chosen, if it left that open: it is not chosen anew."""
+    if spec != job.spec:
+        (job.folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+        _amend(job.folder / "run.json", {"spec_sha256": spec.sha256})
 
 
 def _keep_given(job: Job, net: Net, exact: Tensors) -> Tensors:
