@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from xml.etree import ElementTree
 
 import networkx as nx
@@ -55,8 +56,8 @@ from unroll.language.constructors import (
 )
 from unroll.language.nodes import ONE, Expr, slot
 from unroll.lower.graph import Builder, Graph, axes_text, lower_terms
-from unroll.lower.operations import Stage
-from unroll.lower.passes import PASSES, Optimised, Sizes, flatten, gram, optimise, verify
+from unroll.lower.operations import Ref, Stage
+from unroll.lower.passes import PASSES, Optimised, Sizes, collect, flatten, gram, optimise, order, verify
 from unroll.network.evaluate import evaluate
 from unroll.network.network import load
 from unroll.pages.graph_picture import graph_text, mermaid, svg
@@ -293,6 +294,70 @@ def test_a_product_that_is_read_transposed_is_distributed_transposed() -> None:
     cheap, did = gram(graph, Sizes({}, 1))
     assert did.startswith("1 product")
     assert difference(graph, cheap, {}) < 1e-13
+
+
+def leaf(b: Builder, name: str, stage: Stage = Stage.BODY) -> Ref:
+    """A square matrix, so that a transposition is seen by its values alone."""
+    return b.leaf("given", name, (sp.Integer(4), sp.Integer(4)), stage)
+
+
+HEADS: dict[str, Callable[[Builder, Ref], Ref]] = {
+    "scale": lambda b, x: b.scaled(b.leaf("scalar", "c", (ONE, ONE), Stage.SETUP), x),
+    "matmul": lambda b, x: b.add("matmul", (leaf(b, "m"), x)),
+    "matmul, from the right": lambda b, x: b.add("matmul", (x, leaf(b, "m"))),
+    "difference": lambda b, x: b.add("difference", (x,), "difference", False),
+    "difference, adjoint": lambda b, x: b.add("difference", (x,), "difference", True),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_what_stands_in_front_of_several_terms_is_applied_to_their_sum(name: str, turned: bool) -> None:
+    """c v / 2 + 2 c F x - 3 c F y', or c F' ..: in two steps c (v / 2 + F (2 x - 3 y'))."""
+    b = Builder()
+    turn: Callable[[Ref], Ref] = b.flip if turned else lambda r: r
+    x, y, v = (leaf(b, n) for n in "xyv")
+    fx, fy = (HEADS["scale"](b, turn(HEADS[name](b, r))) for r in (x, b.flip(y)))
+    first = [HEADS["scale"](b, v)] if b.view(fx).shape == b.view(v).shape else []
+    coefs = (sp.Rational(1, 2), sp.Integer(2), sp.Integer(-3))[-2 - len(first) :]
+    graph = b.graph({("term", "e"): b.add("add", (*first, fx, fy), coefs)})
+    once, did = collect(graph, Sizes({}, 1))
+    inner = name.split(",")[0]
+    assert ops(once, "scale") == 1 + (inner == "scale") and (inner == "scale" or ops(once, inner) == 1)
+    assert not did.startswith("0 ")
+    assert difference(graph, once, {}) < 1e-13
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_sign_in_front_of_a_product_goes_into_its_sum(turned: bool) -> None:
+    b = Builder()
+    s = b.add("add", (leaf(b, "x"), leaf(b, "y")), (sp.Integer(2), sp.Integer(-3)))
+    e = b.product(b.number(sp.Integer(-1)), (leaf(b, "m", Stage.SETUP), b.flip(s) if turned else s))
+    graph = b.graph({("term", "e"): e})
+    ordered, _ = order(graph, Sizes({}, 1))
+    assert ops(ordered, "add") == 1
+    assert difference(graph, ordered, {}) < 1e-13
+
+
+@pytest.mark.parametrize("why", ["read elsewhere", "known before the layers", "of another size"])
+def test_what_would_not_be_saved_stays_in_its_terms(why: str) -> None:
+    b = Builder()
+    x, y = leaf(b, "x"), leaf(b, "y", Stage.PROLOGUE if why.startswith("known") else Stage.BODY)
+    if why == "of another size":
+        y = b.leaf("given", "y", (sp.Integer(4), ONE), Stage.BODY)
+    cx, cy = (HEADS["scale"](b, r) for r in (x, y))
+    roots = {("term", "e"): b.add("add", (cx, cy), (ONE, ONE))}
+    if why == "read elsewhere":
+        roots["term", "f"] = cy
+    graph = b.graph(roots)
+    assert collect(graph, Sizes({}, 1))[1].startswith("0 ")
+
+
+def test_the_weight_of_a_splitting_is_multiplied_once_in_each_layer() -> None:
+    unrolled = {"algorithm": "admm", "layers": 2, "learn": {"theta": {"replaces": "mu / rho"}}}
+    net = unroll.compile({"use": "fused_lasso", "dims": {"m": 3, "n": 5}, "unroll": unrolled})
+    assert net.source.split("def forward(self")[1].count("self.rho *") == 1
+    assert "= -(" not in net.source
 
 
 def test_a_pass_that_changes_a_value_is_caught() -> None:

@@ -157,6 +157,25 @@ def test_a_network_takes_each_column_and_learns_the_step() -> None:
     assert net.theta.grad.isfinite().all()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("n, T", [(12, 3), (4, 4), (2, 5), (1, 3), (3, 2), (3, 1)])
+def test_along_the_other_axis_it_is_that_of_the_transpose(n: int, T: int) -> None:
+    """By its prox, and by the duals of two composite terms along both axes, against CVXPY."""
+    terms = {"f": "1/2*sumsq(Z - X)", "jumps": "mu*tv(Z.T)", "size": "lam*norm1(Z)"}
+    net = unroll.compile({**SPEC, "dims": {"n": n, "T": T}, "minimize": terms}, dtype=D)
+    x = torch.randn(5, T, n, generator=torch.Generator().manual_seed(0), dtype=D)
+    want = torch.nn.functional.softshrink(prox_tv(x.mT, 0.3).mT, 0.1)
+    assert torch.allclose(net(x), want, atol=1e-14)
+
+    plane = {**SPEC, "dims": {"n": n, "T": T}, "minimize": {**terms, "size": "lam*tv(Z)"}}
+    plane["unroll"] = {"algorithm": "condat_vu", "layers": 2000}
+    found, z = unroll.compile(plane, dtype=D)(x[:1])[0], cp.Variable((T, n))
+    cost = cp.sum_squares(x[0].numpy() - z) / 2
+    cost += 0.3 * cp.sum(cp.abs(cp.diff(z, axis=0))) if T > 1 else 0
+    cost += 0.1 * cp.sum(cp.abs(cp.diff(z, axis=1))) if n > 1 else 0
+    cp.Problem(cp.Minimize(cost)).solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11)
+    assert abs(found.numpy() - z.value).max() < 1e-5
+
+
 def test_fused_lasso_by_proximal_gradient_is_that_of_cvxpy() -> None:
     g = torch.Generator().manual_seed(0)
     a, x = torch.randn(20, 30, generator=g, dtype=D) / 4, torch.randn(2, 20, generator=g, dtype=D)

@@ -11,6 +11,7 @@
     semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b; so for f(z M), M' M = I
     quadratic            an affine gradient H z + b:                           solve (I + t H) z = v - t b
     sets                 projections
+    of z' alone          any of these:                                         the transpose of its prox at the transpose
 
 Each rule checks its side condition; a term that none covers is refused with the reason.
 Source: Combettes & Pesquet 2011, doi:10.1007/978-1-4419-9569-8_10; Beck 2017, First-Order Methods in Optimization, ch. 6.
@@ -111,6 +112,20 @@ def replace_role(z: Sym) -> Sym:
 @cache
 def derive(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()) -> Proximal:
     """argmin over z of t * term + |z - at|^2 / 2. `swaps`: products of scalars that a symbol has taken the place of."""
+    try:
+        return _derived(term, z, t, at, swaps)
+    except DeriveError as refused:
+        if 1 in z.shape:
+            raise
+        turned = symbol(f"{z.name}_T", z.ncols, z.nrows, z.role, z.rank, z.family, z.props)
+        try:  # a transposition changes no length
+            found = _derived(substitute(term, {z: transpose(turned)}), turned, t, transpose(at), swaps)
+        except DeriveError:
+            raise refused from None
+        return replace(found, step=transpose(found.step))
+
+
+def _derived(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
     parts = Parts.of(term, z)
     if parts.tilt:
         at = add(at, scale(-t, add(*parts.tilt)))

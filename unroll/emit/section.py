@@ -86,6 +86,8 @@ class Section:
         node = self.graph.nodes[i]
         if node.op == "attention":
             return 3 if k == 0 else 1
+        if node.op == "difference":
+            return 2 if node.attrs[1] else 1
         return max(node.attrs[0].count(slot(k)), 1) if node.op == "map" else 1
 
     def _deserves(self, i: int, reads: int) -> bool:

@@ -574,12 +574,13 @@ def _operator_axes(name: str) -> Callable[[Sequence[View], tuple[Any, ...]], Sha
 
 
 def _difference_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
-    (x,) = args
-    axis, adjoint = _axis(x, "r"), out.attrs[1]
+    (x,), adjoint = args, out.attrs[1]
+    order = "cr" if out.batched else "rc"
+    text, axis = x.ordered(order), -2 if order == "rc" and "c" in x.tags else -1
     if not adjoint:
-        return x.text.then(f".diff(dim={axis})")
+        return text.then(f".diff(dim={axis})")
     before, after = ("0, 0, 1, 0", "0, 0, 0, 1") if axis == -2 else ("1, 0", "0, 1")
-    return Text(f"F.pad({x.text.code}, ({before})) - F.pad({x.text.code}, ({after}))", SUM)
+    return Text(f"F.pad({text.code}, ({before})) - F.pad({text.code}, ({after}))", SUM)
 
 
 def _eye_text(out: Node, args: Sequence[Operand], c: Context) -> Text:

@@ -4,6 +4,7 @@ smaller     inv(a I + c M' M) @ B is worked out by the inverse of a I + c M M' w
 solves      inv(S) @ B becomes a solve; by Cholesky where S is positive definite
 gram        products distribute over sums where that is cheaper: A'(A z - x) -> (A'A) z - A'x
 order       the order of multiplication with the least work, given sizes, depth and what can be done once
+collect     what stands in front of several terms of a sum is applied once: c x + c D' y -> c (x + D' y)
 attention   V softmax(scale V' V) is one fused operation
 contract    a sum over a family of products is one contraction
 parseval    lengths of signals, and their weighed sums over a family, are taken per frequency: no signal is needed then
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import sympy as sp
 from sympy.core.relational import Relational
@@ -304,6 +305,8 @@ def order(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
             return None
         coef, *factors = inputs
         count += len(factors) > 2
+        if b.nodes[coef.node].attrs == (-1,):
+            coef, factors = _signed_sum(b, coef, factors)
         return _multiply(b, coef, tuple(factors), sizes)
 
     out = rewrite(graph, rule)
@@ -355,8 +358,84 @@ def _multiply(b: Builder, coef: Ref, factors: tuple[Ref, ...], sizes: Sizes) -> 
     return weighted(0, n - 1)
 
 
+def _signed_sum(b: Builder, minus: Ref, factors: list[Ref]) -> tuple[Ref, list[Ref]]:
+    """A sign in front of a product goes into the first sum in it that each layer works out."""
+    for i, ref in enumerate(factors):
+        node = b.nodes[ref.node]
+        if node.op == "add" and node.stage == Stage.BODY:
+            turned = b.add("add", node.inputs, tuple(-c for c in node.attrs[0]))
+            return b.number(ONE), [*factors[:i], b.flip(turned) if ref.flip else turned, *factors[i + 1 :]]
+    return minus, factors
+
+
 def _flops(left: View, inner: View, right: View, sizes: Sizes) -> int:
     return 2 * sizes(left.shape[0]) * sizes(inner.shape[1]) * sizes(right.shape[1])
+
+
+def collect(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """A number or linear map in front of several terms of a layer's sum is applied once, to their sum."""
+    total, count = 0, 1
+    while count:
+        graph, count = _collected(graph)
+        total += count
+    return graph, f"{total} numbers and maps applied to a sum, not to its terms"
+
+
+def _collected(graph: Graph) -> tuple[Graph, int]:
+    """One step, from the outermost: what is taken out of a sum can stand in the next one."""
+    count = 0
+    rooted = {r.node for r in graph.roots.values()}
+    alone = {i for i, who in graph.users.items() if len(who) == 1 and i not in rooted}
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "add" or node.stage != Stage.BODY:
+            return None
+        own = [graph.nodes[r.node].stage == Stage.BODY and r.node in alone for r in node.inputs]
+        heads = dict[_Head, dict[int, Ref]]()
+        for i, ref in enumerate(inputs):
+            for head, inner in _heads(b, ref) if own[i] else ():
+                heads.setdefault(head, {})[i] = inner
+        head, among = max(heads.items(), key=lambda h: len(h[1]), default=(None, {}))
+        if head is None or len(among) < 2:
+            return None
+        count += 1
+        coefs: tuple[sp.Expr, ...] = node.attrs[0]
+        one = head.of(b, b.add("add", among.values(), tuple(coefs[i] for i in among)))
+        rest = [i for i in range(len(inputs)) if i not in among]
+        return b.add("add", (*(inputs[i] for i in rest), one), (*(coefs[i] for i in rest), ONE))
+
+    return rewrite(graph, rule), count
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A linear operation, all but its operand `at`: what is alike in terms that can be added before it is done."""
+
+    op: str
+    attrs: tuple[Any, ...]
+    at: int
+    others: tuple[Ref, ...]
+    flip: bool
+    kind: tuple[Any, ...]
+
+    def of(self, b: Builder, x: Ref) -> Ref:
+        ref = b.add(self.op, (*self.others[: self.at], x, *self.others[self.at :]), *self.attrs)
+        return b.flip(ref) if self.flip else ref
+
+
+def _heads(b: Builder, term: Ref) -> Iterator[tuple[_Head, Ref]]:
+    node = b.nodes[term.node]
+    for at in LINEAR.get(node.op, ()):
+        x, others, flip = node.inputs[at], node.inputs[:at] + node.inputs[at + 1 :], term.flip
+        if node.op == "scale" and b.view(others[0]).shape == (ONE, ONE):
+            x, flip = b.flip(x) if flip else x, False
+        kind = (b.view(x).shape, b.nodes[x.node].families, b.nodes[x.node].batched)
+        yield _Head(node.op, node.attrs, at, others, flip, kind), x
+
+
+LINEAR = {"scale": (1,), "matmul": (0, 1), "difference": (0,), "shifts": (0,), "repeat": (0,), "first": (0,)}
+"""Operation -> operands in which it is linear, the others held."""
 
 
 def contract(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
@@ -674,6 +753,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("solves", solves),
     ("gram", gram),
     ("order", order),
+    ("collect", collect),
     ("attention", attention),
     ("contract", contract),
     ("parseval", parseval),
