@@ -118,3 +118,16 @@ def test_what_it_cannot_do_is_said(control: dict[str, Any], message: str) -> Non
 def test_several_steps_of_a_block_have_no_controller() -> None:
     with pytest.raises(SpecError, match="a controller gives its numbers once in a layer"):
         unroll.derive(lasso({}, blocks=True, steps=2))
+
+
+@pytest.mark.parametrize(
+    "reads", [["norm1(A @ z - x) / norm1(x)"], ["norm2(z) / (norm1(x) * norm2(x))", "1 / sumsq(x)"]]
+)
+def test_a_blank_sample_leaves_the_others_and_every_gradient_alone(reads: list[str]) -> None:
+    found, x = awake(lasso({"reads": reads})), samples()
+    kept = found(x)
+    x[2] = 0
+    z = found(x)
+    assert torch.equal(z[[0, 1, 3]], kept[[0, 1, 3]]) and z.isfinite().all()
+    z.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in found.parameters())

@@ -16,14 +16,17 @@ from dataclasses import dataclass, field, replace
 
 import sympy as sp
 
+from unroll.calculus.cones import nonnegative
+from unroll.calculus.torch_text import nonzero
 from unroll.derivation.learning import names_in, put, read, without_unused
 from unroll.derivation.step import Assign, Learned, State, Step
 from unroll.errors import SpecError
 from unroll.language.constructors import elementwise, symbol, zeros
 from unroll.language.functions import Value, as_expr
-from unroll.language.nodes import Expr, Sym, scalar, show_shape, slot
+from unroll.language.nodes import Expr, Map, Sym, scalar, show_shape, slot
 from unroll.language.parse import Scope, parse
 from unroll.language.problem import Problem, place_of
+from unroll.language.traversal import transform
 from unroll.spec import Spec
 from unroll.spec.schema import Control, Learn
 
@@ -150,7 +153,7 @@ class _Cell:
             )
         s = scalar(self._called(f"read_{i + 1}"))
         self.names[f"read_{i + 1}"] = s
-        self.made.append(Assign(s, e, ""))
+        self.made.append(Assign(s, transform(e, _divided), ""))
         return s
 
     def _gives(self, name: str, step: Step, size: sp.Expr) -> Step:
@@ -183,6 +186,17 @@ class _Cell:
         )
         self.made.append(Assign(p.symbol, elementwise(_link(p), as_expr(inner)), f"{name}: for {p.text.strip()}"))
         return replace(step, learned=kept)
+
+
+def _divided(e: Expr) -> Expr | None:
+    """A size divided by is 1 where it is 0: what a sample that is blank gives is a number then."""
+    if not isinstance(e, Map):
+        return None
+    sizes = {
+        p: elementwise(p.base, *e.args) for p in e.profile.atoms(sp.Pow) if p.exp.is_negative and p.base.free_symbols
+    }
+    guarded = {p: nonzero(p.base) ** p.exp for p, size in sizes.items() if nonnegative(size)}
+    return elementwise(e.profile.xreplace(guarded), *e.args) if guarded else None
 
 
 def _words(formula: str) -> set[str]:
