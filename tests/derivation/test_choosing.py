@@ -130,3 +130,22 @@ def test_a_model_around_the_layers_keeps_the_choice(tmp_path):
     net.save(tmp_path)
     image = torch.randn(2, 1, 8, 8)
     assert torch.equal(unroll.restore(tmp_path)(image), net(image))
+
+
+@pytest.mark.parametrize(("algorithm", "minimize", "taken", "other"), [
+    ("douglas_rachford", {"a": FIT, "b": "lam * norm1(z)"}, {"f": "a", "g": "b"}, {"f": ["b"], "g": ["a"]}),
+    ("admm", {"a": FIT, "b": "lam * norm1(z)", "c": "mu * sumsq(z)"}, {"f": "a, c", "g": "b"}, {"f": ["a"], "g": ["b", "c"]}),
+])  # fmt: skip
+def test_the_next_best_dealing_is_printed_and_can_be_taken(algorithm, minimize, taken, other):
+    first = unroll.derive(spec(minimize, algorithm=algorithm))
+    for letter, terms in taken.items():
+        assert any(n.startswith(f"{letter}: {terms}") for n in first.exact.notes)
+    said = ", ".join(f"{letter}: [{', '.join(terms)}]" for letter, terms in other.items())
+    assert f"or split: {{{said}}}" in str(first)
+    second = unroll.derive(spec(minimize, algorithm=algorithm, split=other))
+    assert {h.letter: list(h.terms) for h in second.exact.hands} == other
+    assert "or split" not in str(second)
+
+
+def test_where_one_dealing_fits_no_other_is_printed():
+    assert "or split" not in str(unroll.derive(spec({"a": FIT, "b": "mu * tv(z)"}, algorithm="half_quadratic")))

@@ -15,12 +15,12 @@ from typing import cast
 
 import sympy as sp
 
-from unroll.derivation.dealing import Misfit, deal, letters
+from unroll.derivation.dealing import Misfit, deal, letters, others
 from unroll.derivation.known import LIPSCHITZ, state_of
 from unroll.derivation.parts import Part, classify, unsigned
 from unroll.derivation.reading import MOMENTUM, OWN_STEP, STEP, Options, Reading
 from unroll.derivation.step import LAYER, Assign, Step
-from unroll.errors import DeriveError, SpecError, did_you_mean
+from unroll.errors import DeriveError, SpecError, UnrollError, did_you_mean
 from unroll.language.constructors import constant
 from unroll.language.nodes import Expr
 from unroll.language.parse import parse
@@ -145,6 +145,19 @@ def attempt(algorithm: Algorithm, problem: Problem, parts: tuple[Part, ...], opt
     return replace(
         step, definitions=tuple(once), assigns=(*(replace(a, block=step.assigns[0].block) for a in each), *step.assigns)
     )
+
+
+def otherwise(algorithm: Algorithm, problem: Problem, options: Options) -> Iterator[str]:
+    """The next best dealing whose constants are known, as the spec would ask for it."""
+    parts = classify(problem)
+    for split in others(algorithm.text, parts, options.split):
+        try:
+            attempt(algorithm, problem, parts, replace(options, split=split))
+        except (Misfit, UnrollError):
+            continue
+        letters_of = ", ".join(f"{letter}: [{', '.join(terms)}]" for letter, terms in split.items())
+        yield f"or split: {{{letters_of}}}"
+        return
 
 
 def _known_terms(text: Text, parts: tuple[Part, ...], options: Options) -> None:

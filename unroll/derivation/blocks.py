@@ -184,7 +184,9 @@ def _iteration(half: Half, problem: Problem, scope: Scope) -> tuple[Step, list[D
 
 
 def _named(half: Half, problem: Problem, options: Options) -> Step:
-    return algorithms.build(algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm")), problem, options)
+    algorithm = algorithms.find(half.algorithm, half.spec, (*half.path, "algorithm"))
+    step = algorithms.build(algorithm, problem, options)
+    return replace(step, notes=(*step.notes, *algorithms.otherwise(algorithm, problem, options)))
 
 
 def _chosen(half: Half, problem: Problem, options: Options) -> Step:
@@ -193,8 +195,9 @@ def _chosen(half: Half, problem: Problem, options: Options) -> Step:
     choice = choose(problem, options, own)
     said = tuple(choice.says())
     assert choice.taken is not None and choice.taken.step is not None
-    name, step = choice.taken.algorithm.name, choice.taken.step
-    return replace(step, notes=(*step.notes, *said), chosen={(*half.path, "algorithm"): name})
+    algorithm, step = choice.taken.algorithm, choice.taken.step
+    notes = (*step.notes, *algorithms.otherwise(algorithm, problem, options), *said)
+    return replace(step, notes=notes, chosen={(*half.path, "algorithm"): algorithm.name})
 
 
 def _rewritten_objective(half: Half, problem: Problem, call: Call, departures: list[Departure]) -> Problem:

@@ -11,8 +11,7 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
-from math import prod
+from itertools import islice, product
 
 import sympy as sp
 
@@ -35,6 +34,8 @@ MAJORANTS: dict[str, Of] = {"majorant in |z|": "abs", "majorant in z^2": "square
 USES = {"grad": GRADIENT, "hess": GRADIENT, "prox": PROX, "argmin": ARGMIN, "bregman": ENTROPY, "tangent": "majorant"}
 MOST = 512
 """Dealings that are tried, where the first does not fit."""
+NEAR = 32
+"""Those among which the next best is looked for."""
 PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "sets", "simplex")
 
 
@@ -241,6 +242,29 @@ def placed(text: Text, variables: tuple[Sym, ...]) -> dict[str, Sym]:
 
 def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...]] | None = None) -> Dealt:
     """Every part to a letter. named: letter -> the terms that a spec gives it. Raises Misfit with what is missing."""
+    hands = next(_dealings(text, parts, named or {}))
+    places = placed(text, parts[0].among or (parts[0].variable,))
+    return {x.name: tuple(_shares(x, tuple(hands[x.name]), places)) for x in letters(text)}
+
+
+def others(
+    text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...]] | None = None
+) -> Iterator[dict[str, tuple[str, ...]]]:
+    """Letter -> terms, of the dealings after the one that is taken and near it, as a spec would name them."""
+    if not has_a_choice(letters(text)):
+        return
+    first, *after = (
+        {x: tuple(dict.fromkeys(p.term for p in mine)) for x, mine in hands.items() if mine}
+        for hands in _dealings(text, parts, named or {}, NEAR)
+    )
+    whole = (h for h in after if len({t for mine in h.values() for t in mine}) == sum(map(len, h.values())))
+    yield from (h for h in whole if h != first)
+
+
+def _dealings(
+    text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...]], most: int = MOST
+) -> Iterator[dict[str, list[Part]]]:
+    """Letter -> parts, of all that meet every need, the first choice first. Raises Misfit with what the first lacks, if none does."""
     found = letters(text)
     places = placed(text, parts[0].among or (parts[0].variable,))
     smooth = next((x for x in found if GRADIENT in x.uses), None)
@@ -250,24 +274,35 @@ def deal(text: Text, parts: tuple[Part, ...], named: Mapping[str, tuple[str, ...
         bad = [p for p in parts if not p.differentiable]
         if bad:
             raise Misfit(f"{pretty(bad[0].e)} is not smooth")
-    chosen = {t: letter for letter, terms in (named or {}).items() for t in terms}
+    chosen = {t: letter for letter, terms in named.items() for t in terms}
     choices = [_choices(p, found, smooth, chosen.get(p.term), places) for p in parts]
-    hands = _greedy(parts, choices, found)
+    greedy = _greedy(parts, choices, found)
+    refused = _lacks(greedy, found, text)
+    if refused is None:
+        yield greedy
+    fits = refused is None
+    for picks in islice(product(*choices), most):
+        hands = {x.name: [p for p, pick in zip(parts, picks, strict=True) if pick is x] for x in found}
+        if _lacks(hands, found, text) is None:
+            fits = True
+            yield hands
+    if refused is not None and not fits:
+        raise refused
+
+
+def has_a_choice(found: Iterable[Letter]) -> bool:
+    """Are there letters, beside one that takes gradients, among which terms could be dealt otherwise?"""
+    others = [x for x in found if GRADIENT not in x.uses]
+    return len(others) > 1 or any(x.operator for x in others)
+
+
+def _lacks(hands: Mapping[str, list[Part]], found: tuple[Letter, ...], text: Text) -> Misfit | None:
+    """The first need that is not met."""
     try:
         _check(hands, found, text)
-    except Misfit as first:
-        if prod(map(len, choices)) > MOST:
-            raise
-        for picks in product(*choices):  # the first that fits all needs at once
-            hands = {x.name: [p for p, pick in zip(parts, picks, strict=True) if pick is x] for x in found}
-            try:
-                _check(hands, found, text)
-            except Misfit:
-                continue
-            break
-        else:
-            raise first from None
-    return {x.name: tuple(_shares(x, tuple(hands[x.name]), places)) for x in found}
+    except Misfit as missing:
+        return missing
+    return None
 
 
 def _choices(

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import sympy as sp
 
-from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt
+from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, has_a_choice
 from unroll.derivation.formulas import Formula, Later, TextScope
 from unroll.derivation.known import Known, member, state_of
 from unroll.derivation.operations import OPERATIONS
@@ -169,8 +169,7 @@ class Reading(Known):
 
     def _said(self) -> Iterable[str]:
         """How the terms were dealt out, where they could have been otherwise."""
-        others = [x for x in self.letters.values() if GRADIENT not in x.uses]
-        if len(others) < 2 and not any(x.operator for x in others):
+        if not has_a_choice(self.letters.values()):
             return
         for name, shares in self.dealt.items():
             terms = ", ".join(dict.fromkeys(p.term for s in shares for p in s.parts)) or "nothing"
