@@ -12,7 +12,7 @@ from random_expressions import DIMS, LAM, SYMBOLS, A, K, M, N, Q, T, Y, Z, value
 from torch import Tensor
 
 import unroll
-from unroll.calculus.curvature import Bounds, bounds, operator_norm, smoothness
+from unroll.calculus.curvature import Bounds, bounds, jointly_convex, operator_norm, smoothness
 from unroll.errors import DeriveError
 from unroll.language.constructors import elementwise, ones, symbol
 from unroll.language.nodes import Expr, Sym, slot
@@ -25,6 +25,7 @@ SCALARS: dict[sp.Symbol, Any] = {LAM: 0.7} | {d: SIZES[d.name] for d in DIMS}
 B = symbol("B", N, M)
 S = symbol("S", N, N, props={"symmetric"})
 V = symbol("V", N, N, "variable", 2)
+SHIFT = symbol("b", 1, 1, "variable", 0)
 PROPS: tuple[Sym, ...] = (B, S, V)
 SCOPE = Scope({s.name: s for s in (*SYMBOLS, *PROPS)} | {d.name: d for d in DIMS} | {"lam": LAM})
 REACH = (0.05, 0.5, 3.0)
@@ -102,6 +103,14 @@ VECTOR = {
     "diagonal weights": "sumsq(diag(w) @ q)",
     "held": "sumsq(A @ (q - stop_gradient(q)))",
 }
+SHIFTED = {
+    "logistic": "sum(logistic(y * (A @ q + b)))",
+    "two shifts": "sum(sqrt(1 + (lam * (A @ q + b) - sumsq(A) * y)**2))",
+    "tilted": "sum(log(1 + exp(b + A @ q)) - y * (A @ q + b))",
+    "weights and shift": "sum(y**2 * log(1 + (3 * b - 3 * (A @ q))**2))",
+    "cut off": "sum(where(abs(A @ q + b) <= 1, (A @ q + b)**2 / 2, abs(A @ q + b) - 1/2))",
+}
+"""Of a vector q and a number b that is added to each entry."""
 MATRIX = {
     "matrix least squares": "1/2 * sumsq(X - A @ Z)",
     "both sides": "sumsq(A @ Z @ X.T)",
@@ -139,6 +148,39 @@ def test_hessians_lie_within_the_stated_bounds(name: str) -> None:
         at = given(seed)
         for reach in REACH:
             inside(found, e, z, {**at, z: reach * at[z]}, SCALARS)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_a_number_that_shifts_an_argument_changes_no_bound_and_has_its_own(name: str) -> None:
+    e = parse_matrix(SHIFTED[name], Scope({**SCOPE.names, "b": SHIFT}))
+    for z in (Q, SHIFT):
+        found = bounds(e, z)
+        assert found is not None and found.smooth
+        for seed in range(3):
+            at = given(seed)
+            for shift in (0.0, 0.3, -2.0, 40.0):
+                inside(found, e, z, {**at, SHIFT: torch.tensor([[shift]], dtype=torch.float64)}, SCALARS)
+
+
+JOINT = {
+    "sum(logistic(y * (A @ q + b)))": True,
+    "sum(abs(A @ q - b))": True,
+    "2 * sumsq(A @ q + b - y)": True,
+    "sum(exp(A @ q) * exp(b))": True,
+    "sum((A @ q) * b)": False,
+    "sum((A @ q - b**2)**2)": False,
+    "sum(cos(A @ q + b))": False,
+    "-sum(logistic(A @ q + b))": False,
+    "sum((A @ q)**2 - b**2)": False,
+    "sum((A @ (b * q))**2)": False,
+    "sum(log(1 + exp(A @ q)) + 3 * b * (A @ q))": False,
+}
+
+
+@pytest.mark.parametrize("written", JOINT)
+def test_what_is_convex_in_a_vector_and_a_number_together(written: str) -> None:
+    e = parse_matrix(written, Scope({**SCOPE.names, "b": SHIFT}))
+    assert jointly_convex(e, (Q, SHIFT)) == JOINT[written] == jointly_convex(e, (SHIFT, Q))
 
 
 TIGHT = (

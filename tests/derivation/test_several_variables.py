@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cvxpy as cp
 import pytest
 import torch
 from sklearn.decomposition import non_negative_factorization
@@ -215,3 +216,27 @@ def test_one_variable_more_than_a_text_has_is_said() -> None:
         unroll.compile({**CODES, "unroll": {"algorithm": "proximal_gradient", "layers": 1}})
     with pytest.raises(UnrollError, match="E303.*minimises over x and y, and the problem over z"):
         unroll.compile("lasso", dims={"m": 3, "n": 4}, overrides=["unroll.algorithm=palm", "unroll.layers=2"])
+
+
+INTERCEPT = {
+    "dims": {"m": 30, "n": 6}, "inputs": {"y": ["m"]}, "parameters": {"A": ["m", "n"]}, "variables": {"w": ["n"], "b": []}, "scalars": {"lam": 0.5},
+    "minimize": {"fit": "sum(logistic(y * (A @ w + b)))", "size": "lam * norm1(w)"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["joint_proximal_gradient", "palm"])
+def test_an_intercept_without_a_penalty_is_that_of_cvxpy(algorithm: str) -> None:
+    """Labels of one class by far, features that are not centred; and a blank sample, which leaves both where they start."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(30, 6, generator=g, dtype=torch.float64) + 0.3
+    y = torch.where(torch.rand(3, 30, generator=g, dtype=torch.float64) < 0.8, 1.0, -1.0).double()
+    y[2] = 0
+    spec = {**INTERCEPT, "unroll": {"algorithm": algorithm, "layers": 3000}}
+    w, b = unroll.compile(spec, parameters={"A": a}, dtype=torch.float64)(y)
+    for i in range(2):
+        own, shift = cp.Variable(6), cp.Variable()
+        loss = cp.sum(cp.logistic(-cp.multiply(y[i].numpy(), a.numpy() @ own + shift))) + 0.5 * cp.norm1(own)
+        best = cp.Problem(cp.Minimize(loss)).solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11)
+        own.value, shift.value = w[i].numpy(), b[i].numpy()
+        assert abs(loss.value - best) <= 1e-8 * best and abs(shift.value) > 0.1
+    assert (w[2] == 0).all() and b[2] == 0

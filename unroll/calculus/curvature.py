@@ -6,6 +6,7 @@ singular values and families. What no rule covers is None, never a guess.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -30,6 +31,7 @@ from unroll.language.constructors import (
     split,
     swap,
     times,
+    total,
     transpose,
     zeros,
 )
@@ -224,13 +226,14 @@ def entrywise(e: Expr, z: Sym) -> tuple[sp.Expr, Map] | None:
 def _elementwise(profile: sp.Expr, e: Map, z: Sym) -> Bounds | None:
     """sum of profile(M z + b, ...) at the arguments of e: the range of the second derivative there, times |M|^2."""
     moving = [i for i, a in enumerate(e.args) if depends(a, z)]
-    if len(moving) != 1 or e.args[moving[0]].shape != e.shape:
+    if len(moving) != 1:
         return None
     i = moving[0]
     norm = operator_norm(e.args[i], z)
     if norm is None:
         return None
-    profile, factor = _unscaled(profile, i, len(e.args))
+    norm = scale(sp.sqrt(_repeats(e, i)), norm)
+    profile, factor = _unscaled(_unshifted(profile, i, len(e.args)), i, len(e.args))
     try:
         found = scalar_curvature(profile, slot(i))
     except DeriveError:
@@ -241,8 +244,60 @@ def _elementwise(profile: sp.Expr, e: Map, z: Sym) -> Bounds | None:
     )
     if low is None or high is None:
         return None
-    low, high = _lift(low, high, norm, e.args[i] is z)
+    low, high = _lift(low, high, norm, e.args[i] is z and z.shape == e.shape)
     return Bounds(low, high, found.proof, found.reason)
+
+
+def jointly_convex(e: Expr, variables: Sequence[Sym]) -> bool:
+    """Is e known to be convex in all of these together: a sum of f(u + v ..), f convex, every argument affine in them?"""
+    c, body = split(e)
+    inner = body.x if isinstance(body, Sum) and body.axis is None else body
+    if not isinstance(inner, Map) or not (isinstance(body, Sum) or e.is_scalar) or c.is_nonnegative is not True:
+        return False
+    moving = [i for i, a in enumerate(inner.args) if any(depends(a, z) for z in variables)]
+    if not moving or not all(_jointly_affine(inner.args[i], variables) for i in moving):
+        return False
+    profile, (first, *others) = inner.profile, moving
+    for i in others:
+        ratio = _ratio(profile, i, first)
+        if ratio is None or any(ratio.has(slot(j)) for j in moving):
+            return False
+        profile = profile.subs(slot(i), 0)
+    z = next(z for z in variables if depends(inner.args[first], z))
+    found = bounds(total(elementwise(profile, *inner.args)), z)
+    return found is not None and found.convex
+
+
+def _jointly_affine(e: Expr, variables: Sequence[Sym]) -> bool:
+    """A sum of terms that read one of the variables each."""
+    for t in e.terms if isinstance(e, Add) else (e,):
+        read = [z for z in variables if depends(t, z)]
+        if len(read) > 1 or any(operator_norm(t, z) is None for z in read):
+            return False
+    return True
+
+
+def _repeats(e: Map, i: int) -> sp.Expr:
+    """How often an entry of the argument i is read."""
+    return sp.Mul(*(e.shape[k] for k in (0, 1) if e.args[i].shape[k] == 1 and e.shape[k] != 1))
+
+
+def _ratio(f: sp.Expr, j: int, i: int) -> sp.Expr | None:
+    """df/dslot(j) over df/dslot(i): where it reads neither, f reads both in one sum alone."""
+    own = sp.diff(f, slot(i))
+    if own == 0:
+        return None
+    ratio = sp.powsimp(sp.diff(f, slot(j)) / own)
+    return cast(sp.Expr, sp.cancel(ratio) if ratio.is_rational_function() else ratio)
+
+
+def _unshifted(profile: sp.Expr, i: int, count: int) -> sp.Expr:
+    """Without the arguments that only shift what is read of the argument i, in the profile or in its second derivative."""
+    for j in (j for j in range(count) if j != i and profile.has(slot(j))):
+        ratios = (_ratio(f, j, i) for f in (profile, sp.diff(profile, slot(i), 2)))
+        if any(r is not None and not r.has(slot(i)) for r in ratios):
+            profile = profile.subs(slot(j), 0)
+    return profile
 
 
 def _unscaled(profile: sp.Expr, i: int, count: int) -> tuple[sp.Expr, sp.Expr]:
@@ -474,5 +529,4 @@ def _norm_of_map(e: Map, z: Sym) -> Expr | None:
     if inner is None:
         return None
     weights = elementwise(sp.Abs(factor), *e.args)
-    repeats = sp.Mul(*(e.shape[k] for k in (0, 1) if e.args[i].shape[k] == 1 and e.shape[k] != 1))
-    return scale(sp.sqrt(repeats), times(inner, largest(weights)))
+    return scale(sp.sqrt(_repeats(e, i)), times(inner, largest(weights)))

@@ -493,7 +493,8 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
 def convex(p: Part) -> bool:
     """Is a part known to be convex, in all variables that it reads together?"""
     if p.also:
-        return nonnegative(p.e) and quadratic_in(p.e, [q.variable for q in (p, *p.also)])
+        variables = [q.variable for q in (p, *p.also)]
+        return curvature.jointly_convex(p.e, variables) or (nonnegative(p.e) and quadratic_in(p.e, variables))
     if p.descended or (p.smooth is not None and p.smooth.convex):
         return p.smooth is not None and p.smooth.convex
     if p.inner is not None and not p.inner[2].is_identity:
