@@ -756,6 +756,19 @@ class Synthetic(DataSettings):
     seed: Seed = 0
 
 
+class LowRank(DataSettings):
+    """Y = L R' + S with known factors: L R' of low rank, its largest entry 1, and S sparse; sizes are those of the problem."""
+
+    source: Literal["low_rank"]
+    train: Count = 200
+    validation: Count = 20
+    outliers: Share = 0.1
+    """probability that an entry of S is not zero"""
+    size: Positive = 1.0
+    """of outliers: uniform between -size and size, 1 being the largest entry of L R'"""
+    seed: Seed = 0
+
+
 class Files(DataSettings):
     """Arrays from .npy, .npz and .pt files, stored batch first."""
 
@@ -767,7 +780,7 @@ class Files(DataSettings):
     seed: Seed = 0
 
 
-Data = Annotated[Patches | Digits | Images | Characters | Synthetic | Files, Field(discriminator="source")]
+Data = Annotated[Patches | Digits | Images | Characters | Synthetic | LowRank | Files, Field(discriminator="source")]
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -791,6 +804,17 @@ class Search(Record):
     """of which each after the first looks as closely between the neighbours of the best"""
     samples: Count = 1000
     """of the training data, over which the loss is taken"""
+
+
+class Elsewhere(Record):
+    """Held-out samples unlike those of the training, which the closing table has rows for."""
+
+    data: dict[Name, int | float | str | bool | None] = {}
+    """settings of `data:` that are others: {sparsity: 0.2, snr: 20.0}"""
+    perturb: dict[Name, Positive] = {}
+    """parameter -> relative size of Gaussian errors in it: samples are made with that, the network keeps its own"""
+    layers: Count | None = None
+    """of a network whose layers share what is learned: take so many"""
 
 
 class Train(Record):
@@ -821,6 +845,8 @@ class Train(Record):
     stages: Literal["end_to_end", "layerwise"] = "end_to_end"
     refine: Share = 0.5
     """layerwise: the share of the steps in which, at the end, all layers are trained together"""
+    falls: tuple[Share, ...] = ()
+    """layerwise: each stage is trained again at these shares of the learning rate, for as many steps each: [0.2, 0.02]"""
     epochs: Count | None = None
     """20 if neither epochs, steps nor minutes are given"""
     steps: Count | None = None
@@ -837,6 +863,8 @@ class Train(Record):
     """numbers that are searched for on a grid, instead of training"""
     baselines: tuple[str, ...] = ("fista",)
     """algorithms of the same depth that the closing table compares with"""
+    evaluate: dict[Name, Elsewhere] = {}
+    """name -> other held-out samples that the closing table has rows for"""
     tensorboard: bool = False
     seed: Seed = 0
     patience: Count | None = None

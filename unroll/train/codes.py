@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from unroll.errors import SpecError, UnrollError
+from unroll.errors import SpecError, UnrollError, did_you_mean
 from unroll.solver.solve import solve
 from unroll.spec import Spec
-from unroll.spec.schema import Train
+from unroll.spec.schema import LowRank, Parameter, Synthetic, Train
 from unroll.train import losses
-from unroll.train.job import Job, build, first_rank, plain_spec
+from unroll.train.data import make_data
+from unroll.train.job import Job, build, first_rank, plain_spec, shapes_of
 from unroll.train.losses import Net
 from unroll.train.metrics import flat, nmse
-from unroll.train.samples import Data, Split, Tensors
+from unroll.train.samples import Data, Split, Tensors, generator
 from unroll.train.stored import read_tensors
-from unroll.train.table import AGAINST, CODES, Closing, Reference, errors_by_layer, measure, score
+from unroll.train.table import AGAINST, CODES, Closing, Reference, Row, errors_by_layer, measure, score
 
 TOLERANCE, ITERATIONS = 1e-7, 20_000  # of the converged optimum
+ELSEWHERE = 7919
+"""Added to the seed of the data for the samples of `evaluate:`."""
 
 
 @torch.no_grad()
@@ -42,6 +47,8 @@ def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
 def with_targets(job: Job, data: Data) -> Data:
     """The data with the targets that the loss compares with: the truth, or the converged optimum."""
     _check_inputs(job, data)
+    for name in job.settings.evaluate:  # what is asked of the closing table is refused before the training
+        elsewhere(job, data, name)
     samples = data.train.whole()
     target = job.settings.target or ("truth" if samples.targets else "optimum")
     if target == "truth" and not samples.targets:
@@ -124,6 +131,9 @@ def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
             )
         last = f"converged optimum ({kind_of_error} {error:.0e})"
         rows.append(score(last, solved["objective"], _values(solved), reference, math.nan))
+    compared = {name: item for name, item in nets.items() if item is not initial}
+    others, missing = _elsewhere(job, data, compared)
+    rows, notes = [*rows, *others], (*notes, *missing)
     errors = {name: errors_by_layer(cast(Net, item), held, reference) for name, item in nets.items()}
     footer = f"NMSE and support F1 are against {AGAINST[kind]}"
     return Closing(rows, CODES, len(held), kind, footer, notes, errors)
@@ -131,6 +141,53 @@ def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
 
 def _algorithm(spec: Spec) -> str:
     return (spec.unroll and spec.unroll.algorithm) or "the steps as written"
+
+
+def elsewhere(job: Job, data: Data, name: str) -> Split:
+    """The held-out samples of an entry of `evaluate:`, of another seed than those of the training. Raises SpecError E508, E511."""
+    wanted, settings = job.settings.evaluate[name], job.spec.data
+    where = job.spec.key_where("train", "evaluate", name)
+    if not isinstance(settings, Synthetic | LowRank):
+        hint = "source: synthetic and low_rank draw samples, and know the true values"
+        raise SpecError("E508", f"evaluate: {name}: source '{data.source}' has no others with true codes", where, hint)
+    try:
+        own = {**settings.model_dump(), "train": 1, "seed": settings.seed + ELSEWHERE}
+        asked = type(settings).model_validate({**own, **wanted.data})
+    except ValidationError as error:
+        first = error.errors()[0]
+        word = ".".join(map(str, first["loc"]))
+        raise SpecError("E511", f"evaluate: {name}: data: {word}: {first['msg']}", where) from None
+    given = dict(data.parameters)
+    for parameter, size in wanted.perturb.items():
+        if parameter not in given:
+            hint = did_you_mean(parameter, given) or f"there are {', '.join(given) or 'none'}"
+            raise SpecError("E511", f"evaluate: {name}: perturb: '{parameter}' is no parameter", where, hint)
+        given[parameter] = _perturbed(given[parameter], size, job.spec.parameters[parameter], asked.seed)
+    return make_data(asked, shapes_of(job.spec, job.dims), given).validation.to(job.dtype)
+
+
+def _perturbed(value: Tensor, size: float, declared: Parameter, seed: int) -> Tensor:
+    """A + e, |e| = size |A|, with columns of length one where they are declared so."""
+    noise = torch.randn(value.shape, generator=generator(seed), dtype=torch.float64).to(value)
+    moved = value + size * value.norm() / noise.norm() * noise
+    return moved / moved.norm(dim=-2, keepdim=True) if declared.columns == "unit" else moved
+
+
+def _elsewhere(job: Job, data: Data, nets: Mapping[str, nn.Module]) -> tuple[list[Row], tuple[str, ...]]:
+    """Rows of all networks on the samples of `evaluate:`, and why some are not there."""
+    rows, notes = list[Row](), list[str]()
+    for name, wanted in job.settings.evaluate.items():
+        held = elsewhere(job, data, name)
+        for title, net in nets.items():
+            try:
+                rows.append(
+                    measure(
+                        f"{name}: {title}", cast(Net, net), held, Reference("truth", held.targets, None), wanted.layers
+                    )
+                )
+            except UnrollError as error:
+                notes.append(f"{name}: {title}: {error.message}")
+    return rows, tuple(notes)
 
 
 def _optimum(job: Job, held: Split, parameters: Tensors) -> tuple[Tensors, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.spec import schema
-from unroll.spec.schema import DataSettings, Digits, Files, Patches, Synthetic
+from unroll.spec.schema import DataSettings, Digits, Files, LowRank, Patches, Synthetic
 from unroll.train.pictures import change_of, image_sizes, read_folder
 from unroll.train.samples import Data, Shape, Shapes, Split, Tensors, divide, generator, package
 from unroll.train.sources import ABOUT
@@ -140,6 +140,43 @@ def _sparse_samples(settings: Synthetic, A: Tensor, count: int, draw: torch.Gene
     return clean + level * noise, code
 
 
+def low_rank(settings: LowRank, shapes: Shapes, given: Tensors) -> Data:
+    """Y = L R' + S. Y: (B, n, m), Gaussian L: (m, r) and R: (n, r) scaled to a largest entry 1 of L R'; the target is `L @ R.T`."""
+    del given
+    y, l, r = _factor_names(settings, shapes)
+    (n, m), rank = shapes.inputs[y], shapes.variables[l][0]
+    if n is None or m is None or rank is None:
+        raise SpecError("E507", "data: source 'low_rank' needs all sizes", hint="give them under dims:")
+    train, held = (
+        _with_outliers(settings, (count, n, rank, m), generator(settings.seed * 3 + part))
+        for part, count in ((1, settings.train), (2, settings.validation))
+    )
+    name = f"{l} @ {r}.T"
+    return Data("low_rank", Split({y: train[0]}, {name: train[1]}), Split({y: held[0]}, {name: held[1]}))
+
+
+def _with_outliers(settings: LowRank, sizes: tuple[int, int, int, int], draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(low + errors, low): (B, n, m)."""
+    count, n, rank, m = sizes
+    right = torch.randn(count, n, rank, generator=draw, dtype=torch.float64)
+    low = right @ torch.randn(count, rank, m, generator=draw, dtype=torch.float64)
+    low = low / low.abs().amax((-2, -1), keepdim=True)
+    errors = 2 * torch.rand(low.shape, generator=draw, dtype=low.dtype) - 1
+    there = torch.rand(low.shape, generator=draw, dtype=low.dtype) < settings.outliers
+    return low + settings.size * errors * there, low
+
+
+def _factor_names(settings: LowRank, shapes: Shapes) -> tuple[str, str, str]:
+    """(Y, L, R) with Y: (n, m), L: (r, m), R: (r, n) as stored, L before R. Raises SpecError E507."""
+    y = fed_input(settings, shapes)
+    factors = [(name, size) for name, size in shapes.variables.items() if len(size) == 2]
+    for i, (l, of_l) in enumerate(factors):
+        for r, of_r in factors[i + 1 :]:
+            if of_l[0] == of_r[0] and shapes.inputs[y] == (of_r[1], of_l[1]):
+                return y, l, r
+    raise SpecError("E507", "data: source 'low_rank' makes Y = L R' + S, and the problem has no such Y, L and R")
+
+
 def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
     """Arrays by the names of inputs (needed), variables (targets) and parameters (values)."""
     del given
@@ -171,6 +208,7 @@ SOURCES: tuple[Source, ...] = (
     Source("images", read_folder, ABOUT["images"]),
     Source("text", read_text, ABOUT["text"]),
     Source("synthetic", synthetic, ABOUT["synthetic"]),
+    Source("low_rank", low_rank, ABOUT["low_rank"]),
     Source("file", files, ABOUT["file"]),
 )
 

@@ -49,12 +49,13 @@ FOREVER = 2**31  # steps, where only the clock ends the training
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps start .. stop train the first `depth` layers; anneals: the learning rate may fall to 0 in it."""
+    """Steps start .. stop train the first `depth` layers, at this share of the learning rate; anneals: it may fall to 0 in it."""
 
     depth: int
     start: int
     stop: int
     anneals: bool
+    share: float = 1.0
 
 
 # --- the plan: pure functions of the step ----------------------------------------------------------------------------
@@ -63,6 +64,7 @@ class Stage:
 def plan(settings: Train, layers: int, steps: int) -> tuple[Stage, ...]:
     """end_to_end: one stage. layerwise: depth 1, 2, .., layers with equal shares of the steps, then all together.
 
+    With `falls`, each depth is trained at the learning rate, and again at each of these shares of it.
     Source of the order: Chen, Liu, Wang & Yin 2018, arXiv 1808.10038, section 4.
     """
     if settings.stages == "end_to_end":
@@ -70,22 +72,25 @@ def plan(settings: Train, layers: int, steps: int) -> tuple[Stage, ...]:
     if steps == FOREVER:
         raise SpecError("E511", "train: stages: layerwise needs epochs: or steps:", hint="minutes: may stay as a limit")
     greedy = steps - round(settings.refine * steps)
-    if greedy < layers:
-        raise SpecError("E511", f"train: {greedy} steps are too few for {layers} stages, one per layer")
-    cuts = [round(greedy * k / layers) for k in range(layers + 1)]
-    stages = [Stage(k, cuts[k - 1], cuts[k], False) for k in range(1, layers + 1)]
+    shares = (1.0, *settings.falls)
+    count = layers * len(shares)
+    if greedy < count:
+        raise SpecError("E511", f"train: {greedy} steps are too few for {count} stages, {len(shares)} per layer")
+    cuts = [round(greedy * k / count) for k in range(count + 1)]
+    of = [(k, share) for k in range(1, layers + 1) for share in shares]
+    stages = [Stage(k, cuts[i], cuts[i + 1], False, share) for i, (k, share) in enumerate(of)]
     return (*stages, Stage(layers, greedy, steps, True)) if greedy < steps else tuple(stages)
 
 
 def rate(settings: Train, stage: Stage, step: int, share: float) -> float:
-    """Factor of the learning rate: a linear warm-up, then 1, or f + (1 − f)(1 + cos(pi share))/2 where it anneals.
+    """Factor of the learning rate: that of the stage, times a linear warm-up, then 1, or f + (1 − f)(1 + cos(pi share))/2 where it anneals.
 
     f: the share of the learning rate that is left at the end.
     """
     warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     cosine = settings.schedule == "cosine" and stage.anneals
     left = settings.final_lr
-    return warm * (left + (1 - left) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) if cosine else 1.0)
+    return stage.share * warm * (left + (1 - left) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) if cosine else 1.0)
 
 
 # --- what Lightning drives -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from unroll.api import compile
 from unroll.spec import Spec, load
 from unroll.spec.schema import Train
-from unroll.train.samples import Data, Tensors
+from unroll.train.samples import Data, Shape, Shapes, Tensors
 
 DTYPES = {
     "float32": torch.float32,
@@ -69,3 +70,17 @@ def plain_spec(spec: Spec, algorithm: str, layers: int, step: float | str | None
 def first_rank() -> bool:
     """Is this the process that writes? (Of several, started by torchrun or by Lightning.)"""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
+    """Stored shapes of what a spec declares: matrices that carry samples are tokens first, so [d, N] is (N, d)."""
+    sizes = {**{name: size for name, size in spec.dims.items() if isinstance(size, int)}, **dims}
+
+    def shape(declared: Sequence[int | str]) -> Shape:
+        return tuple(size if isinstance(size, int) else sizes.get(size) for size in declared)
+
+    return Shapes(
+        {name: shape(item.given) for name, item in spec.inputs.items()},
+        {name: shape(item.given) for name, item in spec.variables.items()},
+        {name: shape(item.shape) for name, item in spec.parameters.items()},
+    )

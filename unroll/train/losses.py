@@ -79,9 +79,9 @@ def arguments(net: Net, inputs: Tensors) -> list[Tensor]:
     return [inputs[name] for name in net.inputs]
 
 
-def run(net: Net, inputs: Tensors) -> Tensors:
-    """The network's answer by variable: {name: (B, ...)}."""
-    return _named(net, net(*arguments(net, inputs)))
+def run(net: Net, inputs: Tensors, **more: Any) -> Tensors:
+    """The network's answer by variable: {name: (B, ...)}. more: `layers`, where its depth is free."""
+    return _named(net, net(*arguments(net, inputs), **more))
 
 
 def iterates(net: Net, inputs: Tensors) -> list[Tensors]:
@@ -110,8 +110,14 @@ def _objective(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
 
 
 def known(z: Tensors, targets: Tensors) -> Tensors:
-    """Of an answer the variables that have targets: others are the network's own, such as a residual that it carries along."""
-    return {name: z[name] for name in targets}
+    """Of an answer the variables that have targets, and `L @ R.T` of two: others are the network's own, such as a residual that it carries along."""
+    return {name: _of_answer(z, name) for name in targets}
+
+
+def _of_answer(z: Tensors, name: str) -> Tensor:
+    """A variable (B, ...), or the product L R' of two factors as an input is stored: (B, n, m), of L (B, r, m) and R (B, r, n)."""
+    left, product, right = name.partition(" @ ")
+    return z[right.removesuffix(".T")].mT @ z[left] if product else z[name]
 
 
 def _mse(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:

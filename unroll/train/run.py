@@ -47,10 +47,10 @@ from unroll.train import losses, plots
 from unroll.train.data import make_data
 from unroll.train.dictionary import Code, alternate
 from unroll.train.groups import record
-from unroll.train.job import Job, build, first_rank, plain_spec
+from unroll.train.job import Job, build, first_rank, plain_spec, shapes_of
 from unroll.train.losses import Net, Outcome
 from unroll.train.masked import masks
-from unroll.train.samples import NEEDED, Data, Shape, Shapes, Tensors, package
+from unroll.train.samples import NEEDED, Data, Tensors, package
 from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
@@ -154,7 +154,7 @@ def _installed(spec: Spec) -> None:
     package("lightning", "unroll train")
 
 
-MAY_CHANGE = ("train.steps", "train.epochs", "train.minutes", "train.patience", "train.baselines")
+MAY_CHANGE = ("train.steps", "train.epochs", "train.minutes", "train.patience", "train.baselines", "train.evaluate")
 """When a run ends, and what its table compares with: all else would make it another run."""
 
 
@@ -289,20 +289,6 @@ def _train(job: Job, device: str, devices: int) -> Run:
 # --- before: data, dictionary, network, optimum ----------------------------------------------------------------------
 
 
-def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
-    """Stored shapes of what a spec declares: matrices that carry samples are tokens first, so [d, N] is (N, d)."""
-    sizes = {**{name: size for name, size in spec.dims.items() if isinstance(size, int)}, **dims}
-
-    def shape(declared: Sequence[int | str]) -> Shape:
-        return tuple(size if isinstance(size, int) else sizes.get(size) for size in declared)
-
-    return Shapes(
-        {name: shape(item.given) for name, item in spec.inputs.items()},
-        {name: shape(item.given) for name, item in spec.variables.items()},
-        {name: shape(item.shape) for name, item in spec.parameters.items()},
-    )
-
-
 def ready(job: Job) -> tuple[Data, nn.Module]:
     """Data and untrained network; what both depend on is kept in the run folder."""
     data, exact = prepare(job)
@@ -370,7 +356,7 @@ def prepare(job: Job) -> tuple[Data, Tensors]:
     """
     spec, given = job.spec, job.given
     if spec.data is None:
-        names = "patches, digits, images, text, synthetic or file"
+        names = "patches, digits, images, text, synthetic, low_rank or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
     made = make_data(spec.data, shapes_of(spec, job.dims), given)
     for samples in (made.train.whole(), made.validation):

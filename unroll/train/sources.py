@@ -6,5 +6,6 @@ ABOUT = {
     "images": "a folder of pictures, one folder inside it per class",
     "text": "characters of Python's documentation, of its library, or of your own file",
     "synthetic": "x = A z + noise with a sparse z that is known",
+    "low_rank": "Y = L R' + S with factors L, R that are known and sparse errors S of any size",
     "file": "your arrays: .npy, .npz, .pt",
 }

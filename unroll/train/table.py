@@ -83,10 +83,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Row:
-    """One row; see `unroll.train.metrics` for the definitions. nan: not defined. micros: microseconds per sample."""
+    """One row; see `unroll.train.metrics` for the definitions. nan: not defined. nmse_db: 10 log10(nmse); micros: microseconds per sample."""
 
     name: str
     nmse: float
+    nmse_db: float
     nmse_mean_db: float
     objective: float
     gap: float
@@ -99,10 +100,11 @@ class Row:
 
 
 @torch.no_grad()
-def measure(name: str, net: Net, held: Split, reference: Reference) -> Row:
-    """A network's row on held-out samples, all in one batch."""
+def measure(name: str, net: Net, held: Split, reference: Reference, layers: int | None = None) -> Row:
+    """A network's row on held-out samples, all in one batch. layers: its depth, where that is free."""
     held = held.to(next(iter(losses.module(net).state_dict().values())))
-    z, seconds = timed(net, held.inputs, lambda: losses.run(net, held.inputs))
+    more = {} if layers is None else {"layers": layers}
+    z, seconds = timed(net, held.inputs, lambda: losses.run(net, held.inputs, **more))
     return score(name, losses.objective(net, held.inputs, z), z, reference, 1e6 * seconds / len(held))
 
 
@@ -110,9 +112,11 @@ def score(name: str, value: Tensor, z: Tensors, reference: Reference, micros: fl
     """The row of given codes. value: their objective, (B,)."""
     found, ref = (flat(v).double().cpu() for v in (losses.known(z, reference.values), reference.values))
     best = reference.best
+    error = float(nmse(found, ref))
     return Row(
         name,
-        float(nmse(found, ref)),
+        error,
+        10 * math.log10(error) if error > 0 else -math.inf,
         float(nmse_mean_db(found, ref)),
         float(value.mean()),
         math.nan if best is None else float(objective_gap(value.double().cpu(), best.double().cpu())),
@@ -190,6 +194,7 @@ def decibel(value: float) -> str:
 MICROS = Column("micros", "µs per sample", fixed)
 CODES = (
     Column("nmse", "NMSE (sum ratio)", number),
+    Column("nmse_db", "NMSE (dB)", decibel),
     Column("nmse_mean_db", "NMSE (mean dB)", decibel),
     Column("gap", "objective gap", number),
     Column("f1", "support F1", fixed),

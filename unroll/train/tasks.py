@@ -87,7 +87,7 @@ def _four(value: float) -> str:
     return f"{value:.4g}"
 
 
-BY_LAYER = ("target", "layer_weights", "stages", "refine", "baselines")
+BY_LAYER = ("target", "layer_weights", "stages", "refine", "falls", "baselines", "evaluate")
 CLASSES = (Column("nats", "nats per label", _four), Column("accuracy", "accuracy", _percent))
 CHARACTERS = (Column("nats", "nats per character", _four), Column("bits", "bits per character", _four))
 MASKED = (Column("masked_mse", "MSE of hidden patches", _four),)
