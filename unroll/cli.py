@@ -173,7 +173,7 @@ def check(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     help="Samples (.npy, batch first); NAME= where there are several inputs.",
 )
 @click.option("--parameter", "parameters", multiple=True, metavar="NAME=FILE", help="Value of a parameter (.npy).")
-@_output("Where to write the solution (.npy).")
+@_output("Where to write the solution (.npy; of several variables .npz).")
 @click.option(
     "--tol",
     default=1e-8,

@@ -68,7 +68,10 @@ def solve_files(
     )
     if output is not None:
         with output.open("wb") as file:  # np.save would add to a name without .npy
-            np.save(file, found.z.numpy())
+            if len(found.values) == 1:
+                np.save(file, found.z.numpy())
+            else:
+                np.savez(file, **{n: z.numpy() for n, z in found.values.items()})
     return found
 
 

@@ -87,7 +87,7 @@ def choose(problem: Problem, options: Options, own: Iterable[Algorithm] = ()) ->
 def tried(problem: Problem, among: Iterable[Algorithm], options: Options | None = None) -> Iterator[Tried]:
     """Each text on a problem, in this order, one after the other as they are asked for."""
     parts = classify(problem)
-    whole = len(problem.variables) == 1 and all(map(convex, parts))
+    whole = all(map(convex, parts))
     for a in among:
         claims = a.text.record.claims
         claim = "optimum" if whole and "optimum" in claims else DESCENDS if DESCENDS in claims else ""

@@ -177,10 +177,6 @@ class Machine:
     count: int
 
     @property
-    def variable(self) -> str:
-        return self.net.derivation.variable.name
-
-    @property
     def named(self) -> tuple[str, ...]:
         """Its residuals."""
         return () if self.measured is None else self.measured.variables[len(self.net.variables) :]
@@ -189,9 +185,9 @@ class Machine:
     def like(self) -> Tensor:
         return next(iter(self.start().values()))
 
-    def start(self, z: Tensor | None = None) -> States:
-        """All states where they begin; z: where the variable does."""
-        found = self._call(self.net, self.data, {} if z is None else {self.variable: z}, 0)
+    def start(self, begun: Mapping[str, Tensor] | None = None) -> States:
+        """All states where they begin; begun: where variables do."""
+        found = self._call(self.net, self.data, dict(begun or {}), 0)
         axes = {s.name: len(self.net.program.axes(s)) for s in self.net.program.step.output}
         return {n: x.expand(self.count, *x.shape[x.ndim - axes[n] :]) for n, x in found.items()}
 
@@ -204,8 +200,9 @@ class Machine:
         found = net(**data, **states, layers=layers)
         return dict(zip(net.variables, found, strict=True))
 
-    def residuals(self, before: States, after: States) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def residuals(self, before: States, after: States, rows: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
         """name -> (what is 0 at a solution, and the state that it is the change of, where it is one)."""
+        del rows
         if self.measured is not None:
             return {n: (after[n], None) for n in self.named}
         moving = [s.symbol.name for s in self.net.derivation.exact.states if isinstance(s.symbol, Sym)]

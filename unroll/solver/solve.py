@@ -21,7 +21,7 @@ from unroll.calculus.gradient import gradient
 from unroll.derivation.algorithms import LIPSCHITZ, NONE_FITS, Algorithm, Options, by_simplicity
 from unroll.derivation.algorithms import find as find_named
 from unroll.derivation.choosing import Tried, choose, tried
-from unroll.derivation.dealing import GRADIENT, PROX, convex, letters
+from unroll.derivation.dealing import GRADIENT, PROX, arguments_of, convex, letters
 from unroll.derivation.derive import Derivation
 from unroll.derivation.derive import derive as derive_spec
 from unroll.derivation.parts import Part, classify, unsigned
@@ -63,11 +63,12 @@ OF_SPEC = ("step", "momentum", "split", "numbers", "updates", "start")
 
 @dataclass(frozen=True)
 class Solution:
-    """values: {variable: (..., n)}.  objective (its terms that are no constraints), error: (...), one per problem.
+    """values: {variable: (..., n)}, of each variable.  objective (its terms that are no constraints), error: (...), one per problem.
 
     error has no unit; `measure` says what it is:
       - certified: the duality gap, divided by the objective at 0 (|x|^2/2 of least squares) or at the start, the larger;
-      - else, where a proximal gradient step is known: z - prox(z - step grad), divided by the length of the first such step;
+      - else, where a proximal gradient step is known: z - prox(z - step grad), divided by the length of the first such step; of
+        several variables that of each by itself, the others as they are, in parts of the largest that it has been; the largest of them;
       - else the residuals that the algorithm names, or the change of each of its states in one iteration, each divided by the
         largest that it has been in the first 10 iterations from the algorithm's own start, or later; the largest of them.
     convex: is the objective known to be? Where it is not, a point that no step moves need not be the optimum.
@@ -112,7 +113,7 @@ def solve(
     source: Source,
     *inputs: Tensor,
     algorithm: str | None = None,
-    start: Tensor | Solution | None = None,
+    start: Tensor | Mapping[str, Tensor] | Solution | None = None,
     dims: Mapping[str, int] | None = None,
     parameters: Mapping[str, Any] | None = None,
     scalars: Mapping[str, float] | None = None,
@@ -125,11 +126,14 @@ def solve(
 ) -> Solution:
     """The optimum for every sample of `inputs`, each (..., n): certified gap (else residual) at most `tol`, see `Solution`.
 
+    Of several variables a text of as many is run; where the objective is not known to be convex in all of them together, what is
+    found is a point that no step moves.
+
     algorithm: None or "auto" takes a proximal gradient method, accelerated, where one fits, else the first text that fits, its
     constants being known, and claims optima of what is convex; else a text by its name, a path, or a name of the spec's own,
     run as it is written.  Of the algorithm that the spec itself names, `split`, `numbers`, `updates`, `step`, `momentum` and
     `start` hold too; schedules and what is learned do not.
-    start: a tensor like the answer; or a Solution, gone on from with all its states where it is of the same algorithm, else from
+    start: a tensor like the answer; of several variables, tensors by name; or a Solution, gone on from with all its states where it is of the same algorithm, else from
     its answer.  Samples that come in other units, c x in the place of x, are solved to the same share.  restart: forget the
     momentum of a problem where it points uphill (where a method was chosen).  tol: 1e-8 in float64 and 1e-5 in float32, if left
     out. Works in the dtype (float32 or float64) and on the device of the inputs.  console: where a progress bar is drawn.
@@ -164,8 +168,9 @@ def solve(
     assert net is not None
     refuse_undeclared(net.derivation.problem.inputs, data)
     shape, data = _flat(net, data)
-    count, name = shape.numel(), net.derivation.variable.name
-    begun = None if start is None else _start(start, net, name, shape, like)
+    count, names = shape.numel(), [z.name for z in net.derivation.problem.variables[: chosen.variables]]
+    name = names[0]
+    begun = None if start is None else _start(start, net, names, shape, like)
     method = f"{chosen.name}, accelerated" if nets is None else chosen.name
     judge, certified, measure = None, False, "change in one iteration"
     advance: Advance | None = None
@@ -175,12 +180,16 @@ def solve(
         error, certified = error_of(mapped, data, first)
         measure = "certified duality gap" if certified else "residual |z - prox(z - step grad)|"
         judge = by_its_map(error) if nets is None else _one_step_on(step, error, name)
-        advance, states = accelerated(step, restart), at_rest(first if begun is None else begun)
+        advance, states = accelerated(step, restart), at_rest(first if begun is None else begun[name])
     if nets is not None:
         advance = m = Machine(*nets, {n: x for n, x in data.items() if n in net.inputs}, count)
         states = m.start(begun)
-        if judge is None:
-            judge = _at_rest(m, data)
+        own = {z: made(d) for z, d in chosen.each.items()}
+        if own:
+            judge = _at_rest(m, data, names, _moves(own, data, count))
+            measure = f"residual |z - prox(z - step grad)| of {' and '.join(names)}"
+        elif judge is None:
+            judge = _at_rest(m, data, names, m.residuals)
             measure = f"residuals {', '.join(m.named)}" if m.named else measure
     if isinstance(start, Solution) and start.algorithm == method:
         states = {n: s.reshape(count, *s.shape[len(shape) :]) for n, s in start.states.items()}
@@ -188,17 +197,18 @@ def solve(
     found = run(advance, states, judge, tol, max_iterations, console, label)
     goal = net.derivation.problem
     costs = {n: e for n, e in goal.terms.items() if not isinstance(unscaled(e)[1], Indicator)}
-    terms = net.terms_of(replace(goal, terms=costs))({**data, name: found.answer})
+    answers = {name: found.answer} if len(names) == 1 else {z: found.states[z] for z in names}
+    terms = net.terms_of(replace(goal, terms=costs))({**data, **answers})
     errors = found.errors.reshape(shape)
     back: Callable[[Tensor], Tensor] = lambda x: x.reshape((*shape, *x.shape[1:]))
     return Solution(
-        {name: back(found.answer)},
+        {z: back(x) for z, x in answers.items()},
         sum(terms.values(), like.new_zeros(count)).reshape(shape),
         errors,
         certified,
         found.iterations,
         errors <= tol,
-        all(convex(p) for p in net.derivation.parts),
+        chosen.convex,
         method,
         measure,
         chosen.claims,
@@ -211,19 +221,24 @@ def solve(
 
 @dataclass(frozen=True)
 class Choice:
-    """text: what is run as it is written; None where the map is accelerated.  map: a plain map that fits, by which errors are measured."""
+    """text: what is run as it is written; None where the map is accelerated.  map: a plain map that fits, by which errors are measured.
+
+    variables: how many; each: of several, a plain map in each of them, where there is one for all.  convex: in all of them together?
+    """
 
     name: str
     text: Derivation | None
     map: Derivation | None
     claims: bool
+    convex: bool
+    variables: int = 1
+    each: Mapping[str, Derivation] = field(default_factory=dict[str, Derivation])
 
 
 def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choice:
     """Raises SpecError E303 where nothing fits, E3xx where what is named does not."""
     problem = from_spec(spec, dict(sizes))
-    if len(problem.variables) != 1:
-        raise SpecError("E303", f"{spec.title} has {len(problem.variables)} variables; solve minimises over one")
+    count, proved = len(problem.variables), all(map(convex, classify(problem)))
     own = [find_named(name, spec) for name in spec.algorithms]
     if algorithm is not None and algorithm != AUTO:
         named = _named(spec, algorithm)
@@ -234,14 +249,15 @@ def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choi
         except SpecError as e:  # its place is in no text of the user's
             raise SpecError(e.code, e.message, None, e.hint, e.notes) from None
         claims = "optimum" in named.text.record.claims and not found.exact.departures
-        return Choice(named.name, found, mapped, claims)
+        return Choice(named.name, found, mapped, claims, proved, count, _in_each(spec, problem, sizes))
     choice = choose(problem, Options(), own)
     if choice.taken is None:
         raise _unsolved(spec, problem, choice.before)
     taken = choice.taken.algorithm
     found = _derived(spec, taken, sizes)
     text, mapped = (None, found) if is_map(taken) else (found, None)
-    return Choice(taken.name, text, mapped, "optimum" in taken.text.record.claims)
+    claims = "optimum" in taken.text.record.claims
+    return Choice(taken.name, text, mapped, claims, proved, count, _in_each(spec, problem, sizes))
 
 
 def _derived(spec: Spec, a: Algorithm, sizes: Mapping[str, int]) -> Derivation:
@@ -276,8 +292,28 @@ def is_map(a: Algorithm) -> bool:
         and set(record.scalars) == {"step"}
         and sum(GRADIENT in u for u in uses) == 1
         and all(u <= {GRADIENT} or u <= {PROX} for u in uses)
+        and len(arguments_of(letters(a.text))) == 1
         and not any(x.operator for x in letters(a.text))
     )
+
+
+def _in_each(spec: Spec, problem: Problem, sizes: Mapping[str, int]) -> dict[str, Derivation]:
+    """Of several variables: a plain map in each of them, the others being data; of none where one has no such map."""
+    found: dict[str, Derivation] = {}
+    maps = [a for a in by_simplicity() if is_map(a)]
+    for z in problem.variables if len(problem.variables) > 1 else ():
+        for a in maps:
+            block = {"block": z.name, "over": z.name, "algorithm": a.name}
+            try:
+                found[z.name] = derive_spec(_with(spec, {"layers": 1, "blocks": [block]}), dict(sizes))
+            except SpecError as e:
+                if e.code not in ("E302", "E303", "E304"):
+                    raise
+                continue
+            break
+        else:
+            return {}
+    return found
 
 
 def _named(spec: Spec, name: str) -> Algorithm:
@@ -288,15 +324,22 @@ def _named(spec: Spec, name: str) -> Algorithm:
 
 def _alone(spec: Spec, a: Algorithm, own: bool = True) -> Spec:
     """The spec's problem with one layer of an algorithm. own: where the spec names it, with what it says of it."""
+    said: Any = spec.to_dict().get("unroll") or {}
+    own = own and said.get("algorithm") == a.name
+    kept = {k: said[k] for k in OF_SPEC if k in said} if own else {}
+    known = a.name in spec.algorithms or any(a.text is t for t in texts.every())
+    texts_of_user = {} if known else {a.name: plain(a.text.root)}  # a file of the user's
+    return _with(spec, {**kept, "algorithm": a.name, "layers": 1}, texts_of_user)
+
+
+def _with(spec: Spec, unrolled: dict[str, Any], algorithms: Mapping[str, Any] | None = None) -> Spec:
+    """The problem of a spec, unrolled in another way."""
     document: dict[str, Any] = {
         k: v for k, v in spec.to_dict().items() if k not in ("data", "train", "model", "weights")
     }
-    said: Any = document.get("unroll") or {}
-    own = own and said.get("algorithm") == a.name
-    kept = {k: said[k] for k in OF_SPEC if k in said} if own else {}
-    if a.name not in spec.algorithms and all(a.text is not t for t in texts.every()):  # a file of the user's
-        document["algorithms"] = {**document.get("algorithms", {}), a.name: plain(a.text.root)}
-    return load({**document, "unroll": {**kept, "algorithm": a.name, "layers": 1}})
+    if algorithms:
+        document["algorithms"] = {**document.get("algorithms", {}), **algorithms}
+    return load({**document, "unroll": unrolled})
 
 
 def _refuse_other_kinds(data: Mapping[str, Any]) -> Tensor:
@@ -370,11 +413,26 @@ def _map(net: Network, data: Mapping[str, Tensor], name: str, count: int) -> tup
     return step, first.expand(count, *first.shape[first.ndim - axes :])
 
 
-def _start(start: Tensor | Solution, net: Network, name: str, shape: torch.Size, like: Tensor) -> Tensor:
-    """Where the variable begins, with one batch axis. Raises UnrollError E404."""
-    if isinstance(start, Solution) and name not in start.values:
-        raise UnrollError("E404", f"the start is a solution in {', '.join(start.values)}; the variable is {name}")
-    z = start.values[name] if isinstance(start, Solution) else start
+def _start(
+    start: Tensor | Mapping[str, Tensor] | Solution, net: Network, names: Sequence[str], shape: torch.Size, like: Tensor
+) -> dict[str, Tensor]:
+    """Where variables begin, with one batch axis. Raises UnrollError E404."""
+    if isinstance(start, Solution) and not {*names} <= {*start.values}:
+        are = "variable is" if len(names) == 1 else "variables are"
+        raise UnrollError("E404", f"the start is a solution in {', '.join(start.values)}; the {are} {', '.join(names)}")
+    if isinstance(start, Mapping) and not {*start} <= {*names}:
+        raise UnrollError("E404", f"the start has {', '.join(start)}; there are {', '.join(names)}")
+    if isinstance(start, Solution | Mapping):
+        values = start.values if isinstance(start, Solution) else start
+        return {n: _begun(values[n], net, n, shape, like) for n in names if n in values}
+    if len(names) > 1:
+        hint = f"start={{'{names[0]}': ...}}, or a Solution"
+        raise UnrollError("E404", f"there are {len(names)} variables, {', '.join(names)}, and the start is one tensor", hint=hint)  # fmt: skip
+    return {names[0]: _begun(start, net, names[0], shape, like)}
+
+
+def _begun(z: Tensor, net: Network, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+    """Where one variable begins, with one batch axis. Raises UnrollError E404."""
     check_kind("start", z, like, "the inputs")
     check_shape(net.program, name, z)
     lead = z.shape[: z.ndim - len(net.program.axes(net.program.problem.symbols[name]))]
@@ -395,13 +453,32 @@ def _one_step_on(step: Map, error: Error, name: str) -> Judge:
     return judge
 
 
-def _at_rest(m: Machine, data: Mapping[str, Tensor]) -> Judge:
-    """The residuals of a text, or the changes of its states, against the largest that they have been."""
+Residual = Callable[[States, States, Tensor], Mapping[str, tuple[Tensor, Tensor | None]]]
+"""(states before an iteration, after it, which problems) -> name: (what is 0 at a solution, and the state that it is the change of)."""
+
+
+def _moves(own: Mapping[str, Network], data: Mapping[str, Tensor], count: int) -> Residual:
+    """How far a plain map of each variable, the others being as they are, moves it."""
+
+    def residuals(before: States, after: States, rows: Tensor) -> Mapping[str, tuple[Tensor, Tensor | None]]:
+        del before
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for z, net in own.items():
+            read = {n: x if len(rows) == count else x[rows] for n, x in data.items() if n in net.inputs}
+            new = dict(zip(net.variables, net(**read, **{n: after[n] for n in net.variables}), strict=True))
+            found[z] = new[z] - after[z], after[z]
+        return found
+
+    return residuals
+
+
+def _at_rest(m: Machine, data: Mapping[str, Tensor], names: Sequence[str], residuals: Residual) -> Judge:
+    """The residuals of a text, or the changes of its states, or of each variable, against the largest that they have been."""
     seen: dict[str, Tensor] = {}
     states, every = m.start(), torch.arange(m.count, device=m.like.device)
     for _ in range(CHECK):
         before, states = states, m(states, every, 1)
-        for name, (r, _) in m.residuals(before, states).items():
+        for name, (r, _) in residuals(before, states, every).items():
             seen[name] = torch.maximum(seen[name], length(r)) if name in seen else length(r)
     _refuse_tiny(_largest(seen.values()), data)
     dtype = m.like.dtype
@@ -409,12 +486,13 @@ def _at_rest(m: Machine, data: Mapping[str, Tensor]) -> Judge:
 
     def judge(before: States, after: States, rows: Tensor) -> tuple[Tensor, Tensor]:
         errors: list[Tensor] = []
-        for name, (r, state) in m.residuals(before, after).items():
+        for name, (r, state) in residuals(before, after, rows).items():
             found = length(r)
             seen[name][rows] = torch.maximum(seen[name][rows], found)
             scale = seen[name][rows] if state is None else torch.maximum(seen[name][rows], rounding * length(state))
             errors.append(relative(found, scale, r))
-        return after[m.variable], torch.stack(errors).amax(0)
+        answer = after[names[0]] if len(names) == 1 else torch.cat([after[n].flatten(1) for n in names], 1)
+        return answer, torch.stack(errors).amax(0)
 
     return judge
 
