@@ -224,6 +224,34 @@ def specs() -> str:
     return table("spec | objective | algorithm | layers | learned | source", map(row, library.names("specs")))
 
 
+def networks() -> str:
+    """How long each spec is, and what of its layer is not derived."""
+
+    def row(name: str) -> tuple[str, ...]:
+        spec = load(name)
+        assert spec.unroll is not None
+        lines = read(ROOT / "specs" / f"{name}.yaml").splitlines()
+        schemes = (spec.unroll, *spec.unroll.blocks)
+        said = [f"`{u}`" for s in schemes for u in s.updates]
+        said += [
+            f"`{n}` {'fixed' if w.fixed else 'drawn'}"
+            for s in schemes
+            for n, w in s.learn.items()
+            if w.fixed or w.init not in ("value", "data")
+        ]
+        said += [r.partition("(")[0].strip() for s in schemes for r in s.rewrites]
+        said += [word for s in schemes for word, there in (("gauge", s.gauge), ("norm", s.normalise)) if there]
+        said += [
+            f"{b.block} declared" if b.algorithm is None else "surrogate"
+            for b in spec.unroll.blocks
+            if b.algorithm is None or b.surrogate
+        ]
+        written = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
+        return f"[{name}](../specs/{name}.yaml)", str(written), ", ".join(dict.fromkeys(said)) or "nothing", spec.about
+
+    return table("spec | lines | beside what is derived | about", map(row, library.names("specs")))
+
+
 def measured() -> str:
     """The numbers of benchmarks/results/."""
     files = (ROOT / "benchmarks" / "results").glob("*.json")
@@ -306,7 +334,8 @@ def _white_box(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, st
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (functions, elementwise, sets, algorithms, rewrites, training, parameters, specs, measured)
+    f.__name__: f
+    for f in (functions, elementwise, sets, algorithms, rewrites, training, parameters, specs, networks, measured)
 }
 
 
