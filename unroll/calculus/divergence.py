@@ -3,6 +3,7 @@
     entry by entry       sum of the slopes; a derived scalar prox has 1/(1 + t f''), 0 where it stands at a kink
     groups, balls        through the length: n - (n - 1) t/|v| of what is shrunk
     simplex, 1-norm ball entries that are not 0, less one for each sum that is held
+    one equation         sum of the slopes d, less that of their squares (a d)^2 over the sum of a^2 d
     linear               the trace
 
 A map that jumps has none that could be worked out from its slopes. What no rule covers is refused.
@@ -26,13 +27,14 @@ from unroll.language.constructors import (
     eye,
     matmul,
     ones,
+    prox_map,
     scale,
     split,
     total,
     transpose,
     zeros,
 )
-from unroll.language.nodes import Add, Expr, Hold, Map, Mul, Project, Prox, ProxMap, Sum, Sym, depends, slot
+from unroll.language.nodes import Add, Expr, Hold, Map, Mul, Multiplier, Project, Prox, ProxMap, Sum, Sym, depends, slot
 from unroll.language.show import text
 from unroll.language.traversal import expand, transform
 
@@ -100,6 +102,13 @@ def _own(e: Expr, r: Sym, whole: Expr) -> Expr:
             if any(depends(o, r) for o in others):
                 raise _refused(whole, "a number in its proximal step changes with it: hold(..) that")
             return elementwise(slot(0) * slot(1), _slope(found, e, slots, others, whole), _own(v, r, whole))
+        case Multiplier(found, (v, a, s, _, *others), slots) if not any(depends(o, r) for o in (a, s, *others)):
+            z = prox_map(found, slots, elementwise(slot(0) - slot(1) * slot(2), v, a, e), *others)
+            rate = _slope(found, z, slots, others, whole)
+            moved = elementwise(slot(0) * slot(1), _wide(a, r), rate)
+            all_of = total(elementwise(slot(0) * slot(1), a, moved), 0)
+            share = elementwise(sp.Piecewise((slot(0) / slot(1), slot(1) > 0), (0, True)), moved, all_of)
+            return elementwise(slot(0) * slot(1), share, _own(v, r, whole))
         case Sum(x, _) if x.shape == r.shape and _entrywise(x, r):
             return _own(x, r, whole)
         case _:

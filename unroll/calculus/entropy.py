@@ -43,7 +43,8 @@ def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
         )
     pull = add(elementwise(slope, *p.others) if p.others else constant(slope, *z.shape), *p.tilt)
     if sets:  # by logarithms, which do not overflow
-        return softmax(add(elementwise(sp.log(slot(0)), v), scale(-t, pull)), 0)
+        ((_, params),) = p.sets
+        return scale(params[0] if params else 1, softmax(add(elementwise(sp.log(slot(0)), v), scale(-t, pull)), 0))
     free = elementwise(slot(0) * sp.exp(-t * slot(1)), v, pull)
     hi = sp.Min(sp.oo, *(d[1] for d in p.domain))
     return elementwise(sp.Max(sp.Max(0, lo), sp.Min(hi, slot(0))), free) if p.domain else free

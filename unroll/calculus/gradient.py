@@ -56,6 +56,7 @@ from unroll.language.nodes import (
     Max,
     Member,
     Mul,
+    Multiplier,
     Node,
     Noise,
     Normalise,
@@ -195,7 +196,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it is a constraint, infinite outside its set")
         case Spectrum() | Signal():
             raise no_gradient(node, "it is worked out per frequency, which is done after derivatives are taken")
-        case Noise() | SpectralMap() | Prox() | ProxMap() | SpectralProx() | Project() | Worked():
+        case Noise() | SpectralMap() | Prox() | ProxMap() | Multiplier() | SpectralProx() | Project() | Worked():
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():
             raise AssertionError("families are swept in their own scope; please report")

@@ -10,6 +10,9 @@
     ... and entries      the same + sum of f(z_ij), one f, or f(|z|):          their prox after its prox (below)
     semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b; so for f(z M), M' M = I
     quadratic            an affine gradient H z + b:                           solve (I + t H) z = v - t b
+    one equation         any of the entries, f convex, with <a, z> = s down each column, or with the simplex:
+                                                                                    the scalar prox of v - m a, m where the equation holds
+    balls with z >= 0    c |z|_1 and z >= 0 on the entries first; of the 1-norm ball, one equation if it is left
     sets                 projections
     of z' alone          any of these:                                         the transpose of its prox at the transpose
 
@@ -30,16 +33,20 @@ from unroll.calculus.gradient import gradient
 from unroll.calculus.prox_function import ScalarProx
 from unroll.calculus.prox_pieces import eliminations
 from unroll.calculus.prox_scalar import derive_prox
+from unroll.calculus.stable import Primitive
 from unroll.calculus.torch_text import reciprocal
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
     as_constant,
+    constant,
     elementwise,
     eye,
     indicator,
     inverse,
     matmul,
+    multiplier,
+    ones,
     project,
     prox_map,
     scale,
@@ -72,7 +79,7 @@ from unroll.language.nodes import (
     slot,
     walk,
 )
-from unroll.language.show import text
+from unroll.language.show import pretty, text
 from unroll.language.traversal import expand, substitute
 
 U = sp.Symbol("u", real=True)
@@ -150,6 +157,8 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
         t, at, p = t / (1 + t * ridge), scale(1 / (1 + t * ridge), at), p.without_ridge()
     if p.radial:
         return _radial(p, z, t, at, swaps)
+    if p.sets and (p.entries or p.domain):
+        return _set_of_entries(p, t, at, swaps)
     if p.entries or p.domain:
         return None
     if p.spectral:
@@ -382,6 +391,8 @@ def why_empty(name: str, numbers: Sequence[sp.Expr]) -> str | None:
             return f"its lower bound {_shown(low)} is above its upper bound {_shown(high)}"
         case "ball1" | "ball2" | "ball_inf", [r] if r.is_negative:
             return f"its radius {_shown(r)} is negative"
+        case "simplex", [s] if s.is_negative:
+            return f"entries that are not negative cannot sum to {_shown(s)}"
         case _:
             return None
 
@@ -502,27 +513,131 @@ def factor_before(term: Expr, z: Sym) -> Expr | None:
 
 
 def _separable(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
-    names = [_symbol_of(e, i) for i, e in enumerate(p.others)]
-    profile = swap(sp.Add(*p.entries), {slot(i + 1): s for i, s in enumerate(names)})
-    lo, hi = sp.Max(-sp.oo, *(d[0] for d in p.domain)), sp.Min(sp.oo, *(d[1] for d in p.domain))
-    if (lo - hi).is_positive:
-        raise DeriveError("E302", f"no entry is at least {_shown(lo)} and at most {_shown(hi)}")
+    lo, hi = _ends(p)
     if not p.entries and not p.domain:
         return Proximal(at, "linear", True)
     try:
-        found, clipped = _scalar(profile, t, swaps, (lo, hi)), False
+        (found, slots, others), clipped = _scalar_of(p, t, swaps, (lo, hi)), False
     except DeriveError:  # ends that cannot be ordered among the pieces: of a convex f, clip the free minimiser
         if not p.domain:
             raise
-        found, clipped = _scalar(profile, t, swaps), True
+        (found, slots, others), clipped = _scalar_of(p, t, swaps), True
         if not found.curvature.convex:
             raise
-    used = [(s, e) for s, e in zip(names, p.others, strict=True) if s in found.scalars]
-    step = prox_map(found, tuple(s for s, _ in used), at, *(e for _, e in used))
+    step = prox_map(found, slots, at, *others)
     if clipped:
         step = elementwise(sp.Max(lo, sp.Min(hi, slot(0))), step)
     rule = "the scalar prox of each entry" + (", clipped" if clipped else "")
     return Proximal(step, rule, found.curvature.convex, found)
+
+
+def _ends(p: Parts) -> tuple[sp.Expr, sp.Expr]:
+    """Between what all entries are. Raises DeriveError E302 where that is nothing."""
+    lo, hi = sp.Max(-sp.oo, *(d[0] for d in p.domain)), sp.Min(sp.oo, *(d[1] for d in p.domain))
+    if (lo - hi).is_positive:
+        raise DeriveError("E302", f"no entry is at least {_shown(lo)} and at most {_shown(hi)}")
+    return lo, hi
+
+
+def _scalar_of(
+    p: Parts, t: sp.Expr, swaps: Swaps, ends: tuple[sp.Expr, sp.Expr] = (-sp.oo, sp.oo)
+) -> tuple[ScalarProx, tuple[sp.Symbol, ...], tuple[Expr, ...]]:
+    """The scalar prox of the entries, the names of data in it, and those data."""
+    names = [_symbol_of(e, i) for i, e in enumerate(p.others)]
+    found = _scalar(swap(sp.Add(*p.entries), {slot(i + 1): s for i, s in enumerate(names)}), t, swaps, ends)
+    used = [(s, e) for s, e in zip(names, p.others, strict=True) if s in found.scalars]
+    return found, tuple(s for s, _ in used), tuple(e for _, e in used)
+
+
+def _set_of_entries(p: Parts, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | None:
+    """A set that joins entries, and what is known of each of them."""
+    ((name, params),) = p.sets
+    rest = replace(p, sets=())
+    match name, params:
+        case "affine", (a, b) if isinstance(a, Expr) and isinstance(b, Expr) and a.rows == 1:
+            return _with_equation(rest, transpose(a), b, t, at, swaps)
+        case "simplex", _:
+            return _with_equation(_bounded(rest, sp.S.Zero, sp.oo), ones(at.rows), _sums(params, at), t, at, swaps)
+        case "ball1", (r,) if isinstance(r, sp.Expr) and _ends(p)[0].is_nonnegative and at.cols == 1:
+            return _with_equation(rest, ones(at.rows), constant(r), t, at, swaps, at_most=True)
+        case "ball2", _ if _sign_homogeneous(p):
+            first = _separable(rest, t, at, swaps)
+            found = _projection(name, params, first.step)
+            return found and replace(found, rule=f"{first.rule}, then {found.rule}")
+        case _:
+            return None
+
+
+def _bounded(p: Parts, lo: sp.Expr, hi: sp.Expr) -> Parts:
+    return replace(p, domain=(*p.domain, (lo, hi)))
+
+
+def _sums(params: tuple[sp.Expr | Expr, ...], at: Expr) -> Expr:
+    """What the columns of a point of the simplex sum to."""
+    return constant(params[0] if params else 1, 1, at.cols)
+
+
+def _with_equation(p: Parts, a: Expr, s: Expr, t: sp.Expr, at: Expr, swaps: Swaps, at_most: bool = False) -> Proximal:
+    """z = prox_f(v - m a), m the multiplier of <a, z> = s: by convexity <a, z> falls in m, and m is found. at_most: of <a, z> <= s, a >= 0.
+
+    Between which numbers: where z' fulfils the equation, z is z' in every entry but for m; so m lies between the least and the largest of
+    (v - z' - t f'(z')) / a.
+    """
+    found, slots, others = _scalar_of(p, t, swaps, _ends(p))
+    if not found.curvature.convex:
+        raise DeriveError(
+            "E302",
+            f"an equation of all entries holds together with a cost that is not convex, {pretty(found.f)}: no rule gives its prox",
+            hint="split it: an algorithm with two proximal steps, such as douglas_rachford, takes both",
+        )
+    meets, weight = _a_point(a, s, found), eye(1) if as_constant(a) == 1 else a
+    names = {found.u: slot(2), **{n: slot(i + 3) for i, n in enumerate(slots)}}
+    reach = elementwise(_over(slot(0) - swap(_rise(found), names)), at, weight, meets, *others)
+    m = multiplier(found, slots, at, weight, s, reach, *others)
+    pull = slot(1) * (sp.Max(0, slot(2)) if at_most else slot(2))
+    step = prox_map(found, slots, elementwise(slot(0) - pull, at, weight, m), *others)
+    return Proximal(step, "the scalar prox of each entry, all moved until they fulfil the equation", True, found)
+
+
+def _a_point(a: Expr, s: Expr, found: ScalarProx) -> Expr:
+    """A point of the domain with <a, z> = s down each column, inside of it if there is one."""
+    lo, hi = found.domain
+    if nonnegative(a):
+        return elementwise(sp.Max(lo, sp.Min(hi, slot(0) / slot(1))), s, total(a, 0))
+    size = total(elementwise(sp.Abs(slot(0)), a), 0)
+    if lo.is_infinite == hi.is_infinite:  # from the middle, all by the same amount
+        c = sp.S.Zero if lo.is_infinite else (lo + hi) / 2
+        moved = c + sp.sign(slot(0)) * (slot(1) - c * slot(2)) / slot(3)
+        return elementwise(sp.Max(lo, sp.Min(hi, moved)), a, s, total(a, 0), size)
+    end, knot, way = (lo, found.knots[0], 1) if hi.is_infinite else (hi, found.knots[-1], -1)
+    if knot is None or not knot.flat or (knot.above.is_infinite and knot.below.is_infinite):
+        raise DeriveError(
+            "E302",
+            f"{text(a)} may have entries of both signs, and {pretty(found.f)} falls or grows without end near {_shown(end)}: no rule gives its prox",
+            hint="declare it `positive: true`",
+        )
+    up, down = (elementwise(sp.Max(0, c * way * slot(0)), a) for c in (1, -1))
+    gap = elementwise(slot(0) - end * slot(1), s, total(a, 0))
+    shares = [
+        elementwise(slot(0) / sp.Max(slot(1), sp.Float("1e-30")), x, total(elementwise(slot(0) ** 2, x), 0))
+        for x in (up, down)
+    ]
+    return elementwise(end + way * (sp.Max(0, slot(0)) * slot(1) + sp.Max(0, -slot(0)) * slot(2)), gap, *shares)
+
+
+def _rise(found: ScalarProx) -> sp.Expr:
+    """u + t f'(u), at a kink one of its values: prox of it is u."""
+    y = sp.Abs(found.u) if found.even else found.u
+    side = sp.sign(found.u) if found.even else sp.S.One
+    ends = [*(y < k.at for k in found.knots[1:-1] if k is not None), True]
+    slope = sp.Piecewise(*((part.G.xreplace({found.u: y}), end) for part, end in zip(found.parts, ends, strict=True)))
+    plain = slope.replace(lambda x: isinstance(x, Primitive), lambda x: x.textbook())
+    return found.u + side * plain
+
+
+def _over(e: sp.Expr) -> sp.Expr:
+    """e / a, a in slot(1); 0 where a is 0, which only widens an interval."""
+    return sp.Piecewise((0, sp.Eq(slot(1), 0)), (e / slot(1), True))
 
 
 def _symbol_of(e: Expr, i: int) -> sp.Symbol:
@@ -631,6 +746,8 @@ def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Prox
             gap = add(matmul(a, at), scale(-1, b))
             step = add(at, matmul(transpose(spectral_map(reciprocal(slot(0)), a)), gap, coef=-1))
             return Proximal(step, "projection on an affine set", True)
+        case "simplex", (s,) if isinstance(s, sp.Expr):
+            return Proximal(project(name, at, s), "projection on the simplex", True)
         case _ if name in PROJECTED:
             return Proximal(project(name, at, *params), f"projection on {name}", convex)
         case _:

@@ -55,6 +55,14 @@ class ScalarProx(Pieces):
         """Torch text of `def name(v, *scalars)`; it calls the operations named in `runtime`."""
         return prox_source.emit(self, name)
 
+    def plain(self, name: str) -> str:
+        """What that text calls the same function without derivatives, which costs less to call."""
+        return prox_source.plain(self, name)
+
+    def slope_source(self, name: str) -> str:
+        """Torch text of `def name(z, *scalars)`: dz/dv, from z."""
+        return prox_source.emit_slope(self, name)
+
     def __call__(self, v: Tensor, t: Any = None, /, **values: Any) -> Tensor:
         """Evaluate the emitted source. Scalars by name, numbers or tensors that broadcast against v."""
         import torch

@@ -122,11 +122,13 @@ class Pieces:
     def slope(self) -> sp.Expr:
         """d prox / dv as an expression in the output u (|u| for an even profile): 1/(1 + t f''(u)), 0 at knots."""
         cases: list[tuple[sp.Expr, Any]] = []
+        last = self.knots[-1]
         for part, after in zip(self.parts, self.knots[1:], strict=True):
             inside = 1 / (1 + sp.diff(part.G, self.u))
-            cases.append((inside, True if after is None else self.u < after.at))
+            below = True if after is None or (after is last and not after.flat) else self.u < after.at
+            cases.append((inside, below))
             if after is not None and after.flat:
-                cases.append((sp.S.Zero, sp.Eq(self.u, after.at)))
+                cases.append((sp.S.Zero, True if after is last else sp.Eq(self.u, after.at)))
         first = self.knots[0]
         head = [(sp.S.Zero, sp.Eq(self.u, first.at))] if first is not None and first.flat else []
         return sp.Piecewise(*head, *cases)

@@ -72,6 +72,19 @@ def emit(prox: Pieces, name: str) -> str:
     )
 
 
+def plain(prox: Pieces, name: str) -> str:
+    """What computes the step without its autograd rule, in the text of `emit`."""
+    return name if _is_identity(prox) or one_sided(prox) is not None else f"_{name}.forward"
+
+
+def emit_slope(prox: Pieces, name: str) -> str:
+    """One function NAME(z, *scalars): how fast z moves with v, from z."""
+    prox, arguments = _named(prox)
+    lines = ["grad = torch.ones_like(z)", f"return {_chain(prox, _slopes(prox), lambda knot: sp.S.Zero, 'grad')}"]
+    body = _indent(['"""The slope of that step, from what it gives."""', *_size_of(prox, lines)], 4)
+    return "\n".join([f"def {name}({', '.join(['z', *arguments])}):", *body, ""])
+
+
 def _method(name: str, args: str, body: list[str]) -> list[str]:
     return ["", "    @staticmethod", f"    def {name}({args}):", *_indent(body, 8)]
 

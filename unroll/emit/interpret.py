@@ -54,6 +54,7 @@ def _prox(record: Any, space: dict[str, Any]) -> str:
     name = f"prox{id(record)}"
     if name not in space:
         exec(record.source(name), space)
+        exec(record.slope_source(f"{name}_slope"), space)
     return name
 
 

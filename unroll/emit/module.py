@@ -167,7 +167,13 @@ class Module:
         roots = [r.node for (kind, _), r in self.graph.roots.items() if kind in ("start", "next", "block")]
         first = self.graph.reached(roots)
         order = [*(i for i in nodes if i in first), *(i for i in nodes if i not in first)]
-        return [nodes[i].attrs[0] for i in order if nodes[i].op in ("prox", "spectral_prox")]
+        return [nodes[i].attrs[0] for i in order if nodes[i].op in ("prox", "spectral_prox", "multiplier")]
+
+    @cached_property
+    def slopes(self) -> dict[str, ScalarProx]:
+        """Those of which a method needs the slope too."""
+        found = [n.attrs[0] for n in self.graph.nodes.values() if n.op == "multiplier"]
+        return {f"{self.function(record)}_slope": record for record in found}
 
     def function(self, record: ScalarProx) -> str:
         """The module-level function of a scalar prox."""
@@ -187,7 +193,7 @@ class Module:
     def section(self, known: dict[int, Text], like: str, used: set[str]) -> Section:
         """Lines that may use every name but those that are taken."""
         local = Names()
-        local.used |= used | self.locals.used | {name for name, _ in self.proxes}
+        local.used |= used | self.locals.used | {name for name, _ in self.proxes} | set(self.slopes)
         return Section(self.graph, known, local.fresh, lambda n: self.size(n).code, self.function, like)
 
 

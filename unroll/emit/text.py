@@ -30,6 +30,7 @@ def source(m: Module) -> str:
     text = f"class {m.class_name}(nn.Module):\n{textwrap.indent(_signature_doc(m), '    ')}\n\n{body}\n"
     used = set[str]().union(*(method.helpers for method in methods), *(p.runtime for _, p in m.proxes))
     functions = [*map(helper, needed(used)), *(p.source(name) for name, p in m.proxes)]
+    functions += [p.slope_source(name) for name, p in m.slopes.items()]
     whole = "\n\n".join([*(f.strip("\n") + "\n" for f in functions), text])
     return f"{_header(m)}{imports(whole)}\n\n{whole}"
 

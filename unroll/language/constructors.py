@@ -38,6 +38,7 @@ from unroll.language.nodes import (
     Max,
     Member,
     Mul,
+    Multiplier,
     Node,
     Noise,
     Normalise,
@@ -903,6 +904,8 @@ def factored(name: str, e: Expr) -> Expr:
 
 def indicator(name: str, e: Expr, *params: Any) -> Expr:
     """0 on the set, infinity outside."""
+    if name == "simplex" and params == (1,):
+        params = ()
     return intern(Indicator, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), e)
 
 
@@ -914,6 +917,11 @@ def prox(term: Expr, variable: Sym, t: Any, at: Expr, swaps: tuple[tuple[sp.Expr
 def prox_map(p: Any, slots: tuple[sp.Symbol, ...], *args: Expr) -> Expr:
     """A scalar prox record applied elementwise to args[0]; args[1:] are the values of the scalars in `slots`."""
     return intern(ProxMap, p, args, slots)
+
+
+def multiplier(p: Any, slots: tuple[sp.Symbol, ...], *args: Expr) -> Expr:
+    """The m of each column at which the sum of a * p(v - m a) is s: args are v, a, s, reach, among whose entries it is, and as in prox_map."""
+    return intern(Multiplier, p, args, slots)
 
 
 def spectral_prox(p: Any, x: Expr) -> Expr:
@@ -979,6 +987,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return prox(term, variable, t, at, swaps)
         case ProxMap(p, _, slots):
             return prox_map(p, slots, *parts)
+        case Multiplier(p, _, slots):
+            return multiplier(p, slots, *parts)
         case SpectralProx(p, _):
             return spectral_prox(p, parts[0])
         case Project(name, params, _):

@@ -239,11 +239,12 @@ FUNCTIONS: tuple[Function, ...] = (
 
 @dataclass(frozen=True)
 class Set:
-    """A constraint set: `kinds` of its parameters."""
+    """A constraint set: `kinds` of its parameters; the last `optional` ones may be left out."""
 
     name: str
     kinds: tuple[Kind, ...]
     about: str
+    optional: int = 0
 
     def indicator(self, x: Expr, *params: Any) -> Expr:
         return indicator(self.name, x, *params)
@@ -252,7 +253,7 @@ class Set:
 SETS: tuple[Set, ...] = (
     Set("nonneg", (), "all entries >= 0"),
     Set("box", ("number", "number"), "all entries between a and b"),
-    Set("simplex", (), "entries >= 0 that sum to 1 (each column of a matrix)"),
+    Set("simplex", ("number",), "entries >= 0 that sum to a, or to 1: `simplex` (each column of a matrix)", optional=1),
     Set("ball1", ("number",), "sum of absolute values at most r"),
     Set("ball2", ("number",), "Euclidean (Frobenius) norm at most r"),
     Set("ball_inf", ("number",), "every entry at most r in absolute value"),

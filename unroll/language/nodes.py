@@ -6,7 +6,7 @@ Only `constructors.py` builds nodes: it keeps the normal form.
 
     leaves       Sym, Member, Eye, Ones, Zero
     matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise,
-                 Normalise, Prox, ProxMap, SpectralProx, Project, Worked
+                 Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Worked
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -473,6 +473,22 @@ class ProxMap(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Multiplier(Expr):
+    """The number m of each column at which the sum of a * prox(v - m a) is s: it lies between the least and the largest entry of reach.
+
+    args: v, a, s, reach and the values of the scalars in `slots`; prox, a derived scalar one, as in `ProxMap`.
+    """
+
+    prox: Any
+    args: tuple[Expr, ...]
+    slots: tuple[sp.Symbol, ...] = ()
+
+    @cached_property
+    def shape(self) -> Shape:
+        return ONE, self.args[0].cols
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SpectralProx(_Keeping):
     """U diag(prox(s)) V' for x = U diag(s) V', `prox` a derived scalar prox whose scalars are SymPy symbols."""
 
@@ -633,7 +649,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | SpectralProx | Project | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}

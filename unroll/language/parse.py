@@ -17,12 +17,14 @@ from unroll.errors import DeriveError, SpecError, Where, did_you_mean, quote
 from unroll.language.constructors import (
     add,
     as_constant,
+    constant,
     elementwise,
     family_logsumexp,
     family_softmax,
     family_sum,
     matmul,
     member,
+    ones,
     scale,
     spectral,
     spectral_map,
@@ -278,13 +280,48 @@ class Reader:
         match left:
             case ast.BinOp(left=a, op=ast.MatMult(), right=x):
                 return SETS_BY_NAME["affine"].indicator(self.matrix(x), self.matrix(a), self.matrix(right))
+            case ast.Call(func=ast.Name(id="sum"), args=[x, *axis], keywords=[]) if len(axis) < 2:
+                return self._sums(tree, self.matrix(x), int(self._as_kind(axis[0], "axis")) if axis else None, right)
+            case ast.Call(func=ast.Name(id="sum"), args=[x], keywords=[ast.keyword(arg="axis", value=axis)]):
+                return self._sums(tree, self.matrix(x), int(self._as_kind(axis, "axis")), right)
+            case ast.Call(func=ast.Name(id="dot"), args=[a, x], keywords=[]):
+                weights, e = self.matrix(a), self.matrix(x)
+                weights, e = (weights, e) if any(s.role == "variable" for s in e.symbols) else (e, weights)
+                if e.cols != 1 or weights.shape != e.shape:
+                    self.fail(
+                        tree,
+                        "E131",
+                        f"{self.source(left)} is of {self.shape(weights)} and {self.shape(e)}; two vectors of one length are needed here",
+                    )
+                return SETS_BY_NAME["affine"].indicator(e, transpose(weights), as_expr(self.value(right)))
             case _:
                 self.fail(
                     tree,
                     "E106",
                     f"{self.source(tree)} is not a constraint that is known",
-                    "an equality constraint is written A @ x == b",
+                    "an equality constraint is written A @ x == b, dot(a, x) == b or sum(x) == b",
                 )
+
+    def _sums(self, tree: ast.expr, x: Expr, axis: int | None, right: ast.expr) -> Expr:
+        """sum(x) == s of a vector; of a matrix, sum(X, axis=0) == b of each column, sum(X, axis=1) == a of each row."""
+        if axis is None and x.cols != 1:
+            self.fail(
+                tree,
+                "E106",
+                f"{self.source(tree)} adds up a whole matrix",
+                "sum(X, axis=0) == b of its columns, sum(X, axis=1) == a of its rows",
+            )
+        x, value = transpose(x) if axis == 1 else x, as_expr(self.value(right))
+        value = constant(c, 1, x.cols) if (c := as_constant(value)) is not None else value
+        value = transpose(value) if value.cols == 1 else value
+        if not (value.rows == 1 and same(value.cols, x.cols)):
+            self.fail(
+                right,
+                "E131",
+                f"{self.source(right)} is {self.shape(value)}, for {x.cols} sums",
+                notes=self.declared(right),
+            )
+        return SETS_BY_NAME["affine"].indicator(x, ones(1, x.rows), value)
 
     def _set(self, node: ast.expr) -> tuple[Set, tuple[Any, ...]]:
         match node:
@@ -302,9 +339,11 @@ class Reader:
                 f"unknown set '{quote(name)}'",
                 did_you_mean(name, SETS_BY_NAME) or f"sets: {', '.join(SETS_BY_NAME)}",
             )
-        if len(args) != len(found.kinds):
-            self.fail(node, "E105", f"the set {name} takes {len(found.kinds)} parameters, not {len(args)}", found.about)
-        return found, tuple(self._as_kind(a, k) for a, k in zip(args, found.kinds, strict=True))
+        least = len(found.kinds) - found.optional
+        if not least <= len(args) <= len(found.kinds):
+            wanted = str(least) if not found.optional else f"{least} to {len(found.kinds)}"
+            self.fail(node, "E105", f"the set {name} takes {wanted} parameters, not {len(args)}", found.about)
+        return found, tuple(self._as_kind(a, k) for a, k in zip(args, found.kinds, strict=False))
 
     # --- nodes ---
 

@@ -31,6 +31,7 @@ from unroll.language.nodes import (
     Max,
     Member,
     Mul,
+    Multiplier,
     Node,
     Noise,
     Normalise,
@@ -174,6 +175,9 @@ class _Text(StrPrinter):
 
     def _print_Infinity(self, e: Any) -> str:
         return "inf"
+
+    def _print_NegativeInfinity(self, e: Any) -> str:
+        return "-inf"
 
     def _print_Exp1(self, e: Any) -> str:
         return "exp(1)"
@@ -503,6 +507,8 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("prox", "spectral " + p.text(), x)
         case Prox(at=at) as node:
             return call("prox", penalty(node, d), at)
+        case Multiplier(p, args, _):
+            return call("op", "multiplier", ", ".join([p.text(), *(_show(a, d) for a in args)]))
         case ProxMap(p, args, _):
             return call("prox", p.text(), ", ".join(_show(a, d) for a in args))
 

@@ -40,6 +40,7 @@ from unroll.language.nodes import (
     Max,
     Member,
     Mul,
+    Multiplier,
     Noise,
     Normalise,
     Ones,
@@ -462,7 +463,9 @@ class Lowering:
 
                 return self.lower(plan(e))
             case ProxMap():
-                return self._prox(e)
+                return self._prox(e, 1)
+            case Multiplier():
+                return self._prox(e, 4)
             case FamilySum(index, _, body) if (sizes := _frequencies(body, index)) is not None:
                 return b.add("frequency_sum", (self.lower(body),), index, sizes)
             case FamilySum(index, _, body):
@@ -572,12 +575,14 @@ class Lowering:
         core = stable(swap(profile, {s: slot(i + 1) for i, s in enumerate(free)}))
         return self.builder.add(op, (self.lower(x), *map(self._symbol, free)), core)
 
-    def _prox(self, e: ProxMap) -> Ref:
+    def _prox(self, e: ProxMap | Multiplier, own: int) -> Ref:
+        """own: how many arguments stand before those of the scalars."""
         found = {
-            s: self.lower(e.args[1 + e.slots.index(s)]) if s in e.slots else self._symbol(s) for s in e.prox.scalars
+            s: self.lower(e.args[own + e.slots.index(s)]) if s in e.slots else self._symbol(s) for s in e.prox.scalars
         }
         record = self._at_numbers(e.prox, found)
-        return self.builder.add("prox", (self.lower(e.args[0]), *(found[s] for s in record.scalars)), record)
+        op = "prox" if isinstance(e, ProxMap) else "multiplier"
+        return self.builder.add(op, (*map(self.lower, e.args[:own]), *(found[s] for s in record.scalars)), record)
 
     def _at_numbers(self, record: Any, found: Mapping[sp.Symbol, Ref]) -> Any:
         """A scalar prox with the scalars that are plain numbers here put in."""

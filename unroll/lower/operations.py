@@ -686,6 +686,18 @@ def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"spectral_map({x.text.code}, lambda s: {c.function(record)}({arguments}), lambda s, t: {slope})")
 
 
+def _multiplier_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: the scalar prox. args: v, a, s, reach, and the scalars of the prox."""
+    order = (*(t for t in args[0].tags if t not in "rc"), *(t for t in "cr" if t in args[0].tags))
+    order = tuple(dict.fromkeys((*(t for t in out.tags if t not in "rc"), *order)))
+    ends = [a.aligned(order) if "r" in order else _beside_values(a) for a in args]
+    record, (v, *own), scalars = out.attrs[0], ends[:4], ends[4:]
+    name, given = c.function(record), [_tensor(t, a, c) for t, a in zip(scalars, args[4:], strict=True)]
+    called = (("v", name), ("v", record.plain(name)), ("z", f"{name}_slope"))
+    functions = [f"lambda {x}: {f}({', '.join([x, *given])})" for x, f in called]
+    return Text(f"multiplier({', '.join([*functions, *(t.code for t in (v, *own))])})")
+
+
 def helpers_of(node: Node) -> tuple[str, ...]:
     """Module-level functions that the text of a node calls."""
     if node.op == "softmax" and node.attrs[1]:
@@ -782,6 +794,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("conjugate", _same, lambda out, args, c: args[0].text.then(".conj()"), _free),
     Operation("logdet_hermitian", _to_scalar, _logdet_text, _cubic, ("logdet_hermitian",)),
     Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
+    Operation("multiplier", lambda args, attrs: (ONE, args[0].shape[1]), _multiplier_text, _pointwise, ("multiplier",)),
     Operation("project", _same, _project_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
 )
@@ -1156,11 +1169,36 @@ def signs_of_jumps(v, t):
         "return mean + piece_means(v - mean, jump)  # means of what is small: no rounding of long sums",
         ("signs_of_jumps",),
     ),
+    "multiplier": Helper(
+        '''def multiplier(prox, value, slope, v, a, total, reach):
+    """m with sum(a * prox(v - m a)) = total along the last axis, without that axis. value: the same as prox, without
+    derivatives. slope: of the prox, from what it gives.
+
+    The sum falls in m, which is among the entries of reach: their interval is halved down to rounding. Two steps of Newton, inside of what
+    is left, are what derivatives go through: those of first and of second order are right.
+    """
+    def excess(f, m):
+        return (a * f(v - m * a)).sum(-1, keepdim=True) - total
+
+    with torch.no_grad():
+        low, high = reach.amin(-1, keepdim=True), reach.amax(-1, keepdim=True)
+        for _ in range(2 - round(math.log2(torch.finfo(v.dtype).eps))):
+            m = low + (high - low) / 2
+            above = excess(value, m) > 0
+            low, high = torch.where(above, m, low), torch.where(above, high, m)
+        m = (low + (high - low) / 2).detach()
+        rate = (a * a * slope(value(v - m * a))).sum(-1, keepdim=True).detach()
+    for _ in range(2):
+        near = m + torch.where(rate == 0, 0, excess(prox, m) / torch.where(rate == 0, 1, rate))
+        m = near + (near.clamp(low, high) - near).detach()
+    return m.squeeze(-1)
+'''
+    ),
     "project_simplex": Helper(
-        '''def project_simplex(v):
-    """Nearest point with entries >= 0 that sum to 1 (Held, Wolfe & Crowder 1974, doi:10.1007/BF01580223)."""
+        '''def project_simplex(v, total=1):
+    """Nearest point with entries >= 0 that sum to total (Held, Wolfe & Crowder 1974, doi:10.1007/BF01580223)."""
     u = v.sort(dim=-1, descending=True).values
-    shift = (u.cumsum(-1) - 1) / torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
+    shift = (u.cumsum(-1) - total) / torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
     last = (u > shift).sum(-1, keepdim=True).sub(1).clamp_min(0)
     return (v - shift.gather(-1, last)).clamp_min(0)
 '''

@@ -36,6 +36,7 @@ from unroll.language.nodes import (
     Max,
     Member,
     Mul,
+    Multiplier,
     Node,
     Noise,
     Normalise,
@@ -221,6 +222,9 @@ class Evaluator:
             case ProxMap(prox, args, slots):
                 first, *rest = torch.broadcast_tensors(*map(self, args))
                 return self.prox(prox, first, dict(zip(slots, rest, strict=True)))
+            case Multiplier(prox, args, slots):
+                v, a, s, _, *rest = args
+                return self.multiplier(prox, slots, *torch.broadcast_tensors(*map(self, (v, a, *rest))), total=self(s))
             case Worked("top", (x, share)):
                 return _top(self(x), self(share))
             case Worked(name, (x,)):
@@ -294,6 +298,26 @@ class Evaluator:
             out.reshape(v.shape) if out.numel() == v.numel() else out
         )  # numbers are (1, 1): they add axes to singular values
 
+    def multiplier(
+        self, record: Any, slots: tuple[sp.Symbol, ...], v: Tensor, a: Tensor, *rest: Tensor, total: Tensor
+    ) -> Tensor:
+        """By bisection of an interval that is doubled until it is wide enough; its derivative by one step of Newton."""
+        given = dict(zip(slots, rest, strict=True))
+        excess = lambda m: (a * self.prox(record, v - m * a, given)).sum(-2, keepdim=True) - total
+        with torch.no_grad():
+            low, high = (sign * torch.ones_like(excess(torch.zeros_like(v[..., :1, :]))) for sign in (-1, 1))
+            while (short := excess(low) < 0).any() and low.min() > -1e30:
+                low = torch.where(short, 2 * low, low)
+            while (short := excess(high) > 0).any() and high.max() < 1e30:
+                high = torch.where(short, 2 * high, high)
+            for _ in range(64):
+                middle = (low + high) / 2
+                above = excess(middle) > 0
+                low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+            m, width = (low + high) / 2, 1e-7 * (1 + v.abs().amax(-2, keepdim=True))
+            slope = (excess(m - width) - excess(m + width)) / (2 * width)
+        return m + torch.where(slope == 0, 0, excess(m) / torch.where(slope == 0, 1, slope))
+
     def difference(self, x: Tensor, adjoint: bool) -> Tensor:
         n = x.shape[-2] + adjoint
         d = torch.eye(n, dtype=x.dtype)[1:] - torch.eye(n, dtype=x.dtype)[:-1]
@@ -324,8 +348,9 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             return x.sign() * (x.abs() - shift).clamp_min(0)
         case "columns_ball1", [r]:
             return torch.stack([project("ball1", c[:, None], [r])[:, 0] for c in x.T], 1)
-        case "simplex", []:
-            shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - 1, c.max() - 1, c.max()) for c in x.T]
+        case "simplex", _:
+            s = params[0] if params else 1
+            shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - s, c.max() - s, c.max()) for c in x.T]
             return (x - torch.stack(shifts)).clamp_min(0)
         case "tv", [t]:
             edges = t.expand(max(x.shape[0] - 1, 0), x.shape[1])

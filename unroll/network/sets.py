@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import inf
 from typing import Any
 
 import sympy as sp
-from torch import Tensor, finfo, linalg
+from torch import Tensor, finfo, float64, linalg
 
 from unroll.calculus.prox import interval, why_empty
 from unroll.errors import UnrollError
-from unroll.language.constructors import swap
+from unroll.language.constructors import constant, ones, swap
 from unroll.language.nodes import Expr, Indicator, walk
 from unroll.language.problem import Problem
 from unroll.language.show import text
@@ -28,11 +29,46 @@ def refuse_empty(
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
         for why in _empty(x, known, problem, given):
             raise UnrollError("E403", f"no point fulfils {text(x)}: {why}", hint=HINT)
-    for x, (low, high) in _between(problem, known).items():
+    between = _between(problem, known)
+    for x, (low, high) in between.items():
         if low.is_number and high.is_number and low > high:
             raise UnrollError(
                 "E403", f"no entry of {text(x)} is at least {float(low):g} and at most {float(high):g}", hint=HINT
             )
+    for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator) and x.x in between):
+        if (why := _out_of_reach(x, between[x.x], known, problem, given)) is not None:
+            raise UnrollError("E403", f"no point fulfils {text(x)}: {why}", hint=HINT)
+
+
+def _out_of_reach(
+    x: Indicator,
+    ends: tuple[sp.Expr, sp.Expr],
+    known: Mapping[sp.Symbol, Any],
+    problem: Problem,
+    given: Mapping[str, Tensor],
+) -> str | None:
+    """Why no entries between the ends sum, each with its weight, to what the set asks for, if that is known."""
+    match x.set, x.params:
+        case "simplex", params:
+            a, s = ones(1, x.x.rows), constant(params[0] if params else 1)
+        case "affine", (Expr() as a, Expr() as s) if a.rows == 1:
+            pass
+        case _:
+            return None
+    open_sizes = {d for d in (x.x.rows, s.cols) if not swap(d, known).is_number}
+    if open_sizes or not all(e.is_number for e in ends) or any(v.name not in given for p in (a, s) for v in p.symbols):
+        return None
+    values = {v: _columns(given[v.name]) for v in problem.parameters if v.name in given}
+    weights, total = (evaluate(p, values, {k: float(v) for k, v in known.items()}) for p in (a, s))
+    low, high = (weights * (weights != 0) * float(e) if e.is_finite else weights.sign() * float(e) for e in ends)
+    low, high = (t.nan_to_num(nan=0, posinf=inf, neginf=-inf) for t in (low, high))
+    least, most = low.minimum(high).sum(), low.maximum(high).sum()
+    slack = 1e-6 * total.abs().amax()
+    if bool((total < least - slack).any() or (total > most + slack).any()):
+        return (
+            f"with entries from {float(ends[0]):g} to {float(ends[1]):g} it sums to {float(least):g} to {float(most):g}"
+        )
+    return None
 
 
 def _between(problem: Problem, known: Mapping[sp.Symbol, Any]) -> dict[Expr, tuple[sp.Expr, sp.Expr]]:
@@ -40,7 +76,7 @@ def _between(problem: Problem, known: Mapping[sp.Symbol, Any]) -> dict[Expr, tup
     found: dict[Expr, tuple[sp.Expr, sp.Expr]] = {}
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
         params = [p if isinstance(p, Expr) else swap(p, known) for p in x.params]
-        ends = interval("nonneg" if x.set == "simplex" else x.set, params)  # a simplex too has no entry below 0
+        ends = interval(x.set, params) if x.set != "simplex" else interval("nonneg", ())  # it too has no entry below 0
         if ends is None:
             continue
         low, high = found.get(x.x, (-sp.oo, sp.oo))
@@ -73,7 +109,10 @@ def _inconsistent(
     scalars = {s: v if isinstance(v, int) else float(v) for s, v in known.items()}
     a, b = (evaluate(p, values, scalars) for p in parts)
     gap, size = (a @ (linalg.pinv(a) @ b) - b).norm(), b.norm()
-    if gap > finfo(min((v.dtype for v in given.values()), key=lambda d: finfo(d).bits)).eps ** 0.5 * size:
+    if (
+        gap
+        > finfo(min((v.dtype for v in given.values()), key=lambda d: finfo(d).bits, default=float64)).eps ** 0.5 * size
+    ):
         yield f"its equations contradict one another, by {float(gap / size):.1g} of the right side at best"
 
 

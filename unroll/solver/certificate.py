@@ -138,8 +138,8 @@ def support(g: Parts, at: Expr, z: Sym) -> Expr | None:
         return None
     if len(g.sets) == 1 and not g.domain:
         match g.sets[0]:
-            case "simplex", ():
-                return total(largest(at, 0))
+            case "simplex", params:
+                return scale(params[0] if params else 1, total(largest(at, 0)))
             case "ball1", (r,) if isinstance(r, sp.Expr):
                 return scale(r, largest(elementwise(sp.Abs(u), at)))
             case "ball2", (r,) if isinstance(r, sp.Expr):
