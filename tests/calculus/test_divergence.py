@@ -11,10 +11,10 @@ import torch
 from unroll.calculus.divergence import divergence, planned
 from unroll.calculus.linear import hessian
 from unroll.errors import DeriveError
-from unroll.language.constructors import prox, symbol
+from unroll.language.constructors import add, prox, symbol
 from unroll.language.functions import as_expr
 from unroll.language.nodes import Expr, Sym, scalar
-from unroll.language.parse import Scope, nowhere, parse
+from unroll.language.parse import Scope, nowhere, parse, parse_constraint
 from unroll.network.evaluate import Evaluator
 
 n, m, k = (sp.Symbol(s, integer=True, positive=True) for s in "nmk")
@@ -22,7 +22,8 @@ lam, t, rho = scalar("lam", positive=True), scalar("t", positive=True), scalar("
 z, Z = symbol("z", n, 1, "variable"), symbol("Z", n, k, "variable", 2)
 r, R = symbol("r", n, 1, "state"), symbol("R", n, k, "state", 2)
 A, S, x, w = symbol("A", m, n), symbol("S", n, n), symbol("x", m, 1, "input"), symbol("w", n, 1, props=["positive"])
-SCOPE = Scope({"z": z, "Z": Z, "r": r, "R": R, "A": A, "S": S, "x": x, "w": w, "lam": lam, "t": t, "rho": rho})
+p = symbol("p", n, 1, props=["positive"])
+SCOPE = Scope({"z": z, "Z": Z, "r": r, "R": R, "A": A, "S": S, "x": x, "w": w, "p": p, "lam": lam, "t": t, "rho": rho})
 SIZES: dict[sp.Symbol, Any] = {n: 5, m: 4, k: 3, lam: 0.4, t: 0.7, rho: 0.3}
 Given = dict[Sym, torch.Tensor]
 
@@ -35,7 +36,7 @@ def values(seed: int = 0) -> Given:
     torch.manual_seed(seed)
     size = lambda d: SIZES[d] if d in SIZES else int(d)
     made: Given = {v: torch.randn(*map(size, v.shape), dtype=torch.float64) for v in (r, R, A, S, x, w, z)}
-    return {**made, w: made[w].abs() + 0.1}
+    return {**made, w: made[w].abs() + 0.1, p: torch.linspace(0.9, 0.1, 5, dtype=torch.float64)[:, None]}
 
 
 def value(e: Expr, given: Given) -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_the_divergence_of_a_map_is_the_trace_of_its_jacobian(formula: str) -> N
 
 TERMS = [
     "lam * norm1(z)", "lam * norm1(z) + 1/2 * sumsq(z)", "norm2(z)", "lam * sumsq(z - w)", "1/2 * sumsq(x - A @ z)", "sum(softplus(z))",
-    "norm_inf(z)", "lam * norm1(w * z)", "sum(huber(z, 1))", "norm1(z) + norm2(z)",
+    "tv(z)", "lam * tv(z) + 0.1 * norm1(z)", "sorted_l1(z, p)", "tv(z) + lam * sumsq(z)", "norm_inf(z)", "lam * norm1(w * z)", "sum(huber(z, 1))", "norm1(z) + norm2(z)",
 ]  # fmt: skip
 
 
@@ -80,6 +81,19 @@ def test_the_divergence_of_a_proximal_step_is_the_trace_of_its_jacobian(term: st
     given[r] *= scale
     found = value(divergence(e, r), given).reshape(())
     torch.testing.assert_close(found, trace_of_jacobian(e, r, given), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "sets", [("z in simplex", "z <= lam"), ("dot(w, z) == 1", "z >= 0"), ("z in simplex",), ("z in simplex(2)",)]
+)
+def test_the_divergence_of_one_equation_is_the_trace_of_its_jacobian(sets: tuple[str, ...], scale: float) -> None:
+    term = add(*(parse_constraint(s, SCOPE) for s in sets), read("lam * norm1(z)" if len(sets) > 1 else "0 * sum(z)"))
+    e, given = planned(prox(term, z, t, r)), values(1)
+    given[r] *= scale
+    torch.testing.assert_close(
+        value(divergence(e, r), given).reshape(()), trace_of_jacobian(e, r, given), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("term", ["group_norm(Z, axis=1)", "norm_fro(Z)", "norm1(Z)"])

@@ -27,6 +27,7 @@ from unroll.language.nodes import (
     Mul,
     Op,
     Softmax,
+    Sorted,
     SpectralNorm,
     Sum,
     Sym,
@@ -44,7 +45,7 @@ def nonnegative(e: Expr) -> bool:
     match e:
         case Sym(props=props):
             return "positive" in props
-        case Member(of, _) | Transpose(of) | Hold(of) | Diag(of) | Diagonal(of) | Sum(of, _) | Max(of, _):
+        case Member(of, _) | Transpose(of) | Hold(of) | Diag(of) | Diagonal(of) | Sum(of, _) | Max(of, _) | Sorted(of):
             return nonnegative(of)
         case FamilySum(_, _, body):
             return nonnegative(body)

@@ -3,6 +3,8 @@
     entry by entry       sum of the slopes; a derived scalar prox has 1/(1 + t f''), 0 where it stands at a kink
     groups, balls        through the length: n - (n - 1) t/|v| of what is shrunk
     simplex, 1-norm ball entries that are not 0, less one for each sum that is held
+    tv, with entries     a slope for each piece
+    sorted 1-norm        as many as there are magnitudes, those of 0 apart
     one equation         sum of the slopes d, less that of their squares (a d)^2 over the sum of a^2 d
     linear               the trace
 
@@ -25,10 +27,13 @@ from unroll.language.constructors import (
     diagonal,
     elementwise,
     eye,
+    largest,
     matmul,
     ones,
+    operator,
     prox_map,
     scale,
+    sort,
     split,
     total,
     transpose,
@@ -55,15 +60,43 @@ def divergence(e: Expr, r: Sym) -> Expr:
     match body:
         case Project(name, _, x) if name in ("simplex", "ball1") and depends(x, r):
             return scale(c, _on_the_boundary(body, r))
+        case Project("tv", _, x) if depends(x, r):
+            return scale(c * _multiple(x, r, e), add(constant(r.cols), _count(operator("difference", body))))
+        case ProxMap(found, (Project("tv", _, x) as steps,), _) if depends(x, r):  # the same slope all along a piece
+            slope = _slope(found, body, (), [], e)
+            ends = operator("first", _apart(operator("difference", steps)), sizes=(r.rows,))
+            last = add(total(slope), scale(-1, total(operator("first", slope, sizes=(r.rows - 1,)))))
+            return scale(c * _multiple(x, r, e), add(total(elementwise(slot(0) * slot(1), slope, ends)), last))
+        case Project("sorted_l1", _, x) if depends(x, r):
+            size = sort(elementwise(sp.Abs(slot(0)), body))
+            least = scale(-1, largest(scale(-1, size), 0))
+            return scale(c * _multiple(x, r, e), add(_count(operator("difference", size)), _count(least)))
         case _:
             return total(_own(e, r, e))
 
 
+def _count(e: Expr) -> Expr:
+    """How many entries are not 0."""
+    return total(_apart(e))
+
+
+def _apart(e: Expr) -> Expr:
+    """1 where an entry is not 0, else 0."""
+    return elementwise(sp.Piecewise((0, sp.Eq(slot(0), 0)), (1, True)), e)
+
+
+def _multiple(x: Expr, r: Sym, whole: Expr) -> sp.Expr:
+    """k with x = k r + b."""
+    terms = [t for t in (x.terms if isinstance(x, Add) else (x,)) if depends(t, r)]
+    k, body = split(add(*terms))
+    if body is not r:
+        raise _refused(whole, "it takes more than a multiple of its argument")
+    return k
+
+
 def _on_the_boundary(e: Project, r: Sym) -> Expr:
     """Of a projection: as many entries as are not 0, less one for each sum that is held; all of them inside of a ball."""
-    c, body = split(e.x)
-    if body is not r:
-        raise _refused(e, "it projects more than a multiple of its argument")
+    c = _multiple(e.x, r, e)
     count = total(elementwise(sp.Piecewise((0, sp.Eq(slot(0), 0)), (1, True)), e))
     if e.set == "simplex":
         return scale(c, add(count, constant(-r.cols)))
@@ -145,5 +178,5 @@ def _refused(e: Expr, why: str) -> DeriveError:
     return DeriveError(
         "E301",
         f"no divergence is known of {text(e)}: {why}",
-        hint="maps of entries, of lengths of groups, projections on the simplex and the 1-norm ball, and linear maps have one",
+        hint="maps of entries, of lengths of groups, of tv, of the sorted 1-norm, projections on the simplex and the 1-norm ball, and linear maps have one",
     )

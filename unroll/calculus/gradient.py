@@ -67,6 +67,7 @@ from unroll.language.nodes import (
     ProxMap,
     Signal,
     Softmax,
+    Sorted,
     Spectral,
     SpectralMap,
     SpectralNorm,
@@ -190,6 +191,8 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             if slope.subs(slot(0), 0) != 0:
                 raise no_gradient(node, "its derivative at a zero singular value is not 0")
             yield x, times(g, spectral_map(slope, x))
+        case Sorted():
+            raise no_gradient(node, "it has a kink wherever two entries tie")
         case Max() | SpectralNorm():
             raise no_gradient(node, "it has a kink wherever two entries tie for the largest")
         case Indicator():

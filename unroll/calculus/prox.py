@@ -6,6 +6,7 @@
     spectral             sum of f(singular values):                            the scalar prox of each singular value
     largest entry        c |z|_inf, or c sum of |z_g|_inf:                     Moreau, v - P(v) on the 1-norm ball, of each group
     log determinant      -c log det (z + z')/2:                                the prox of -c log of each eigenvalue
+    sorted 1-norm        c sum of w_i |z|_(i), w falling:                       exact, by sorting and means
     total variation      sum of w |differences of neighbours|, down columns:   exact, by levels
     ... and entries      the same + sum of f(z_ij), one f, or f(|z|):          their prox after its prox (below)
     semi-orthogonal      f(M z + b) with M M' = I:                             v + M' (prox(y) - y), y = M v + b; so for f(z M), M' M = I
@@ -70,6 +71,7 @@ from unroll.language.nodes import (
     Mul,
     Op,
     Prox,
+    Sorted,
     Spectral,
     Sum,
     Sym,
@@ -146,7 +148,7 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     """The first rule that covers the kinds of parts that are there."""
     if p.walks:
         return _walk(p, z, t, at, swaps)
-    others = (p.radial, p.spectral, p.peak, p.volumes, p.sets, p.mapped, p.lifted)
+    others = (p.radial, p.spectral, p.peak, p.sorted, p.volumes, p.sets, p.mapped, p.lifted)
     kinds = [*map(bool, others), bool(p.quadratic)]
     if not any(kinds):
         return _separable(p, t, at, swaps)
@@ -174,6 +176,10 @@ def _rest(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
         nearest = nearest if axis != 1 else transpose(nearest)
         rule = f"Moreau: v minus {'its projection' if axis is None else 'projections of its groups'} on a 1-norm ball"
         return Proximal(add(at, scale(-1, nearest)), rule, True)
+    if p.sorted:
+        number, w = split(scale(t, p.sorted[0]))
+        shrunk = project("sorted_l1", at, scale(_learned(number, swaps), w))
+        return Proximal(shrunk, "the magnitudes, sorted, less their weights; those that meet are pooled", True)
     if p.volumes:
         (c,) = p.volumes
         even = scale(sp.Rational(1, 2), add(at, transpose(at)))
@@ -240,7 +246,7 @@ class Lifted:
 class Parts:
     """A term by what its summands are in z. Profiles are in slot(0); further slots of `entries` stand for `others`.
 
-    walks: (c, w, b) for c sum(w |differences of z + b|), c >= 0 and w >= 0.  volumes: c for -c log det (z + z') / 2, c >= 0.
+    sorted: w for w times the magnitudes, the largest first, w >= 0 and falling.  walks: (c, w, b) for c sum(w |differences of z + b|), c >= 0 and w >= 0.  volumes: c for -c log det (z + z') / 2, c >= 0.
     """
 
     tilt: tuple[Expr, ...] = ()
@@ -251,6 +257,7 @@ class Parts:
     spectral: tuple[tuple[sp.Expr, sp.Expr], ...] = ()
     peak: tuple[tuple[sp.Expr, Axis], ...] = ()
     walks: tuple[tuple[sp.Expr, Expr, Expr], ...] = ()
+    sorted: tuple[Expr, ...] = ()
     volumes: tuple[sp.Expr, ...] = ()
     sets: tuple[tuple[str, tuple[sp.Expr | Expr, ...]], ...] = ()
     mapped: tuple[tuple[sp.Expr, sp.Expr, Expr, Expr], ...] = ()
@@ -291,6 +298,10 @@ class Parts:
                 return self._with_length(c * _root(p), None, x, z)
             case Sum(Map() as inner, None) if (walk_ := _neighbours(c, inner, z)) is not None:
                 return replace(self, walks=(*self.walks, walk_))
+            case Sum(Map() as inner, None) if (weights := sorted_weights(scale(c, body), z)) is not None:
+                if not (nonnegative(weights) and _falls(weights)):
+                    return replace(self, unknown=(*self.unknown, e))
+                return replace(self, sorted=(*self.sorted, weights))
             case Sum(Map() as inner, None):
                 return self._with_entries(c, inner, e, z)
             case Map() if z.is_scalar:
@@ -711,7 +722,9 @@ def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     c = _learned(t * sp.Add(*(walk_[0] for walk_ in p.walks)), swaps)
     rest = replace(p, walks=())
     alone = rest == Parts()
-    alike = not (p.others or p.spectral or p.peak or p.volumes or p.sets or p.mapped or p.lifted or p.quadratic)
+    alike = not (
+        p.others or p.spectral or p.peak or p.sorted or p.volumes or p.sets or p.mapped or p.lifted or p.quadratic
+    )
     whole = all(axis in (None, 0) and as_constant(shift) == 0 for _, axis, shift in p.radial)
     if not alone and not (alike and whole and as_constant(b) == 0):
         return None
@@ -720,6 +733,40 @@ def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
         return Proximal(at, TV, True)
     found = _rest(rest, z, t, at, swaps)
     return None if found is None else replace(found, rule=f"{TV}; then {found.rule}")
+
+
+def sorted_weights(e: Expr, z: Sym) -> Expr | None:
+    """w with e = w times the magnitudes of k z, the largest first, added up."""
+    c, body = split(e)
+    if not (isinstance(body, Sum) and body.axis is None and isinstance(body.x, Map)):
+        return None
+    profile, args = body.x.profile, body.x.args
+    moving = [i for i, a in enumerate(args) if depends(a, z)]
+    if len(moving) != 1 or not isinstance(at := args[moving[0]], Sorted) or at.shape != z.shape:
+        return None
+    k, rate = _times_abs(at.x, z), sp.diff(profile, slot(moving[0]))
+    if k is None or rate.has(slot(moving[0])) or sp.expand(profile - rate * slot(moving[0])) != 0:
+        return None
+    w = elementwise(c * k * rate, *args)
+    return w if w.cols == 1 else None
+
+
+def _falls(w: Expr) -> bool:
+    """Is no entry of a column above the one before? Of a parameter that is looked at where its values are known."""
+    c, body = split(w)
+    match body:
+        case Sym():
+            return c.is_nonnegative is True
+        case Transpose(Op("running_sum", x, True)) if nonnegative(x):
+            return c.is_nonnegative is True
+        case Op("first", x) if nonnegative(x):
+            return c.is_nonnegative is True and _falls(x)
+        case Add(terms):
+            return all(map(_falls, terms)) and c.is_nonnegative is True
+        case Map(profile, (x,)) if x.shape == w.shape:
+            return (c * sp.diff(profile, slot(0))).is_nonnegative is True and _falls(x)
+        case _:
+            return as_constant(w) is not None
 
 
 def _symmetric_part(z: Sym) -> Expr:

@@ -52,6 +52,7 @@ from unroll.language.nodes import (
     ShapeError,
     Signal,
     Softmax,
+    Sorted,
     Spectral,
     SpectralMap,
     SpectralNorm,
@@ -879,6 +880,14 @@ def hold(e: Expr) -> Expr:
     return _distribute(hold, e) or (e if isinstance(e, Eye | Ones | Zero | Hold) else intern(Hold, e))
 
 
+def sort(e: Expr) -> Expr:
+    """The entries of each column, the largest first."""
+    c, body = split(e)
+    if c != 1 and c.is_nonnegative:
+        return scale(c, sort(body))
+    return e if e.rows == 1 or as_constant(e) is not None else intern(Sorted, e)
+
+
 def top(e: Expr, share: Expr) -> Expr:
     """1 where an entry is among the share of largest magnitudes of its sample, else 0; constant for every derivation."""
     if not share.is_scalar:
@@ -995,6 +1004,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             fresh = iter(parts)
             params = tuple(next(fresh) if isinstance(p, Expr) else p for p in params)
             return project(name, next(fresh), *params)
+        case Sorted():
+            return sort(parts[0])
         case Worked(name, _):
             return intern(Worked, name, parts)
         case FamilySum(i, n, _):

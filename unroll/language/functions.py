@@ -24,7 +24,9 @@ from unroll.language.constructors import (
     normalise,
     ones,
     operator,
+    scale,
     softmax,
+    sort,
     spectral,
     spectral_norm,
     top,
@@ -33,7 +35,7 @@ from unroll.language.constructors import (
     transpose,
     zeros,
 )
-from unroll.language.nodes import ONE, Expr, ShapeError, show_shape, slot
+from unroll.language.nodes import ONE, Expr, ShapeError, same, show_shape, slot
 
 Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias", "share"]
 Value = Expr | sp.Expr
@@ -140,6 +142,21 @@ def kl(x: Expr, y: Expr) -> Expr:
     return total(of(u * sp.log(u / w) - u + w, x, y))
 
 
+def sorted_l1(x: Expr, weights: Expr) -> Expr:
+    """The weights times the magnitudes of x, the largest first, added up: of each column."""
+    if weights.cols != 1 or not same(weights.rows, x.rows):
+        raise ShapeError(f"sorted_l1 needs a weight for each of {x.rows} rows, not {show_shape(weights.shape)}")
+    return total(of(u * w, weights, sort(of(sp.Abs(u), x))))
+
+
+def oscar(x: Expr, a: sp.Expr, b: sp.Expr) -> Expr:
+    """a |x|_1 + b times the larger magnitude of each pair: sorted, with weights a + b (n - 1), .., a + b, a."""
+    if x.rows == 1:
+        return scale(a, norm1(x))
+    ahead = transpose(operator("running_sum", ones(1, x.rows - 1), adjoint=True))
+    return sorted_l1(x, of(a + b * u, operator("first", ahead, sizes=(x.rows,))))
+
+
 def _equal(x: Expr, y: Expr, who: str) -> None:
     if x.shape != y.shape:
         raise ShapeError(f"{who} needs two of one shape, not {show_shape(x.shape)} and {show_shape(y.shape)}")
@@ -214,6 +231,9 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("spectral", ("matrix",), spectral_norm, "largest singular value"),
     Function("rank", ("matrix",), lambda x: spectral(_nonzero(), x), "number of nonzero singular values"),
     Function("tv", ("matrix",), lambda x: norm1(operator("difference", x)), "total variation: sum of |differences of neighbours|, down each column"),
+    Function("sort", ("matrix",), sort, "entries of each column, the largest first"),
+    Function("sorted_l1", ("matrix", "vector"), sorted_l1, "sorted 1-norm (SLOPE): weights v, which fall, times the magnitudes, the largest first, of each column"),
+    Function("oscar", ("matrix", "number", "number"), oscar, "a |M|_1 + b times the larger magnitude of each pair of entries, of each column"),
     Function("difference", ("matrix",), lambda x: operator("difference", x), "differences of neighbours, n - 1 of them, down each column"),
     Function("difference_T", ("matrix",), lambda x: operator("difference", x, adjoint=True), "adjoint of difference"),
     Function("logsumexp", ("matrix", "axis"), logsumexp, "log of the sum of exponentials", optional=1),

@@ -6,7 +6,7 @@ Only `constructors.py` builds nodes: it keeps the normal form.
 
     leaves       Sym, Member, Eye, Ones, Zero
     matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise,
-                 Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Worked
+                 Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Sorted, Worked
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -506,6 +506,13 @@ class Project(_Keeping):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Sorted(_Keeping):
+    """The entries of each column, the largest first."""
+
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Worked(Expr):
     """What an operation of `WORKED` makes of its arguments: worked out as a whole, without a derivative."""
 
@@ -649,7 +656,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Sorted | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}

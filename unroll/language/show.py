@@ -42,6 +42,7 @@ from unroll.language.nodes import (
     ProxMap,
     Signal,
     Softmax,
+    Sorted,
     Spectral,
     SpectralMap,
     SpectralNorm,
@@ -494,6 +495,8 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return _node(x, d)
         case Hold(x):
             return call("hold", x)
+        case Sorted(x):
+            return call("op", "sort", _show(x, d))
         case Worked(name, args):
             shown = name.replace("_", r"\_") if d is _LATEX else name
             return call("op", shown, ", ".join(_show(a, d) for a in args))

@@ -51,6 +51,7 @@ from unroll.language.nodes import (
     Shape,
     Signal,
     Softmax,
+    Sorted,
     Spectral,
     SpectralMap,
     SpectralNorm,
@@ -315,12 +316,12 @@ def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
     "detach", "sum", "length", "unit", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
-    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path", "top",
+    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path", "top", "sort",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
 """Symmetric, or a factor that only stands for its symmetric product."""
 PRODUCTS = ("product", "matmul", "contract")
-ALONG = ("sum", "length", "unit", "logsumexp", "max", "softmax", "running_sum")
+ALONG = ("sum", "length", "unit", "logsumexp", "max", "softmax", "running_sum", "sort")
 
 
 # --- lowering ---------------------------------------------------------------------------------------------------------
@@ -485,6 +486,8 @@ class Lowering:
             case SpectralProx(prox, x):
                 record = self._at_numbers(prox, {s: self._symbol(s) for s in prox.scalars})
                 return b.add("spectral_prox", (self.lower(x), *map(self._symbol, record.scalars)), record)
+            case Sorted(x):
+                return b.add("sort", (self.lower(x),), 0)
             case Worked("top", (x, share)):
                 c = as_constant(share)
                 p = self.lower(share) if c is None else self.scalar(c)

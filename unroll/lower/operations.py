@@ -406,6 +406,13 @@ def _running_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return x.text.then(f".flip({axis}).cumsum({axis}).flip({axis})" if adjoint else f".cumsum({axis})")
 
 
+def _sort_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: axis."""
+    (x,) = args
+    axis = "rc"[out.attrs[0]]
+    return x.text.then(f".sort(dim={_axis(x, axis)}, descending=True).values") if axis in x.tags else x.text
+
+
 def _top_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """attrs: is the share a plain number?"""
     x, share = args
@@ -510,7 +517,7 @@ def _repeat_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 def _first_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     (x,), (_, (n,)) = args, out.attrs
     entries = x.text.code if "r" in x.tags else f"{c.like}.new_ones(1)"  # of one entry there is only the number 1
-    found = Text(f"F.pad({entries}, (0, {c.size(n)} - {c.size(x.shape[0])}))")  # fewer than none: cut
+    found = Text(f"F.pad({entries}, (0, {c.size(sp.expand(n - x.shape[0]))}))")  # fewer than none: cut
     return found if "r" in out.tags else found.then(".squeeze(-1)")
 
 
@@ -628,7 +635,7 @@ def _number_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
 
 WHOLE = ("ball1", "ball2", "sparse")
 """Sets that take a matrix as one long vector; the others take each column, or the matrix."""
-COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns", "tv", "columns_ball1")
+COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns", "tv", "sorted_l1", "columns_ball1")
 """Sets that a matrix is in if each of its columns is, and functions that are a sum over columns."""
 
 
@@ -747,6 +754,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("family_sum", _same, _over_family("sum"), _pointwise),
     Operation("family_logsumexp", _same, _over_family("logsumexp"), _pointwise),
     Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
+    Operation("sort", _same, _sort_text, _pointwise),
     Operation("top", _same, _top_text, _pointwise),
     Operation("factor", _factor_axes, _factor_text, _cubic),
     Operation("norm", _same, _norm_text, _pointwise),
@@ -1168,6 +1176,43 @@ def signs_of_jumps(v, t):
         "v = v + F.pad(t * jump, (0, 1)) - F.pad(t * jump, (1, 0))\nmean = piece_means(v, jump).detach()\n"
         "return mean + piece_means(v - mean, jump)  # means of what is small: no rounding of long sums",
         ("signs_of_jumps",),
+    ),
+    "descending_jumps": Helper(
+        '''@torch.no_grad()
+def descending_jumps(v):
+    """1 between neighbours of the nearest v that falls, or stays, from entry to entry where it falls, else 0: neighbours out of order
+    are pooled, all at once. Compiled or mapped code, which cannot ask whether any are left, compares the means of all stretches.
+    """
+    try:
+        asks = not (torch.compiler.is_compiling() or v.isnan().any())
+    except RuntimeError:  # of torch.func.vmap
+        asks = False
+    n, jump = v.shape[-1], torch.ones_like(v[..., 1:])
+    if not asks:  # x_i = min over j <= i of the max over k >= i of the mean of v_j .. v_k
+        place = torch.arange(n, device=v.device)
+        sums = F.pad((v - v.mean(-1, keepdim=True)).cumsum(-1), (1, 0))
+        length = place + 1 - place[:, None]
+        mean = (sums[..., None, 1:] - sums[..., :-1, None]) / length.where(length > 0, 1)
+        most = mean.flip(-1).cummax(-1).values.flip(-1)
+        return -most.masked_fill(length < 1, math.inf).amin(-2).diff(dim=-1).sign()
+    for _ in range(n):
+        found = jump * (piece_means(v, jump).diff(dim=-1) < 0)
+        if torch.equal(found, jump):
+            break
+        jump = found
+    return jump
+''',
+        ("piece_means",),
+    ),
+    "prox_sorted_l1": _exact(
+        "prox_sorted_l1",
+        "v, w",
+        "argmin over z of w times the magnitudes of z, the largest first, + |z - v|^2 / 2, along the last axis; 0 <= w falls, or stays (Bogdan,\n"
+        "    van den Berg, Sabatti, Su & Candes 2015, doi:10.1214/15-AOAS842). Magnitudes that meet move as one.",
+        "size, order = v.abs().sort(dim=-1, descending=True)\nmoved = size - w\njump = descending_jumps(moved.detach())\n"
+        "mean = piece_means(moved, jump).detach()\nx = (mean + piece_means(moved - mean, jump)).relu()\n"
+        "return v.sign() * x.gather(-1, order.argsort(-1))",
+        ("descending_jumps", "piece_means"),
     ),
     "multiplier": Helper(
         '''def multiplier(prox, value, slope, v, a, total, reach):

@@ -47,6 +47,7 @@ from unroll.language.nodes import (
     ProxMap,
     Signal,
     Softmax,
+    Sorted,
     Spectral,
     SpectralMap,
     SpectralNorm,
@@ -225,6 +226,8 @@ class Evaluator:
             case Multiplier(prox, args, slots):
                 v, a, s, _, *rest = args
                 return self.multiplier(prox, slots, *torch.broadcast_tensors(*map(self, (v, a, *rest))), total=self(s))
+            case Sorted(x):
+                return self(x).sort(dim=-2, descending=True).values
             case Worked("top", (x, share)):
                 return _top(self(x), self(share))
             case Worked(name, (x,)):
@@ -352,6 +355,8 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             s = params[0] if params else 1
             shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - s, c.max() - s, c.max()) for c in x.T]
             return (x - torch.stack(shifts)).clamp_min(0)
+        case "sorted_l1", [w]:
+            return torch.stack([_sorted_shrunk(y, s) for y, s in zip(x.T, w.expand(x.shape).T, strict=True)], 1)
         case "tv", [t]:
             edges = t.expand(max(x.shape[0] - 1, 0), x.shape[1])
             return torch.stack([_taut(y, e) for y, e in zip(x.T, edges.T, strict=True)], 1)
@@ -453,6 +458,19 @@ def _taut(y: Tensor, t: Tensor, left: float = 0.0, right: float = 0.0) -> Tensor
     i = ends[0]
     at = float(t[i]) if up[i + 1] else -float(t[i])
     return torch.cat([_taut(y[: i + 1], t[:i], left, at), _taut(y[i + 1 :], t[i + 1 :], at, right)])
+
+
+def _sorted_shrunk(v: Tensor, w: Tensor) -> Tensor:
+    """The prox of the sum of w times the magnitudes, the largest first: neighbours out of order are pooled, one pair at a time."""
+    size, order = v.abs().sort(descending=True, stable=True)
+    blocks = list[list[Tensor]]()
+    for gap in size - w:
+        blocks.append([gap])
+        while len(blocks) > 1 and torch.stack(blocks[-1]).mean() >= torch.stack(blocks[-2]).mean():
+            last = blocks.pop()
+            blocks[-1] = blocks[-1] + last
+    means = torch.cat([torch.stack(b).mean().expand(len(b)) for b in blocks]).clamp_min(0)
+    return v.sign() * torch.zeros_like(v).scatter(0, order, means)
 
 
 def _bisect(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 from math import inf
 from typing import Any
 
 import sympy as sp
 from torch import Tensor, finfo, float64, linalg
 
-from unroll.calculus.prox import interval, why_empty
+from unroll.calculus.prox import interval, sorted_weights, why_empty
 from unroll.errors import UnrollError
 from unroll.language.constructors import constant, ones, swap
-from unroll.language.nodes import Expr, Indicator, walk
+from unroll.language.nodes import Add, Expr, Indicator, walk
 from unroll.language.problem import Problem
 from unroll.language.show import text
 from unroll.network.evaluate import evaluate
@@ -29,6 +30,11 @@ def refuse_empty(
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
         for why in _empty(x, known, problem, given):
             raise UnrollError("E403", f"no point fulfils {text(x)}: {why}", hint=HINT)
+    terms = [t for e in problem.terms.values() for t in (e.terms if isinstance(e, Add) else (e,))]
+    for t, z in product(terms, problem.variables):
+        if (w := sorted_weights(t, z)) is not None and (why := _wrong_weights(w, known, problem, given)) is not None:
+            hint = "give the largest first"
+            raise UnrollError("E403", f"the weights {text(w)} of {text(t)} {why}", hint=hint)
     between = _between(problem, known)
     for x, (low, high) in between.items():
         if low.is_number and high.is_number and low > high:
@@ -69,6 +75,17 @@ def _out_of_reach(
             f"with entries from {float(ends[0]):g} to {float(ends[1]):g} it sums to {float(least):g} to {float(most):g}"
         )
     return None
+
+
+def _wrong_weights(
+    w: Expr, known: Mapping[sp.Symbol, Any], problem: Problem, given: Mapping[str, Tensor]
+) -> str | None:
+    """Why weights are none of a sorted 1-norm, where their values are known."""
+    if any(v.name not in given for v in w.symbols) or not swap(w.rows, known).is_number:
+        return None
+    values = {v: _columns(given[v.name]) for v in problem.parameters if v.name in given}
+    found = evaluate(w, values, {k: v if isinstance(v, int) else float(v) for k, v in known.items()}).flatten()
+    return "rise from one entry to the next: the sum is not convex then" if bool((found.diff() > 0).any()) else None
 
 
 def _between(problem: Problem, known: Mapping[sp.Symbol, Any]) -> dict[Expr, tuple[sp.Expr, sp.Expr]]:

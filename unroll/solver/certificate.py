@@ -26,12 +26,15 @@ from unroll.language.constructors import (
     as_constant,
     elementwise,
     largest,
+    operator,
     scalar_factor,
     scale,
+    sort,
     spectral_norm,
     split,
     times,
     total,
+    transpose,
 )
 from unroll.language.nodes import Add, Expr, Indicator, Map, Sum, Sym, depends, slot
 
@@ -92,7 +95,7 @@ def _is_square(e: Expr, z: Sym) -> bool:
 def polar(g: Parts, at: Expr) -> Expr | None:
     """sup of <at, z> over g(z) <= 1, for a gauge g."""
     kinds = (
-        g.radial, g.spectral, g.peak, g.walks, g.volumes, g.entries or g.domain, g.sets, g.mapped, g.lifted, g.quadratic, g.tilt
+        g.radial, g.spectral, g.peak, g.sorted, g.walks, g.volumes, g.entries or g.domain, g.sets, g.mapped, g.lifted, g.quadratic, g.tilt
     )  # fmt: skip
     if sum(map(bool, kinds)) != 1:
         return None
@@ -105,6 +108,9 @@ def polar(g: Parts, at: Expr) -> Expr | None:
     if len(g.peak) == 1:
         ((c, axis),) = g.peak
         return scale(1 / c, largest(total(elementwise(sp.Abs(u), at), axis)))
+    if len(g.sorted) == 1 and at.cols == 1:  # the largest share of a sum of the k largest in that of their weights
+        sums = [operator("running_sum", transpose(x)) for x in (sort(elementwise(sp.Abs(u), at)), g.sorted[0])]
+        return largest(elementwise(sp.Piecewise((u / w, w > 0), (0, True)), *sums))
     return None
 
 
@@ -134,7 +140,9 @@ def _slope(h: sp.Expr) -> sp.Expr | None:
 
 def support(g: Parts, at: Expr, z: Sym) -> Expr | None:
     """sup of <at, z> over a compact set."""
-    if any((g.entries, g.radial, g.spectral, g.peak, g.walks, g.volumes, g.mapped, g.lifted, g.quadratic, g.tilt)):
+    if any(
+        (g.entries, g.radial, g.spectral, g.peak, g.sorted, g.walks, g.volumes, g.mapped, g.lifted, g.quadratic, g.tilt)
+    ):
         return None
     if len(g.sets) == 1 and not g.domain:
         match g.sets[0]:
