@@ -98,7 +98,7 @@ def test_every_public_name_is_there() -> None:
 
 # --- what the engine knows --------------------------------------------------------------------------------------------
 
-WORDS = {a.name for a in every()} | {"step", "hessian", "momentum", "ridge", "tied", "pca"}
+WORDS = {a.name for a in every()} | {"step", "slope", "hessian", "momentum", "ridge", "tied", "pca"}
 """Names that are words of mathematics, or of models, too."""
 ENTRIES = {name for kind in ("objectives", "specs", "presets") for name in library.names(kind)} - WORDS
 

@@ -187,6 +187,9 @@ BY_NUMPY: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any]]] = {
     "nuclear": ("nuclear(A)", lambda a: _nuclear(a["A"])),
     "spectral": ("spectral(A)", lambda a: np.linalg.norm(a["A"], 2)),
     "rank": ("rank(A)", lambda a: np.linalg.matrix_rank(a["A"])),
+    "sort": ("sort(A)", lambda a: -np.sort(-a["A"], axis=0)),
+    "sorted_l1": ("sorted_l1(A, y)", lambda a: (a["y"] * -np.sort(-np.abs(a["A"]), axis=0)).sum()),
+    "oscar": ("oscar(A, 2, 3)", lambda a: sum(((2 + 3 * np.arange(len(c))) * np.sort(np.abs(c))).sum() for c in a["A"].T)),
     "tv": ("tv(y)", lambda a: np.abs(np.diff(a["y"][:, 0])).sum()),
     "difference": ("difference(y)", lambda a: np.diff(a["y"], axis=0)),
     "difference_T": ("difference_T(y)", lambda a: _difference_T(a["y"])),
@@ -293,7 +296,15 @@ def test_every_function_of_the_language_is_tested() -> None:
 def test_shapes_follow_the_values_for_odd_shapes_too(record: Any, rows: str, cols: str) -> None:
     x = f"(2 * ones({rows}, {cols}) * sum(abs(A)))"
     given = [
-        x if kind == "matrix" else "axis=1" if kind == "axis" else "0.5" if kind == "share" else "2"
+        x
+        if kind == "matrix"
+        else f"ones({rows}, 1)"
+        if kind == "vector"
+        else "axis=1"
+        if kind == "axis"
+        else "0.5"
+        if kind == "share"
+        else "2"
         for kind in record.kinds
         if kind not in ("eps", "weight", "bias")
     ]
