@@ -410,13 +410,14 @@ def test_a_scalar_is_not_named_as_what_an_algorithm_works_out(name: str) -> None
     assert refusal.value.code == "E213"
 
 
-def test_a_step_whose_constant_depends_on_an_input_has_no_start_as_a_parameter() -> None:
+@pytest.mark.parametrize(("weight", "names"), [("1 + sumsq(y)", "y"), ("stop_gradient(1 + sumsq(z))", "z")])
+def test_a_step_whose_constant_depends_on_a_sample_has_no_start_as_a_parameter(weight: str, names: str) -> None:
     spec = {
         "dims": {"n": 3},
         "variables": {"z": ["n"]},
         "inputs": {"y": ["n"]},
-        "minimize": {"f": "sumsq(z - 1)/(1 + sumsq(y))"},
+        "minimize": {"f": f"sumsq(z - y)/({weight})"},
     }
     unrolled = {"algorithm": "gradient_descent", "step": "1/L", "layers": 2, "learn": {"a": {"replaces": "step"}}}
-    with pytest.raises(SpecError, match="depends on y: it has no value to start at"):
+    with pytest.raises(SpecError, match=f"depends on {names}: it has no value to start at"):
         unroll.derive({**spec, "unroll": unrolled})

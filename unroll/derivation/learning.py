@@ -504,8 +504,9 @@ def _note(a: Assign) -> str:
 
 
 def _read_by(value: Value, step: Step) -> set[Sym | sp.Basic]:
-    """Every symbol that a value is made of, those of the definitions it reads among them: of a step 1/L, what L is made of."""
-    defined = {_name(a.target): a.value for a in step.definitions}
+    """Every symbol that a value is made of, those of the numbers it reads among them: of a step 1/L, what L is made of."""
+    numbers = (a for a in step.assigns if not isinstance(a.target, Sym))
+    defined = {_name(a.target): a.value for a in (*step.definitions, *numbers)}
     found, todo = set[Sym | sp.Basic](), [value]
     while todo:
         e = todo.pop()
