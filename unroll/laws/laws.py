@@ -250,8 +250,8 @@ def lipschitz(d: Derivation, sample: Sample) -> Iterator[Row]:
                 v = torch.randn(values[z].shape, generator=sample.generator, dtype=torch.float64)
                 for _ in range(20):
                     v = v / v.norm()
-                    ends = [sample.at(slope, {**values, z: values[z] + s * 1e-5 * v}) for s in (1, -1)]
-                    v = ((ends[0] - ends[1]) / 2e-5).expand_as(v)
+                    ends = sample.at(slope, {**values, z: torch.stack([values[z] + 1e-5 * v, values[z] - 1e-5 * v])})
+                    v = ends.expand(2, *v.shape).diff(dim=0)[0] / -2e-5
                     if v.norm() < 1e-12:
                         break
                 worst = max(worst, float(v.norm()) / bound if bound else float(v.norm() > 1e-8))
