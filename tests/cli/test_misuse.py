@@ -108,9 +108,13 @@ def test_a_penalty_of_unknown_sign_is_not_smooth():
         unroll.compile(lasso(scalars={"lam": {"default": -0.1}}))
 
 
-def test_problems_in_two_variables_are_not_solved():
-    with pytest.raises(UnrollError, match="2 variables; solve minimises over one"):
-        unroll.solve(lasso(variables={"z": ["n"], "w": ["m"]}), torch.ones(4), parameters={"A": torch.ones(4, 6)})
+def test_problems_in_variables_that_nothing_reads_or_no_text_has_are_not_solved():
+    given, two, three = {"A": torch.ones(4, 6)}, {"z": ["n"], "w": ["m"]}, {"z": ["n"], "w": ["m"], "y": ["m"]}
+    with pytest.raises(UnrollError, match="E303.*does not depend on w"):
+        unroll.solve(lasso(variables=two), torch.ones(4), parameters=given)
+    of_all = "1/2 * sumsq(x - A @ z - w - y) + lam * norm1(z)"
+    with pytest.raises(UnrollError, match=r"(?s)E303.*over z and w and y.*hint: a text of your own.*H\(z, w, y\)"):
+        unroll.solve(lasso(variables=three, minimize=of_all), torch.ones(4), parameters=given)
 
 
 @pytest.mark.parametrize("penalty", ["nuclear(Z)", "rank(Z)"])

@@ -28,7 +28,7 @@ from unroll.derivation.parts import Part, classify, unsigned
 from unroll.errors import SpecError, UnrollError
 from unroll.language.constructors import add, elementwise, total
 from unroll.language.constructors import split as unscaled
-from unroll.language.nodes import Expr, Indicator, slot
+from unroll.language.nodes import Expr, Indicator, depends, slot
 from unroll.language.problem import Problem, from_spec
 from unroll.language.show import pretty
 from unroll.network import values as given_values
@@ -238,6 +238,9 @@ class Choice:
 def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choice:
     """Raises SpecError E303 where nothing fits, E3xx where what is named does not."""
     problem = from_spec(spec, dict(sizes))
+    loose = next((z for z in problem.variables if not any(depends(e, z) for e in problem.terms.values())), None)
+    if loose is not None:
+        raise SpecError("E303", f"the objective of {spec.title} does not depend on {loose.name}", hint="leave it out")
     count, proved = len(problem.variables), all(map(convex, classify(problem)))
     own = [find_named(name, spec) for name in spec.algorithms]
     if algorithm is not None and algorithm != AUTO:
@@ -274,6 +277,8 @@ def _unsolved(spec: Spec, problem: Problem, refused: Sequence[Tried]) -> SpecErr
     fits = next((t.algorithm.name for t in refused if t.step is not None), None)
     named = f"it is not known to be convex; {fits} fits, algorithm='{fits}', without a claim" if fits else ""
     why = next((t.reason for t in reversed(refused) if is_map(t.algorithm)), NONE_FITS)
+    if not fits and len(problem.variables) > 1:
+        named = f"a text of your own in as many variables: solves: H({', '.join(z.name for z in problem.variables)})"
     return SpecError(
         "E303",
         f"no algorithm here solves {spec.title}: {why}",
