@@ -107,7 +107,7 @@ FITTING = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_what_claims_optima_reaches_them(name: str) -> None:
     want, x, fitting = optimum(name), data(name)[1], list[str]()
-    for a in (a for a in every() if "optimum" in a.text.record.claims):
+    for a in (a for a in every() if "optimum" in a.text.record.claimed):
         try:
             net = compiled(name, a.name, LAYERS[name])
         except UnrollError as refused:

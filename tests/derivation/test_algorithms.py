@@ -475,7 +475,7 @@ def test_what_is_held_is_a_constant_however_it_bends() -> None:
 
 
 def test_the_refusal_names_an_algorithm_that_fits() -> None:
-    with pytest.raises(SpecError, match="proximal_gradient or douglas_rachford fits"):
+    with pytest.raises(SpecError, match="proximal_gradient or forward_backward_forward or douglas_rachford fits"):
         unroll.derive(
             {"objective": "own", **BASE, "minimize": L1, "unroll": {"algorithm": "gradient_descent", "layers": 2}}
         )

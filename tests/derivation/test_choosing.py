@@ -51,7 +51,7 @@ def test_the_reason_names_what_fits_and_why_the_others_do_not():
     page = " ".join(str(unroll.derive(PROBLEMS["proximal_gradient"])).split())
     assert "the optimum: every term is convex" in page
     assert "fista" in page.split("fit too: ")[1].split("do not fit")[0]
-    assert "gradient_descent, heavy_ball, nesterov, newton, multiplicative (λ ‖z‖₁ is not smooth)" in page
+    assert "gradient_descent, heavy_ball, nesterov, multiplicative, newton (λ ‖z‖₁ is not smooth)" in page
 
 
 def test_of_what_is_not_convex_no_optimum_is_claimed():

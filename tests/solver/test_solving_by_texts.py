@@ -71,7 +71,7 @@ def kinds():
         for n, p in PROBLEMS.items()
     }
     for a in by_simplicity():
-        if "optimum" in a.text.record.claims:
+        if "optimum" in a.text.record.claimed:
             fitting = [
                 n for n in PROBLEMS if a.fits(parts[n]) is None and not (a.name == "admm" and n == "least squares")
             ]

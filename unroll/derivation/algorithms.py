@@ -87,7 +87,7 @@ def by_simplicity(own: Iterable[Algorithm] = ()) -> list[Algorithm]:
 
     def key(name: str) -> tuple[bool, bool, int, int, str]:
         record = records[name][1]
-        claims, letters = record.claims, len(record.solves)
+        claims, letters = record.claimed, len(record.solves)
         return "optimum" not in claims, "monotone" not in claims, letters, len(record.states), name
 
     return [records[name][0] for name in sorted(records, key=key)]

@@ -21,7 +21,7 @@ from unroll.derivation.choosing import choose
 from unroll.derivation.rewrites import rewriting
 from unroll.derivation.rewrites.patterns import common_factor
 from unroll.derivation.rewrites.record import Applied, Call, Site
-from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step
+from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step, is_claim
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
     add,
@@ -229,7 +229,7 @@ def _rewritten_step(half: Half, step: Step, call: Call, departures: list[Departu
 
 def _without_descent(step: Step) -> Step:
     """The step is no longer that of the algorithm: what the algorithm claims of the objective is not claimed of it."""
-    return replace(step, notes=tuple(n for n in step.notes if not n.startswith("monotone")))
+    return replace(step, notes=tuple(n for n in step.notes if not is_claim(n)), claimed=tuple)
 
 
 def _counted(step: Step, calls: list[Call]) -> Step:
@@ -285,7 +285,7 @@ def _alternating(problem: Problem, spec: Spec, unrolled: Unroll) -> Step:
         definitions += part.definitions
         assigns += part.assigns
         departures += part.departures
-        notes += [f"{half.name}: {n}" for n in part.notes if not n.startswith("monotone")]
+        notes += [f"{half.name}: {n}" for n in part.notes if not is_claim(n)]
         subproblems += part.subproblems
         hands += part.hands
         chosen |= part.chosen

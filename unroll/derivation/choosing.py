@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from unroll.derivation.algorithms import NONE_FITS, Algorithm, attempt, by_simplicity
-from unroll.derivation.dealing import Misfit, convex
+from unroll.derivation.dealing import Misfit, convex, requirement
 from unroll.derivation.parts import classify
 from unroll.derivation.reading import Options
 from unroll.derivation.step import Step
@@ -89,12 +89,19 @@ def tried(problem: Problem, among: Iterable[Algorithm], options: Options | None 
     parts = classify(problem)
     whole = all(map(convex, parts))
     for a in among:
-        claims = a.text.record.claims
-        claim = "optimum" if whole and "optimum" in claims else DESCENDS if DESCENDS in claims else ""
         try:
-            yield Tried(a, claim, attempt(a, problem, parts, options or Options()))
+            step = attempt(a, problem, parts, options or Options())
         except (Misfit, UnrollError) as refused:
             yield Tried(a, refused=refused)
+            continue
+        claims = {c.claim for c in a.text.record.claims if not any(map(requirement, c.when)) or _made(c.claim, step)}
+        claim = "optimum" if whole and "optimum" in claims else DESCENDS if DESCENDS in claims else ""
+        yield Tried(a, claim, step)
+
+
+def _made(claim: str, step: Step) -> bool:
+    """Is what a claim requires of letters met here, and by the numbers?"""
+    return any(c.name == claim and c.holds is not False for c in step.claims)
 
 
 def _reasons(found: Iterable[Tried]) -> Iterator[str]:

@@ -17,14 +17,15 @@ import sympy as sp
 
 from unroll.calculus import curvature
 from unroll.calculus.cones import nonnegative
-from unroll.calculus.entropy import entropic
+from unroll.calculus.entropy import entropic, signed_parts
+from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, quadratic, quadratic_in
 from unroll.calculus.majorise import Of, tangent
 from unroll.calculus.prox import proximable, replace_role
 from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant
-from unroll.language.nodes import Expr, Indicator, Sym
+from unroll.language.nodes import Expr, Indicator, Sym, depends
 from unroll.language.parse import Reader, Scope
 from unroll.language.show import pretty
 from unroll.spec.texts import Text
@@ -36,7 +37,7 @@ MOST = 512
 """Dealings that are tried, where the first does not fit."""
 NEAR = 32
 """Those among which the next best is looked for."""
-PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "sets", "simplex")
+PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "rising", "sets", "simplex")
 
 
 class Misfit(Exception):
@@ -457,7 +458,26 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
         i = text.record.requires.index(required)
         hint = did_you_mean(wanted, PROPERTIES) or f"a letter, and one of: {', '.join(PROPERTIES)}"
         raise SpecError("E320", f"'{required}' requires nothing that is known", text.where("requires", i), hint)
-    parts = hands[name]
+    _meet(name, wanted, hands[name])
+
+
+def requirement(written: str) -> bool:
+    """Is it something that a letter may be required to be?"""
+    return written.partition(" ")[2] in PROPERTIES
+
+
+def meets(required: str, hands: Mapping[str, list[Part]]) -> bool:
+    """Is a letter known to be what is required of it?"""
+    name, _, wanted = required.partition(" ")
+    try:
+        _meet(name, wanted, hands[name])
+    except Misfit:
+        return False
+    return True
+
+
+def _meet(name: str, wanted: str, parts: list[Part]) -> None:
+    """Raises Misfit where parts are not known to be what is wanted of their letter."""
     match wanted:
         case "sets":
             loose = [p for p in parts if not p.is_set]
@@ -480,6 +500,10 @@ def _require(required: str, hands: Mapping[str, list[Part]], text: Text) -> None
             bad = [p for p in parts if p.smooth is None or not p.smooth.concave]
             if bad or not parts:
                 raise Misfit(f"{pretty(bad[0].e)} is not known to be concave" if bad else f"no term is left for {name}")
+        case "rising":
+            for p in parts:
+                if depends(signed_parts(gradient(p.e, p.variable))[1], p.variable):
+                    raise Misfit(f"the gradient of {pretty(p.e)} falls with entries of {p.variable.name}")
         case "quadratic":
             bad = [p for p in parts if not quadratic(p.e, p.variable)]
             if bad:

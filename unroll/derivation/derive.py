@@ -319,6 +319,8 @@ def _algorithm(d: Derivation, half: Half) -> Iterable[str]:
     prefix = f"{half.name}: " if half.name and not whole else ""
     if half is d.halves[-1] or not whole:  # of a text in several variables, after the last
         rows += [("", note.removeprefix(prefix)) for note in d.exact.notes if note.startswith(prefix)]
+    if half is d.halves[-1]:
+        rows += [("", n) for c in d.exact.claims for n in c.says() if n not in d.exact.notes]
     for head, body in rows:
         yield from _row(head, body)
 

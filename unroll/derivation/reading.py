@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, cast
 
 import sympy as sp
 
-from unroll.derivation.dealing import ARGMIN, ENTROPY, GRADIENT, MAJORANTS, PROX, USES, Dealt, has_a_choice
+from unroll.derivation.dealing import (
+    ARGMIN,
+    ENTROPY,
+    GRADIENT,
+    MAJORANTS,
+    PROX,
+    USES,
+    Dealt,
+    convex,
+    has_a_choice,
+    meets,
+    requirement,
+)
 from unroll.derivation.formulas import Formula, Later, TextScope
 from unroll.derivation.known import Known, member, state_of
 from unroll.derivation.operations import OPERATIONS
 from unroll.derivation.parts import Part
-from unroll.derivation.step import Assign, Departure, Hand, Residuals, State, Step
+from unroll.derivation.step import CLAIMS, Assign, Claim, Condition, Departure, Hand, Residuals, State, Step
 from unroll.errors import DeriveError, SpecError, did_you_mean
-from unroll.language.constructors import add, as_constant, constant, symbol, zeros
+from unroll.language.constructors import add, as_constant, constant, swap, symbol, zeros
 from unroll.language.functions import Value, as_expr
 from unroll.language.nodes import Expr, Sym, scalar, show_shape
 from unroll.language.parse import Place, Scope, nowhere, parse
@@ -28,6 +41,7 @@ from unroll.spec.texts import Text
 
 STEP, MOMENTUM = scalar("step", positive=True), scalar("momentum")
 OWN_STEP = "1/L"
+Numbers = list[tuple[sp.Symbol, sp.Expr]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,8 @@ class Reading(Known):
             Assign(name, substitute(w, {p.variable: self.at}), "weight") for p, (name, w) in self._weights()
         )
         assigns = self._tagged(tuple(self._short()))
+        own = self.options.step == OWN_STEP and not self.options.numbers
+        descends = (n for c in self._claims(values, ("monotone",)) for n in c.says()) if own else ()
         return Step(
             self.text.name,
             (*weights, *self.derived, *values),
@@ -116,11 +132,12 @@ class Reading(Known):
             assigns,
             tuple(state_of(z) for z in self.problem.variables),
             (),
-            tuple((*self.notes, *self._claims(), *self._said())),
+            tuple((*self.notes, *descends, *self._said())),
             departures=tuple(self._departures()),
             blocks=tuple(dict.fromkeys(a.block for a in assigns if a.block)),
             hands=tuple(self._hands()),
             residuals=residuals,
+            claimed=cache(lambda: tuple(self._claims(values))),
         )
 
     def _tagged(self, assigns: tuple[Assign, ...]) -> tuple[Assign, ...]:
@@ -152,20 +169,63 @@ class Reading(Known):
                 block = "" if len(self.places) == 1 else z.name if operator is None else share.places[0][1].name
                 yield Hand(share.letter.name, use, terms, e, z, operator, block)
 
-    def _claims(self) -> Iterable[str]:
-        parts = [p for shares in self.dealt.values() for s in shares for p in s.parts]
-        majorised = [
-            p for shares in self.dealt.values() for s in shares if s.letter.uses & {*MAJORANTS} for p in s.parts
-        ]
-        if (
-            "monotone" in self.text.record.claims
-            and self.options.step == OWN_STEP
-            and not self.options.numbers
-            and not self.options.updates
-            and all(p in majorised or p.descended or p.is_set or (p.proximal and p.proximal.convex) for p in parts)
-            and not any(p.holds for p in parts)
-        ):
-            yield "monotone: no step raises the objective"
+    # --- what is claimed of the problem ---
+
+    def _claims(self, values: Iterable[Assign], names: Collection[str] = CLAIMS) -> Iterable[Claim]:
+        """What the text says of this problem, with these numbers: not of what is held, nor where an update is replaced."""
+        shares = [s for shares in self.dealt.values() for s in shares]
+        parts = [p for s in shares for p in s.parts]
+        majorised = [p for s in shares if s.letter.uses & {*MAJORANTS} for p in s.parts]
+        if self.options.updates or any(p.holds for p in parts):
+            return
+        covered: dict[str, Callable[[], bool]] = {
+            "monotone": lambda: all(
+                p in majorised or p.descended or p.is_set or bool(p.proximal and p.proximal.convex) for p in parts
+            ),
+            "optimum": lambda: all(map(convex, parts)),
+        }
+        given = self.options.step != OWN_STEP or bool(self.options.numbers)
+        known = [(cast(sp.Symbol, a.target), a.value) for a in values if not isinstance(a.value, Expr)]
+        for i, claim in enumerate(self.text.record.claims):
+            if claim.claim not in names or not covered[claim.claim]():
+                continue
+            needs = [w for w in claim.when if requirement(w)]
+            met = all(meets(w, {x: [p for s in of for p in s.parts] for x, of in self.dealt.items()}) for w in needs)
+            if met and (claim.when or not given):
+                try:
+                    yield self._claim(claim.claim, [w for w in claim.when if w not in needs], known, ("claims", i))
+                except DeriveError as e:
+                    if e.code != "E304":  # else a constant is not known, and nothing is claimed
+                        raise
+
+    def _claim(self, name: str, when: list[str], known: Numbers, path: tuple[str | int, ...]) -> Claim:
+        """With constants that stand in its conditions alone; of the step nothing changes."""
+        derived, notes = list(self.derived), list(self.notes)
+        try:
+            conditions = tuple(self._condition(w, known, path) for w in when)
+            return Claim(name, conditions, tuple(self.derived))
+        finally:
+            self.derived, self.notes = derived, notes
+
+    def _condition(self, written: str, known: Numbers, path: tuple[str | int, ...]) -> Condition:
+        """Raises SpecError E320 for what is no comparison of two numbers."""
+        match _tree(written):
+            case ast.Expression(ast.Compare(left, [ast.Lt() | ast.LtE() | ast.Gt() | ast.GtE() as op], [right])):
+                a, b = (self._read(ast.unparse(x), lambda *_: self.text.where(*path)) for x in (left, right))
+            case _:
+                a = b = zeros(1, 1)
+                op = ast.Lt()
+        if isinstance(a, Expr) or isinstance(b, Expr):
+            hint = "step * L(f) < 2, or what requires: may say, f quadratic"
+            raise SpecError("E320", f"'{written}' compares no two numbers", self.text.where(*path), hint)
+        for name, value in reversed(known):
+            a, b = swap(a, {name: value}), swap(b, {name: value})
+        a, b = sp.simplify(a), sp.simplify(b)
+        room = sp.simplify(b - a if isinstance(op, ast.Lt | ast.LtE) else a - b)
+        strict = isinstance(op, ast.Lt | ast.Gt)
+        if room.is_positive if strict else room.is_nonnegative:
+            return Condition(written, a, b, True)
+        return Condition(written, a, b, False if (room.is_nonpositive if strict else room.is_negative) else None)
 
     def _said(self) -> Iterable[str]:
         """How the terms were dealt out, where they could have been otherwise."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,6 +114,47 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """left relation right, in numbers of the text and constants; holds: None where that depends on values which are not known."""
+
+    text: str
+    left: sp.Expr
+    right: sp.Expr
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an algorithm says of a problem under conditions on its numbers. definitions: of what stands in them, in order."""
+
+    name: str
+    conditions: tuple[Condition, ...]
+    definitions: tuple[Assign, ...] = ()
+
+    @property
+    def holds(self) -> bool | None:
+        found = {c.holds for c in self.conditions}
+        return False if False in found else None if None in found else True
+
+    def says(self) -> Iterator[str]:
+        """Nothing of an optimum that is claimed of all that is convex."""
+        said = CLAIMS[self.name]
+        for c in (c for c in self.conditions if c.holds is False):
+            yield f"not claimed, {said}: {c.text} does not hold, {c.left} against {c.right}"
+        if self.holds is None:
+            yield f"claimed if {' and '.join(c.text for c in self.conditions if c.holds is None)}: {said}"
+        if self.holds and self.name == "monotone":
+            yield f"monotone: {said}"
+
+
+CLAIMS = {"monotone": "no step raises the objective", "optimum": "the limit is an optimum"}
+
+
+def is_claim(note: str) -> bool:
+    return note.startswith("monotone")
+
+
+@dataclass(frozen=True)
 class Residuals:
     """What is 0 at a solution. before: states as they were, kept before a layer.  after: each residual, worked out at its end."""
 
@@ -130,7 +171,7 @@ class Step:
     blocks: names of the parts of a layer, in order; none where it has one part.  estimated: inputs that a formula
     has taken the place of.  departures: what is not the exact algorithm.  subproblems: what each block minimises, in one variable.
     hands: how the terms were dealt out to the letters of the algorithm.  residuals: what tells a solution, for who runs it to the end.
-    chosen: where a spec leaves its algorithm open -> the one that was taken.
+    claimed: what the algorithm says of the problem, worked out when it is asked for.  chosen: where a spec leaves its algorithm open -> the one that was taken.
     """
 
     algorithm: str
@@ -146,4 +187,13 @@ class Step:
     subproblems: tuple[tuple[str, Problem], ...] = ()
     hands: tuple[Hand, ...] = ()
     residuals: Residuals = Residuals()
+    claimed: Callable[[], tuple[Claim, ...]] = field(default=tuple, compare=False, repr=False)
     chosen: Mapping[tuple[str | int, ...], str] = field(default_factory=dict[tuple[str | int, ...], str])
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        return self.claimed()
+
+    def broken(self, claim: str) -> bool:
+        """Is a claim not made with the numbers that were given?"""
+        return any(c.name == claim and c.holds is False for c in self.claims)

@@ -23,7 +23,7 @@ from unroll.derivation.algorithms import LIPSCHITZ, STEP, state_of
 from unroll.derivation.derive import Derivation, Half, derive
 from unroll.derivation.parts import Part
 from unroll.derivation.rewrites.record import Applied, Site
-from unroll.derivation.step import LAYER, Assign, Hand
+from unroll.derivation.step import CLAIMS, LAYER, Assign, Claim, Hand
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.columns import WIDTH, table_rows, wrapped
 from unroll.language.constructors import prox, swap
@@ -100,7 +100,7 @@ def check(
     derivation = derive(loaded, small_sizes(loaded))
     sample = Sample(derivation, seed)
     laws: tuple[Callable[[Derivation, Sample], Iterator[Row]], ...] = (
-        printed, gradients, lipschitz, proxes, initialisation, monotone, emitted, gradients_flow,
+        printed, gradients, lipschitz, proxes, initialisation, monotone, claims, emitted, gradients_flow,
         degenerate,
     )  # fmt: skip
     rows = [row for law in laws for row in law(derivation, sample)]
@@ -338,7 +338,7 @@ def initialisation(d: Derivation, sample: Sample) -> Iterator[Row]:
 
 
 def monotone(d: Derivation, sample: Sample) -> Iterator[Row]:
-    if not any(note.startswith("monotone") for note in d.exact.notes):
+    if not any(c.name == "monotone" and c.holds for c in d.exact.claims):
         return
     total = sample.network(plain(d.spec)).trace(**sample.inputs).terms["total"].detach() * d.problem.sign
     if not total[0].isfinite().all():
@@ -347,6 +347,29 @@ def monotone(d: Derivation, sample: Sample) -> Iterator[Row]:
         return
     rise = float((total[1:] - total[:-1]).div(total[:-1].abs().clamp_min(1)).max())
     yield Row("the objective falls in every layer", f"largest rise {max(rise, 0.0):.0e}", "0", _verdict(rise <= 1e-12))
+
+
+def claims(d: Derivation, sample: Sample) -> Iterator[Row]:
+    """Conditions on numbers that the derivation leaves open, with the values that they have here."""
+    open_claims = [c for c in d.exact.claims if c.conditions and c.holds is not True]
+    values = {s: as_matrix(sample.parameters[s.name], s) for s in d.problem.parameters}
+    if any(set(e.symbols) - set(values) for c in open_claims for e in _expressions(c)):
+        return  # a constant of each sample
+    for claim in open_claims:
+        state = State(dict(values), {**sample.numbers, **sample.sizes})
+        for a in claim.definitions:
+            state.assign(a)
+        for c in claim.conditions:
+            known = {s: sp.Float(float(v)) for s, v in state.numbers.items() if s in (c.left - c.right).free_symbols}
+            left, right = (float(swap(x, known)) for x in (c.left, c.right))
+            room = right - left if "<" in c.text else left - right
+            holds = room > 0 if "=" not in c.text else room >= -1e-9 * max(abs(left), abs(right))
+            what = f"{left:.3g} against {right:.3g}" if holds else f"{left:.3g} against {right:.3g}: not claimed"
+            yield Row(f"{CLAIMS[claim.name]}, if {c.text}", what, "-", "holds" if holds else "noted")
+
+
+def _expressions(c: Claim) -> Iterator[Expr]:
+    return (a.value for a in c.definitions if isinstance(a.value, Expr))
 
 
 def emitted(d: Derivation, sample: Sample) -> Iterator[Row]:

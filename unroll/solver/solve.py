@@ -251,7 +251,9 @@ def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choi
             found = derive_spec(_alone(spec, named), dict(sizes))
         except SpecError as e:  # its place is in no text of the user's
             raise SpecError(e.code, e.message, None, e.hint, e.notes) from None
-        claims = "optimum" in named.text.record.claims and not found.exact.departures
+        claims = "optimum" in named.text.record.claimed and not (
+            found.exact.departures or found.exact.broken("optimum")
+        )
         return Choice(named.name, found, mapped, claims, proved, count, _in_each(spec, problem, sizes))
     choice = choose(problem, Options(), own)
     if choice.taken is None:
@@ -259,7 +261,7 @@ def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choi
     taken = choice.taken.algorithm
     found = _derived(spec, taken, sizes)
     text, mapped = (None, found) if is_map(taken) else (found, None)
-    claims = "optimum" in taken.text.record.claims
+    claims = "optimum" in taken.text.record.claimed
     return Choice(taken.name, text, mapped, claims, proved, count, _in_each(spec, problem, sizes))
 
 
@@ -292,7 +294,7 @@ def is_map(a: Algorithm) -> bool:
     record = a.text.record
     uses = [x.uses for x in letters(a.text)]
     return (
-        {"monotone", "optimum"} <= set(record.claims)
+        {"monotone", "optimum"} <= record.claimed
         and not record.states
         and set(record.scalars) == {"step"}
         and sum(GRADIENT in u for u in uses) == 1

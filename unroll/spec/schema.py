@@ -11,8 +11,9 @@ import keyword
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -406,6 +407,30 @@ class Free(Record):
 FreeField = Annotated[Free, BeforeValidator(_short_start, json_schema_input_type=str | float | Free)]
 
 
+def _short_claim(value: object) -> object:
+    match value:
+        case str():
+            return {"claim": value}
+        case Mapping() if "claim" not in value and len(value) == 1:
+            ((claim, when),) = cast("Mapping[str, object]", value).items()
+            return {"claim": claim, "when": (when,) if isinstance(when, str) else when}
+        case _:
+            return value
+
+
+class Claim(Record):
+    """What a text says of a problem; `{optimum: step * L(f) < 2}` is short for `{claim: optimum, when: [step * L(f) < 2]}`."""
+
+    claim: Literal["monotone", "optimum"]
+    when: tuple[Formula, ...] = ()
+    """comparisons of its numbers and of constants of its letters, and what `requires` may say; without one, the numbers as they stand in the text"""
+
+
+ClaimField = Annotated[
+    Claim, BeforeValidator(_short_claim, json_schema_input_type=str | dict[str, str | list[str]] | Claim)
+]
+
+
 class Rule(Record):
     """One way to work out an update: what stands in its place."""
 
@@ -437,10 +462,14 @@ class Algorithm(Record):
     """rules that the update `momentum` may name"""
     residuals: dict[Target, Formula] = {}
     """what is 0 at a solution, in states, `last(..)` and numbers; the change of every state, if left out"""
-    claims: tuple[Literal["monotone", "optimum"], ...] = ()
-    """monotone: no step raises the objective, with the numbers as they stand here; optimum: of convex terms, in the limit"""
+    claims: tuple[ClaimField, ...] = ()
+    """monotone: no step raises the objective; optimum: of convex terms, in the limit. `{optimum: step * L(f) < 2}`: under a condition"""
     notes: dict[Name, Text] = {}
     """update -> what the emitted module says of it"""
+
+    @property
+    def claimed(self) -> frozenset[str]:
+        return frozenset(c.claim for c in self.claims)
 
 
 # --- the model around the layers -----------------------------------------------------------------------------------
