@@ -112,7 +112,7 @@ CVXPY: dict[str, Case] = {
 }  # fmt: skip
 ELSEWHERE = {
     "robust_pca", "nonnegative_factorisation", "beta_factorisation", "low_rank_and_groups", "node_smoothing", "reweighted_nodes",
-    "fused_lasso", "total_variation_denoising", "matrix_completion", "graph_smoothing", "svm_dual", "one_class", "slope", "group_infinity", "sparse_inverse_covariance",
+    "fused_lasso", "total_variation_denoising", "matrix_completion", "graph_smoothing", "svm_dual", "one_class", "slope", "entropic_transport", "group_infinity", "sparse_inverse_covariance",
     "sparse_rate_reduction", "rate_reduction", "token_statistics", "token_energy", "hopfield_energy", "subspace_mixture", "fourth_power",
     "kurtosis", "principal_subspace", "shift_rate_reduction", "shift_rate_reduction_2d", "dictionary_learning", "mcr2", "mcr2_regularised", "ctrl_binary", "ctrl_multi",
 }  # fmt: skip

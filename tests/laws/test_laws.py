@@ -142,6 +142,7 @@ def test_laws_hold_for_every_algorithm(algorithm):
         "joint_proximal_gradient": "low_rank_and_groups",
         "mirror_descent": "simplex_least_squares",
         "cccp": "hopfield_energy",
+        "bregman_projections": "entropic_transport",
         "amp": "lasso",
         "vamp": "elastic_net",
     }

@@ -2,7 +2,8 @@
 
     linear, |x| on x >= 0      v exp(-t c)
     bounds                     clipped: the minimiser of a convex function of one number
-    simplex                    each column divided by its sum
+    c z log z                  a power of that
+    simplex, sums of columns   each column divided by its sum, and times what it is to be
 
 Source: Beck & Teboulle 2003, doi:10.1016/S0167-6377(02)00231-6.
 """
@@ -14,40 +15,102 @@ from dataclasses import replace
 import sympy as sp
 
 from unroll.calculus.cones import nonnegative
-from unroll.calculus.prox import Parts, slope_of_abs
+from unroll.calculus.prox import Parts
+from unroll.calculus.torch_text import reciprocal
 from unroll.errors import DeriveError
-from unroll.language.constructors import add, constant, elementwise, scale, softmax, zeros
+from unroll.language.constructors import (
+    add,
+    as_constant,
+    constant,
+    elementwise,
+    scale,
+    softmax,
+    swap,
+    symbol,
+    times,
+    total,
+    transpose,
+    zeros,
+)
 from unroll.language.nodes import Add, Expr, Sym, slot
 from unroll.language.show import text
-from unroll.language.traversal import expand
+from unroll.language.traversal import expand, substitute
 
 
 def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
-    """The minimiser, as an expression in v. Raises DeriveError E302 where no rule gives it."""
+    """The minimiser, as an expression in v; t = inf: of the term alone. Raises DeriveError E302 where no rule gives it."""
+    try:
+        return _entropic(term, z, t, v)
+    except DeriveError as refused:
+        if 1 in z.shape:
+            raise
+        turned = symbol(f"{z.name}_T", z.ncols, z.nrows, z.role, z.rank, z.family, z.props)
+        try:  # of the transpose, the transpose
+            return transpose(_entropic(substitute(term, {z: transpose(turned)}), turned, t, transpose(v)))
+        except DeriveError:
+            raise refused from None
+
+
+def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
     p = Parts.of(term, z)
-    slope = slope_of_abs(sp.Add(*p.entries)) if p.entries else sp.S.Zero
+    known = _entropy_and_slope(sp.Add(*p.entries))
     others = replace(p, tilt=(), entries=(), others=(), domain=(), sets=()) != Parts()
-    sets = [name for name, _ in p.sets]
-    if others or slope is None or sets not in ([], ["simplex"]) or (sets and p.domain):
+    sums = _sums(p, z)
+    if others or known is None or len(p.sets) > 1 or (p.sets and (sums is None or p.domain)):
         raise DeriveError(
             "E302",
             f"no proximal step of entropy is known for {text(term)}",
-            hint="linear terms, c |z| and sets of bounds have one, and the simplex",
+            hint="linear terms, c |z|, c z log z and sets of bounds have one, the simplex, and sums that are not negative",
         )
+    entropy, slope = known
     lo = sp.Max(*(d[0] for d in p.domain)) if p.domain else -sp.oo
-    if not sets and "positive" not in z.props and not lo.is_nonnegative:
+    simplex = any(name == "simplex" for name, _ in p.sets)
+    if not simplex and entropy == 0 and "positive" not in z.props and not lo.is_nonnegative:
         raise DeriveError(
             "E302",
             f"{text(term)} allows entries below 0, which have no entropy",
             hint=f"declare {z.name} `positive: true`, or constrain it: {z.name} in nonneg",
         )
-    pull = add(elementwise(slope, *p.others) if p.others else constant(slope, *z.shape), *p.tilt)
-    if sets:  # by logarithms, which do not overflow
-        ((_, params),) = p.sets
-        return scale(params[0] if params else 1, softmax(add(elementwise(sp.log(slot(0)), v), scale(-t, pull)), 0))
-    free = elementwise(slot(0) * sp.exp(-t * slot(1)), v, pull)
+    if t.is_infinite and not entropy.is_positive:
+        raise DeriveError(
+            "E302", f"{text(term)} has no least point by itself that is known", hint="a term c z log z, c > 0"
+        )
+    whole = add(elementwise(slope, *p.others) if p.others else constant(slope, *z.shape), *p.tilt)
+    if t.is_infinite:
+        t, v, shrink = sp.S.One, constant(1, *z.shape), entropy
+    else:
+        shrink = 1 + t * entropy
+    if simplex:  # by logarithms, which do not overflow
+        return times(sums, softmax(scale(1 / shrink, add(elementwise(sp.log(slot(0)), v), scale(-t, whole))), 0))
+    pull = add(whole, constant(entropy, *z.shape))
+    if entropy == 0:
+        free = elementwise(slot(0) * sp.exp(-t * slot(1)), v, pull)
+    else:
+        free = elementwise(sp.exp((sp.log(slot(0)) - t * slot(1)) / shrink), v, pull)
+    if sums is not None:
+        return elementwise(slot(0) * slot(1) * reciprocal(slot(2)), free, sums, total(free, 0))
     hi = sp.Min(sp.oo, *(d[1] for d in p.domain))
     return elementwise(sp.Max(sp.Max(0, lo), sp.Min(hi, slot(0))), free) if p.domain else free
+
+
+def _entropy_and_slope(f: sp.Expr) -> tuple[sp.Expr, sp.Expr] | None:
+    """(c, k) with f(u) = c u log u + k u, or k |u|, for u > 0, c the same for every entry."""
+    f = sp.expand(sp.expand_log(f, force=True))
+    c = f.coeff(slot(0) * sp.log(slot(0)))
+    rest = sp.expand(f - c * slot(0) * sp.log(slot(0)))
+    k = sp.cancel(swap(rest, {slot(0): sp.Symbol("u", positive=True)}) / sp.Symbol("u", positive=True))
+    return None if k.has(sp.Symbol("u", positive=True)) or c.has(slot(0), *map(slot, range(1, 9))) else (c, k)
+
+
+def _sums(p: Parts, z: Sym) -> Expr | None:
+    """What each column sums to, if that is all that a set says."""
+    match p.sets:
+        case (("simplex", params),):
+            return constant(params[0] if params else 1)
+        case (("affine", (Expr() as a, Expr() as s)),) if a.rows == 1 and as_constant(a) == 1 and nonnegative(s):
+            return s
+        case _:
+            return None
 
 
 def signed_parts(e: Expr) -> tuple[Expr, Expr]:

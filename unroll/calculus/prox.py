@@ -56,6 +56,7 @@ from unroll.language.constructors import (
     split,
     swap,
     symbol,
+    times,
     total,
     transpose,
     zeros,
@@ -791,6 +792,12 @@ def _projection(name: str, params: tuple[sp.Expr | Expr, ...], at: Expr) -> Prox
             return Proximal(_lengthened(at, None, found), "the length clipped at the radius", True, found)
         case "affine", (a, b) if isinstance(a, Expr) and isinstance(b, Expr):  # v - A^+ (A v - b)
             gap = add(matmul(a, at), scale(-1, b))
+            if a.rows == 1:  # A^+ = A' / |A|^2
+                size = total(elementwise(slot(0) ** 2, a))
+                share = elementwise(reciprocal(slot(0)), size) if (n := as_constant(size)) is None else constant(1 / n)
+                return Proximal(
+                    add(at, matmul(transpose(a), times(share, gap), coef=-1)), "projection on a plane", True
+                )
             step = add(at, matmul(transpose(spectral_map(reciprocal(slot(0)), a)), gap, coef=-1))
             return Proximal(step, "projection on an affine set", True)
         case "simplex", (s,) if isinstance(s, sp.Expr):

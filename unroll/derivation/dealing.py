@@ -37,7 +37,7 @@ MOST = 512
 """Dealings that are tried, where the first does not fit."""
 NEAR = 32
 """Those among which the next best is looked for."""
-PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "rising", "sets", "simplex")
+PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "rising", "sets", "simplex", "equations")
 
 
 class Misfit(Exception):
@@ -196,6 +196,7 @@ def _letter(tree: ast.expr) -> Letter:
 def _uses(text: Text, names: set[str]) -> dict[str, set[str]]:
     record = text.record
     formulas = {("updates", k): f for k, f in record.updates.items()}
+    formulas |= {("states", k): s.start for k, s in record.states.items() if s.start is not None}
     for momentum, rule in record.momenta.items():
         formulas |= {("momenta", momentum, "updates", k): f for k, f in rule.updates.items()}
     found: dict[str, set[str]] = {n: set() for n in names}
@@ -493,6 +494,11 @@ def _meet(name: str, wanted: str, parts: list[Part]) -> None:
             loose = [p for p in parts if not isinstance(p.e, Indicator) or p.e.set != "simplex"]
             if loose or not parts:
                 raise Misfit("the variable is not constrained to the simplex, and to nothing else")
+        case "equations":
+            loose = [p for p in parts if not isinstance(p.e, Indicator) or p.e.set not in ("simplex", "affine")]
+            if loose or not parts:
+                what = f"{pretty(loose[0].e)} is no set of equations" if loose else f"no set is left for {name}"
+                raise Misfit(what)
         case "not convex":
             if all(convex(p) for p in parts):
                 raise Misfit("what is minimised is convex; this step is for what is convex and maximised")
