@@ -50,6 +50,7 @@ PROBLEMS: dict[str, tuple[Spec, Any]] = {
 """name -> (objective, the same for CVXPY)."""
 OTHERS: dict[str, Spec] = {
     "simplex": {"minimize": {"fit": FIT}, "constraints": ["z in simplex"]},
+    "sums": {"minimize": {"fit": "-dot(A.T @ x, z) + sum(z*log(z))"}, "constraints": ["z in simplex", "sum(z) == 1"], "variables": {"z": {"shape": ["n"], "positive": True}}},
     "concave": {"minimize": {"energy": "1/2*sumsq(z)", "memory": "-logsumexp(A @ z)"}, "inputs": {}},
     "smoothed": {"minimize": {"fit": FIT, "sparsity": "lam*sum(sqrt(mu + z**2))"}},
     "weighted": {"minimize": {"fit": FIT, "sparsity": "lam*sum(log(1 + abs(z) / mu))"}},
@@ -285,7 +286,7 @@ ALL = [a.name for a in every() if a.name not in ("power_step", "palm", "joint_pr
 def problem_of(algorithm: str) -> str:
     return {
         "gradient_descent": "ridge", "heavy_ball": "ridge", "nesterov": "ridge", "projected_gradient": "box", "newton": "logistic",
-        "mirror_descent": "simplex", "multiplicative": "positive", "irls": "smoothed", "cccp": "concave", "reweighted_l1": "weighted",
+        "mirror_descent": "simplex", "bregman_projections": "sums", "multiplicative": "positive", "irls": "smoothed", "cccp": "concave", "reweighted_l1": "weighted",
     }.get(algorithm, "lasso")  # fmt: skip
 
 

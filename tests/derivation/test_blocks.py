@@ -23,7 +23,16 @@ LAYERS = 4
 Spec = dict[str, Any]
 LASSO: Spec = load("lasso").to_dict() | {"dims": {"m": 6, "n": 8}}
 SOME = ("lasso", "ridge", "nonnegative_least_squares", "fourth_power", "robust_regression", "simplex_least_squares")
-ELSEWHERE = ("amp", "bregman_projections", "cccp", "irls", "joint_proximal_gradient", "multiplicative", "palm", "scaled_gradient")
+ELSEWHERE = (
+    "amp",
+    "bregman_projections",
+    "cccp",
+    "irls",
+    "joint_proximal_gradient",
+    "multiplicative",
+    "palm",
+    "scaled_gradient",
+)
 """Algorithms of other problems; those that a block can hold are in test_algorithm_texts.py."""
 MOMENTA = ("beck_teboulle", "chambolle_dossal(3)")
 

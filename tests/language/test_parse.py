@@ -122,8 +122,9 @@ def test_library_terms_and_their_gradients_print_and_parse_to_the_same_object(na
 
 @pytest.mark.parametrize("record", SETS, ids=lambda s: s.name)
 def test_constraints_print_and_parse_to_the_same_object(record: Any) -> None:
-    arguments = {"number": "lam", "size": "T", "matrix": "A", "vector": "y"}
-    written = record.name if not record.kinds else f"{record.name}({', '.join(arguments[k] for k in record.kinds)})"
+    arguments = {"number": "lam", "size": "T"}
+    given = "A, y" if record.name == "affine" else ", ".join(arguments[k] for k in record.kinds)
+    written = f"{record.name}({given})" if record.kinds else record.name
     e = parse_constraint(f"q in {written}", SCOPE)
     assert isinstance(e, Indicator) and parse_constraint(text(e), SCOPE) is e
 

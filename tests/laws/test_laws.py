@@ -127,7 +127,7 @@ SMOOTH = (
 )  # fmt: skip
 
 
-SPLIT = ("fused_lasso", "svm_dual", "sparse_inverse_covariance")
+SPLIT = ("entropic_transport", "fused_lasso", "svm_dual", "sparse_inverse_covariance")
 """Objectives that only algorithms with several letters take."""
 
 

@@ -69,6 +69,10 @@ class reciprocal(sp.Function):
 
     nargs = (1,)
 
+    @classmethod
+    def eval(cls, x: sp.Expr) -> sp.Expr | None:
+        return 1 / x if x.is_nonzero and x.is_number else x if x.is_zero else None
+
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         return -(self**2)
 

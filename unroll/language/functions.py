@@ -267,6 +267,11 @@ class Set:
     optional: int = 0
 
     def indicator(self, x: Expr, *params: Any) -> Expr:
+        """Raises ShapeError where A, x and b of A @ x = b do not fit."""
+        if self.name == "affine":
+            a, b = params
+            if not (same(a.cols, x.rows) and same(b.rows, a.rows) and same(b.cols, x.cols)):
+                raise ShapeError(f"{show_shape(a.shape)} times {show_shape(x.shape)} is not {show_shape(b.shape)}")
         return indicator(self.name, x, *params)
 
 
@@ -282,7 +287,7 @@ SETS: tuple[Set, ...] = (
     Set("orthogonal", (), "square with M.T @ M = I"),
     Set("stiefel", (), "M.T @ M = I"),
     Set("unit_columns", (), "every column of norm at most 1"),
-    Set("affine", ("matrix", "vector"), "A @ x = b"),
+    Set("affine", ("matrix", "matrix"), "A @ x = b"),
     Set("sparse", ("size",), "at most s nonzero entries"),
     Set("rank_at_most", ("size",), "rank at most r"),
 )

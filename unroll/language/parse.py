@@ -279,7 +279,9 @@ class Reader:
     def _affine(self, tree: ast.expr, left: ast.expr, right: ast.expr) -> Expr:
         match left:
             case ast.BinOp(left=a, op=ast.MatMult(), right=x):
-                return SETS_BY_NAME["affine"].indicator(self.matrix(x), self.matrix(a), self.matrix(right))
+                return self._built(
+                    tree, lambda: SETS_BY_NAME["affine"].indicator(self.matrix(x), self.matrix(a), self.matrix(right))
+                )
             case ast.Call(func=ast.Name(id="sum"), args=[x, *axis], keywords=[]) if len(axis) < 2:
                 return self._sums(tree, self.matrix(x), int(self._as_kind(axis[0], "axis")) if axis else None, right)
             case ast.Call(func=ast.Name(id="sum"), args=[x], keywords=[ast.keyword(arg="axis", value=axis)]):
@@ -293,7 +295,8 @@ class Reader:
                         "E131",
                         f"{self.source(left)} is of {self.shape(weights)} and {self.shape(e)}; two vectors of one length are needed here",
                     )
-                return SETS_BY_NAME["affine"].indicator(e, transpose(weights), as_expr(self.value(right)))
+                value = as_expr(self.value(right))
+                return self._built(tree, lambda: SETS_BY_NAME["affine"].indicator(e, transpose(weights), value))
             case _:
                 self.fail(
                     tree,
