@@ -11,6 +11,7 @@ Source: Beck & Teboulle 2003, doi:10.1016/S0167-6377(02)00231-6.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import sympy as sp
 
@@ -64,7 +65,7 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
         )
     entropy, slope = known
     lo = sp.Max(*(d[0] for d in p.domain)) if p.domain else -sp.oo
-    simplex = any(name == "simplex" for name, _ in p.sets)
+    simplex = [name for name, _ in p.sets] == ["simplex"]
     if not simplex and entropy == 0 and "positive" not in z.props and not lo.is_nonnegative:
         raise DeriveError(
             "E302",
@@ -80,7 +81,7 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
         t, v, shrink = sp.S.One, constant(1, *z.shape), entropy
     else:
         shrink = 1 + t * entropy
-    if simplex:  # by logarithms, which do not overflow
+    if simplex and sums is not None:  # by logarithms, which do not overflow
         return times(sums, softmax(scale(1 / shrink, add(elementwise(sp.log(slot(0)), v), scale(-t, whole))), 0))
     pull = add(whole, constant(entropy, *z.shape))
     if entropy == 0:
@@ -95,11 +96,10 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
 
 def _entropy_and_slope(f: sp.Expr) -> tuple[sp.Expr, sp.Expr] | None:
     """(c, k) with f(u) = c u log u + k u, or k |u|, for u > 0, c the same for every entry."""
-    f = sp.expand(sp.expand_log(f, force=True))
-    c = f.coeff(slot(0) * sp.log(slot(0)))
-    rest = sp.expand(f - c * slot(0) * sp.log(slot(0)))
-    k = sp.cancel(swap(rest, {slot(0): sp.Symbol("u", positive=True)}) / sp.Symbol("u", positive=True))
-    return None if k.has(sp.Symbol("u", positive=True)) or c.has(slot(0), *map(slot, range(1, 9))) else (c, k)
+    u, f = sp.Symbol("u", positive=True), cast(Any, sp.expand(sp.expand_log(f, force=True)))
+    c = cast(Any, f.coeff(slot(0) * sp.log(slot(0))))
+    k = cast(Any, sp.cancel(swap(sp.expand(f - c * slot(0) * sp.log(slot(0))), {slot(0): u}) / u))
+    return None if k.has(u) or any(str(s).startswith("_") for s in c.free_symbols) else (c, k)
 
 
 def _sums(p: Parts, z: Sym) -> Expr | None:
