@@ -109,11 +109,18 @@ def show(spec: str, overrides: tuple[str, ...], stage: str, latex: bool) -> None
     """Print a stage of the compilation: what was written, what was derived, what is emitted.
 
     Of `algorithm: auto`, the derivation says which text was chosen, why, and why not the others.
+
+    Of an algorithm (unroll list algorithms, or the path of one) its text is printed; algorithms/NAME where a spec has the name too.
     """
     from unroll import api
     from unroll.pages import stages
+    from unroll.spec import texts
 
-    if latex:
+    if (text := texts.written(spec)) is not None:
+        if latex or overrides or stage != "derivation":
+            raise click.UsageError(f"'{spec}' is an algorithm: there is its text alone. Name a spec that uses it.")
+        click.echo(text)
+    elif latex:
         click.echo(api.derive(spec, overrides=overrides).to_latex())
     else:
         click.echo(stages.stage(spec, stage, overrides=overrides))

@@ -71,7 +71,8 @@ def solve_files(
             if len(found.values) == 1:
                 np.save(file, found.z.numpy())
             else:
-                np.savez(file, **{n: z.numpy() for n, z in found.values.items()})
+                several: dict[str, Any] = {n: z.numpy() for n, z in found.values.items()}
+                np.savez(file, **several)
     return found
 
 

@@ -71,6 +71,31 @@ def test_version(unroll: Unroll) -> None:
     assert unroll("--version").out.strip() == "unroll, version 0.1.0"
 
 
+# --- show -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["admm", "algorithms/fista", "mine.yaml"])
+def test_an_algorithm_is_shown_as_it_is_written(unroll: Unroll, tmp_path: Path, name: str) -> None:
+    """What is printed is the algorithm: as a file of one's own it is the same again."""
+    shown = unroll("show", "admm") if name == "mine.yaml" else unroll("show", name)
+    (tmp_path / "mine.yaml").write_text(shown.out.replace("algorithm: admm", "algorithm: mine"))
+    assert shown.code == 0 and "solves: f(z)" in shown.out and "updates:" in shown.out
+    if name == "mine.yaml":
+        assert unroll("show", "mine.yaml").out == shown.out.replace("algorithm: admm", "algorithm: mine")
+
+
+@pytest.mark.parametrize("words", [("admm", "unroll.layers=3"), ("admm", "--latex"), ("admm", "--stage", "source")])
+def test_what_an_algorithm_alone_has_not_is_said(unroll: Unroll, words: tuple[str, ...]) -> None:
+    shown = unroll("show", *words)
+    assert shown.code == 2 and "'admm' is an algorithm" in shown.err
+
+
+def test_a_name_of_both_is_the_spec_and_one_of_neither_is_refused(unroll: Unroll) -> None:
+    assert "fista on lasso" in unroll("show", "fista").out
+    assert "no algorithm is called 'nope'" in unroll("show", "algorithms/nope").err
+    assert "no spec or objective is called 'nope'" in unroll("show", "nope").err
+
+
 # --- list and explain -------------------------------------------------------------------------------------------------
 
 

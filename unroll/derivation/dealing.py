@@ -37,7 +37,17 @@ MOST = 512
 """Dealings that are tried, where the first does not fit."""
 NEAR = 32
 """Those among which the next best is looked for."""
-PROPERTIES = ("convex", "strongly convex", "not convex", "concave", "quadratic", "rising", "sets", "simplex", "equations")
+PROPERTIES = (
+    "convex",
+    "strongly convex",
+    "not convex",
+    "concave",
+    "quadratic",
+    "rising",
+    "sets",
+    "simplex",
+    "equations",
+)
 
 
 class Misfit(Exception):

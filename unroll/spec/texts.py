@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from unroll.errors import SpecError, Where
 from unroll.spec import Spec, frozen, library, read_file
 from unroll.spec.messages import to_spec_error
-from unroll.spec.nodes import Entries, Origin, Scalar, key_origin, node_at, plain
+from unroll.spec.nodes import Entries, Origin, Scalar, child, key_origin, node_at, plain
 from unroll.spec.schema import Algorithm
 
 AUTO = "auto"
@@ -55,6 +55,23 @@ def find(name: str, spec: Spec | None = None, where: Where | None = None) -> Tex
     near = Path(spec.file).parent if spec is not None else Path()
     path = library.find(name, ("algorithms",), where, near)
     return _read(path, path.stat().st_mtime_ns)
+
+
+def written(name: str) -> str | None:
+    """The file of an algorithm: a path, its name where no spec has it too, or algorithms/NAME. None where `name` means something else.
+
+    Raises SpecError E001 (no such file), E003 (no such name), E2xx, E320 (what stands there is no algorithm).
+    """
+    own = name if name.endswith(library.SUFFIXES) else name.removeprefix("algorithms/")
+    if name.endswith(library.SUFFIXES):
+        if child(read_file(library.find(name, ("algorithms",))), "algorithm") is None:
+            return None
+    elif own == name and (
+        name in (*library.names("specs"), *library.names("objectives")) or name not in library.names("algorithms")
+    ):
+        return None
+    find(own)
+    return library.find(own, ("algorithms",)).read_text(encoding="utf-8").rstrip()
 
 
 def every() -> Iterator[Text]:
