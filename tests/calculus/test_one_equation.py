@@ -140,9 +140,7 @@ def test_a_cap_that_is_learned_has_the_slope_of_differences() -> None:
     learned = step("", "z in simplex", "z <= high", learn="high")
     learned(x, x, x).square().sum().backward()
     (slope,) = (p.grad for p in learned.keywords["net"].parameters())
-    wanted = (
-        float(run(HIGH + 1e-6) - run(HIGH - 1e-6)) / 2e-6 * (1 - np.exp(-HIGH))
-    )  # the parameter is kept positive by softplus
+    wanted = float(run(HIGH + 1e-6) - run(HIGH - 1e-6)) / 2e-6
     assert slope is not None and abs(float(slope) - wanted) < 1e-6
 
 
@@ -177,3 +175,37 @@ def test_each_column_of_a_matrix_fulfils_the_equation_by_itself() -> None:
     x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=D)
     alone = step("", "z in simplex(2)", "z <= high")
     torch.testing.assert_close(unroll.compile(spec, dtype=D)(x), alone(x, x, x))
+
+
+@pytest.mark.parametrize("base", [1e3, 1e4, 1e5])
+@pytest.mark.parametrize("term", ["", "lam*norm1(z)", "lam*sum(z*log(z))"])
+def test_what_all_entries_share_costs_no_digits(term: str, base: float) -> None:
+    """Of float32: a point far from the set has the answer that it has near it."""
+    near = torch.tensor([[0.0, 3.0, 1.0, 2.0, 0.0]])
+    run = step(term, "z in simplex", "z <= 0.9", dtype=torch.float32)
+    w = torch.ones_like(near)
+    torch.testing.assert_close(run(near + base, w, w), run(near, w, w), rtol=0, atol=1e-5)
+    assert abs(float(run(near + base, w, w).sum()) - 1) < 1e-5
+
+
+def test_a_ball_that_the_bounds_leave_no_point_of_is_refused() -> None:
+    with pytest.raises(unroll.UnrollError, match="sums to 1.5 to 2"):
+        step("", "z in ball1(1)", "0.3 <= z <= 0.4")
+    assert torch.allclose(step("", "z in ball1(2)", "0.3 <= z <= 0.4")(*drawn())[:, :0], torch.zeros(4, 0, dtype=D))
+
+
+def test_sums_of_rows_with_bounds_are_those_of_columns_of_the_transpose() -> None:
+    def net(sets: list[str], n: int, T: int) -> Any:
+        spec = {
+            "dims": {"n": n, "T": T},
+            "variables": {"Z": ["n", "T"]},
+            "inputs": {"X": ["n", "T"]},
+            "minimize": {"f": "1/2*sumsq(Z - X)"},
+        }
+        return unroll.compile({**spec, "constraints": sets, "unroll": {"algorithm": "proximal_gradient", "layers": 1, "step": 1}}, dtype=D)  # fmt: skip
+
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=D)
+    columns = net(["sum(Z, axis=0) == 1", "Z >= 0", "Z <= 0.6"], 4, 4)(x)
+    rows = net(["sum(Z, axis=1) == 1", "Z >= 0", "Z <= 0.6"], 4, 4)(x.mT).mT
+    torch.testing.assert_close(rows, columns)
+    assert torch.allclose(columns.sum(-1), torch.ones(2, 4, dtype=D)) and (columns <= 0.6).all()

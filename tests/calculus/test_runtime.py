@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.special import wrightomega
 
+import unroll
 from unroll.calculus.torch_functions import RUNTIME, operation, source_of
 
 records = pytest.mark.parametrize("op", RUNTIME, ids=[op.name for op in RUNTIME])
@@ -109,3 +110,18 @@ def test_operations_compile_to_one_graph(op):
     }
     call = calls[op.name]
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+
+
+def test_a_root_with_plain_numbers_takes_the_kind_of_the_tensor_among_them() -> None:
+    """As where step and weight are numbers: the prox of 0.3 sum sqrt|z|, whose only tensor is not the last argument."""
+    spec = {
+        "dims": {"n": 3},
+        "variables": {"z": ["n"]},
+        "inputs": {"x": ["n"]},
+        "minimize": {"f": "1/2*sumsq(x - z)", "l": "0.3*sum(sqrt(abs(z)))"},
+    }
+    how = {"algorithm": "proximal_gradient", "layers": 1, "step": 1}
+    x, grid = torch.tensor([[2.0, -0.1, 0.7]], dtype=torch.float64), torch.linspace(-3, 3, 600_001, dtype=torch.float64)
+    for v, z in zip(x[0], unroll.compile({**spec, "unroll": how}, dtype=torch.float64)(x)[0], strict=True):
+        cost = lambda u, v=v: 0.3 * u.abs().sqrt() + (u - v) ** 2 / 2
+        assert cost(z) <= cost(grid).min() + 1e-9

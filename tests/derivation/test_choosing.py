@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -149,3 +151,16 @@ def test_the_next_best_dealing_is_printed_and_can_be_taken(algorithm, minimize, 
 
 def test_where_one_dealing_fits_no_other_is_printed():
     assert "or split" not in str(unroll.derive(spec({"a": FIT, "b": "mu * tv(z)"}, algorithm="half_quadratic")))
+
+
+@pytest.mark.parametrize("held", ["sum(stop_gradient(z)*z)", "norm1(stop_gradient(1/(abs(z) + 0.1))*z)"])
+def test_of_what_is_held_nothing_is_claimed_and_nothing_chosen(held: str) -> None:
+    """Its fixed points need not be least, and its value may rise: a text has to be named."""
+    spec: dict[str, Any] = {
+        "dims": {"n": 4}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": {"f": "1/2*sumsq(x - z)", "l": held},
+    }  # fmt: skip
+    with pytest.raises(unroll.UnrollError, match="claims something") as refused:
+        unroll.compile({**spec, "unroll": {"algorithm": "auto", "layers": 3}})
+    assert "takes it, without a claim" in str(refused.value)
+    found = unroll.solve(spec, torch.ones(1, 4, dtype=torch.float64), algorithm="proximal_gradient")
+    assert not found.convex and "not known to be convex" in str(found)

@@ -240,3 +240,33 @@ def test_an_intercept_without_a_penalty_is_that_of_cvxpy(algorithm: str) -> None
         own.value, shift.value = w[i].numpy(), b[i].numpy()
         assert abs(loss.value - best) <= 1e-8 * best and abs(shift.value) > 0.1
     assert (w[2] == 0).all() and b[2] == 0
+
+
+@pytest.mark.parametrize("algorithm", ["joint_proximal_gradient", "palm"])
+def test_a_number_beside_a_vector_needs_no_batch(algorithm: str) -> None:
+    spec = {
+        "dims": {"n": 5}, "variables": {"z": ["n"], "b": []}, "inputs": {"x": ["n"]},
+        "minimize": {"f": "1/2*sumsq(x - z - b)", "l": "0.1*norm1(z)"},
+    }  # fmt: skip
+    net = unroll.compile({**spec, "unroll": {"algorithm": algorithm, "layers": 3}}, dtype=torch.float64)
+    x = drawn(2, 5)
+    one, both = net(x[0]), net(x)
+    assert all(torch.equal(a, b[0]) for a, b in zip(one, both, strict=True)) and one[1].shape == ()
+    found = unroll.solve(spec, x, algorithm=algorithm)
+    z, b = found.values["z"], found.values["b"]
+    wanted = torch.nn.functional.softshrink(x - b[:, None], 0.1)  # both optimal, given the other
+    torch.testing.assert_close(z, wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(b, (x - z).mean(-1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["joint_proximal_gradient", "palm"])
+def test_a_term_that_is_affine_in_one_variable_has_a_step(algorithm: str) -> None:
+    """Its Lipschitz constant is 0, and a step of 1 is taken."""
+    spec = {
+        "dims": {"n": 3}, "variables": {"z": ["n"], "w": ["n"]}, "inputs": {"x": ["n"]},
+        "minimize": {"f": "1/2*sumsq(x - z) + sum(w)", "g": "2*norm1(w)"}, "unroll": {"algorithm": algorithm, "layers": 50},
+    }  # fmt: skip
+    x = drawn(2, 3)
+    z, w = unroll.compile(spec, dtype=torch.float64)(x)
+    torch.testing.assert_close(z, x)
+    assert (w == 0).all()

@@ -109,3 +109,20 @@ def test_a_ball_keeps_its_radius(held: str) -> None:
     spec["unroll"]["algorithm"] = "projected_gradient"
     net, x = moved(spec, -20.0)
     assert net(x).abs().max() < 1e-8
+
+
+def test_a_number_is_kept_positive_only_where_that_makes_the_strength_so() -> None:
+    """theta = lam - c |r| falls with c: c > 0 would be the wrong sign.  A box may have a lower end below 0."""
+    fall = {"theta": "lam - c*norm1(A @ z - x)", "z": "prox(theta*g/lam, v)"}
+    spec = {"use": "lasso", "dims": {"m": 4, "n": 6}, "scalars": {"lam": 0.1, "c": 0.05}}
+    how = {"algorithm": "proximal_gradient", "layers": 2, "updates": fall, "learn": {"cc": {"replaces": "c"}}}
+    assert "cc" in str(unroll.derive({**spec, "unroll": how})) and "> 0" not in str(
+        unroll.derive({**spec, "unroll": how})
+    )
+    box = {
+        "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "scalars": {"low": -1, "high": 1},
+        "minimize": {"f": "1/2*sumsq(x - z)"}, "constraints": ["z in box(low, high)"],
+        "unroll": {"algorithm": "projected_gradient", "layers": 1, "step": 1, "learn": {"l": {"replaces": "low"}}},
+    }  # fmt: skip
+    x = torch.tensor([[-3.0, 0.5, 2.0]])
+    assert torch.equal(unroll.compile(box)(x), x.clamp(-1, 1))

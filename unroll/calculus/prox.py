@@ -43,8 +43,10 @@ from unroll.language.constructors import (
     constant,
     elementwise,
     eye,
+    hold,
     indicator,
     inverse,
+    largest,
     matmul,
     multiplier,
     ones,
@@ -83,7 +85,7 @@ from unroll.language.nodes import (
     walk,
 )
 from unroll.language.show import pretty, text
-from unroll.language.traversal import expand, substitute
+from unroll.language.traversal import expand, substitute, transform
 
 U = sp.Symbol("u", real=True)
 S = slot(0)
@@ -129,10 +131,20 @@ def derive(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: tuple[tuple[sp.Expr,
             raise
         turned = symbol(f"{z.name}_T", z.ncols, z.nrows, z.role, z.rank, z.family, z.props)
         try:  # a transposition changes no length
-            found = _derived(substitute(term, {z: transpose(turned)}), turned, t, transpose(at), swaps)
+            other = transform(substitute(term, {z: transpose(turned)}), _turned_set)
+            found = _derived(other, turned, t, transpose(at), swaps)
         except DeriveError:
             raise refused from None
         return replace(found, step=transpose(found.step))
+
+
+def _turned_set(e: Expr) -> Expr | None:
+    """What all entries of a transpose are between, those of the matrix are."""
+    match e:
+        case Indicator("nonneg" | "box" as name, params, Transpose(x)) if not any(isinstance(p, Expr) for p in params):
+            return indicator(name, x, *params)
+        case _:
+            return None
 
 
 def _derived(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal:
@@ -603,6 +615,8 @@ def _with_equation(p: Parts, a: Expr, s: Expr, t: sp.Expr, at: Expr, swaps: Swap
             hint="split it: an algorithm with two proximal steps, such as douglas_rachford, takes both",
         )
     meets, weight = _a_point(a, s, found), eye(1) if as_constant(a) == 1 else a
+    if as_constant(a) == 1 and not at_most:  # what all entries share is in m, and would cost digits
+        at = elementwise(slot(0) - slot(1), at, hold(largest(at, 0)))
     names = {found.u: slot(2), **{n: slot(i + 3) for i, n in enumerate(slots)}}
     reach = elementwise(_over(slot(0) - swap(_rise(found), names)), at, weight, meets, *others)
     m = multiplier(found, slots, at, weight, s, reach, *others)

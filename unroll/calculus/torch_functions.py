@@ -34,7 +34,9 @@ CUBIC_ROOT = Operation(
     "cubic_root",
     '''def cubic_root(which, a, b, c, d):
     """The largest (1), middle (0) or smallest (-1) real zero of a z^3 + b z^2 + c z + d; or the only one."""
-    a, b, c, d = torch.broadcast_tensors(*(torch.as_tensor(k, dtype=d.dtype, device=d.device) for k in (a, b, c, d)))
+    like = next(k for k in (d, c, b, a) if isinstance(k, torch.Tensor))
+    wide = (torch.as_tensor(k, dtype=like.dtype, device=like.device) for k in (a, b, c, d))
+    a, b, c, d = torch.broadcast_tensors(*wide)
     b, c, d = b / a, c / a, d / a
     p, q = (c - b * b / 3) / 3, (2 * b**3 / 27 - b * c / 3 + d) / 2  # x^3 + 3 p x + 2 q, z = x - b / 3
     gap = 4 * c**3 + 4 * b**3 * d + 27 * d * d - b * b * c * c - 18 * b * c * d  # < 0: three zeros

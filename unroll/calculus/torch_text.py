@@ -50,6 +50,10 @@ class nonzero(sp.Function):
     nargs = (1,)
     is_positive = True
 
+    @classmethod
+    def eval(cls, x: sp.Expr) -> sp.Expr | None:
+        return sp.S.One if x.is_zero else None
+
     def _torchcode(self, printer: Any) -> str:  # what SymPy's own printer of torch asks for
         return f"nonzero({printer.doprint(self.args[0])})"
 

@@ -87,7 +87,7 @@ def choose(problem: Problem, options: Options, own: Iterable[Algorithm] = ()) ->
 def tried(problem: Problem, among: Iterable[Algorithm], options: Options | None = None) -> Iterator[Tried]:
     """Each text on a problem, in this order, one after the other as they are asked for."""
     parts = classify(problem)
-    whole = all(map(convex, parts))
+    held, whole = any(p.holds for p in parts), all(map(convex, parts))
     for a in among:
         try:
             step = attempt(a, problem, parts, options or Options())
@@ -96,6 +96,7 @@ def tried(problem: Problem, among: Iterable[Algorithm], options: Options | None 
             continue
         claims = {c.claim for c in a.text.record.claims if not any(map(requirement, c.when)) or _made(c.claim, step)}
         claim = "optimum" if whole and "optimum" in claims else DESCENDS if DESCENDS in claims else ""
+        claim = "" if held else claim  # a fixed point of what is held need not be the least value
         yield Tried(a, claim, step)
 
 

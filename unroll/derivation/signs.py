@@ -6,7 +6,8 @@ no proximal step for theta < 0, max(v - theta, 0), that of theta z over z >= 0, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import sympy as sp
 
@@ -31,15 +32,21 @@ def needs_sign(step: Step, s: sp.Symbol) -> tuple[Assign, Prox] | None:
 
 
 def _moves(value: Value, s: sp.Symbol, numbers: Mapping[sp.Basic, Value]) -> bool:
-    """May the value of s make this less than 0, through numbers that the step works out?"""
-    if isinstance(value, Expr):
-        read, known = value.scalars, nonnegative(value)
-    else:
-        read, known = value.free_symbols, value.is_nonnegative is True
+    """May the value of s make this less than 0, through numbers that the step works out, and would s > 0 keep it from that?"""
+    read = value.scalars if isinstance(value, Expr) else value.free_symbols
     rest = {x: v for x, v in numbers.items() if x not in read}
-    if s in read and not known:
+    if s in read and not _nonnegative(value) and _nonnegative(_with_positive(value, [s])):
         return True
     return any(_moves(numbers[x], s, rest) for x in read if x in numbers)
+
+
+def _nonnegative(value: Value) -> bool:
+    return nonnegative(value) if isinstance(value, Expr) else value.is_nonnegative is True
+
+
+def _with_positive(value: Value, names: Iterable[sp.Basic]) -> Value:
+    known = {x: scalar(str(x), positive=True) for x in names}
+    return substitute_scalars(value, known) if isinstance(value, Expr) else cast(sp.Expr, value.xreplace(known))
 
 
 def _derived_by_sign(e: Prox, s: sp.Symbol) -> bool:
@@ -51,7 +58,8 @@ def _derived_by_sign(e: Prox, s: sp.Symbol) -> bool:
     if replaced and not signed:  # the strength itself
         return True
     term = substitute_scalars(e.term, {x: scalar(str(x)) for x in signed})
-    if any(_empty(x) for x in walk(term) if isinstance(x, Indicator)):
+    names = {s, *(scalar(str(x)) for x in signed)}
+    if any(_empty(x, names) for x in walk(term) if isinstance(x, Indicator)):
         return True
     try:
         return _formulas(term, e) != _formulas(e.term, e)
@@ -59,11 +67,11 @@ def _derived_by_sign(e: Prox, s: sp.Symbol) -> bool:
         return True
 
 
-def _empty(e: Indicator) -> bool:
-    """Are there numbers for which no point is in the set? Of a ball its radius, of a box its width."""
+def _empty(e: Indicator, names: Iterable[sp.Basic]) -> bool:
+    """Is there no point in the set for some of these numbers, and one where they are > 0? Of a ball its radius, of a box its width."""
     sizes = [p for p in e.params if not isinstance(p, Expr)]
     size = sizes[-1] - sizes[0] if len(sizes) == 2 else sizes[0] if len(sizes) == 1 else sp.Integer(0)
-    return size.is_nonnegative is not True
+    return size.is_nonnegative is not True and _nonnegative(_with_positive(size, names))
 
 
 def _formulas(term: Expr, e: Prox) -> list[str]:

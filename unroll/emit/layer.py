@@ -141,11 +141,11 @@ def _start_value(m: Module, symbol: Sym | sp.Symbol, ref: Ref, sec: Section) -> 
         raise UnrollError("E402", "this network would neither take nor hold a tensor", hint=hint)
     batch = _batch(m)
     sizes = [m.size(n).code for n in (symbol.stored if symbol.rank == 2 else symbol.shape) if n != 1]
-    dims = ", ".join([*([f"*{batch}"] if batch else []), *sizes]) or "()"
+    dims = batch if batch and not sizes else ", ".join([*([f"*{batch}"] if batch else []), *sizes]) or "()"
     if (node.op == "full" and node.attrs[0] == 0) or (node.op == "number" and node.attrs[0] == 0):
         return f"{sec.like}.new_zeros({dims})"
     if node.plain:
-        return f"{sec.like}.new_full({dims if dims == '()' else f'({dims},)'}, {sec.text(ref.node).code})"
+        return f"{sec.like}.new_full({f'({dims},)' if sizes else dims}, {sec.text(ref.node).code})"
     text = sec.operand(ref).ordered("cr")
     return text.code if node.batched else text.then(f".expand({dims})").code
 

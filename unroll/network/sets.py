@@ -54,11 +54,14 @@ def _out_of_reach(
     given: Mapping[str, Tensor],
 ) -> str | None:
     """Why no entries between the ends sum, each with its weight, to what the set asks for, if that is known."""
+    at_most = False
     match x.set, x.params:
         case "simplex", params:
             a, s = ones(1, x.x.rows), constant(params[0] if params else 1)
         case "affine", (Expr() as a, Expr() as s) if a.rows == 1:
             pass
+        case "ball1", (r,) if not isinstance(r, Expr) and ends[0].is_nonnegative:
+            a, s, at_most = ones(1, x.x.rows), constant(r), True
         case _:
             return None
     open_sizes = {d for d in (x.x.rows, s.cols) if not swap(d, known).is_number}
@@ -70,7 +73,7 @@ def _out_of_reach(
     low, high = (t.nan_to_num(nan=0, posinf=inf, neginf=-inf) for t in (low, high))
     least, most = low.minimum(high).sum(), low.maximum(high).sum()
     slack = 1e-6 * total.abs().amax()
-    if bool((total < least - slack).any() or (total > most + slack).any()):
+    if bool((total < least - slack).any() or (not at_most and (total > most + slack).any())):
         return (
             f"with entries from {float(ends[0]):g} to {float(ends[1]):g} it sums to {float(least):g} to {float(most):g}"
         )

@@ -78,7 +78,7 @@ def run(
             left = {n: left[n] for n in final}
             for name, s in final.items():
                 s[active] = left[name]
-            going = ~(found <= tol) & point.flatten(1).isfinite().all(1)
+            going = ~(found <= tol) & flattened(point).isfinite().all(1)
             active, left = active[going], {n: s[going] for n, s in left.items()}
             bar.update(task, completed=count - len(active), note=f"iteration {k:,}, {len(active):,} left")
             if not len(active):
@@ -133,12 +133,17 @@ def iterate(
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product row by row, kept as a column that scales rows: (B, ...), (B, ...) -> (B, 1, ...)."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))
+    return flattened(a * b).sum(1).reshape(-1, *[1] * (a.ndim - 1))
 
 
 def length(x: Tensor) -> Tensor:
     """Of every row."""
-    return x.flatten(1).norm(dim=1)
+    return flattened(x).norm(dim=1)
+
+
+def flattened(x: Tensor) -> Tensor:
+    """The entries of every row; of a number, that."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
 
 
 # --- any text ---------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from unroll.solver.iteration import (
     accelerated,
     at_rest,
     by_its_map,
+    flattened,
     iterations,
     length,
     run,
@@ -241,7 +242,7 @@ def _chosen(spec: Spec, algorithm: str | None, sizes: Mapping[str, int]) -> Choi
     loose = next((z for z in problem.variables if not any(depends(e, z) for e in problem.terms.values())), None)
     if loose is not None:
         raise SpecError("E303", f"the objective of {spec.title} does not depend on {loose.name}", hint="leave it out")
-    count, proved = len(problem.variables), all(map(convex, classify(problem)))
+    count, proved = len(problem.variables), all(convex(p) and not p.holds for p in classify(problem))
     own = [find_named(name, spec) for name in spec.algorithms]
     if algorithm is not None and algorithm != AUTO:
         named = _named(spec, algorithm)
@@ -498,7 +499,7 @@ def _at_rest(m: Machine, data: Mapping[str, Tensor], names: Sequence[str], resid
             seen[name][rows] = torch.maximum(seen[name][rows], found)
             scale = seen[name][rows] if state is None else torch.maximum(seen[name][rows], rounding * length(state))
             errors.append(relative(found, scale, r))
-        answer = after[names[0]] if len(names) == 1 else torch.cat([after[n].flatten(1) for n in names], 1)
+        answer = after[names[0]] if len(names) == 1 else torch.cat([flattened(after[n]) for n in names], 1)
         return answer, torch.stack(errors).amax(0)
 
     return judge
@@ -553,7 +554,7 @@ def _refuse_tiny(scale: Tensor, data: Mapping[str, Tensor]) -> None:
     """Data whose squares are lost, so that no error can be measured against them. Raises UnrollError E404."""
     info = torch.finfo(scale.dtype)
     least = 2 * (info.tiny * info.eps) ** 0.5  # gaps have products of two objectives
-    entries = torch.stack([x.abs().flatten(1).amax(1) for x in data.values() if x.numel()], 1) if len(scale) else None
+    entries = torch.stack([flattened(x.abs()).amax(1) for x in data.values() if x.numel()], 1) if len(scale) else None
     if entries is None:
         return
     top = entries.amax(1)
@@ -568,7 +569,7 @@ def _refuse_tiny(scale: Tensor, data: Mapping[str, Tensor]) -> None:
 def relative(x: Tensor, scale: Tensor, moved: Tensor) -> Tensor:
     """x / scale; where the scale is too small to divide by, 0 for a point that no longer moves, else infinite."""
     info = torch.finfo(scale.dtype)
-    still = (moved == 0).flatten(1).all(1) & x.isfinite()
+    still = (flattened(moved) == 0).all(1) & x.isfinite()
     return torch.where(scale >= info.tiny / info.eps, x / scale, torch.where(still, 0.0, torch.inf).to(scale))
 
 
