@@ -429,7 +429,7 @@ MISFITS: dict[str, tuple[Any, list[str], dict[str, Any], str, str]] = {
     "no set": (L1, [], {"algorithm": "projected_gradient"}, "E303", "neither smooth nor a constraint"),
     "only smooth": ("sumsq(x - A @ z)", [], {"algorithm": "projected_gradient"}, "E303", "no constraint"),
     "nothing smooth": ("norm1(z)", [], {"algorithm": "proximal_gradient"}, "E303", "no term is smooth"),
-    "not joint": (L1, ["z in simplex"], {"algorithm": "proximal_gradient"}, "E303", "no rule joins them"),
+    "not joint": (L1, ["z in sphere"], {"algorithm": "proximal_gradient"}, "E303", "no rule joins them"),
     "not proximable": ("1/2*sumsq(z) + norm1(A @ z - x)", [], {"algorithm": "fista"}, "E303", "not declared orthonormal"),
     "unknown": (L1, [], {"algorithm": "fistaa"}, "E303", "unknown algorithm"),
     "unknown momentum": (L1, [], {"algorithm": "fista", "momentum": "nestrov"}, "E303", "does not know the momentum"),

@@ -35,7 +35,7 @@ from unroll.language.nodes import LogDet, Sym, walk
 from unroll.language.problem import Problem
 from unroll.network.kinds import as_number, check_kind
 from unroll.network.saved import Written, recompile, refuse_changed, write
-from unroll.network.sets import refuse_empty
+from unroll.network.sets import falling, refuse_empty
 from unroll.network.stepwise import Replay, learned_value
 from unroll.network.trace import Measure, Trace, measure
 
@@ -685,7 +685,8 @@ def draw(problem: Problem, dims: Mapping[str, int], seed: int) -> dict[str, Tens
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = {d: dims[d.name] for d in problem.dims if d.name in dims}
-    return {s.name: _drawn(s, [int(swap(n, sizes)) for n in stored_axes(s)], generator) for s in problem.parameters}
+    drawn = {s.name: _drawn(s, [int(swap(n, sizes)) for n in stored_axes(s)], generator) for s in problem.parameters}
+    return drawn | {n: drawn[n].sort(0, descending=True).values for n in falling(problem) if n in drawn}
 
 
 def _drawn(s: Sym, shape: list[int], generator: torch.Generator) -> Tensor:

@@ -30,9 +30,8 @@ def refuse_empty(
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator)):
         for why in _empty(x, known, problem, given):
             raise UnrollError("E403", f"no point fulfils {text(x)}: {why}", hint=HINT)
-    terms = [t for e in problem.terms.values() for t in (e.terms if isinstance(e, Add) else (e,))]
-    for t, z in product(terms, problem.variables):
-        if (w := sorted_weights(t, z)) is not None and (why := _wrong_weights(w, known, problem, given)) is not None:
+    for t, w in _sorted(problem):
+        if (why := _wrong_weights(w, known, problem, given)) is not None:
             hint = "give the largest first"
             raise UnrollError("E403", f"the weights {text(w)} of {text(t)} {why}", hint=hint)
     between = _between(problem, known)
@@ -44,6 +43,19 @@ def refuse_empty(
     for x in (x for e in problem.terms.values() for x in walk(e) if isinstance(x, Indicator) and x.x in between):
         if (why := _out_of_reach(x, between[x.x], known, problem, given)) is not None:
             raise UnrollError("E403", f"no point fulfils {text(x)}: {why}", hint=HINT)
+
+
+def falling(problem: Problem) -> set[str]:
+    """Parameters that weigh sorted magnitudes: their entries fall."""
+    return {v.name for _, w in _sorted(problem) for v in w.symbols}
+
+
+def _sorted(problem: Problem) -> Iterator[tuple[Expr, Expr]]:
+    """Each term that weighs sorted magnitudes, and its weights."""
+    terms = [t for e in problem.terms.values() for t in (e.terms if isinstance(e, Add) else (e,))]
+    for t, z in product(terms, problem.variables):
+        if (w := sorted_weights(t, z)) is not None:
+            yield t, w
 
 
 def _out_of_reach(

@@ -38,7 +38,7 @@ from unroll.errors import SpecError, UnrollError, quote
 from unroll.language.problem import from_spec
 from unroll.model.module import Model
 from unroll.model.whitebox import Batch, Measured, white_box
-from unroll.network.network import network
+from unroll.network.network import Network, network
 from unroll.network.saved import Value, differences, seal
 from unroll.network.values import refuse_undeclared
 from unroll.spec import Spec, load
@@ -297,7 +297,8 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
-        _settle(job, cast(Spec, net.spec))
+        if isinstance(net, Network):  # what is trained of a model holds no spec
+            _settle(job, cast(Spec, net.spec))
     return replace(data, parameters=parameters), net
 
 
