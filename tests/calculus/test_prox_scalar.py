@@ -417,6 +417,24 @@ def test_transforms_of_torch_go_through_the_derivative_rule(row: Row):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised inside torch's forward mode
+@pytest.mark.parametrize("row", EMITTED, ids=[r.name for r in EMITTED])
+def test_where_no_gradients_are_kept_values_and_slopes_are_the_same(row: Row):
+    """Its rule is not called then: values to the bit, forward mode, a map over samples, and a gradient asked for within."""
+    prox = prox_of(row)
+    values = {k: torch.tensor(x, dtype=torch.float64) for k, x in scalars(prox, 0.7, draw(row)).items()}
+    call = lambda v, *s: prox(v, **dict(zip(values, s, strict=True)))
+    v, given_ = torch.tensor([0.31, -0.47, 2.9, -3.3, 0.0], dtype=torch.float64), tuple(values.values())
+    wide = torch.from_numpy(inputs(200, 9))
+    own, kept = torch.autograd.functional.jacobian(call, (v[:4], *given_)), call(wide, *given_)
+    with torch.no_grad():
+        assert torch.equal(call(wide, *given_), kept)
+        torch.testing.assert_close(torch.func.vmap(call, (0, *(None for _ in given_)))(v, *given_), call(v, *given_))
+        for i, want in enumerate(own):
+            torch.testing.assert_close(torch.func.jacfwd(call, i)(v[:4], *given_), want)
+        torch.testing.assert_close(torch.func.grad(lambda v: call(v, *given_).sum())(v[:4]), own[0].sum(0))
+
+
 @pytest.mark.parametrize("row", EMITTED, ids=[r.name for r in EMITTED])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite_and_close(row: Row, dtype: torch.dtype):

@@ -47,6 +47,10 @@ def emit(prox: Pieces, name: str) -> str:
     kept = [f"{', '.join(['_', *arguments])} = inputs"] if arguments else []
     kept += [f"ctx.save_for_backward({saved})", f"ctx.save_for_forward({saved})"]
     kept += [f"ctx.sizes = ({', '.join(sizes)},)"] if sizes else []
+    alone = [
+        "    if not torch.is_grad_enabled():",
+        f"        return _{name}.forward({args})",
+    ]  # a rule costs time to call
     return "\n".join(
         [
             f"class _{name}(torch.autograd.Function):",
@@ -65,6 +69,7 @@ def emit(prox: Pieces, name: str) -> str:
             "",
             f"def {name}({args}):",
             f'    """{_docline(prox)}"""',
+            *([] if helpers_of(prox) else alone),  # slopes of what is searched for are those of the rule
             f"    rule = _{name} if torch.compiler.is_compiling() else _{name}_forward",
             f"    return rule.apply({args})",
             "",
