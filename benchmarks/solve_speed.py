@@ -181,7 +181,7 @@ def main(budget: float) -> None:
         )
         assert bool(exact.converged.all())
         best = p.value(p.x, exact.z.numpy())
-        claims = [a.name for a in by_simplicity() if "optimum" in a.text.record.claims]
+        claims = [a.name for a in by_simplicity() if "optimum" in a.text.record.claimed]
         runs = {**p.others, "unroll": ours(p, "auto"), **{f"unroll, {a}": ours(p, a) for a in claims}}
         for name, solve in runs.items():
             solve(p.A, p.x[:2], p.weight, 1e-4) if name in p.others else None  # compiled before
