@@ -16,7 +16,7 @@ from typing import Any, cast
 import sympy as sp
 
 from unroll.calculus.cones import nonnegative
-from unroll.calculus.prox import Parts
+from unroll.calculus.prox import Parts, turned
 from unroll.calculus.torch_text import reciprocal
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
@@ -27,7 +27,6 @@ from unroll.language.constructors import (
     scale,
     softmax,
     swap,
-    symbol,
     times,
     total,
     transpose,
@@ -35,7 +34,7 @@ from unroll.language.constructors import (
 )
 from unroll.language.nodes import Add, Expr, Sym, slot
 from unroll.language.show import text
-from unroll.language.traversal import expand, substitute
+from unroll.language.traversal import expand
 
 
 def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
@@ -43,11 +42,10 @@ def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
     try:
         return _entropic(term, z, t, v)
     except DeriveError as refused:
-        if 1 in z.shape:
+        if (other := turned(term, z)) is None:
             raise
-        turned = symbol(f"{z.name}_T", z.ncols, z.nrows, z.role, z.rank, z.family, z.props)
         try:  # of the transpose, the transpose
-            return transpose(_entropic(substitute(term, {z: transpose(turned)}), turned, t, transpose(v)))
+            return transpose(_entropic(*other, t, transpose(v)))
         except DeriveError:
             raise refused from None
 

@@ -121,21 +121,35 @@ def replace_role(z: Sym) -> Sym:
     return symbol(z.name, z.nrows, z.ncols, "state", z.rank, z.family, z.props)
 
 
-@cache
 def derive(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: tuple[tuple[sp.Expr, sp.Expr], ...] = ()) -> Proximal:
     """argmin over z of t * term + |z - at|^2 / 2. `swaps`: products of scalars that a symbol has taken the place of."""
+    found = _found(term, z, t, at, swaps)
+    if isinstance(found, DeriveError):
+        raise DeriveError(*found.args)
+    return found
+
+
+@cache
+def _found(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | DeriveError:
+    """What is derived, or why nothing is: that is not worked out again either."""
     try:
         return _derived(term, z, t, at, swaps)
     except DeriveError as refused:
-        if 1 in z.shape:
-            raise
-        turned = symbol(f"{z.name}_T", z.ncols, z.nrows, z.role, z.rank, z.family, z.props)
+        if (other := turned(term, z)) is None:
+            return refused
         try:  # a transposition changes no length
-            other = transform(substitute(term, {z: transpose(turned)}), _turned_set)
-            found = _derived(other, turned, t, transpose(at), swaps)
+            found = _derived(*other, t, transpose(at), swaps)
         except DeriveError:
-            raise refused from None
+            return refused
         return replace(found, step=transpose(found.step))
+
+
+def turned(term: Expr, z: Sym) -> tuple[Expr, Sym] | None:
+    """The term as one of the transpose of z, where z is a matrix, and that."""
+    if 1 in z.shape:
+        return None
+    y = symbol(f"{z.name}_T", z.ncols, z.nrows, z.role, z.rank, z.family, z.props)
+    return transform(substitute(term, {z: transpose(y)}), _turned_set), y
 
 
 def _turned_set(e: Expr) -> Expr | None:
@@ -737,9 +751,7 @@ def _walk(p: Parts, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal | No
     c = _learned(t * sp.Add(*(walk_[0] for walk_ in p.walks)), swaps)
     rest = replace(p, walks=())
     alone = rest == Parts()
-    alike = not (
-        p.others or p.spectral or p.peak or p.sorted or p.volumes or p.sets or p.mapped or p.lifted or p.quadratic
-    )
+    alike = replace(rest, radial=(), entries=(), domain=()) == Parts()
     whole = all(axis in (None, 0) and as_constant(shift) == 0 for _, axis, shift in p.radial)
     if not alone and not (alike and whole and as_constant(b) == 0):
         return None
