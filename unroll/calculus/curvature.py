@@ -270,6 +270,7 @@ def jointly_convex(e: Expr, variables: Sequence[Sym]) -> bool:
 
 def _jointly_affine(e: Expr, variables: Sequence[Sym]) -> bool:
     """A sum of terms that read one of the variables each."""
+    e = expand(e)
     for t in e.terms if isinstance(e, Add) else (e,):
         read = [z for z in variables if depends(t, z)]
         if len(read) > 1 or any(operator_norm(t, z) is None for z in read):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -147,21 +147,6 @@ def quadratic(e: Expr, z: Sym) -> bool:
         return affine(expand(gradient(e, z)), z)
     except DeriveError:
         return False
-
-
-def quadratic_in(e: Expr, variables: Sequence[Sym]) -> bool:
-    """Is e quadratic in all of these together? Of x @ y it is not, though in each alone. (What is, and has no negative value, is convex.)"""
-    if not all(quadratic(e, z) for z in variables):
-        return False
-    for z in variables:
-        slope = expand(gradient(e, z))
-        for y in (y for y in variables if y is not z):
-            rest = expand(substitute(slope, {y: zeros(*y.shape)}))
-            if not affine(slope, y) or any(
-                depends(expand(add(slope, scale(-1, rest))), x) for x in variables if x is not y
-            ):
-                return False
-    return True
 
 
 def hessian(e: Expr, z: Sym) -> Expr:

@@ -19,7 +19,7 @@ from unroll.calculus import curvature
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.entropy import entropic, signed_parts
 from unroll.calculus.gradient import gradient
-from unroll.calculus.linear import Linear, quadratic, quadratic_in
+from unroll.calculus.linear import Linear, quadratic
 from unroll.calculus.majorise import Of, tangent
 from unroll.calculus.prox import proximable, replace_role
 from unroll.derivation.parts import Part
@@ -534,7 +534,7 @@ def convex(p: Part) -> bool:
     """Is a part known to be convex, in all variables that it reads together?"""
     if p.also:
         variables = [q.variable for q in (p, *p.also)]
-        return curvature.jointly_convex(p.e, variables) or (nonnegative(p.e) and quadratic_in(p.e, variables))
+        return curvature.jointly_convex(p.e, variables)
     if p.descended or (p.smooth is not None and p.smooth.convex):
         return p.smooth is not None and p.smooth.convex
     if p.inner is not None and not p.inner[2].is_identity:
