@@ -28,7 +28,7 @@ from unroll.language.parse import Scope, parse
 from unroll.language.problem import Problem, place_of
 from unroll.language.traversal import transform
 from unroll.spec import Spec
-from unroll.spec.schema import Control, Learn
+from unroll.spec.schema import Block, Control, Learn
 
 CELLS: dict[str, dict[str, str]] = {
     "lstm": {"cell": "sigmoid(f) * cell + sigmoid(i) * tanh(g)", "hidden": "sigmoid(o) * tanh(cell)"},
@@ -45,7 +45,11 @@ def controlled(step: Step, problem: Problem, spec: Spec) -> Step:
     blocks = ((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks))
     for block, path, scheme in (("", ("unroll",), unrolled), *blocks):
         if scheme.control is not None:
-            step = _Cell(scheme.control, step, problem, spec, block, (*path, "control")).into()
+            at = (*path, "control")
+            if isinstance(scheme, Block) and scheme.steps > 1:
+                hint = "leave out steps:, or take more layers"
+                raise SpecError("E310", "a controller gives its numbers once in a layer", spec.key_where(*at), hint)
+            step = _Cell(scheme.control, step, problem, spec, block, at).into()
     return step
 
 
@@ -66,11 +70,6 @@ class _Cell:
 
     def into(self) -> Step:
         record, cell = self.record, CELLS[self.record.cell]
-        if any(b.block == self.block and b.steps > 1 for b in self.spec.unroll.blocks):  # type: ignore[union-attr]
-            where = self.spec.key_where(*self.path)
-            raise SpecError(
-                "E310", "a controller gives its numbers once in a layer", where, "leave out steps:, or take more layers"
-            )
         size = sp.Integer(record.hidden)
         reads = [self._read(i) for i in range(len(record.reads))]
         for name in cell:

@@ -222,10 +222,7 @@ class Reading(Known):
             a, b = swap(a, {name: value}), swap(b, {name: value})
         a, b = sp.simplify(a), sp.simplify(b)
         room = sp.simplify(b - a if isinstance(op, ast.Lt | ast.LtE) else a - b)
-        strict = isinstance(op, ast.Lt | ast.Gt)
-        if room.is_positive if strict else room.is_nonnegative:
-            return Condition(written, a, b, True)
-        return Condition(written, a, b, False if (room.is_nonpositive if strict else room.is_negative) else None)
+        return Condition(written, a, b, room, isinstance(op, ast.Lt | ast.Gt))
 
     def _said(self) -> Iterable[str]:
         """How the terms were dealt out, where they could have been otherwise."""

@@ -115,12 +115,23 @@ class Learned:
 
 @dataclass(frozen=True)
 class Condition:
-    """left relation right, in numbers of the text and constants; holds: None where that depends on values which are not known."""
+    """left relation right, in numbers of the text and constants; room: how far it holds, strict: whether by more than 0.
+
+    holds: None where that depends on values which are not known.
+    """
 
     text: str
     left: sp.Expr
     right: sp.Expr
-    holds: bool | None
+    room: sp.Expr
+    strict: bool
+
+    @property
+    def holds(self) -> bool | None:
+        met, missed = self.room.is_positive, self.room.is_nonpositive
+        if not self.strict:
+            met, missed = self.room.is_nonnegative, self.room.is_negative
+        return True if met else False if missed else None
 
 
 @dataclass(frozen=True)

@@ -360,10 +360,10 @@ def claims(d: Derivation, sample: Sample) -> Iterator[Row]:
         for a in claim.definitions:
             state.assign(a)
         for c in claim.conditions:
-            known = {s: sp.Float(float(v)) for s, v in state.numbers.items() if s in (c.left - c.right).free_symbols}
-            left, right = (float(swap(x, known)) for x in (c.left, c.right))
-            room = right - left if "<" in c.text else left - right
-            holds = room > 0 if "=" not in c.text else room >= -1e-9 * max(abs(left), abs(right))
+            read = c.left.free_symbols | c.right.free_symbols
+            known = {s: sp.Float(float(v)) for s, v in state.numbers.items() if s in read}
+            left, right, room = (float(swap(x, known)) for x in (c.left, c.right, c.room))
+            holds = room > 0 if c.strict else room >= -1e-9 * max(abs(left), abs(right))
             what = f"{left:.3g} against {right:.3g}" if holds else f"{left:.3g} against {right:.3g}: not claimed"
             yield Row(f"{CLAIMS[claim.name]}, if {c.text}", what, "-", "holds" if holds else "noted")
 
