@@ -12,7 +12,7 @@ import unroll
 from unroll.errors import SpecError
 from unroll.spec import load
 from unroll.spec.schema import LowRank, Train
-from unroll.train import train
+from unroll.train import resume, train
 from unroll.train.data import make_data
 from unroll.train.engine import Stage, plan, rate
 from unroll.train.samples import Shapes
@@ -147,3 +147,15 @@ def test_learned_robust_pca_trains_from_its_spec(tmp_path: Any) -> None:
     by_hand = ((l.mT @ r).mT - low).square().sum() / low.square().sum()
     assert rows["lrpca"].nmse == pytest.approx(float(by_hand), rel=1e-3)
     assert unroll.compile("lrpca").layers == 16
+
+
+def test_a_folder_names_the_text_that_was_chosen_and_goes_on_with_it(tmp_path: Any) -> None:
+    """`auto` is settled in the spec of the run, which resumed in two parts ends as in one."""
+    auto = ("unroll.algorithm=auto", "train.stages=end_to_end", "train.schedule=constant", "train.keep=last")
+    whole = run(tmp_path / "whole", "alista", *auto, "train.steps=8")
+    assert load(str(whole.folder / "spec.yaml")).unroll.algorithm == "proximal_gradient"  # type: ignore[union-attr]
+    part = run(tmp_path / "part", "alista", *auto, "train.steps=4")
+    found = resume(part.folder, overrides=["train.steps=8"], quiet=True)
+    for a, b in zip(whole.net.parameters(), found.net.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert found.net.spec.unroll.algorithm == "proximal_gradient"

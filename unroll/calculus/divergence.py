@@ -97,7 +97,7 @@ def _multiple(x: Expr, r: Sym, whole: Expr) -> sp.Expr:
 def _on_the_boundary(e: Project, r: Sym) -> Expr:
     """Of a projection: as many entries as are not 0, less one for each sum that is held; all of them inside of a ball."""
     c = _multiple(e.x, r, e)
-    count = total(elementwise(sp.Piecewise((0, sp.Eq(slot(0), 0)), (1, True)), e))
+    count = _count(e)
     if e.set == "simplex":
         return scale(c, add(count, constant(-r.cols)))
     (radius,) = (p for p in e.params if not isinstance(p, Expr))

@@ -12,6 +12,7 @@ Source: Boyd & Vandenberghe 2004, ch. 5; Kim et al. 2007, doi:10.1109/JSTSP.2007
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import sympy as sp
 
@@ -140,9 +141,7 @@ def _slope(h: sp.Expr) -> sp.Expr | None:
 
 def support(g: Parts, at: Expr, z: Sym) -> Expr | None:
     """sup of <at, z> over a compact set."""
-    if any(
-        (g.entries, g.radial, g.spectral, g.peak, g.sorted, g.walks, g.volumes, g.mapped, g.lifted, g.quadratic, g.tilt)
-    ):
+    if replace(g, sets=(), domain=()) != Parts():
         return None
     if len(g.sets) == 1 and not g.domain:
         match g.sets[0]:
