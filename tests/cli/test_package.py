@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 from unroll.derivation.algorithms import every
 from unroll.spec import library
@@ -182,3 +183,9 @@ def test_a_folder_says_what_comes_in_what_goes_out_and_what_to_open(folder: Path
     for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
         tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
         assert name in {d.name for d in tree.body if isinstance(d, ast.FunctionDef | ast.ClassDef)}, (module, name)
+
+
+def test_every_mutation_has_its_place_in_the_code() -> None:
+    """Else it is tried no more, in silence, after what it breaks has moved."""
+    lost = [m.name for m in MUTATIONS if (ROOT / "unroll" / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+    assert not lost
