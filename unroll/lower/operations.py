@@ -857,7 +857,7 @@ HELPERS: dict[str, Helper] = {
     count = math.floor(p * n * (1 + 1e-6) + 0.5)
     if not 0 < count < n:
         return torch.full_like(size, 1 if count >= n else 0)
-    return (size > size.kthvalue(n - count, dim=-1, keepdim=True).values).to(v.dtype)
+    return (size > size.topk(count + 1, dim=-1, sorted=False).values.amin(-1, keepdim=True)).to(v.dtype)
 '''
     ),
     "top_each": Helper(

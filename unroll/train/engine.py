@@ -152,9 +152,9 @@ class Task(L.LightningModule):
         groups = parameter_groups(cast(Net, self.net), self.settings)
         match self.settings.optimizer:
             case "adam":
-                return torch.optim.Adam(groups)
+                return torch.optim.Adam(groups, fused=True)
             case "adamw":
-                return torch.optim.AdamW(groups)
+                return torch.optim.AdamW(groups, fused=True)
             case "sgd":
                 return torch.optim.SGD(groups, momentum=self.settings.momentum)
 
