@@ -6,10 +6,13 @@
     tv, with entries     a slope for each piece
     sorted 1-norm        as many as there are magnitudes, those of 0 apart
     one equation         sum of the slopes d, less that of their squares (a d)^2 over the sum of a^2 d
+    singular values s    h'(s_i), |m - n| h(s_i) / s_i and 2 (s_i h_i - s_j h_j) / (s_i^2 - s_j^2) for i < j, of all entries
+    eigenvalues w        h'(w_i) and (h_i - h_j) / (w_i - w_j) for i < j; the skew part of a matrix, which they do not see, apart
     linear               the trace
 
 A map that jumps has none that could be worked out from its slopes. What no rule covers is refused.
-Source: Stein 1981, doi:10.1214/aos/1176345632; Deledalle, Vaiter, Peyre & Fadili 2012, arXiv:1205.3482.
+Source: Stein 1981, doi:10.1214/aos/1176345632; Deledalle, Vaiter, Peyre & Fadili 2012, arXiv:1205.3482;
+Candes, Sing-Long & Trzasko 2013, doi:10.1109/TSP.2013.2270464.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import sympy as sp
 
 from unroll.calculus.gradient import derivative, jumps
-from unroll.calculus.prox import plan
+from unroll.calculus.prox import plan, scalar_of
 from unroll.calculus.prox_function import ScalarProx
 from unroll.calculus.stable import Primitive
 from unroll.errors import DeriveError
@@ -34,12 +37,29 @@ from unroll.language.constructors import (
     prox_map,
     scale,
     sort,
+    spectral_divergence,
     split,
     total,
     transpose,
     zeros,
 )
-from unroll.language.nodes import Add, Expr, Hold, Map, Mul, Multiplier, Project, Prox, ProxMap, Sum, Sym, depends, slot
+from unroll.language.nodes import (
+    Add,
+    Expr,
+    Hold,
+    Map,
+    Mul,
+    Multiplier,
+    Project,
+    Prox,
+    ProxMap,
+    SpectralProx,
+    Sum,
+    Sym,
+    Transpose,
+    depends,
+    slot,
+)
 from unroll.language.show import text
 from unroll.language.traversal import expand, transform
 
@@ -71,6 +91,11 @@ def divergence(e: Expr, r: Sym) -> Expr:
             size = sort(elementwise(sp.Abs(slot(0)), body))
             least = scale(-1, largest(scale(-1, size), 0))
             return scale(c * _multiple(x, r, e), add(_count(operator("difference", size)), _count(least)))
+        case SpectralProx(found, x) if depends(x, r):
+            return scale(c * _multiple(x, r, e), spectral_divergence(_smooth(found, e), x))
+        case Project("psd" | "volume" as name, params, x) if depends(x, r):
+            found = scalar_of(name, *(p for p in params if not isinstance(p, Expr)))
+            return scale(c * _multiple(x, r, e, turned=True), spectral_divergence(found, x, symmetric=True))
         case _:
             return total(_own(e, r, e))
 
@@ -85,13 +110,12 @@ def _apart(e: Expr) -> Expr:
     return elementwise(sp.Piecewise((0, sp.Eq(slot(0), 0)), (1, True)), e)
 
 
-def _multiple(x: Expr, r: Sym, whole: Expr) -> sp.Expr:
-    """k with x = k r + b."""
-    terms = [t for t in (x.terms if isinstance(x, Add) else (x,)) if depends(t, r)]
-    k, body = split(add(*terms))
-    if body is not r:
+def _multiple(x: Expr, r: Sym, whole: Expr, turned: bool = False) -> sp.Expr:
+    """k with x = k r + b; turned: k + l with x = k r + l r' + b."""
+    terms = [split(t) for t in (x.terms if isinstance(x, Add) else (x,)) if depends(t, r)]
+    if any(body is not r and not (turned and body is transpose(r)) for _, body in terms):
         raise _refused(whole, "it takes more than a multiple of its argument")
-    return k
+    return sp.Add(*(k for k, _ in terms))
 
 
 def _on_the_boundary(e: Project, r: Sym) -> Expr:
@@ -114,6 +138,8 @@ def _own(e: Expr, r: Sym, whole: Expr) -> Expr:
     match e:
         case Sym():
             return ones(*r.shape)
+        case Transpose(x) if x is r and e.shape == r.shape:
+            return eye(r.rows)
         case Add(terms):
             return add(*(_wide(_own(t, r, whole), r) for t in terms))
         case Mul(c, (x,)):
@@ -150,12 +176,18 @@ def _own(e: Expr, r: Sym, whole: Expr) -> Expr:
 
 def _slope(found: ScalarProx, z: Expr, slots: tuple[sp.Symbol, ...], others: list[Expr], whole: Expr) -> Expr:
     """d prox / dv, in what leaves the prox."""
-    if found.mode != "threshold":
-        raise _refused(whole, "it jumps, and the jumps count")
+    _smooth(found, whole)
     size = sp.Abs(slot(0)) if found.even else slot(0)
     names = {s: slot(i + 1) for i, s in enumerate(slots)}
     plain = found.slope.replace(lambda x: isinstance(x, Primitive), lambda x: x.textbook())
     return elementwise(plain.xreplace({found.u: size, **names}), z, *others)
+
+
+def _smooth(found: ScalarProx, whole: Expr) -> ScalarProx:
+    """A scalar prox that does not jump."""
+    if found.mode != "threshold":
+        raise _refused(whole, "it jumps, and the jumps count")
+    return found
 
 
 def _wide(e: Expr, r: Sym) -> Expr:
@@ -178,5 +210,5 @@ def _refused(e: Expr, why: str) -> DeriveError:
     return DeriveError(
         "E301",
         f"no divergence is known of {text(e)}: {why}",
-        hint="maps of entries, of lengths of groups, of tv, of the sorted 1-norm, projections on the simplex and the 1-norm ball, and linear maps have one",
+        hint="maps of entries, of lengths of groups, of singular values, of tv, of the sorted 1-norm, projections on the simplex and the 1-norm ball, and linear maps have one",
     )

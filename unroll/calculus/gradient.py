@@ -69,6 +69,7 @@ from unroll.language.nodes import (
     Softmax,
     Sorted,
     Spectral,
+    SpectralDivergence,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
@@ -199,7 +200,17 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it is a constraint, infinite outside its set")
         case Spectrum() | Signal():
             raise no_gradient(node, "it is worked out per frequency, which is done after derivatives are taken")
-        case Noise() | SpectralMap() | Prox() | ProxMap() | Multiplier() | SpectralProx() | Project() | Worked():
+        case (
+            Noise()
+            | SpectralMap()
+            | Prox()
+            | ProxMap()
+            | Multiplier()
+            | SpectralProx()
+            | SpectralDivergence()
+            | Project()
+            | Worked()
+        ):
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():
             raise AssertionError("families are swept in their own scope; please report")

@@ -242,6 +242,11 @@ def _scalar(f: sp.Expr, t: sp.Expr, swaps: Swaps, domain: tuple[sp.Expr, sp.Expr
     return found
 
 
+def scalar_of(name: str, t: sp.Expr = sp.S.One) -> ScalarProx:
+    """What the runtime's step "psd" or "volume" does to each eigenvalue."""
+    return _scalar(sp.S.Zero, sp.S.One, (), (sp.S.Zero, sp.oo)) if name == "psd" else _scalar(-sp.log(slot(0)), t, ())
+
+
 def _learned(number: sp.Expr, swaps: Swaps) -> sp.Expr:
     """A number of the step with what was learned in the place of its products: step * lam * 2 -> 2 * theta."""
     for product, learned in swaps:

@@ -54,6 +54,7 @@ from unroll.language.nodes import (
     Softmax,
     Sorted,
     Spectral,
+    SpectralDivergence,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
@@ -938,6 +939,11 @@ def spectral_prox(p: Any, x: Expr) -> Expr:
     return intern(SpectralProx, p, x)
 
 
+def spectral_divergence(p: Any, x: Expr, symmetric: bool = False) -> Expr:
+    """The divergence of that in x; symmetric: of the record applied to the eigenvalues of the symmetric part of x."""
+    return intern(SpectralDivergence, p, symmetric, x)
+
+
 def project(name: str, x: Expr, *params: Any) -> Expr:
     """The nearest point of the named set."""
     return intern(Project, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), x)
@@ -1024,6 +1030,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return spectral(h, parts[0])
         case SpectralNorm():
             return spectral_norm(parts[0])
+        case SpectralDivergence(p, symmetric, _):
+            return spectral_divergence(p, parts[0], symmetric)
         case Indicator(name, params, _):
             fresh = iter(parts)
             params = tuple(next(fresh) if isinstance(p, Expr) else p for p in params)

@@ -8,7 +8,7 @@ Only `constructors.py` builds nodes: it keeps the normal form.
     matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise,
                  Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Sorted, Worked
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
-    scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, Indicator   (Sum, LogSumExp, Max: also along an axis)
+    scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, SpectralDivergence, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
 
 from __future__ import annotations
@@ -646,6 +646,15 @@ class SpectralNorm(_ToScalar):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class SpectralDivergence(_ToScalar):
+    """The divergence in x of `SpectralProx(prox, x)`; symmetric: of the same of the eigenvalues of (x + x') / 2."""
+
+    prox: Any
+    symmetric: bool
+    x: Expr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Indicator(_ToScalar):
     """0 where x lies in the set, infinite elsewhere. `params`: SymPy scalars or matrices of the set."""
 
@@ -656,7 +665,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Sorted | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Sorted | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | SpectralDivergence | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}

@@ -44,6 +44,7 @@ from unroll.language.nodes import (
     Softmax,
     Sorted,
     Spectral,
+    SpectralDivergence,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
@@ -506,6 +507,9 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return d.templates["in"].format(_show(x, d), _set(name, params, d)), SUM
         case Project(name, params, x):
             return call("prox", _set(name, params, d), x)
+        case SpectralDivergence(p, symmetric, x):
+            called = call("prox", ("symmetric " if symmetric else "spectral ") + p.text(), x)[0]
+            return call("op", "div", called)
         case SpectralProx(p, x):
             return call("prox", "spectral " + p.text(), x)
         case Prox(at=at) as node:

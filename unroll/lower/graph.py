@@ -53,6 +53,7 @@ from unroll.language.nodes import (
     Softmax,
     Sorted,
     Spectral,
+    SpectralDivergence,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
@@ -316,7 +317,7 @@ def straight_first(nodes: Mapping[int, Node], factors: tuple[Ref, ...]) -> bool:
 ELEMENTWISE = ("map", "add", "scale", "prox")
 UNARY = (
     "detach", "sum", "length", "unit", "logsumexp", "max", "softmax", "inverse", "family_sum", "family_logsumexp", "family_softmax", "spectral_norm", "spectral_sum",
-    "spectral_map", "spectral_prox", "trace", "diagonal", "running_sum", "dropout", "drop_path", "top", "sort",
+    "spectral_map", "spectral_prox", "spectral_divergence", "trace", "diagonal", "running_sum", "dropout", "drop_path", "top", "sort",
 )  # fmt: skip
 OPAQUE = ("diag", "cholesky")
 """Symmetric, or a factor that only stands for its symmetric product."""
@@ -486,6 +487,10 @@ class Lowering:
             case SpectralProx(prox, x):
                 record = self._at_numbers(prox, {s: self._symbol(s) for s in prox.scalars})
                 return b.add("spectral_prox", (self.lower(x), *map(self._symbol, record.scalars)), record)
+            case SpectralDivergence(prox, symmetric, x):
+                record = self._at_numbers(prox, {s: self._symbol(s) for s in prox.scalars})
+                scalars = map(self._symbol, record.scalars)
+                return b.add("spectral_divergence", (self.lower(x), *scalars), record, symmetric)
             case Sorted(x):
                 return b.add("sort", (self.lower(x),), 0)
             case Worked("top", (x, share)):

@@ -684,13 +684,24 @@ def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"indicator({x.ordered('cr').code}, {_nearest(out, args, out.attrs[0]).code}, {axes})")
 
 
-def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+def _prox_of_values(out: Node, args: Sequence[Operand], c: Context) -> str:
+    """A matrix, the scalar prox attrs[0] of its singular or eigenvalues s, and its slope where it gives t."""
     x, *scalars = args
     record, names = out.attrs[0], {s: _beside_values(a) for s, a in zip(out.attrs[0].scalars, scalars, strict=True)}
     arguments = ", ".join(["s", *(_tensor(_beside_values(a), a, c) for a in scalars)])
     slope = record.slope.xreplace({record.u: sp.Abs(record.u)}) if record.even else record.slope
     slope = formula(slope, {**names, record.u: Text("t")}).code
-    return Text(f"spectral_map({x.text.code}, lambda s: {c.function(record)}({arguments}), lambda s, t: {slope})")
+    return f"{x.text.code}, lambda s: {c.function(record)}({arguments}), lambda s, t: {slope}"
+
+
+def _spectral_prox_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"spectral_map({_prox_of_values(out, args, c)})")
+
+
+def _spectral_divergence_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: the scalar prox; of eigenvalues?"""
+    kind = "symmetric" if out.attrs[1] else "spectral"
+    return Text(f"{kind}_divergence({_prox_of_values(out, args, c)})")
 
 
 def _multiplier_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
@@ -713,6 +724,8 @@ def helpers_of(node: Node) -> tuple[str, ...]:
         return (node.attrs[0],)
     if node.op == "top":
         return ("top",) if node.attrs[0] else ("top_each",)
+    if node.op == "spectral_divergence":
+        return ("symmetric_divergence",) if node.attrs[1] else ("spectral_divergence",)
     if node.op in ("map", "spectral_sum", "spectral_map"):
         called = tuple(f.__name__ for f in (power, xlogy, expm1, logcosh) if node.attrs[0].has(f))
         return (*BY_NAME[node.op].helpers, *called)
@@ -802,6 +815,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("conjugate", _same, lambda out, args, c: args[0].text.then(".conj()"), _free),
     Operation("logdet_hermitian", _to_scalar, _logdet_text, _cubic, ("logdet_hermitian",)),
     Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
+    Operation("spectral_divergence", _to_scalar, _spectral_divergence_text, _cubic),
     Operation("multiplier", lambda args, attrs: (ONE, args[0].shape[1]), _multiplier_text, _pointwise, ("multiplier",)),
     Operation("project", _same, _project_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
@@ -1093,6 +1107,20 @@ HELPERS: dict[str, Helper] = {
         "U h(S) V' for x = U S V'. slope: that of h, from s and h(s).",
         spectral.SPECTRAL_MAP,
         ("recomposed",),
+    ),
+    "spectral_divergence": _exact(
+        "spectral_divergence",
+        "x, h, slope",
+        "The divergence of U h(S) V' in x = U S V'. slope: that of h, from s and h(s).",
+        spectral.SPECTRAL_DIVERGENCE,
+        ("divided_difference",),
+    ),
+    "symmetric_divergence": _exact(
+        "symmetric_divergence",
+        "x, h, slope",
+        "The divergence in x of Q h(W) Q' for (x + x') / 2 = Q W Q', over all entries. slope: that of h, from w and h(w).",
+        spectral.SYMMETRIC_DIVERGENCE,
+        ("divided_difference",),
     ),
     "xlogy": Helper(
         '''def xlogy(x, y):

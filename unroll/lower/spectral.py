@@ -81,6 +81,23 @@ s = s - torch.where(s > least, 0, s).detach()
 t = h(s)
 return recomposed(x, u, s, v, t, torch.zeros_like(t) + slope(s, t))"""
 
+SPECTRAL_DIVERGENCE = """s = torch.linalg.svdvals(x)
+least = s.amax(-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(s.dtype).eps
+s = s - torch.where(s > least, 0, s).detach()
+t = h(s)
+k, largest = torch.zeros_like(t) + slope(s, t), s.amax(-1, keepdim=True)
+a, b = [y.unsqueeze(-1) for y in (s, t, k)], [y.unsqueeze(-2) for y in (s, t, k)]
+same = divided_difference(*a, *b, largest.unsqueeze(-1))
+opposite = divided_difference(*a, -b[0], -b[1], b[2], largest.unsqueeze(-1))
+to_zero = divided_difference(s, t, k, 0 * s, 0 * t, k, largest)
+return k.sum(-1) + (same + opposite).tril(-1).sum((-2, -1)) + abs(x.shape[-2] - x.shape[-1]) * to_zero.sum(-1)"""
+
+SYMMETRIC_DIVERGENCE = """s = torch.linalg.eigvalsh((x + x.mT) / 2)
+t = h(s)
+k, largest = torch.zeros_like(t) + slope(s, t), s.abs().amax(-1, keepdim=True)
+a, b = [y.unsqueeze(-1) for y in (s, t, k)], [y.unsqueeze(-2) for y in (s, t, k)]
+return divided_difference(*a, *b, largest.unsqueeze(-1)).tril().sum((-2, -1))"""
+
 PSD = """m = (m + m.mT) / 2
 w, q = torch.linalg.eigh(m)
 return recomposed(m, q, w, q.mT, w.relu(), (w > 0).to(w))"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, reduce
-from itertools import product
+from itertools import combinations, product
 from math import prod
 from typing import Any, assert_never, cast
 
@@ -49,6 +49,7 @@ from unroll.language.nodes import (
     Softmax,
     Sorted,
     Spectral,
+    SpectralDivergence,
     SpectralMap,
     SpectralNorm,
     SpectralProx,
@@ -254,6 +255,8 @@ class Evaluator:
                 return self.profile(h, {slot(0): s}).sum(-1)[..., None, None]
             case SpectralNorm(x):
                 return torch.linalg.svdvals(self(x)).amax(-1)[..., None, None]
+            case SpectralDivergence(prox, symmetric, x):
+                return self.spectral_divergence(prox, symmetric, self(x))
             case Indicator(name, params, x):
                 numbers = [self(p) if isinstance(p, Expr) else self.number(p) for p in params]
                 return self.indicator(name, self(x), numbers)
@@ -291,6 +294,24 @@ class Evaluator:
         u, s, v = torch.linalg.svd(self(x), full_matrices=False)
         s = torch.where(s > s.amax(-1, keepdim=True) * 1e-13 * s.shape[-1], s, 0.0)
         return u @ torch.diag_embed(h(s)) @ v
+
+    def spectral_divergence(self, record: Any, symmetric: bool, x: Tensor) -> Tensor:
+        """Candes, Sing-Long & Trzasko 2013, as written there; of eigenvalues, the sum of all divided differences."""
+        s = torch.linalg.eigvalsh((x + x.mT) / 2) if symmetric else torch.linalg.svdvals(x)
+        least = 1e-13 * s.abs().amax(-1, keepdim=True) * s.shape[-1]
+        with torch.enable_grad():
+            at = torch.where(s.abs() > least, s, 0.0).detach().requires_grad_()
+            h = self.prox(record, at, {})
+            (slope,) = torch.autograd.grad(h.sum(), at)
+        s, h = at.detach(), h.detach()
+        ratio = torch.where(s == 0, slope, h / torch.where(s == 0, 1, s))
+        of, value, tie = (s, h, slope) if symmetric else (s.square(), 2 * s * h, slope + ratio)
+        total = slope.sum(-1) + (0 if symmetric else abs(x.shape[-2] - x.shape[-1])) * ratio.sum(-1)
+        for i, j in combinations(range(s.shape[-1]), 2):
+            near, gap = (s[..., i] - s[..., j]).abs() <= least[..., 0], of[..., i] - of[..., j]
+            quotient = (value[..., i] - value[..., j]) / torch.where(near, 1, gap)
+            total = total + torch.where(near, tie[..., i], quotient)
+        return total[..., None, None]
 
     def prox(self, record: Any, v: Tensor, given: Mapping[sp.Symbol, Tensor]) -> Tensor:
         """A scalar prox record, called by the names of its scalars."""

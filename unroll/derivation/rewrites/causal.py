@@ -42,6 +42,7 @@ from unroll.language.nodes import (
     ShapeError,
     Softmax,
     Spectral,
+    SpectralDivergence,
     SpectralMap,
     SpectralNorm,
     Sum,
@@ -150,7 +151,16 @@ def _ahead(e: Expr, over: sp.Expr) -> Expr | None:
             across = [n for n, a in zip(x.shape, (0, 1), strict=True) if axis in (None, a)]
         case Normalise() | Softmax(causal=False):
             across = [e.shape[e.axis]]
-        case Inverse() | LogDet() | Trace() | Spectral() | SpectralMap() | SpectralNorm() | Worked():
+        case (
+            Inverse()
+            | LogDet()
+            | Trace()
+            | Spectral()
+            | SpectralMap()
+            | SpectralNorm()
+            | SpectralDivergence()
+            | Worked()
+        ):
             across = list(e.children[0].shape)
         case Mul(_, factors):
             across = [a.cols for a, b in pairwise(factors) if not (_upper(b) or _upper(transpose(a)))]
