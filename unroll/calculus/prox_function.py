@@ -53,7 +53,7 @@ class ScalarProx(Pieces):
 
     def source(self, name: str) -> str:
         """Torch text of `def name(v, *scalars)`; it calls the operations named in `runtime`."""
-        return prox_source.emit(self, name)
+        return _source(self, name)
 
     def plain(self, name: str) -> str:
         """What that text calls the same function without derivatives, which costs less to call."""
@@ -105,6 +105,12 @@ class ScalarProx(Pieces):
         where = say(", x = |v|") if self.even else ""
         choice = "" if len(points) == 1 else "one of " if self.mode == "threshold" else "the best of "
         return f"{head}{say(choice)}{', '.join(points)}{where}{say(self.tie)}"
+
+
+@cache
+def _source(prox: ScalarProx, name: str) -> str:
+    """It is asked for wherever the function is called."""
+    return prox_source.emit(prox, name)
 
 
 @cache

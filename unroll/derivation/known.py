@@ -9,12 +9,12 @@ import sympy as sp
 
 from unroll.calculus import curvature
 from unroll.calculus.cones import nonnegative
-from unroll.calculus.divergence import divergence, planned
+from unroll.calculus.divergence import divergence, planned, probed, width
 from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, hessian, square_of_norm
 from unroll.calculus.torch_text import above_zero, nonzero
 from unroll.derivation.dealing import GRADIENT, Dealt, Share, letters, placed
-from unroll.derivation.step import LAYER, Assign, State
+from unroll.derivation.step import LAYER, Assign, Departure, State
 from unroll.errors import DeriveError
 from unroll.language.constructors import add, as_constant, constant, elementwise, prox, symbol, zeros
 from unroll.language.functions import Value
@@ -42,6 +42,7 @@ class Known:
         self.derived: list[Assign] = []
         """Lipschitz constants and norms, in the order in which they were asked for."""
         self.notes: list[str] = []
+        self.estimates: list[Departure] = []
         self.states: list[State] = []
         self.assigns: list[Assign] = []
         self.last: dict[str, Sym | sp.Symbol] = {}
@@ -161,12 +162,12 @@ class Known:
         (self.derived if above else self.assigns).append(made)
         return cast(sp.Expr, nonzero(target))
 
-    def named(self, value: Expr) -> sp.Expr:
+    def named(self, value: Expr, called: str = "strength") -> sp.Expr:
         """A number per sample that a formula works out, as an assignment of its own."""
         known = next((a.target for a in self.assigns if a.value is value and isinstance(a.target, sp.Symbol)), None)
         if known is not None and not any(isinstance(a.target, Sym) and a.target in value.symbols for a in self.assigns):
             return known
-        name = self.fresh(value.name if isinstance(value, Sym) else "strength")
+        name = self.fresh(value.name if isinstance(value, Sym) else called)
         taken = {a.target.name for a in self.assigns} | {s.symbol.name for s in self.states}
         while name in taken:
             name += "_"
@@ -174,8 +175,8 @@ class Known:
         self.assigns.append(Assign(target, value, ""))
         return target
 
-    def divergence(self, value: Expr, r: Sym) -> tuple[Expr, Expr]:
-        """Of what was assigned to a name, in the name of what it was read at."""
+    def divergence(self, z: Sym, value: Expr, r: Sym, probes: int, seed: int) -> Expr:
+        """Of the value that was assigned to z, in the name of what it was read at; in closed form, or by so many probes."""
         formula = planned(value)
         for a in reversed(self.assigns):  # what was read through an update between them
             if a.target is r:
@@ -189,7 +190,11 @@ class Known:
                 f"{loose.target.name} changes with {r.name}, in which the divergence is taken",
                 hint=f"{loose.target.name}: hold(..)",
             )
-        return divergence(formula, r), formula
+        if not probes:
+            return substitute(divergence(formula, r), {formula: z})
+        says = f"of {z.name} in {r.name}, by {probes} of random signs, seed {seed}: an estimate"
+        self.estimates.append(Departure("probes", "", "heuristic", says))
+        return probed(formula, r, self.named(width(z, r), "width"), probes, seed)
 
     def above_zero(self, t: sp.Expr) -> sp.Expr:
         """t, and its limit where a number of some sample makes it 0: to divide by."""

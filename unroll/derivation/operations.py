@@ -21,6 +21,9 @@ from unroll.language.nodes import Expr, Sym, depends, scalar
 from unroll.language.show import text as shown
 from unroll.language.traversal import held_at, substitute
 
+MOST = 16
+"""Probes of one divergence."""
+
 
 def _grad(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
     return r.reading.grad(*_letter_at(r, args, node.keywords))
@@ -113,8 +116,32 @@ def _div(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
     if value.shape != at.shape:
         message = f"{names[0]} is {r.shape(value)}, {names[1]} is {r.shape(at)}: a divergence needs one shape"
         r.fail(node, "E131", message)
-    e, formula = reading.divergence(value, at)
-    return substitute(e, {formula: z})
+    return reading.divergence(z, value, at, *_probes(r, node, node.keywords))
+
+
+def _probes(r: Formula, node: ast.Call, keywords: list[ast.keyword]) -> tuple[int, int]:
+    """How many probes, none where that is not said, and the seed of the first."""
+    said = {"probes": 0, "seed": 0}
+    for k in keywords:
+        value, least = r.value(k.value), 1 if k.arg == "probes" else 0
+        if k.arg not in said or isinstance(value, Expr) or not value.is_Integer or value < least:
+            r.fail(
+                k.value,
+                "E320",
+                f"{k.arg} of div is none of probes=1, 2, .. and seed=0, 1, ..",
+                "div(z, r, probes=8, seed=1)",
+            )
+        said[k.arg] = int(value)
+    if said["probes"] > MOST:
+        r.fail(
+            node,
+            "E320",
+            f"at most {MOST} probes: each is written out in every layer",
+            "the closed form, where there is one",
+        )
+    if keywords and not said["probes"]:
+        r.fail(keywords[0].value, "E320", "a seed without probes draws nothing", "div(z, r, probes=8, seed=1)")
+    return said["probes"], said["seed"]
 
 
 def _bregman(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -223,7 +250,9 @@ OPERATIONS = {
     "bregman": Operation("bregman(t * g, v): argmin of t g(x) + sum(x log(x/v) - x + v)", (2,), _bregman),
     "plus": Operation("plus(e): the terms of e without a negative entry", (1,), _plus),
     "minus": Operation("minus(e): minus the others", (1,), _minus),
-    "div": Operation("div(z, r): the divergence of the update of z in r", (2,), _div),
+    "div": Operation(
+        "div(z, r): the divergence of the update of z in r; an estimate of it, div(z, r, probes=8)", (2,), _div, at=True
+    ),
     "mu": Operation("mu(f): a constant of strong convexity of f", (1,), _mu),
     "L": Operation("L(f): the Lipschitz constant of grad f; of H(x, y), L(H, x)", (1, 2), _lipschitz, at=True),
     "norm": Operation("norm(K), norm(stack(K)): the largest singular value", (1,), _norm),

@@ -238,6 +238,7 @@ class Reading(Known):
             yield f"{name}: {terms}" + (f"; {', '.join(ks)}" if ks else "")
 
     def _departures(self) -> Iterable[Departure]:
+        yield from self.estimates
         for name, formula in self.options.updates.items():
             yield Departure(
                 "update", "", "choice", f"{name} becomes {' '.join(formula.split())}: not derived from the objective"

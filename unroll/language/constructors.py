@@ -944,6 +944,11 @@ def spectral_divergence(p: Any, x: Expr, symmetric: bool = False) -> Expr:
     return intern(SpectralDivergence, p, symmetric, x)
 
 
+def signs(seed: int, rows: Any, cols: Any) -> Expr:
+    """1 and -1 at random, one number of a seed for each entry, the same in every sample and call."""
+    return intern(Worked, "signs", (ones(rows, cols), constant(seed)))
+
+
 def project(name: str, x: Expr, *params: Any) -> Expr:
     """The nearest point of the named set."""
     return intern(Project, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), x)

@@ -526,6 +526,7 @@ class Worked(Expr):
 
 WORKED: dict[str, Callable[..., Shape]] = {
     "top": lambda x, share: x,
+    "signs": lambda x, seed: x,
     "pinv": lambda x: (x[1], x[0]),
     "svd_u": lambda x: (x[0], _smaller(x)),
     "svd_s": lambda x: (_smaller(x), ONE),

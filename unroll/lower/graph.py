@@ -244,7 +244,9 @@ class Builder:
         shape = BY_NAME[op].axes(views, attrs)
         sized = (*(v.shape for v in views), shape, families.values())
         late = op == "spectrum" or any(n.free_symbols & self.open for sizes in sized for n in sizes)
-        least = Stage.PROLOGUE if late else Stage.CONSTANT  # no buffer is complex, or as large as a call says
+        least = (
+            Stage.PROLOGUE if late else Stage.SETUP if op == "signs" else Stage.CONSTANT
+        )  # no buffer is complex, or as large as a call says
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
         even = all(v.node.symmetric or v.shape == (ONE, ONE) for v in views)
         symmetric = symmetric or op in OPAQUE or (keeps and even) or attrs[:1] == ("symmetric",)
@@ -497,6 +499,8 @@ class Lowering:
                 c = as_constant(share)
                 p = self.lower(share) if c is None else self.scalar(c)
                 return b.add("top", (self.lower(x), p), b.nodes[p.node].plain)
+            case Worked("signs", (x, seed)):
+                return b.add("signs", (self.scalar(as_constant(seed) or sp.S.Zero),), *x.shape)
             case Worked(name, (x,)):
                 ref = self.lower(x)
                 if b.nodes[ref.node].stage > Stage.PROLOGUE:

@@ -600,6 +600,11 @@ def _full_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"{c.like}.new_{kind}({sizes or '()'})")
 
 
+def _signs_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """The operand is the seed."""
+    return Text(f"signs({', '.join([args[0].text.code, c.like, *(c.size(n) for n in out.shape if n != 1)])})")
+
+
 def _diag_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"torch.diag_embed({args[0].text.code})")
 
@@ -769,6 +774,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
     Operation("sort", _same, _sort_text, _pointwise),
     Operation("top", _same, _top_text, _pointwise),
+    Operation("signs", _given, _signs_text, _pointwise, ("signs",)),
     Operation("factor", _factor_axes, _factor_text, _cubic),
     Operation("norm", _same, _norm_text, _pointwise),
     Operation(
@@ -1121,6 +1127,13 @@ HELPERS: dict[str, Helper] = {
         "The divergence in x of Q h(W) Q' for (x + x') / 2 = Q W Q', over all entries. slope: that of h, from w and h(w).",
         spectral.SYMMETRIC_DIVERGENCE,
         ("divided_difference",),
+    ),
+    "signs": Helper(
+        '''def signs(seed, like, *shape):
+    """1 and -1 at random, drawn from a seed."""
+    drawn = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
+    return (2 * drawn - 1).to(like)
+'''
     ),
     "xlogy": Helper(
         '''def xlogy(x, y):

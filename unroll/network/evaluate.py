@@ -231,6 +231,9 @@ class Evaluator:
                 return self(x).sort(dim=-2, descending=True).values
             case Worked("top", (x, share)):
                 return _top(self(x), self(share))
+            case Worked("signs", (x, seed)):
+                drawn = torch.Generator().manual_seed(int(self(seed)))
+                return 2.0 * torch.randint(0, 2, self(x).shape, generator=drawn).to(self.dtype) - 1
             case Worked(name, (x,)):
                 return _factor(name, self(x))
             case Worked():
