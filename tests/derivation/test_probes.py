@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def samples(dtype: torch.dtype = D) -> Tensor:
 @pytest.mark.parametrize(("dtype", "unit"), [(D, 1.0), (torch.float32, 1e-6), (torch.float32, 1e6)])
 def test_one_probe_is_exact_where_each_entry_reads_itself(dtype: torch.dtype, unit: float) -> None:
     x, term = samples(dtype) * unit, f"{0.1 * unit}*norm1(z)"
-    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == D else {"rtol": 1e-3, "atol": 0.0}
+    close: Any = {"rtol": 1e-9, "atol": 1e-12} if dtype == D else {"rtol": 1e-3, "atol": 0.0}
     wanted = network("div(y, s)", term, dtype)(x)
     torch.testing.assert_close(network("div(y, s, probes=1)", term, dtype)(x), wanted, **close)
     assert wanted.abs().max() > unit

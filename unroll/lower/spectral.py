@@ -88,7 +88,7 @@ t = h(s)
 k, largest = torch.zeros_like(t) + slope(s, t), s.amax(-1, keepdim=True)
 a, b = [y.unsqueeze(-1) for y in (s, t, k)], [y.unsqueeze(-2) for y in (s, t, k)]
 same = divided_difference(*a, *b, largest.unsqueeze(-1))
-opposite = divided_difference(*a, -b[0], -b[1], b[2], largest.unsqueeze(-1))
+opposite = divided_difference(*a, *(-y for y in b[:2]), b[2], largest.unsqueeze(-1))
 to_zero = divided_difference(s, t, k, 0 * s, 0 * t, k, largest)
 return k.sum(-1) + (same + opposite).tril(-1).sum((-2, -1)) + abs(x.shape[-2] - x.shape[-1]) * to_zero.sum(-1)"""
 
