@@ -102,9 +102,13 @@ def on(learn: Spec, algorithm: str = "proximal_gradient", objective: Spec = BASE
 # --- the law ----------------------------------------------------------------------------------------------------------
 
 
+FUNCTIONS = ("admm_csnet",)
+"""With a function that starts at its values at knots: test_learned_functions.py says how far that is off."""
+
+
 @pytest.mark.parametrize("name", [n for n in SPECS if n not in DRAWN])
 def test_every_shipped_network_starts_as_the_algorithm(name: str) -> None:
-    same_iterates(small(name))
+    same_iterates(small(name), 1e-2 if name in FUNCTIONS else 1e-10)
 
 
 FITTING = {

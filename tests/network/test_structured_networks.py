@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import non_negative_factorization
@@ -186,11 +187,30 @@ def accelerated_nmf(
     return factors(data[0], *at, 0.0, softplus(n.A_W[k]), softplus(n.A_H[k]))
 
 
+def admm_csnet(
+    n: Net, data: tuple[Tensor, ...], at: tuple[Tensor, ...], k: int, kept: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """X = (A'A + rho D'D)^-1 (A'y + rho D'(Z - beta)), Z = S(D X + beta), beta += eta (D X - Z); S by numpy."""
+    (y,), a, d, rho = data, n.given["A"], n.filters[k], softplus(n.weight[k])
+    z, beta = (kept.get(name, torch.zeros(B, N, dtype=D)) for name in ("z", "beta"))
+    if k == 0:
+        z = at[0] @ n.given["D"].T
+    x = torch.linalg.solve(a.T @ a + rho * d.T @ d, (y @ a + rho * (z - beta) @ d).mT).mT
+    v, q = (x @ d.T + beta), n.phi[k]
+    i = ((v.detach() + 1) / 0.02).floor().clamp(0, 99).long()
+    kept["z"] = q[i] + ((v + 1) / 0.02 - i) * (q[i + 1] - q[i])
+    inside = v.detach().abs() < 1
+    known = torch.from_numpy(np.interp(v.detach().numpy(), np.linspace(-1, 1, 101), q.detach().numpy()))
+    assert torch.allclose(kept["z"].detach()[inside], known[inside], atol=1e-12)
+    kept["beta"] = beta + n.rate[k] * (x @ d.T - kept["z"])
+    return (x,)
+
+
 LAYERS: dict[str, Layer] = {
     f.__name__: f
     for f in (
         corona, group_lista_cp, group_alista, tv_step, tv_coupled, tv_lista, lpgd_tv, condat_vu_coupled, condat_vu_step, twirls,
-        twirls_attention, beta_nmf, accelerated_nmf,
+        twirls_attention, beta_nmf, accelerated_nmf, admm_csnet,
     )
 }  # fmt: skip
 POSITIVE = ("beta_nmf", "accelerated_nmf")

@@ -40,6 +40,7 @@ from unroll.language.constructors import (
 from unroll.language.nodes import (
     Add,
     Axis,
+    Curve,
     Diag,
     Diagonal,
     Expr,
@@ -210,6 +211,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             | SpectralDivergence()
             | Project()
             | Worked()
+            | Curve()
         ):
             raise no_gradient(node, "it is the result of a derivation and has no derivative rule")
         case FamilySum() | FamilyLogSumExp():

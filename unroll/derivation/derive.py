@@ -355,12 +355,16 @@ def _learned(d: Derivation, half: Half, learned: list[Learned]) -> Iterable[str]
 def _parameter(p: Learned, d: Derivation) -> tuple[str, ...]:
     low, high = p.limits
     within = f", ≥ {low:g}" if math.isinf(high) else f", {low:g} to {high:g}"
+    if p.grid is not None:
+        within = ", rising" if math.isinf(high) else ", slopes between 0 and 1"
     said = {"positive": ", > 0", "exp": ", > 0", "symmetric": ", symmetric", "unit_columns": ", unit columns"}
     kept = "" if p.constraint == "none" else said.get(p.constraint, within)
     shape = " × ".join(map(str, p.shape)) or "scalar"
+    shape += f" values on [{p.grid.low:g}, {p.grid.high:g}]" if p.grid is not None else ""
     shape = f"{p.family} of {shape}" if p.family is not None else shape
     kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")
-    kept += "" if p.own_start is None else f", starts at {pretty(p.own_start)}"
+    kept += ", odd" if p.grid is not None and p.grid.odd else ""
+    kept += "" if p.own_start is None or p.grid is not None else f", starts at {pretty(p.own_start)}"
     what = f"for {pretty(p.replaces)}{_place(p, d)}"
     return p.name, what, f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
 

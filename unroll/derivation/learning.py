@@ -18,6 +18,7 @@ from typing import cast
 import sympy as sp
 
 from unroll.calculus.prox import derive as derive_prox
+from unroll.derivation import learned_functions
 from unroll.derivation.algorithms import LIPSCHITZ, MOMENTUM, STEP, state_of
 from unroll.derivation.blocks import affine_norms
 from unroll.derivation.rewrites.frequencies import circulant_block
@@ -139,12 +140,17 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
         ("", ("unroll",), unrolled),
         *((b.block, ("unroll", "blocks", i), b) for i, b in enumerate(unrolled.blocks)),
     ]
-    wanted = [
-        read(name, record, step, problem, spec, block, (*path, "learn", name))
+    entries = [
+        (name, record, block, (*path, "learn", name))
         for block, path, scheme in schemes
         for name, record in scheme.learn.items()
     ]
-    _once(wanted, step, spec)
+    asked = [_function(*entry, step, problem, spec) for entry in entries if entry[1].function is not None]
+    wanted = [read(n, r, step, problem, spec, block, path) for n, r, block, path in entries if r.function is None]
+    _once([*asked, *wanted], step, spec)
+    for f in asked:  # what starts at derived steps takes them whole
+        step = learned_functions.put(step, f)
+        _has_start(f.name, f.record, step.learned[-1].starts_at, step, f.where)
     for w in sorted(
         wanted, key=lambda w: (w.record.where is not None, _size(w)), reverse=True
     ):  # what is larger takes its words first
@@ -158,13 +164,13 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
     for block, path, scheme in schemes:
         for name in scheme.estimate:
             step = _estimated(step, problem, spec, block, (*path, "estimate", name))
-    order = [w.name for w in wanted]
+    order = [name for name, *_ in entries]
     rank = {name: i for i, name in enumerate(order)}
     learned = tuple(sorted(step.learned, key=lambda p: rank.get(p.name.removesuffix("_bias"), len(order))))
     return without_unused(replace(step, learned=learned))
 
 
-def _once(wanted: list[Wanted], step: Step, spec: Spec) -> None:
+def _once(wanted: list[Wanted | learned_functions.Asked], step: Step, spec: Spec) -> None:
     """Every parameter has a name of its own: not that of another, of a weight of a norm, or of what any block works out."""
     taken = {a.target.name for a in (*step.definitions, *step.assigns)} | {s.symbol.name for s in step.states}
     taken |= {
@@ -385,6 +391,45 @@ def read(
     return Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start)
 
 
+NOT_OF_FUNCTIONS = (
+    "start",
+    "positive",
+    "bounds",
+    "init",
+    "fixed",
+    "symmetric",
+    "columns",
+    "bias",
+    "transposed",
+    "where",
+)
+"""What may not be said of a function."""
+
+
+def _function(
+    name: str, record: Learn, block: str, path: tuple[str | int, ...], step: Step, problem: Problem, spec: Spec
+) -> learned_functions.Asked:
+    """An entry of `learn:` with a function. Raises SpecError E306."""
+    names, where = names_in(step, problem, block), spec.key_where(*path)
+    if name in names:
+        raise SpecError(
+            "E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter"
+        )
+    said = [word for word in NOT_OF_FUNCTIONS if word in record.model_fields_set]
+    if said:
+        raise SpecError("E306", f"{name} is a function, of which '{said[0]}' says nothing", where, "leave it out")
+    pattern = None
+    if record.replaces.strip() != "prox":
+        scope = replace(problem.scope, names={"u": learned_functions.ENTRY, **names})
+        pattern = parse(record.replaces, scope, place_of(spec, *path, "replaces"))
+        if not (isinstance(pattern, Map) and len(pattern.args) == 1):
+            hint = "prox, or a formula of one number: tanh(u)"
+            raise SpecError(
+                "E306", f"{name} cannot be a function in the place of {record.replaces.strip()}", where, hint
+            )
+    return learned_functions.Asked(name, record, pattern, spec.origin(*path, "replaces").where(), block)
+
+
 def _own_start(name: str, record: Learn, value: Expr, scope: Scope, place: Place) -> Value | None:
     """What a parameter starts at instead of what it replaces. Raises SpecError E131, E306."""
     if record.start is None:
@@ -478,7 +523,7 @@ def _swapped(step: Step, w: Wanted) -> Step | None:
     )
     if all(x is y or x == y for x, y in zip(before, after, strict=True)):
         return None
-    _has_start(w, step)
+    _has_start(w.name, w.record, w.value, step, w.where)
     assigns = tuple(replace(a, note=_note(a)) for a in assigns)
     kept = () if w.record.fixed else learned
     return replace(
@@ -516,23 +561,22 @@ def _read_by(value: Value, step: Step) -> set[Sym | sp.Basic]:
     return found
 
 
-def _has_start(w: Wanted, step: Step) -> None:
+def _has_start(name: str, record: Learn, value: Value, step: Step, where: Where) -> None:
     """What a parameter takes the place of has a value before the network runs, or the spec says where its start comes from."""
-    record = w.record
     moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
-    read = [s for s in _read_by(w.value, step) if isinstance(s, Sym)]
+    read = [s for s in _read_by(value, step) if isinstance(s, Sym)]
     depends_on = sorted(s.name for s in read if (s.role == "state" and s.name in moving) or s.role == "input")
     if depends_on and record.init == "value" and record.start is None:
         hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
         raise SpecError(
             "E306",
-            f"{w.name} takes the place of something that depends on {depends_on[0]}: it has no value to start at",
-            w.where,
+            f"{name} takes the place of something that depends on {depends_on[0]}: it has no value to start at",
+            where,
             hint,
         )
     if record.init == "data" and record.share != "none":
         raise SpecError(
-            "E306", f"{w.name} is worked out layer by layer, so layers cannot share it", w.where, "leave out 'share'"
+            "E306", f"{name} is worked out layer by layer, so layers cannot share it", where, "leave out 'share'"
         )
 
 

@@ -462,7 +462,7 @@ class Reading(Known):
             note = f"{target.name} <- {shown(value)}" if isinstance(value, Expr) and _derived(u.formula) else ""
         self.names[name] = target
         self.written.add(name)
-        self.assigns.append(Assign(target, cast(Any, value), note, update=u.name.partition("[")[0]))
+        self.assigns.append(Assign(target, cast(Any, value), note, update=u.name))
 
     def _residuals(self) -> Residuals:
         """What the text says is 0 at a solution; of the updates nothing changes."""

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import sympy as sp
 
-from unroll.language.nodes import Expr, Sym
+from unroll.language.nodes import Expr, Grid, Sym
 from unroll.language.problem import Problem
 
-Constraint = Literal["none", "positive", "symmetric", "unit_columns", "exp", "sigmoid", "clamp"]
+Constraint = Literal["none", "positive", "symmetric", "unit_columns", "exp", "sigmoid", "clamp", "rising"]
 LAYER = sp.Symbol("layer", integer=True, nonnegative=True)
 """Index of the layer, from 0, in schedules."""
 
@@ -72,8 +72,8 @@ class Learned:
 
     symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
     matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
-    where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.  limits: of sigmoid and clamp.
-    cell: of a weight of a controller, what is said of all of these.
+    where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.  limits: of sigmoid and clamp; of rising, how much a value may be above the one before it.
+    cell: of a weight of a controller, what is said of all of these.  grid: of the values of a function, their places.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Learned:
     own_start: Expr | sp.Expr | None = None
     limits: tuple[float, float] = (-math.inf, math.inf)
     cell: str = ""
+    grid: Grid | None = None
 
     @property
     def starts_at(self) -> Expr | sp.Expr:
@@ -100,6 +101,8 @@ class Learned:
         """scalar: a number of the algorithm, per entry too, or a parameter of no axis."""
         if not isinstance(self.symbol, Sym) or not self.shape:
             return "scalar"
+        if self.grid is not None:
+            return "vector"
         return "matrix" if len(self.shape) == 2 else "vector"
 
     @property

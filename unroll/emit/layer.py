@@ -306,6 +306,10 @@ def constrained(p: Learned, text: str) -> Text:
         case "clamp":
             low, high = p.limits
             return Text(f"{text}.clamp({low!r}, {high!r})" if math.isfinite(high) else f"{text}.clamp_min({low!r})")
+        case "rising":
+            assert p.grid is not None
+            most = repr(p.limits[1]) if math.isfinite(p.limits[1]) else "math.inf"
+            return Text(f"rising({text}, {most}, {p.grid.odd})")
 
 
 def axes_tuple(axes: Sequence[int]) -> str:

@@ -29,6 +29,7 @@ def source(m: Module) -> str:
     body = "\n\n".join(textwrap.indent(text, "    ") for text in texts)
     text = f"class {m.class_name}(nn.Module):\n{textwrap.indent(_signature_doc(m), '    ')}\n\n{body}\n"
     used = set[str]().union(*(method.helpers for method in methods), *(p.runtime for _, p in m.proxes))
+    used |= {p.constraint for p in m.learned if p.constraint in HELPERS}
     functions = [*map(helper, needed(used)), *(p.source(name) for name, p in m.proxes)]
     functions += [p.slope_source(name) for name, p in m.slopes.items()]
     whole = "\n\n".join([*(f.strip("\n") + "\n" for f in functions), text])
@@ -79,17 +80,15 @@ def _init(m: Module, methods: Sequence[Method]) -> str:
     for p in m.learned:
         name, node = m.attributes("learned", p.name), _leaf(m, "learned", p.name)
         shape = _shape(m, node, ["layers"] if p.per_layer else [])
+        of = p.text or show(p.replaces)
+        of += f" at {p.grid.knots} places from {p.grid.low:g} to {p.grid.high:g}" if p.grid is not None else ""
         where = "one per layer" if p.per_layer else "shared by layers"
         kind = {"none": "", "positive": ", kept > 0 by softplus", "exp": ", kept > 0 by exp"}.get(
             p.constraint, f", {p.constraint.replace('_', ' ')}"
         )
         if p.constraint in ("sigmoid", "clamp"):
             kind = f", kept from {p.limits[0]:g} to {p.limits[1]:g} by {p.constraint}"
-        lines.append(
-            commented(
-                f"self.{name} = nn.Parameter(torch.empty({shape}))", f"{p.text or show(p.replaces)}, {where}{kind}"
-            )
-        )
+        lines.append(commented(f"self.{name} = nn.Parameter(torch.empty({shape}))", f"{of}, {where}{kind}"))
     for i, name in m.buffers.items():
         lines.append(f'self.register_buffer("{name}", torch.empty({_shape(m, m.graph.nodes[i], [])}))')
     sizes = [(m.attributes("dim", d), m.locals("dim", d)) for d in m.dims]

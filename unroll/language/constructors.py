@@ -22,6 +22,7 @@ from unroll.language.nodes import (
     ONE,
     Add,
     Axis,
+    Curve,
     Diag,
     Diagonal,
     Expr,
@@ -29,6 +30,7 @@ from unroll.language.nodes import (
     FamilyLogSumExp,
     FamilySoftmax,
     FamilySum,
+    Grid,
     Hold,
     Indicator,
     Inverse,
@@ -954,6 +956,20 @@ def project(name: str, x: Expr, *params: Any) -> Expr:
     return intern(Project, name, tuple(p if isinstance(p, Expr) else number(p) for p in params), x)
 
 
+def curve(points: Expr, x: Expr, grid: Grid) -> Expr:
+    """Of each entry of x, the function that has these values at the places of a grid."""
+    return intern(Curve, points, x, grid)
+
+
+def places(grid: Grid) -> Expr:
+    """The places of a grid, of an odd function those above 0, as a column."""
+    width = sp.Rational(repr(grid.high)) - sp.Rational(repr(grid.low))
+    width /= grid.knots - 1
+    before = sp.Integer(0) if grid.odd else sp.Rational(repr(grid.low)) - width
+    counted = transpose(operator("running_sum", ones(1, grid.stored)))
+    return add(constant(before, grid.stored), scale(width, counted))
+
+
 # --- the same node of other parts ---
 
 
@@ -1019,6 +1035,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return sort(parts[0])
         case Worked(name, _):
             return intern(Worked, name, parts)
+        case Curve(_, _, grid):
+            return curve(parts[0], parts[1], grid)
         case FamilySum(i, n, _):
             return family_sum(i, n, parts[0])
         case Sum(_, axis):

@@ -6,7 +6,7 @@ Only `constructors.py` builds nodes: it keeps the normal form.
 
     leaves       Sym, Member, Eye, Ones, Zero
     matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise,
-                 Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Sorted, Worked
+                 Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Sorted, Worked, Curve
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, SpectralDivergence, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -543,6 +543,35 @@ def _smaller(shape: Shape) -> sp.Expr:
     return cast(sp.Expr, sp.Min(*shape))
 
 
+@dataclass(frozen=True)
+class Grid:
+    """knots places, even from low to high, and the degree of what is between them; straight on beyond. odd: f(-x) = -f(x)."""
+
+    knots: int
+    low: float
+    high: float
+    degree: Literal[1, 3] = 1
+    odd: bool = False
+
+    @property
+    def width(self) -> float:
+        return (self.high - self.low) / (self.knots - 1)
+
+    @property
+    def stored(self) -> int:
+        """How many numbers say the function: of an odd one, those above 0."""
+        return self.knots // 2 if self.odd else self.knots
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curve(_Keeping):
+    """Of each entry of x, the function that has these values, or coefficients, at the places of a grid: a column of them, or a row for each row of x."""
+
+    points: Expr
+    x: Expr
+    grid: Grid
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FamilySum(Expr):
     """sum(body for index in size)."""
@@ -666,7 +695,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Sorted | Worked | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | SpectralDivergence | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Sorted | Worked | Curve | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | SpectralDivergence | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}

@@ -15,6 +15,7 @@ from sympy.printing.str import StrPrinter
 from unroll.language.constructors import add, as_constant, scale, split
 from unroll.language.nodes import (
     Add,
+    Curve,
     Diag,
     Diagonal,
     Expr,
@@ -501,6 +502,8 @@ def _node(e: Expr, d: Dialect) -> Shown:
         case Worked(name, args):
             shown = name.replace("_", r"\_") if d is _LATEX else name
             return call("op", shown, ", ".join(_show(a, d) for a in args))
+        case Curve(points, x):
+            return call("op", points, x)
         case FamilySum(i, n, body):
             return over("family", body, i, n)
         case Indicator(name, params, x):

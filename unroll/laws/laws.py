@@ -322,10 +322,11 @@ def initialisation(d: Derivation, sample: Sample) -> Iterator[Row]:
     if not d.step.learned:
         return
     drawn = [p.name for p in d.step.learned if p.init not in ("value", "data")]
-    own = any(x.name == "start" for x in d.step.departures)
-    if drawn or own or d.step.estimated:
+    own = {"start": "it starts at formulas of its own", "function": "functions start at their values at knots"}
+    apart = [says for name, says in own.items() if any(x.name == name for x in d.step.departures)]
+    if drawn or apart or d.step.estimated:
         what = f"{', '.join(drawn)} start drawn" if drawn else f"{', '.join(d.step.estimated)} is estimated"
-        what = "it starts at formulas of its own" if own and not drawn else what
+        what = apart[0] if apart and not drawn else what
         yield Row("untrained network == algorithm, every layer", f"does not apply: {what}", "-", "noted")
         return
     ours, exact = sample.network(d.spec), sample.network(plain(d.spec))

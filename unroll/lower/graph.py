@@ -24,6 +24,7 @@ from unroll.language.constructors import as_constant, is_symmetric, matmul, scal
 from unroll.language.nodes import (
     ONE,
     Add,
+    Curve,
     Diag,
     Diagonal,
     Expr,
@@ -512,6 +513,8 @@ class Lowering:
                 return b.add("factor", (ref,), name)
             case Worked():
                 raise AssertionError(f"internal error, please report: no {e.name}")
+            case Curve(points, x, grid):
+                return b.add("curve", (self.lower(x), self.lower(points)), grid)
             case Project(name, params, x):
                 return b.add("project", (self.lower(x), *map(self.value, params)), name)
             case Indicator("affine", (a, c), x) if isinstance(a, Expr) and isinstance(c, Expr):

@@ -23,7 +23,7 @@ from unroll.calculus.gradient import derivative
 from unroll.calculus.stable import expm1, logcosh, xlogy
 from unroll.calculus.torch_text import power
 from unroll.language.nodes import ONE, WORKED, Shape, broadcast, operator_shape, slot
-from unroll.lower import spectral
+from unroll.lower import curves, spectral
 from unroll.lower.scalar_text import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
 Tags = tuple[str, ...]
@@ -677,6 +677,18 @@ def _project_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return text if out.batched or len(out.tags) < 2 else text.then(".mT")
 
 
+def _curve_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: the grid. Its function may differ from row to row, the last axis."""
+    (x, points), grid = args, out.attrs[0]
+    y = f"odd({points.text.code})" if grid.odd else points.text.code
+    call = Text(f"{CURVES[grid.degree]}({x.ordered('cr').code}, {y}, {grid.low!r}, {grid.high!r})")
+    return call if out.batched or len(out.tags) < 2 else call.then(".mT")
+
+
+CURVES = {1: "curve", 3: "spline"}
+"""By the degree between two places."""
+
+
 def _indicator_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """0 within rounding of the set, infinite outside: a point of the set is its own nearest point."""
     x = args[0]
@@ -727,6 +739,8 @@ def helpers_of(node: Node) -> tuple[str, ...]:
         return ("causal_softmax",)
     if node.op == "factor":
         return (node.attrs[0],)
+    if node.op == "curve":
+        return (CURVES[node.attrs[0].degree], *(("odd",) if node.attrs[0].odd else ()))
     if node.op == "top":
         return ("top",) if node.attrs[0] else ("top_each",)
     if node.op == "spectral_divergence":
@@ -824,6 +838,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("spectral_divergence", _to_scalar, _spectral_divergence_text, _cubic),
     Operation("multiplier", lambda args, attrs: (ONE, args[0].shape[1]), _multiplier_text, _pointwise, ("multiplier",)),
     Operation("project", _same, _project_text, _pointwise),
+    Operation("curve", _same, _curve_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
 )
 BY_NAME = {op.name: op for op in OPERATIONS}
@@ -1153,6 +1168,15 @@ HELPERS: dict[str, Helper] = {
     return torch.zeros_like(gap).masked_fill(~inside, math.inf)
 '''
     ),
+    "piece_of": Helper(curves.PIECE_OF),
+    "along": Helper(curves.ALONG, ("piece_of",)),
+    "Along": Helper(curves.ALONG_RULE, ("along", "piece_of")),
+    "on_pieces": Helper(curves.ON_PIECES, ("along", "Along")),
+    "curve": Helper(curves.CURVE, ("on_pieces",)),
+    "spline": Helper(curves.SPLINE, ("on_pieces",)),
+    "odd": Helper(curves.ODD),
+    "Kept": Helper(curves.KEPT),
+    "rising": Helper(curves.RISING, ("Kept",)),
     "piece_means": Helper(
         '''def piece_means(v, jump):
     """v with the mean of its piece in each place; pieces end where jump, one shorter than v, is not 0."""

@@ -10,7 +10,7 @@ from unroll.language.nodes import ONE
 from unroll.lower.graph import ELEMENTWISE, Graph
 from unroll.lower.operations import COLUMNWISE, Node, Stage, View
 
-_EACH = (*ELEMENTWISE, "detach", "conjugate", "family_sum", "family_logsumexp", "family_softmax")
+_EACH = (*ELEMENTWISE, "detach", "curve", "conjugate", "family_sum", "family_logsumexp", "family_softmax")
 _ALONG = ("sum", "length", "max", "logsumexp", "softmax", "running_sum", "norm")
 _COLUMNS = ("project", "spectrum", "signal", "energy", "frequency_sum", "solve", "cholesky_solve")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from unroll.language.constructors import swap
 from unroll.language.nodes import (
     Add,
+    Curve,
     Diag,
     Diagonal,
     Expr,
@@ -27,6 +28,7 @@ from unroll.language.nodes import (
     FamilyLogSumExp,
     FamilySoftmax,
     FamilySum,
+    Grid,
     Hold,
     Indicator,
     Inverse,
@@ -238,6 +240,8 @@ class Evaluator:
                 return _factor(name, self(x))
             case Worked():
                 raise AssertionError(f"internal error, please report: no {e.name}")
+            case Curve(points, x, grid):
+                return _curve(self(points), self(x), grid)
             case Project(name, params, x):
                 return project(name, self(x), [self(p) if isinstance(p, Expr) else self.number(p) for p in params])
             case FamilySum(index, n, body):
@@ -435,6 +439,20 @@ def _factor(name: str, x: Tensor) -> Tensor:
         case _:
             assert name == "eigh_values", name
             return torch.linalg.eigvalsh(x)[..., None]
+
+
+def _curve(points: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    """The sum of a bump for each place, a hat or a cubic B-spline, times its number; beyond the ends its tangent there."""
+    y = points.mT if points.shape[-1] == 1 else points  # (rows or 1, places)
+    y = torch.cat([-y.flip(-1), 0 * y[..., :1], y], -1) if grid.odd else y
+    place = (x - grid.low) / grid.width
+    inside = place.clamp(0, grid.knots - 1)
+    y = torch.cat([2 * y[..., :1] - y[..., 1:2], y, 2 * y[..., -1:] - y[..., -2:-1]], -1)
+    gap = (inside[..., None] - torch.arange(-1, grid.knots + 1)).abs()
+    hat = (1 - gap).clamp_min(0)
+    bump = hat if grid.degree == 1 else ((2 - gap).clamp_min(0) ** 3 - 4 * hat**3) / 6
+    ends = torch.where(place < 0, (y[..., 1] - y[..., 0])[..., None], (y[..., -1] - y[..., -2])[..., None])
+    return (bump * y[..., None, :]).sum(-1) + (place - inside) * ends
 
 
 @cache

@@ -36,7 +36,7 @@ from unroll.language.problem import Problem
 from unroll.network.kinds import as_number, check_kind
 from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.sets import falling, refuse_empty
-from unroll.network.stepwise import Replay, learned_value
+from unroll.network.stepwise import Replay, learned_value, rising
 from unroll.network.trace import Measure, Trace, measure
 
 if TYPE_CHECKING:
@@ -616,6 +616,8 @@ def _holds(p: Learned, value: Tensor) -> bool:
         case "clamp":
             low, high = p.limits
             return bool((value >= low).all() & (value <= high).all())
+        case "rising":
+            return bool((rising(p, value.double()) - value).abs().max() <= 1e-3 * value.abs().max())
         case _:
             return True
 

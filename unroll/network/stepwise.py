@@ -69,6 +69,18 @@ def learned_value(net: Holder, words: Mapping[tuple[str, str], str], p: Learned,
             return p.limits[0] + (p.limits[1] - p.limits[0]) * torch.sigmoid(value)
         case "clamp":
             return value.clamp(*p.limits)
+        case "rising":
+            return rising(p, value)
+
+
+def rising(p: Learned, value: Tensor) -> Tensor:
+    """Values of a function, none of them below the one before it, or above it by more than the limit."""
+    assert p.grid is not None
+    out = [torch.zeros_like(value[..., 0]) if p.grid.odd else value[..., 0]]
+    before = torch.cat([torch.zeros_like(value[..., :1]), value], -1) if p.grid.odd else value
+    for k in range(before.shape[-1] - 1):
+        out.append(out[-1] + (before[..., k + 1] - before[..., k]).clamp(*p.limits))
+    return torch.stack(out[1:] if p.grid.odd else out, -1)
 
 
 class State:

@@ -238,6 +238,22 @@ class Given(Record):
     about: Text = ""
 
 
+class Function(Record):
+    """A function of one number, by its values at knots that are even on a range: straight between them, or a spline; straight on beyond."""
+
+    knots: Annotated[int, Field(ge=2, le=100_000)] = 101
+    range: tuple[float, float]
+    """the first knot and the last"""
+    degree: Literal[1, 3] = 1
+    """1: straight between knots; 3: a cubic spline, the values its coefficients"""
+    odd: bool = False
+    """f(-x) = -f(x): the values above 0 alone are learned"""
+    monotone: bool = False
+    """nowhere falling: it is then the proximal step of some penalty"""
+    nonexpansive: bool = False
+    """slopes between 0 and 1: it is then the proximal step of a convex penalty"""
+
+
 class Learn(Given):
     """A free parameter in place of a derived sub-expression; it starts at the value that it replaces."""
 
@@ -248,6 +264,9 @@ class Learn(Given):
     init: Literal["value", "data", "gaussian", "uniform", "zeros", "ones"] = "value"
     """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
     depends on the variable; or a draw of its own in each layer, of variance 1/rows"""
+    function: Function | None = None
+    """a function of each entry is learned, in the place of a proximal step (`replaces: prox`) or of a formula of one number, `tanh(u)`, u any entry;
+    `shape: [n]`: another one for each row"""
     fixed: bool = False
     """not learned: `start` stands in its place for good"""
     scale: Positive = 1.0
