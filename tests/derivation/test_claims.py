@@ -59,6 +59,14 @@ def test_what_fails_is_shown_with_both_sides():
     assert "claimed if step * L(f) < 2: the limit is an optimum" in page
 
 
+@pytest.mark.parametrize(("step", "optimum"), [(1.9, True), (2, False), (3, False)])
+def test_a_step_is_held_against_a_constant_that_is_a_number(step, optimum):
+    s = spec("proximal_gradient", {"fit": "1/2 * sumsq(z - A.T @ x)", "sparsity": "lam * norm1(z)"}, step=step)
+    assert {c.name: c.holds for c in unroll.derive(s).exact.claims}["optimum"] is optimum
+    page = " ".join(str(unroll.derive(s)).split())
+    assert (f"step * L(f) < 2 does not hold, {step} against 2" in page) is not optimum
+
+
 def test_a_longer_step_of_gradient_descent_still_falls_and_a_longer_one_does_not():
     torch.manual_seed(0)
     A, x = torch.randn(6, 8).double(), torch.randn(4, 6).double()

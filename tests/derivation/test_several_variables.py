@@ -193,6 +193,15 @@ def test_a_step_in_units_of_one_constant_is_refused_where_there_are_two() -> Non
     unroll.derive(spec)
 
 
+def test_where_an_update_needs_a_constant_that_is_not_known_the_update_can_be_given():
+    spec = {**CONVEX, "minimize": {"f": "sum((u - A @ a - b)**4)"}, "unroll": {"algorithm": "palm", "layers": 2}}
+    with pytest.raises(UnrollError, match="E304") as refused:
+        unroll.derive(spec)
+    assert refused.value.hint == "give the update yourself: updates: {step_x: 0.01}"
+    spec["unroll"]["updates"] = {"step_x": "0.01", "step_y": "0.01"}
+    unroll.derive(spec)
+
+
 OWN = {
     "algorithm": "own",
     "solves": "f(x) + g(y) + H(x, y)",

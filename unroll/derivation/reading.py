@@ -218,7 +218,10 @@ class Reading(Known):
         if isinstance(a, Expr) or isinstance(b, Expr):
             hint = "step * L(f) < 2, or what requires: may say, f quadratic"
             raise SpecError("E320", f"'{written}' compares no two numbers", self.text.where(*path), hint)
-        for name, value in reversed(known):
+        constants = [
+            (cast(sp.Symbol, a.target), c) for a in self.derived if (c := as_constant(as_expr(a.value))) is not None
+        ]
+        for name, value in reversed([*constants, *known]):
             a, b = swap(a, {name: value}), swap(b, {name: value})
         a, b = sp.simplify(a), sp.simplify(b)
         room = sp.simplify(b - a if isinstance(op, ast.Lt | ast.LtE) else a - b)
@@ -435,7 +438,13 @@ class Reading(Known):
     def _value(self, u: _Update, member: str, indices: Mapping[str, int]) -> Value:
         self.target = member
         if not u.own:
-            return Formula(u.formula, self.scope(index=indices), u.place).read()
+            try:
+                return Formula(u.formula, self.scope(index=indices), u.place).read()
+            except DeriveError as e:
+                if e.code != "E304":
+                    raise
+                hint = f"give the update yourself: updates: {{{u.name}: 0.01}}" if "L(" in u.formula else e.hint
+                raise DeriveError(e.code, e.message, hint=hint, notes=e.notes) from None
         asked = u.replaces is not None and "derived" in u.formula  # what is not asked for need not be known
         more = {"derived": self._value(u.replaces, member, indices)} if asked and u.replaces is not None else None
         return Formula(u.formula, self.scope(False, indices, more), u.place).read()

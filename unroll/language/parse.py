@@ -9,7 +9,7 @@ import ast
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import sympy as sp
 
@@ -32,12 +32,13 @@ from unroll.language.constructors import (
     transpose,
 )
 from unroll.language.functions import BY_NAME, ELEMENTWISE_BY_NAME, SETS_BY_NAME, Kind, Set, Value, as_expr
-from unroll.language.nodes import Expr, Hold, ShapeError, Sym, Worked, same, show_shape, slot
+from unroll.language.nodes import Expr, Hold, Mul, ShapeError, Sym, Worked, same, show_shape, slot
 
 LENGTH, DEPTH, DIGITS, EXPONENT = 10_000, 60, 40, 64
 """Most characters of a formula, levels of brackets, digits of a number, and size of a numeric exponent."""
 
 Place = Callable[[int, int], Where | None]
+V = TypeVar("V", sp.Expr, Expr)
 
 
 def nowhere(start: int, length: int) -> None:
@@ -472,9 +473,9 @@ class Reader:
                     else elementwise(slot(0) * slot(1), x, y)
                 )
             case "/":
-                return self._quotient(node, x, y)
+                return self._real(node, self._quotient(node, x, y))
             case _:
-                return elementwise(slot(0) ** self._exponent(b, y), as_expr(x))
+                return self._real(node, elementwise(slot(0) ** self._exponent(b, y), as_expr(x)))
 
     def _arithmetic(self, node: ast.BinOp, x: sp.Expr, op: str, y: sp.Expr) -> sp.Expr:
         match op:
@@ -496,9 +497,10 @@ class Reader:
                     self.fail(node, "E104", f"{self.source(node)} is not a number of reasonable size")
                 return value
 
-    def _real(self, node: ast.expr, value: sp.Expr) -> sp.Expr:
-        """A number has a real value: no sqrt(-1), log(0), inf - inf."""
-        if value.has(sp.I, sp.nan, sp.zoo):
+    def _real(self, node: ast.expr, value: V) -> V:
+        """A number has a real value, the one in front of a matrix too: no sqrt(-1), log(0), inf - inf, z / (x - x)."""
+        found = value if isinstance(value, sp.Expr) else value.coef if isinstance(value, Mul) else sp.S.One
+        if found.has(sp.I, sp.nan, sp.zoo):
             self.fail(node, "E132", f"{self.source(node)} has no real value")
         return value
 
@@ -507,7 +509,7 @@ class Reader:
             self.fail(node, "E104", f"the exponent {self.source(node)} is too large; at most {EXPONENT}")
         return y
 
-    def _quotient(self, node: ast.BinOp, x: Value, y: Value) -> Value:
+    def _quotient(self, node: ast.BinOp, x: Value, y: Value) -> Expr:
         if y == 0:
             self.fail(node, "E132", f"division by zero: {self.source(node)}")
         if isinstance(y, Expr):
@@ -751,7 +753,7 @@ class Reader:
         exprs = [as_expr(v) for v in values]
         if found.arity == 2:
             self._fit(node, args[0], args[1], exprs[0], exprs[1])
-        return elementwise(found.profile, *exprs)
+        return self._real(node, elementwise(found.profile, *exprs))
 
     def _where(self, node: ast.Call, args: list[ast.expr]) -> Expr:
         condition = self._condition(args[0]) if len(args) == 3 else None
