@@ -206,6 +206,7 @@ def build(derivation: Derivation) -> Program:
         problem,
         derivation.step,
         layers=derivation.layers,
+        free=derivation.free,
         dims=sizes,
         name=spec.title,
         origin=origin_of(spec),

@@ -63,6 +63,11 @@ class Derivation:
         assert self.spec.unroll is not None
         return int(self.spec.unroll.layers)
 
+    @property
+    def free(self) -> int | None:
+        """How many layers have numbers of their own, where others share one set."""
+        return None if self.spec.unroll is None else self.spec.unroll.free
+
     def __str__(self) -> str:
         return "\n".join(_page(self))
 
@@ -160,7 +165,7 @@ def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.Proximal]:
 
 def _page(d: Derivation) -> Iterable[str]:
     learned = "learned" if d.step.learned else "nothing learned"
-    yield f"{d.spec.title}: {d.step.algorithm.replace('_', ' ')} on {d.spec.objective or d.problem.name}, {counted(d.layers, 'layer')}, {learned}"
+    yield f"{d.spec.title}: {d.step.algorithm.replace('_', ' ')} on {d.spec.objective or d.problem.name}, {counted(d.layers, 'layer')}, {learned}{'' if d.free is None else f', those after layer {d.free} the same'}"
     if d.problem.about:
         yield d.problem.about
     yield ""
@@ -366,7 +371,8 @@ def _parameter(p: Learned, d: Derivation) -> tuple[str, ...]:
     kept += ", odd" if p.grid is not None and p.grid.odd else ""
     kept += "" if p.own_start is None or p.grid is not None else f", starts at {pretty(p.own_start)}"
     what = f"for {pretty(p.replaces)}{_place(p, d)}"
-    return p.name, what, f"{'one per layer' if p.per_layer else 'shared by layers'}{kept}", shape
+    each = "one per layer" if d.free is None else f"one for each of {counted(d.free, 'layer')}, one for those after"
+    return p.name, what, f"{each if p.per_layer else 'shared by layers'}{kept}", shape
 
 
 def _place(p: Learned, d: Derivation) -> str:

@@ -166,8 +166,28 @@ def parametrise(step: Step, problem: Problem, spec: Spec) -> Step:
             step = _estimated(step, problem, spec, block, (*path, "estimate", name))
     order = [name for name, *_ in entries]
     rank = {name: i for i, name in enumerate(order)}
+    _refuse_idle_sharing(step, spec)
     learned = tuple(sorted(step.learned, key=lambda p: rank.get(p.name.removesuffix("_bias"), len(order))))
     return without_unused(replace(step, learned=learned))
+
+
+def _refuse_idle_sharing(step: Step, spec: Spec) -> None:
+    """Raises SpecError E306 where no layer is left to share what others have of their own, or nothing to share."""
+    unrolled = spec.unroll
+    if unrolled is None or unrolled.free is None:
+        return
+    where, own = spec.key_where("unroll", "free"), [p for p in step.learned if p.per_layer]
+    if isinstance(unrolled.layers, int) and unrolled.free >= unrolled.layers:
+        hint = f"layers: {unrolled.free + 1} or more, or leave out free"
+        raise SpecError(
+            "E306", f"{unrolled.free} of {unrolled.layers} layers are free: none is left that shares", where, hint
+        )
+    if not own:
+        raise SpecError("E306", "no layer has learned numbers of its own", where, "leave out free, or share: layers")
+    if any(p.constructed for p in own):
+        raise SpecError(
+            "E306", "what data decide is worked out layer by layer: no layers share it", where, "leave out free"
+        )
 
 
 def _once(wanted: list[Wanted | learned_functions.Asked], step: Step, spec: Spec) -> None:

@@ -15,7 +15,7 @@ def forward(m: Module) -> Method:
     record = f"trace.append({output(m, states)})"
     tracing = ["if trace is not None:", f"    {record}"]
     lines += tracing
-    lines += loop_head(m, per_layer(m))
+    lines += loop_head(m, per_layer(m), sec.fresh)
     body = layer_lines(m, sec, states, trace=True)
     lines += textwrap.indent("\n".join([*body, *([] if m.step.blocks else tracing)]), "    ").split("\n")
     lines.append(f"return {output(m, states)}")

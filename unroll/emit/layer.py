@@ -170,11 +170,18 @@ def per_layer(m: Module) -> list[tuple[str, str]]:
     return out
 
 
-def loop_head(m: Module, per_layer: list[tuple[str, str]]) -> list[str]:
+def loop_head(m: Module, per_layer: list[tuple[str, str]], fresh: Callable[[str], str]) -> list[str]:
     index = any(n.op == "layer" and n.stage == Stage.BODY for n in m.graph.nodes.values())
     if not per_layer:
         return [f"for {'layer' if index else '_'} in range(self.layers if layers is None else layers):"]
     names, stacks = ", ".join(n for n, _ in per_layer), [s for _, s in per_layer]
+    if m.free is not None:
+        together = f"list(zip({', '.join(stacks)}, strict=True))"
+        if len(stacks) == 1:
+            together = Text(stacks[0], stack_level(stacks[0])).then(".unbind()").code
+        head = "for layer in range(self.layers if layers is None else layers):"
+        own = fresh("own")
+        return [f"{own} = {together}", head, f"    {names} = {own}[min(layer, {m.free})]"]
     over = stacks[0] if len(stacks) == 1 else f"zip({', '.join(stacks)}, strict=True)"
     if index:
         names = f"layer, {names if len(per_layer) == 1 else f'({names})'}"

@@ -24,7 +24,10 @@ from unroll.lower.sums_over_samples import sums_over
 
 @dataclass(frozen=True)
 class Module:
-    """What is to be written: what the class holds and computes, and the identifiers of its text."""
+    """What is to be written: what the class holds and computes, and the identifiers of its text.
+
+    free: how many layers have numbers of their own, where those after them share one set.
+    """
 
     problem: Problem
     step: Step
@@ -34,6 +37,7 @@ class Module:
     name: str
     origin: str
     sha: str
+    free: int | None = None
 
     @cached_property
     def class_name(self) -> str:
@@ -103,7 +107,7 @@ class Module:
     @property
     def counts_layers(self) -> bool:
         """Is the number of layers an attribute? Elsewhere it is the length of a stack of parameters."""
-        return not any(p.per_layer for p in self.learned)
+        return self.free is not None or not any(p.per_layer for p in self.learned)
 
     # Words.
 

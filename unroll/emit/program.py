@@ -29,6 +29,8 @@ class Program:
     problem: Problem
     step: Step
     layers: int
+    free: int | None
+    """How many of them have numbers of their own, where those after them share one set."""
     dims: dict[str, int]
     class_name: str
     graph: Graph
@@ -54,7 +56,14 @@ class Program:
     @property
     def any_depth(self) -> bool:
         """May the number of layers differ from call to call?"""
-        return all(("learned", p.name) not in self.words or not p.per_layer for p in self.step.learned)
+        return self.free is not None or all(
+            ("learned", p.name) not in self.words or not p.per_layer for p in self.step.learned
+        )
+
+    @property
+    def sets(self) -> int:
+        """How many there are of a number that is not shared by all layers."""
+        return self.layers if self.free is None else self.free + 1
 
     @property
     def init_arguments(self) -> dict[str, int]:
@@ -76,7 +85,15 @@ class Program:
 
 
 def build(
-    problem: Problem, step: Step, *, layers: int, dims: Mapping[str, int], name: str, origin: str = "", sha: str = ""
+    problem: Problem,
+    step: Step,
+    *,
+    layers: int,
+    dims: Mapping[str, int],
+    name: str,
+    origin: str = "",
+    sha: str = "",
+    free: int | None = None,
 ) -> Program:
     """Graph, passes and source of a network. Raises UnrollError E402 where a size has no value."""
     for d, n in problem.dims.items():
@@ -84,9 +101,9 @@ def build(
             raise UnrollError("E402", f"the size '{d.name}' has no value", hint=f"give it: dims: {{{d.name}: ...}}")
     sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, layers)
     optimised = optimise(lower_step(problem, step), sizes)
-    module = Module(problem, step, optimised.graph, layers, dict(dims), name, origin, sha)
+    module = Module(problem, step, optimised.graph, layers, dict(dims), name, origin, sha, free)
     return Program(
-        problem, step, layers, dict(dims), module.class_name, optimised.graph, optimised.log,
+        problem, step, layers, free, dict(dims), module.class_name, optimised.graph, optimised.log,
         source(module),
         term_source(problem, dims),
         module.words, tuple(initialise_arguments(module)),

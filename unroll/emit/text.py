@@ -77,12 +77,15 @@ def _signature_doc(m: Module) -> str:
 def _init(m: Module, methods: Sequence[Method]) -> str:
     """What the module holds: parameters, values worked out once, and the sizes that its methods read."""
     lines: list[str] = []
+    stacked, each = "layers", "one per layer"
+    if m.free is not None:
+        stacked, each = str(m.free + 1), f"one for each of {counted(m.free, 'layer')}, one for those after"
     for p in m.learned:
         name, node = m.attributes("learned", p.name), _leaf(m, "learned", p.name)
-        shape = _shape(m, node, ["layers"] if p.per_layer else [])
+        shape = _shape(m, node, [stacked] if p.per_layer else [])
         of = p.text or show(p.replaces)
         of += f" at {p.grid.knots} places from {p.grid.low:g} to {p.grid.high:g}" if p.grid is not None else ""
-        where = "one per layer" if p.per_layer else "shared by layers"
+        where = each if p.per_layer else "shared by layers"
         kind = {"none": "", "positive": ", kept > 0 by softplus", "exp": ", kept > 0 by exp"}.get(
             p.constraint, f", {p.constraint.replace('_', ' ')}"
         )

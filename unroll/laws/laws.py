@@ -309,7 +309,7 @@ def _excess(half: Half, hand: Hand, sample: Sample, t: float) -> float:
 
 def plain(spec: Spec) -> Spec:
     """The spec with nothing learned, estimated or kept."""
-    gone = ("learn", "parametrisation", "estimate", "keep")
+    gone = ("learn", "parametrisation", "estimate", "keep", "free")
     document = cast(dict[str, Any], spec.to_dict())
     unrolled = {k: v for k, v in document["unroll"].items() if k not in gone}
     if "blocks" in unrolled:
@@ -435,7 +435,7 @@ def gradients_flow(d: Derivation, sample: Sample) -> Iterator[Row]:
     net = sample.network(d.spec)
     few = not all(o.isfinite().all() for o in _answers(net, sample.taken(net)))
     if few:
-        net = sample.network(read(d.spec, ["unroll.layers=1"]))
+        net = sample.network(read(d.spec, ["unroll.layers=1", *([] if d.free is None else ["unroll.free=null"])]))
     with torch.no_grad():  # the way out of a cell starts at 0: what is before it would not count
         for p in (net.get_parameter(net.program.words["learned", p.name]) for p in d.step.learned if p.cell):
             p.add_(0.1 * torch.randn(p.shape, generator=sample.generator, dtype=p.dtype))

@@ -51,9 +51,9 @@ def as_stored(value: Tensor, s: Sym) -> Tensor:
 
 
 def learned_value(net: Holder, words: Mapping[tuple[str, str], str], p: Learned, layer: int) -> Tensor:
-    """The value of a parameter in a layer (from 0), its constraint applied."""
+    """The value of a parameter in a layer (from 0), its constraint applied; after all that have their own, that of the last."""
     stored = net.get_parameter(words["learned", p.name]).detach()
-    value = stored[layer] if p.per_layer else stored
+    value = stored[min(layer, len(stored) - 1)] if p.per_layer else stored
     match p.constraint:
         case "none":
             return value

@@ -98,7 +98,7 @@ def refuse_too_large(program: Program, missing: Sequence[str]) -> None:
                 f"'{p.name}' has an open size: {' × '.join(map(str, sizes))}",
                 hint="what is learned has as many entries as the sizes say: give them as numbers",
             )
-        counts[p.name] = prod(map(int, sizes)) * (program.layers if p.per_layer else 1)
+        counts[p.name] = prod(map(int, sizes)) * (program.sets if p.per_layer else 1)
     name = max(counts, key=lambda n: counts[n], default="")
     if sum(counts.values()) > MOST_ENTRIES:
         raise UnrollError(

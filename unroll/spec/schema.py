@@ -402,6 +402,8 @@ class Unroll(Scheme):
     schedule: dict[Name, Formula] = {}
     """scalar -> its value as a formula of `layer`, 0, 1, .. and `layers`"""
     layers: Annotated[int, Field(ge=1, le=10_000)] | Literal["equilibrium"]
+    free: Count | None = None
+    """how many layers have learned numbers of their own; all after them share one set, and may be more or fewer in a call"""
     start: dict[Name, Formula] = {}
     """variable -> its value before the first layer; zero if left out"""
     parametrisation: str | None = None

@@ -32,6 +32,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from unroll.errors import SpecError, quote
+from unroll.network.network import Network
 from unroll.spec.schema import Train
 from unroll.train import losses, search
 from unroll.train.groups import parameter_groups, rates
@@ -61,9 +62,10 @@ class Stage:
 # --- the plan: pure functions of the step ----------------------------------------------------------------------------
 
 
-def plan(settings: Train, layers: int, steps: int) -> tuple[Stage, ...]:
+def plan(settings: Train, layers: int, steps: int, free: int | None = None) -> tuple[Stage, ...]:
     """end_to_end: one stage. layerwise: depth 1, 2, .., layers with equal shares of the steps, then all together.
 
+    free: where those after so many layers share what they learn, the first ones one by one, then all.
     With `falls`, each depth is trained at the learning rate, and again at each of these shares of it.
     Source of the order: Chen, Liu, Wang & Yin 2018, arXiv 1808.10038, section 4.
     """
@@ -73,11 +75,12 @@ def plan(settings: Train, layers: int, steps: int) -> tuple[Stage, ...]:
         raise SpecError("E511", "train: stages: layerwise needs epochs: or steps:", hint="minutes: may stay as a limit")
     greedy = steps - round(settings.refine * steps)
     shares = (1.0, *settings.falls)
-    count = layers * len(shares)
+    depths = range(1, layers + 1) if free is None else [*range(1, free + 1), layers]
+    count = len(depths) * len(shares)
     if greedy < count:
         raise SpecError("E511", f"train: {greedy} steps are too few for {count} stages, {len(shares)} per layer")
     cuts = [round(greedy * k / count) for k in range(count + 1)]
-    of = [(k, share) for k in range(1, layers + 1) for share in shares]
+    of = [(k, share) for k in depths for share in shares]
     stages = [Stage(k, cuts[i], cuts[i + 1], False, share) for i, (k, share) in enumerate(of)]
     return (*stages, Stage(layers, greedy, steps, True)) if greedy < steps else tuple(stages)
 
@@ -592,7 +595,8 @@ def fit(
         trainer = _trainer(settings, steps, callbacks, folder, device, devices)
         if not resume:
             torch.manual_seed(settings.seed)
-        task = Task(net, settings, plan(settings, net.layers, steps), clock)
+        free = net.program.free if isinstance(net, Network) else None
+        task = Task(net, settings, plan(settings, net.layers, steps, free), clock)
         like = next(losses.module(net).parameters())
         batches = Batches(data.train.to(like.dtype), data.change, size, settings.seed, steps, trainer)
         if resume:
