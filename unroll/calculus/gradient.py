@@ -201,6 +201,8 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             raise no_gradient(node, "it is a constraint, infinite outside its set")
         case Spectrum() | Signal():
             raise no_gradient(node, "it is worked out per frequency, which is done after derivatives are taken")
+        case Worked("div", _):
+            raise no_gradient(node, "it is a divergence of what makes the variable, which a loss alone sees")
         case (
             Noise()
             | SpectralMap()

@@ -946,6 +946,21 @@ def spectral_divergence(p: Any, x: Expr, symmetric: bool = False) -> Expr:
     return intern(SpectralDivergence, p, symmetric, x)
 
 
+def answer_divergence(e: Expr, x: Expr, probes: Any = 0) -> Expr:
+    """The divergence of an answer e in an input x that it was worked out from, when a loss is called; by so many probes, or 0: exact.
+
+    Raises ShapeError, DeriveError E132.
+    """
+    if e.shape != x.shape:
+        raise ShapeError(f"{show_shape(e.shape)} against {show_shape(x.shape)}")
+    if not (
+        isinstance(x, Sym) and x.role == "input" and x.family is None and any(s.role == "variable" for s in e.moving)
+    ):
+        hint = "div(z, x), or div(A @ z, x), of a loss: z is what a network made of x"
+        raise DeriveError("E132", "a divergence is of what reads a variable, in an input", hint=hint)
+    return intern(Worked, "div", (e, x, constant(probes)))
+
+
 def signs(seed: int, rows: Any, cols: Any) -> Expr:
     """1 and -1 at random, one number of a seed for each entry, the same in every sample and call."""
     return intern(Worked, "signs", (ones(rows, cols), constant(seed)))

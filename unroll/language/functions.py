@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import sympy as sp
 
 from unroll.language.constructors import (
+    answer_divergence,
     constant,
     diag,
     diagonal,
@@ -37,7 +38,7 @@ from unroll.language.constructors import (
 )
 from unroll.language.nodes import ONE, Expr, ShapeError, same, show_shape, slot
 
-Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias", "share"]
+Kind = Literal["matrix", "vector", "number", "size", "axis", "eps", "weight", "bias", "share", "probes"]
 Value = Expr | sp.Expr
 u, w = slot(0), slot(1)
 
@@ -65,6 +66,7 @@ class Function:
             "weight": "weight",
             "bias": "bias",
             "share": "p",
+            "probes": "probes",
         }
         shown = [names[k] for k in self.kinds]
         return f"{self.name}({', '.join(shown)})"
@@ -253,6 +255,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("first", ("matrix", "size"), lambda x, n: operator("first", x, sizes=(n,)), "the first n entries, 0 after the last, of each column"),
     Function("top", ("matrix", "share"), top, "1 where an entry is among the share p (0 to 1) of largest magnitudes of its sample, else 0; a condition of where too"),
     *(Function(name, ("matrix",), _factored(name), about) for name, about in FACTORS),
+    Function("div", ("matrix", "matrix", "probes"), answer_divergence, "of a [loss](losses.md#without-clean-targets) alone: the divergence of what a network made of an input, in that; exact, or estimated along random signs", optional=1),
     Function("stop_gradient", ("matrix",), hold, "a constant for every derivation: gradient, curvature, prox"),
 )  # fmt: skip
 

@@ -527,6 +527,7 @@ class Worked(Expr):
 WORKED: dict[str, Callable[..., Shape]] = {
     "top": lambda x, share: x,
     "signs": lambda x, seed: x,
+    "div": lambda e, x, probes: (ONE, ONE),
     "pinv": lambda x: (x[1], x[0]),
     "svd_u": lambda x: (x[0], _smaller(x)),
     "svd_s": lambda x: (_smaller(x), ONE),

@@ -114,7 +114,7 @@ RELATIONS: dict[type[ast.cmpop], Any] = {
 }  # fmt: skip
 
 
-NAMED = ("axis", "eps", "weight", "bias")
+NAMED = ("axis", "eps", "weight", "bias", "probes")
 """Arguments that may be written with their name."""
 FAMILIES: dict[str, Callable[[str, Any, Expr], Expr]] = {"sum": family_sum, "logsumexp": family_logsumexp}
 """What can be taken over the members of a family."""
@@ -710,6 +710,16 @@ class Reader:
                 value = self.number(node)
                 if value.is_negative:
                     self.fail(node, "E132", f"eps is not negative; {self.source(node)} is")
+                return value
+            case "probes":
+                value = self.number(node)
+                if not (value.is_Integer and value.is_positive):
+                    self.fail(
+                        node,
+                        "E132",
+                        f"{self.source(node)} is no number of probes",
+                        "1, 2, ..; without it, div is exact",
+                    )
                 return value
             case "size":
                 value = self.number(node)

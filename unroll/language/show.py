@@ -499,6 +499,9 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("hold", x)
         case Sorted(x):
             return call("op", "sort", _show(x, d))
+        case Worked("div", (of, x, probes)):
+            said = () if as_constant(probes) == 0 else (f"probes={_show(probes, d)}",)
+            return call("op", "div", ", ".join([_show(of, d), _show(x, d), *said]))
         case Worked(name, args):
             shown = name.replace("_", r"\_") if d is _LATEX else name
             return call("op", shown, ", ".join(_show(a, d) for a in args))

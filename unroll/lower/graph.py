@@ -500,6 +500,8 @@ class Lowering:
                 c = as_constant(share)
                 p = self.lower(share) if c is None else self.scalar(c)
                 return b.add("top", (self.lower(x), p), b.nodes[p.node].plain)
+            case Worked("div", (of, x, probes)):
+                return b.add("div", (self.lower(of), self.lower(x)), int(as_constant(probes) or 0))
             case Worked("signs", (x, seed)):
                 return b.add("signs", (self.scalar(as_constant(seed) or sp.S.Zero),), *x.shape)
             case Worked(name, (x,)):

@@ -600,6 +600,13 @@ def _full_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"{c.like}.new_{kind}({sizes or '()'})")
 
 
+def _div_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: how many probes."""
+    of, x = (a.ordered("cr") for a in args)
+    axes = len([t for t in args[1].tags if t in "rc"])
+    return Text(f"div({of.code}, {x.code}, {axes}, {out.attrs[0]}, self.training)")
+
+
 def _signs_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """The operand is the seed."""
     return Text(f"signs({', '.join([args[0].text.code, c.like, *(c.size(n) for n in out.shape if n != 1)])})")
@@ -788,6 +795,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("family_softmax", _same, _over_family("softmax"), _pointwise),
     Operation("sort", _same, _sort_text, _pointwise),
     Operation("top", _same, _top_text, _pointwise),
+    Operation("div", _to_scalar, _div_text, _cubic, ("div",)),
     Operation("signs", _given, _signs_text, _pointwise, ("signs",)),
     Operation("factor", _factor_axes, _factor_text, _cubic),
     Operation("norm", _same, _norm_text, _pointwise),
@@ -1142,6 +1150,29 @@ HELPERS: dict[str, Helper] = {
         "The divergence in x of Q h(W) Q' for (x + x') / 2 = Q W Q', over all entries. slope: that of h, from w and h(w).",
         spectral.SYMMETRIC_DIVERGENCE,
         ("divided_difference",),
+    ),
+    "div": Helper(
+        '''def div(e, x, axes, probes, fresh):
+    """The trace of the Jacobian of e in x, of which it was made, per sample; axes: of one sample, the last ones. probes: 0, or b' J b for so
+    many b of random signs, its mean; fresh: drawn anew in each call, for each sample, else from seeds 0, 1, .. for all samples.
+    """
+    shape = x.shape[x.ndim - axes :]
+
+    def along(b):
+        keep = {"create_graph": torch.is_grad_enabled(), "retain_graph": True, "allow_unused": True}
+        found = torch.autograd.grad(e, x, b.expand_as(e), **keep)[0] if e.requires_grad else None
+        if found is None:
+            raise LookupError("a divergence is taken in an input that the answer was not made of")
+        return (found * b).flatten(e.ndim - axes).sum(-1) if axes else found * b
+
+    if not probes:
+        return sum(along(b.reshape(shape)) for b in torch.eye(math.prod(shape), dtype=e.dtype, device=e.device))
+    signs = (
+        torch.randint(0, 2, x.shape, device=x.device) if fresh else torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(k))
+        for k in range(probes)
+    )
+    return sum(along((2 * b - 1).to(e)) for b in signs) / probes
+'''
     ),
     "signs": Helper(
         '''def signs(seed, like, *shape):

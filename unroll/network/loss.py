@@ -31,7 +31,7 @@ from unroll.emit.section import Section
 from unroll.emit.text import imports, needed
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import rebuild, scale, swap
-from unroll.language.nodes import Expr, Indicator, LogDet, Sym, same, walk
+from unroll.language.nodes import Expr, Indicator, LogDet, Sym, Worked, same, walk
 from unroll.language.problem import Problem
 from unroll.language.show import pretty, text
 from unroll.lower.graph import Graph, lower_terms
@@ -447,6 +447,8 @@ class Loss(nn.Module):
     spec: Spec
     shapes: dict[str, tuple[str, ...]]
     sizes: dict[str, int]
+    moved: frozenset[str]
+    """Inputs in which a divergence is taken."""
     samples: dict[str, bool]
     """What comes once per sample: is it a variable?"""
 
@@ -479,11 +481,23 @@ class Loss(nn.Module):
         """Every term as written: (...) values, one per sample. Raises UnrollError E404, E409."""
         values = self._bind(args, named)
         self._check(values)
+        self._check_made(dict(zip(self.shapes, values, strict=True)))
         try:
             return cast(Any, super()).terms(*values)
+        except LookupError as e:
+            hint = "give the loss what the network was given, in float32 or float64, and its answer, not detached"
+            raise UnrollError("E404", str(e), hint=hint) from e
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             hint = "values that are not finite (0/0 for a class without samples), or float32 where float64 is needed"
             raise UnrollError("E409", str(e), hint=hint) from e
+
+    def _check_made(self, values: Mapping[str, Tensor | None]) -> None:
+        """Does autograd see what a divergence is taken in? Raises UnrollError E404."""
+        for name in sorted(self.moved):
+            x = values[name]
+            if x is not None and not (x.requires_grad and torch.is_grad_enabled()):
+                hint = f"{name}.requires_grad_() before it goes into the network, and no torch.no_grad() around"
+                raise UnrollError("E404", f"the divergence in {name} needs its gradient", hint=hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = {n: getattr(self, self.recipe.written.attribute(n)).detach() for n in self.recipe.held}
@@ -563,6 +577,8 @@ def loss(spec: Spec, r: Recipe, given: Mapping[str, Tensor], scalars: Mapping[st
     module.recipe, module.spec = r, spec
     module.shapes = {s.name: tuple(_axis(n, r) for n in stored_axes(s)) for s in r.arguments}
     module.samples = {s.name: s.role == "variable" for s in r.arguments if s.role != "parameter"}
+    divs = (x for e in r.problem.terms.values() for x in walk(e) if isinstance(x, Worked) and x.name == "div")
+    module.moved = frozenset(cast(Sym, x.args[1]).name for x in divs)
     module.sizes = {**r.dims, **{a: int(a) for axes in module.shapes.values() for a in axes if a.isdigit()}}
     return module
 
