@@ -280,6 +280,7 @@ MAPS = {
     "repeat": "q @ ones(1, T)",
     "difference": "difference(G @ q)",
     "first": "first(A @ q, 2)",
+    "groups": "groups(repeat(q, T), T)",
     "entries repeated": "repeat(q, T)",
     "sums of what is repeated": "repeat_T(repeat(G @ q, T), T)",
     "all shifts": "shifts(repeat(q, T), T)",

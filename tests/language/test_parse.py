@@ -204,6 +204,8 @@ BY_NUMPY: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any]]] = {
     "shifts_T": ("shifts_T(shifts(A, m), m)", lambda a: 4 * a["A"]),
     "repeat": ("repeat(y, 2)", lambda a: np.repeat(a["y"], 2, 0)),
     "repeat_T": ("repeat_T(repeat(y, 2) * repeat(y, 2), 2)", lambda a: 2 * a["y"] ** 2),
+    "groups": ("groups(repeat(y, 2), m)", lambda a: np.repeat(a["y"], 2, 0).reshape(2, -1).T),
+    "groups_T": ("groups_T(A, m)", lambda a: a["A"].T.reshape(-1, 1)),
     "first": ("first(first(y, 2) * first(y, 2), 6)", lambda a: np.r_[a["y"][:2] ** 2, np.zeros((4, 1))]),
     "top": ("top(A, 0.25)", lambda a: (np.abs(a["A"]) >= np.sort(np.abs(a["A"]).ravel())[-int(a["A"].size / 4 + 0.5)]).astype(float)),
     "pinv": ("pinv(A)", lambda a: np.linalg.pinv(a["A"])),

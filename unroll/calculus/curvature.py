@@ -467,7 +467,7 @@ def operator_norm(e: Expr, z: Sym) -> Expr | None:
         case Op("difference", x, _):
             inner = operator_norm(x, z)
             return None if inner is None else scale(2, inner)
-        case Op("first", x):
+        case Op("first" | "groups", x):
             return operator_norm(x, z)
         case Op("shifts" | "repeat", x, _, sizes):
             inner = operator_norm(x, z)

@@ -16,6 +16,7 @@
     balls with z >= 0    c |z|_1 and z >= 0 on the entries first; of the 1-norm ball, one equation if it is left
     sets                 projections
     of z' alone          any of these:                                         the transpose of its prox at the transpose
+    of groups of z       any of these of the matrix of groups:                 its prox at the groups, which are below one another again
 
 Each rule checks its side condition; a term that none covers is refused with the reason.
 Source: Combettes & Pesquet 2011, doi:10.1007/978-1-4419-9569-8_10; Beck 2017, First-Order Methods in Optimization, ch. 6.
@@ -50,6 +51,7 @@ from unroll.language.constructors import (
     matmul,
     multiplier,
     ones,
+    operator,
     project,
     prox_map,
     scale,
@@ -80,6 +82,7 @@ from unroll.language.nodes import (
     Sym,
     Transpose,
     depends,
+    operator_shape,
     scalar,
     slot,
     walk,
@@ -135,6 +138,13 @@ def _found(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal |
     try:
         return _derived(term, z, t, at, swaps)
     except DeriveError as refused:
+        if (cut := in_groups(term, z)) is not None:  # neither does a cut into groups
+            inner = _found(cut[0], cut[1], t, operator("groups", at, sizes=cut[2]), swaps)
+            return (
+                inner
+                if isinstance(inner, DeriveError)
+                else replace(inner, step=operator("groups", inner.step, True, cut[2]))
+            )
         if (other := turned(term, z)) is None:
             return refused
         try:  # a transposition changes no length
@@ -142,6 +152,39 @@ def _found(term: Expr, z: Sym, t: sp.Expr, at: Expr, swaps: Swaps) -> Proximal |
         except DeriveError:
             return refused
         return replace(found, step=transpose(found.step))
+
+
+def in_groups(term: Expr, z: Sym) -> tuple[Expr, Sym, tuple[sp.Expr, ...]] | None:
+    """The term as one of the matrix whose columns are groups of entries of z, that matrix, and the size of a group; None without groups, or
+    where those of two sizes overlap."""
+    sizes = {x.sizes for x in walk(term) if isinstance(x, Op) and x.name == "groups" and depends(x, z)}
+    if len(sizes) != 1 or z.ncols != 1:
+        return None
+    (size,) = sizes
+    rows, cols = operator_shape("groups", z.shape, sizes=size)
+    y = symbol(text(operator("groups", z, sizes=size)), rows, cols, z.role, 2, None, z.props)
+
+    def cut(e: Expr) -> Expr:
+        return e if e.is_scalar else operator("groups", e, sizes=size)
+
+    def is_column(e: Expr) -> bool:
+        return isinstance(e, Op) and e.name == "groups" and e.adjoint
+
+    def rule(e: Expr) -> Expr | None:
+        match e:
+            case Map(profile, args) if any(map(is_column, args)):
+                return operator("groups", elementwise(profile, *map(cut, args)), True, size)
+            case Sum(Op("groups", x, True), None):
+                return total(x)
+            case Indicator("nonneg" | "box" as name, params, Op("groups", x, True)) if not any(
+                isinstance(p, Expr) for p in params
+            ):
+                return indicator(name, x, *params)
+            case _:
+                return None
+
+    found = transform(substitute(term, {z: operator("groups", y, True, size)}), rule)
+    return (found, y, size) if not any(map(is_column, walk(found))) else None
 
 
 def turned(term: Expr, z: Sym) -> tuple[Expr, Sym] | None:
@@ -859,6 +902,9 @@ def _refused(term: Expr, z: Sym, parts: Parts) -> DeriveError:
     bad = parts.unknown[0]
     why = "no rule gives its prox in closed form"
     hint = "split it: introduce a variable for the inner part, or use a smooth approximation such as huber with gradient_descent"
+    if len({x.sizes for x in walk(term) if isinstance(x, Op) and x.name == "groups" and depends(x, z)}) > 1:
+        why, hint = "groups of several sizes overlap", "an algorithm that splits, such as ADMM, takes each by itself"
+        return DeriveError("E302", f"{text(term)} is not proximable in {z.name}: {why}", hint=hint)
     linear = next(
         (x for x in walk(bad) if isinstance(x, Mul) and len(x.factors) > 1 and not x.is_scalar and depends(x, z)), None
     )

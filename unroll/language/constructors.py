@@ -773,6 +773,17 @@ def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ..
     shape = operator_shape(name, e.shape, adjoint, sizes)
     if isinstance(e, Zero):
         return zeros(*shape)
+    match name, e:
+        case "groups", Op("groups", x, other, same_sizes) if other != adjoint and same_sizes == sizes:
+            return x
+        case "groups", _ if adjoint and e.cols == 1:
+            return e
+        case "groups", _ if shape[1] == 1 and not adjoint:
+            return e
+        case "groups", _ if sizes[0] == 1:
+            return transpose(e)
+        case _:
+            pass
     if (sizes and name != "first" and sp.Mul(*sizes) == 1) or (name == "running_sum" and e.cols == 1):
         return e
     if name == "first" and same(e.rows, sizes[0]):

@@ -252,6 +252,8 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("shifts_T", ("matrix", "size", "size"), _shifts(adjoint=True), "adjoint of shifts", optional=1),
     Function("repeat", ("vector", "size"), lambda x, n: operator("repeat", x, sizes=(n,)), "each entry n times"),
     Function("repeat_T", ("vector", "size"), lambda x, n: operator("repeat", x, adjoint=True, sizes=(n,)), "adjoint of repeat: sums of n entries"),
+    Function("groups", ("vector", "size"), lambda x, n: operator("groups", x, sizes=(n,)), "groups of n entries that follow one another, each a column"),
+    Function("groups_T", ("matrix", "size"), lambda x, n: operator("groups", x, adjoint=True, sizes=(n,)), "adjoint of groups: columns below one another"),
     Function("first", ("matrix", "size"), lambda x, n: operator("first", x, sizes=(n,)), "the first n entries, 0 after the last, of each column"),
     Function("top", ("matrix", "share"), top, "1 where an entry is among the share p (0 to 1) of largest magnitudes of its sample, else 0; a condition of where too"),
     *(Function(name, ("matrix",), _factored(name), about) for name, about in FACTORS),

@@ -371,6 +371,7 @@ class SpectralMap(_Keeping):
 class Op(Expr):
     """A linear operator applied to x: `difference` maps a column of n entries to the n - 1 differences of neighbours,
     `running_sum` sums each row from its start (its adjoint: to its end), `repeat` writes each entry of a column T times,
+    `groups` is a column cut into columns of T entries (its adjoint: these below one another),
     `first` keeps the first T entries of a column, 0 after its last (its adjoint: as many as it had), `shifts` gives all T cyclic shifts of each column. sizes: of the axes of the T places, which cycle; a column is channels by places.
     """
 
@@ -743,6 +744,14 @@ def operator_shape(name: str, shape: Shape, adjoint: bool = False, sizes: tuple[
             return multiple(rows, sizes) if adjoint else rows * sp.Mul(*sizes), cols
         case "first":
             return sizes[0], cols
+        case "groups" if adjoint:
+            if not same(rows, sizes[0]):
+                raise ShapeError(f"groups of {sizes[0]} entries have as many rows, not {rows}")
+            return rows * cols, ONE
+        case "groups":
+            if cols != 1:
+                raise ShapeError(f"groups are of entries of a vector, this is {show_shape(shape)}")
+            return sizes[0], multiple(rows, sizes)
         case _:
             return shape
 
@@ -752,7 +761,7 @@ def multiple(n: sp.Expr, sizes: tuple[sp.Expr, ...]) -> sp.Expr:
     found = sp.cancel(n / sp.Mul(*sizes))
     if found.is_integer is not True:
         raise ShapeError(
-            f"{n} is not a multiple of {sp.Mul(*sizes)}: channels by places are declared as a product, as in [c*T, N]"
+            f"{n} is not a multiple of {sp.Mul(*sizes)}: what has parts of one size is declared as a product, as in [c*T, N]"
         )
     return found
 

@@ -445,7 +445,7 @@ class Lowering:
                 return self._norm(kind, axis, eps, self.lower(x), weight, bias)
             case Op("running_sum", x, adjoint):
                 return b.add("running_sum", (self.lower(x),), 1, adjoint)
-            case Op("shifts" | "repeat" | "first", x, adjoint, sizes):
+            case Op("shifts" | "repeat" | "first" | "groups", x, adjoint, sizes):
                 return b.add(e.name, (self.lower(x),), adjoint, sizes)
             case Spectrum(index, sizes, x, conjugate):
                 ref = b.add("spectrum", (self.lower(x),), index, sizes)

@@ -521,6 +521,14 @@ def _first_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return found if "r" in out.tags else found.then(".squeeze(-1)")
 
 
+def _groups_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    (x,), (adjoint, (n,)) = args, out.attrs
+    if adjoint:
+        return x.ordered("cr").then(".flatten(-2)")
+    cut = x.text.then(f".unflatten(-1, (-1, {c.size(n)}))")
+    return cut if out.batched else cut.then(".mT")
+
+
 def _transform_axes(node: Node, frequency: str) -> tuple[int, int, int]:
     """Of a value at all frequencies, its channels stored even if there is one: the axis of channels, of frequencies, and
     that of channels by places in the signal, all from the end."""
@@ -836,6 +844,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("shifts", _operator_axes("shifts"), _shifts_text, _pointwise, ("shifts", "shifts_adjoint")),
     Operation("repeat", _operator_axes("repeat"), _repeat_text, _pointwise),
     Operation("first", _operator_axes("first"), _first_text, _pointwise),
+    Operation("groups", _operator_axes("groups"), _groups_text, _free),
     Operation("spectrum", _spectrum_axes, _spectrum_text, _pointwise, ("spectrum",)),
     Operation("signal", _signal_axes, _signal_text, _pointwise, ("signal",)),
     Operation("energy", lambda args, attrs: (ONE, args[0].shape[1]), _energy_text, _pointwise, ("energy",)),

@@ -434,7 +434,15 @@ def _heads(b: Builder, term: Ref) -> Iterator[tuple[_Head, Ref]]:
         yield _Head(node.op, node.attrs, at, others, flip, kind), x
 
 
-LINEAR = {"scale": (1,), "matmul": (0, 1), "difference": (0,), "shifts": (0,), "repeat": (0,), "first": (0,)}
+LINEAR = {
+    "scale": (1,),
+    "matmul": (0, 1),
+    "difference": (0,),
+    "shifts": (0,),
+    "repeat": (0,),
+    "first": (0,),
+    "groups": (0,),
+}
 """Operation -> operands in which it is linear, the others held."""
 
 

@@ -205,6 +205,10 @@ class Evaluator:
                 return (copies.T if adjoint else copies) @ self(x)
             case Op("first", x, _, (n,)):
                 return torch.eye(self.size(n), self.size(x.rows), dtype=self.dtype) @ self(x)
+            case Op("groups", x, True, _):
+                return self(x).mT.flatten(-2).unsqueeze(-1)
+            case Op("groups", x, _, (n,)):
+                return torch.stack(self(x).squeeze(-1).split(self.size(n), -1), -1)
             case Op("shifts", x, adjoint, sizes):
                 return self.shifts(self(x), adjoint, [self.size(n) for n in sizes])
             case Op(_, x, adjoint):

@@ -1,0 +1,132 @@
+"""Groups of entries of a vector: proximal steps against CVXPY and brute force, slopes, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import unroll
+from unroll.errors import DeriveError, SpecError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import cvxpy as cp
+
+D = torch.float64
+S, G = 3, 4
+CVXPY: dict[str, Any] = {
+    "group_norm(groups(z, s), 0)": lambda z, w: cp.sum([cp.norm(z[i * S : i * S + S], 2) for i in range(G)]),
+    "sqrt(3) * group_norm(groups(z, s), 0) + 0.3 * norm1(z)": lambda z, w: (
+        3**0.5 * cp.sum([cp.norm(z[i * S : i * S + S], 2) for i in range(G)]) + 0.3 * cp.norm1(z)
+    ),
+    "norm1(groups(w, s) * groups(z, s))": lambda z, w: cp.norm1(cp.multiply(w, z)),
+    "sum(max_entry(abs(groups(z, s)), axis=0))": lambda z, w: cp.sum(
+        [cp.norm_inf(z[i * S : i * S + S]) for i in range(G)]
+    ),
+    "group_norm(groups(z, s), 1)": lambda z, w: cp.sum([cp.norm(z[i::S], 2) for i in range(S)]),
+    "tv(groups(z, s))": lambda z, w: cp.sum([cp.tv(z[i * S : i * S + S]) for i in range(G)]),
+    "group_norm(groups(P @ z, s), 0)": None,
+}
+
+
+def spec(term: str, constraints: tuple[str, ...] = (), sizes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """z <- the proximal step at x, at once: the step of 1/2 |z - x|^2 + 0.4 f from anywhere."""
+    return {"dims": sizes or {"s": S, "g": G}, "variables": {"z": ["g*s"]}, "inputs": {"x": ["g*s"]},
+            "parameters": {"w": {"shape": ["g*s"], "positive": True}, "P": {"shape": ["g*s", "g*s"], "orthonormal": True}},
+            "minimize": {"fit": "1/2 * sumsq(z - x)", "f": f"0.4 * ({term})"}, "constraints": list(constraints),
+            "unroll": {"algorithm": "proximal_gradient", "layers": 1, "step": 1}}  # fmt: skip
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+@pytest.mark.parametrize(
+    ("term", "constraints"), [*((term, ()) for term in CVXPY), *((term, ("z >= 0",)) for term in list(CVXPY)[:3])]
+)
+def test_the_step_is_that_of_cvxpy(term: str, constraints: tuple[str, ...]) -> None:
+    net: Any = unroll.compile(spec(term, constraints), dtype=D, seed=0)
+    x = drawn(5, S * G)
+    x[1], x[2, :S] = 0, 0.01  # blank; a group that becomes 0
+    w, turn = (net.given[n].numpy() for n in ("w", "P"))
+    for v, found in zip(x.numpy(), net(x).detach().numpy(), strict=True):
+        z = cp.Variable(S * G)
+        f = CVXPY[term](z, w) if CVXPY[term] else CVXPY["group_norm(groups(z, s), 0)"](turn @ z, w)
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(z - v) / 2 + 0.4 * f), [z >= 0] if constraints else [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+        np.testing.assert_allclose(found, z.value, atol=1e-4)  # its own tolerance is one of costs
+        theirs, z.value = problem.value, found
+        assert problem.objective.value <= theirs + 1e-9
+
+
+def test_no_point_near_it_is_better_and_groups_are_cut_off_whole() -> None:
+    net: Any = unroll.compile(spec("group_norm(groups(z, s), 0)"), dtype=D)
+    x = drawn(3, S * G) / 3
+    z = net(x)
+    cost = lambda z: 0.4 * z.unflatten(-1, (G, S)).norm(dim=-1).sum(-1) + (z - x).square().sum(-1) / 2
+    for size in (1e-3, 1e-2, 0.1, 1):
+        for seed in range(20):
+            assert bool((cost(z) <= cost(z + size * drawn(3, S * G, seed=seed)) + 1e-12).all())
+    zero = z.unflatten(-1, (G, S)) == 0
+    assert bool((zero.all(-1) == zero.any(-1)).all()) and 0 < int(zero.sum()) < zero.numel()
+    lengths = x.unflatten(-1, (G, S)).norm(dim=-1, keepdim=True)
+    want = x.unflatten(-1, (G, S)) * (1 - 0.4 / lengths).clamp_min(0)
+    assert torch.allclose(z, want.flatten(-2), atol=1e-12)
+
+
+def test_slopes_are_0_at_a_group_of_zeros_and_right_elsewhere() -> None:
+    x = drawn(3, S * G).requires_grad_()
+    net: Any = unroll.compile(spec("group_norm(groups(z, s), 0)"), dtype=D)
+    assert torch.autograd.gradcheck(lambda x: net(x), (x,))
+    z = drawn(S * G)
+    z[:S] = 0
+    z.requires_grad_()
+    (slope,) = torch.autograd.grad(net.objective(z=z, x=0 * z.detach())["f"], z)
+    assert torch.equal(slope[:S], torch.zeros(S, dtype=D))
+    rest = z.detach()[S:].unflatten(-1, (G - 1, S))
+    assert torch.allclose(slope[S:], 0.4 * (rest / rest.norm(dim=-1, keepdim=True)).flatten())
+
+
+@pytest.mark.parametrize(("s", "g"), [(1, 4), (4, 1), (1, 1), (2, 3)])
+def test_groups_of_one_entry_and_one_group(s: int, g: int) -> None:
+    net: Any = unroll.compile(spec("group_norm(groups(z, s), 0)", sizes={"s": s, "g": g}), dtype=torch.float32)
+    x = drawn(5, s * g).float()
+    x[1] = 0
+    for unit in (1e-6, 1.0, 1e6):
+        v = (unit * x).requires_grad_()
+        lengths = v.unflatten(-1, (g, s)).norm(dim=-1, keepdim=True)
+        want = v.unflatten(-1, (g, s)) * (1 - 0.4 / torch.where(lengths == 0, 1, lengths)).clamp_min(0)
+        assert torch.allclose(net(v), want.flatten(-2), rtol=1e-5, atol=1e-6 * unit)
+        (slope,) = torch.autograd.grad(net(v).sum(), v)
+        assert bool(slope.isfinite().all())
+    assert net(x[:0]).shape == (0, s * g)
+
+
+def test_the_adjoint_undoes_it() -> None:
+    s = spec("1/2 * sumsq(groups_T(groups(z, s), s) - z) + 1/2 * sumsq(groups(z, s) - groups(x, s))")
+    s["unroll"] = {"algorithm": "gradient_descent", "layers": 1}
+    net: Any = unroll.compile(s, dtype=D)
+    assert torch.allclose(
+        net(drawn(2, S * G)), drawn(2, S * G), atol=1e-12
+    )  # the Hessian is (1 + 0.4) I, and the least at x
+    assert unroll.check(spec("group_norm(groups(z, s), 0) + norm1(z)")).ok
+    s = spec("group_norm(groups(z, s), 0)")
+    s["unroll"] = {"algorithm": "admm", "layers": 3}
+    assert unroll.check(s).ok
+
+
+def test_what_is_no_cut_is_refused() -> None:
+    with pytest.raises((DeriveError, SpecError), match="overlap"):
+        unroll.compile(spec("group_norm(groups(z, s), 0) + group_norm(groups(z, g), 0)"))
+    with pytest.raises(SpecError, match="not a multiple"):
+        unroll.compile({**spec("group_norm(groups(z, s), 0)"), "variables": {"z": ["n"]}, "inputs": {"x": ["n"]},
+                        "parameters": {}, "dims": {"s": 3, "n": 12}})  # fmt: skip
+    with pytest.raises(SpecError, match="vector is needed"):
+        unroll.compile(spec("group_norm(groups(P, s), 0) + norm1(z)"))
