@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import sympy as sp
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class ScalarProx(Pieces):
     """prox of t f at v: p(v, t) evaluates it, p.formula, p.curvature and p.proof say what was derived."""
 
-    @property
+    @cached_property
     def formula(self) -> sp.Expr | None:
         """The prox as a SymPy expression in v and the scalars; None if a root has no closed form or values decide."""
         if self.mode != "threshold":

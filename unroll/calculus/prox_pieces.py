@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import sympy as sp
@@ -63,7 +64,7 @@ class Pieces:
     knots: tuple[Knot | None, ...]
     proof: str
 
-    @property
+    @cached_property
     def scalars(self) -> tuple[sp.Symbol, ...]:
         """Arguments after v, in order: t first if it is one, then by name."""
         found: set[sp.Basic] = set()

@@ -16,7 +16,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from unroll.api import Source, compile_layers, read
+from unroll.api import Source, build, network_of, read
 from unroll.calculus import prox as proximal
 from unroll.calculus.gradient import gradient
 from unroll.derivation.algorithms import LIPSCHITZ, STEP, state_of
@@ -24,6 +24,7 @@ from unroll.derivation.derive import Derivation, Half, derive
 from unroll.derivation.parts import Part
 from unroll.derivation.rewrites.record import Applied, Site
 from unroll.derivation.step import CLAIMS, LAYER, Assign, Claim, Hand
+from unroll.emit.program import Program
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.columns import WIDTH, table_rows, wrapped
 from unroll.language.constructors import prox, swap
@@ -131,6 +132,7 @@ class Sample:
 
     def __init__(self, d: Derivation, seed: int) -> None:
         self.d, self.generator = d, torch.Generator().manual_seed(seed)
+        self.programs: dict[Spec, tuple[Derivation, Program]] = {}
         problem = d.problem
         self.dims = {s.name: int(n) for s, n in problem.dims.items() if isinstance(n, int)}
         self.sizes: dict[sp.Symbol, Any] = {s: int(n) for s, n in problem.dims.items() if isinstance(n, int)}
@@ -147,10 +149,12 @@ class Sample:
         return value.abs() if "positive" in s.props else value
 
     def network(self, spec: Spec) -> Network:
+        """A new one each time, of a program that is made once."""
+        if spec not in self.programs:
+            derivation = derive(spec, self.dims)
+            self.programs[spec] = derivation, build(derivation)
         numbers = {s.name: v for s, v in self.numbers.items()}
-        return compile_layers(
-            spec, dims=self.dims, parameters=self.parameters, scalars=numbers, dtype=torch.float64
-        ).eval()
+        return network_of(*self.programs[spec], self.parameters, numbers, dtype=torch.float64).eval()
 
     def taken(self, net: Network) -> dict[str, Any]:
         """The inputs that a network takes; one that is worked out on data has seen the first sample."""
