@@ -291,6 +291,7 @@ def test_every_function_of_the_language_is_tested() -> None:
             "causal_softmax",
             "shifts",
             "shifts_T",
+            "groups_T",
             "eigh_values",
             "eigh_vectors",
         )
