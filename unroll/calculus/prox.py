@@ -457,6 +457,19 @@ class Parts:
         )
 
 
+def weighed(term: Expr, z: Sym, by: Expr) -> Expr:
+    """The term with a weight for each entry of z. Raises DeriveError E302 where it is no sum over entries."""
+    p = Parts.of(term, z)
+    if any((p.radial, p.spectral, p.peak, p.walks, p.sorted, p.volumes, p.sets, p.mapped, p.lifted, p.quadratic)):
+        hint = "a number, or a number per sample, may stand before any term"
+        raise DeriveError("E302", f"{text(term)} joins entries, and takes no weight of each of them", hint=hint)
+    weight = slot(len(p.others) + 1)
+    entries = [total(elementwise(weight * f, z, *p.others, by)) for f in p.entries]
+    tilts = [total(elementwise(slot(0) * slot(1) * slot(2), z, a, by)) for a in p.tilt]
+    sets = [e for e in (term.terms if isinstance(term, Add) else (term,)) if isinstance(split(e)[1], Indicator)]
+    return add(zeros(1, 1), *entries, *tilts, *sets)
+
+
 def interval(name: str, params: Sequence[sp.Expr | Expr]) -> tuple[sp.Expr, sp.Expr] | None:
     """(lo, hi) of a set that holds each entry between two numbers."""
     match name, params:

@@ -11,6 +11,7 @@ import sympy as sp
 
 from unroll.calculus.linear import Linear
 from unroll.calculus.majorise import tangent
+from unroll.calculus.prox import weighed
 from unroll.derivation.dealing import Share
 from unroll.derivation.known import Known, member
 from unroll.errors import DeriveError, did_you_mean
@@ -282,17 +283,34 @@ class Formula(Reader):
         """(t, g, is it the conjugate?) of t * g, g / t, t * conj(g)."""
         match node:
             case ast.BinOp(left=t, op=ast.Mult(), right=g):
-                c, share, conjugate = self.scaled(g)
-                return c * self.strength(t), share, conjugate
+                return self._times(t, self.scaled(g), lambda x: x)
             case ast.BinOp(left=g, op=ast.Div(), right=t):
-                c, share, conjugate = self.scaled(g)
-                return c / self.strength(t), share, conjugate
+                return self._times(t, self.scaled(g), lambda x: 1 / x)
             case ast.Call(func=ast.Name(id="conj"), args=[g], keywords=[]):
                 return sp.S.One, self.share(g), True
             case ast.Call(func=ast.Name(id="tangent")):
                 return sp.S.One, self.majorant(node), False
             case _:
                 return sp.S.One, self.share(node), False
+
+    def _times(
+        self, node: ast.expr, scaled: tuple[sp.Expr, Share, bool], power: Callable[[sp.Expr], sp.Expr]
+    ) -> tuple[sp.Expr, Share, bool]:
+        """With a factor more: a number, or one for each entry, which the letter then has in its terms."""
+        c, share, conjugate = scaled
+        value, z = self.value(node), share.variable
+        if not isinstance(value, Expr) or value.is_scalar or conjugate:
+            return c * power(self.strength(node)), share, conjugate
+        if any(n not in (1, m) for n, m in zip(value.shape, z.shape, strict=True)):
+            says = f"{self.source(node)} is {self.shape(value)}; {share.letter.name} takes {self.shape(z)}"
+            self.fail(node, "E131", says, "one number, one per sample, or one for each entry")
+        if share.e is None:
+            return c, share, conjugate
+        by = self.reading.weights(elementwise(power(slot(0)), value))
+        try:
+            return c, replace(share, e=weighed(share.e, z, by)), conjugate
+        except DeriveError as e:
+            raise e.located(self.place(*self.span(node))) from None
 
     def strength(self, node: ast.expr) -> sp.Expr:
         """A number before a letter. One of each sample gets a name, as the prox takes numbers."""

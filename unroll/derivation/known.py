@@ -175,6 +175,17 @@ class Known:
         self.assigns.append(Assign(target, value, ""))
         return target
 
+    def weights(self, value: Expr) -> Sym:
+        """A weight for each entry, as an assignment of its own: above 0, as steps are."""
+        if isinstance(value, Sym) and "positive" in value.props:
+            return value
+        name, taken = self.fresh("weights"), {a.target.name for a in self.assigns}
+        while name in taken:
+            name += "_"
+        target = symbol(name, *value.shape, "state", 2 if 1 not in value.shape else 1, None, {"positive"})
+        self.assigns.append(Assign(target, value, ""))
+        return target
+
     def divergence(self, z: Sym, value: Expr, r: Sym, probes: int, seed: int) -> Expr:
         """Of the value that was assigned to z, in the name of what it was read at; in closed form, or by so many probes."""
         formula = planned(value)

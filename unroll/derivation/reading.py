@@ -505,7 +505,7 @@ class Reading(Known):
             for i, a in enumerate(left):
                 if a.target in states or not isinstance(a.target, Sym) or a.update in self.options.apart:
                     continue
-                if sum(b.target is a.target for b in left) > 1:
+                if sum(b.target is a.target for b in left) > 1 or "positive" in a.target.props:
                     continue
                 readers = [j for j, b in enumerate(left) if isinstance(b.value, Expr) and a.target in b.value.symbols]
                 if len(readers) != 1 or readers[0] < i or left[readers[0]].update in self.options.apart:
