@@ -76,6 +76,7 @@ from unroll.language.nodes import (
     SpectralProx,
     Spectrum,
     Sum,
+    Sweep,
     Sym,
     Trace,
     Transpose,
@@ -209,6 +210,7 @@ def pullback(node: Node, g: Expr) -> Iterator[tuple[Expr, Expr]]:
             | Prox()
             | ProxMap()
             | Multiplier()
+            | Sweep()
             | SpectralProx()
             | SpectralDivergence()
             | Project()

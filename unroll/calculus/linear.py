@@ -11,6 +11,7 @@ import sympy as sp
 from unroll.calculus import curvature
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.gradient import gradient
+from unroll.calculus.prox import separable, turned
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -27,9 +28,11 @@ from unroll.language.constructors import (
     prox,
     scale,
     split,
+    sweep,
     symbol,
     times,
     total,
+    transpose,
     zeros,
 )
 from unroll.language.nodes import (
@@ -47,6 +50,7 @@ from unroll.language.nodes import (
     Trace,
     Transpose,
     depends,
+    entry,
     slot,
 )
 from unroll.language.show import text
@@ -170,11 +174,7 @@ def least(e: Expr, z: Sym) -> Expr:
 
     Raises DeriveError E302 where neither holds.
     """
-    smooth: list[Expr] = []
-    rest: list[Expr] = []
-    for term in e.terms if isinstance(e, Add) else (e,):
-        if depends(term, z):
-            (smooth if quadratic(term, z) else rest).append(term)
+    smooth, rest = _by_form(e, z)
     slope = expand(gradient(add(*smooth), z)) if smooth else zeros(*z.shape)
     terms = slope.terms if isinstance(slope, Add) else (slope,)
     moving = [t for t in terms if depends(t, z)]
@@ -195,6 +195,42 @@ def least(e: Expr, z: Sym) -> Expr:
             why += f", where matrices stand on both sides of {z.name}: a Sylvester equation"
         raise DeriveError("E302", f"no closed form is known for the minimiser over {z.name} of {text(e)}: {why}")
     return found
+
+
+def swept(e: Expr, z: Sym, at: Expr) -> Expr:
+    """One pass over the entries of z from `at`, each to the least of e, the others as they are by then.
+
+    Raises DeriveError E302 where e is no convex quadratic with a sum over the entries of z, or no matrix stands before z in its slope.
+    """
+    smooth, rest = _by_form(e, z)
+    slope = gradient(add(*smooth), z) if smooth else zeros(*z.shape)
+    moving = _parts(expand(slope), z) if smooth else []
+    if not moving:
+        raise DeriveError(
+            "E302", f"{text(e)} has no quadratic term", hint=f"sumsq(x - A @ {z.name}), or another step: prox"
+        )
+    q = _all(_matrix(t, z) for t in moving)
+    if q is None and (other := turned(e, z)) is not None and _all(_right(t, z) for t in moving) is not None:
+        return transpose(swept(*other, transpose(at)))
+    if q is None:
+        what = f"the second derivatives of {text(add(*smooth))} in {z.name}"
+        raise DeriveError("E302", f"no rule writes {what} as one matrix", hint=f"sumsq(x - A @ {z.name})")
+    if (known := curvature.bounds(add(*smooth), z)) is None or not known.convex:
+        raise DeriveError(
+            "E302", f"{text(add(*smooth))} is not known to be convex, and an entry may have no least value"
+        )
+    step = separable(add(*rest), z) if rest else entry(z)
+    return sweep(q, substitute(scale(-1, slope), {z: at}), at, step)
+
+
+def _by_form(e: Expr, z: Sym) -> tuple[list[Expr], list[Expr]]:
+    """The terms of e in z that are quadratic, and the others."""
+    smooth: list[Expr] = []
+    rest: list[Expr] = []
+    for term in e.terms if isinstance(e, Add) else (e,):
+        if depends(term, z):
+            (smooth if quadratic(term, z) else rest).append(term)
+    return smooth, rest
 
 
 def _solved(moving: list[Expr], b: Expr, z: Sym) -> Expr | None:

@@ -53,6 +53,7 @@ from unroll.language.constructors import (
     ones,
     operator,
     project,
+    prox,
     prox_map,
     scale,
     spectral_map,
@@ -66,6 +67,7 @@ from unroll.language.constructors import (
     zeros,
 )
 from unroll.language.nodes import (
+    STEP_OF_ENTRY,
     Add,
     Axis,
     Expr,
@@ -82,6 +84,7 @@ from unroll.language.nodes import (
     Sym,
     Transpose,
     depends,
+    entry,
     operator_shape,
     scalar,
     slot,
@@ -118,6 +121,15 @@ def plan(node: Prox) -> Expr:
 def proximable(term: Expr, z: Sym) -> Proximal:
     """The prox of a term with a symbolic step at a symbolic point. Raises DeriveError E302 with the reason."""
     return derive(term, z, scalar("step", positive=True), replace_role(z), ())
+
+
+def separable(term: Expr, z: Sym) -> Expr:
+    """The prox of each entry by itself, at `entry` with STEP_OF_ENTRY. Raises DeriveError E302 where the term joins entries."""
+    parts = Parts.of(term, z)
+    if replace(parts, tilt=(), entries=(), others=(), domain=()) != Parts():
+        raise DeriveError("E302", f"{text(term)} joins entries of {z.name}")
+    derive(term, z, STEP_OF_ENTRY, entry(z))
+    return prox(term, z, STEP_OF_ENTRY, entry(z))
 
 
 def replace_role(z: Sym) -> Sym:

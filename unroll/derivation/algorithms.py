@@ -15,7 +15,7 @@ from typing import cast
 
 import sympy as sp
 
-from unroll.derivation.dealing import Misfit, deal, letters, others
+from unroll.derivation.dealing import SWEEP, Misfit, deal, letters, others
 from unroll.derivation.known import LIPSCHITZ, state_of
 from unroll.derivation.parts import Part, classify, unsigned
 from unroll.derivation.reading import MOMENTUM, OWN_STEP, STEP, Options, Reading
@@ -82,15 +82,25 @@ def every() -> tuple[Algorithm, ...]:
 
 
 def by_simplicity(own: Iterable[Algorithm] = ()) -> list[Algorithm]:
-    """All algorithms of the library, and a spec's own: those that claim most first, then those of few letters and states."""
+    """All algorithms of the library, and a spec's own: those that claim most first, then those of few letters and states.
+
+    What goes from entry to entry comes last: it takes as many steps, one after the other, as there are entries.
+    """
     records = {a.name: (a, a.text.record) for a in (*every(), *own)}
 
-    def key(name: str) -> tuple[bool, bool, int, int, str]:
-        record = records[name][1]
-        claims, letters = record.claimed, len(record.solves)
-        return "optimum" not in claims, "monotone" not in claims, letters, len(record.states), name
+    def key(name: str) -> tuple[bool, bool, bool, int, int, str]:
+        a, record = records[name]
+        claims, written = record.claimed, len(record.solves)
+        return _one_by_one(a), "optimum" not in claims, "monotone" not in claims, written, len(record.states), name
 
     return [records[name][0] for name in sorted(records, key=key)]
+
+
+def _one_by_one(a: Algorithm) -> bool:
+    try:
+        return any(SWEEP in x.uses for x in letters(a.text))
+    except SpecError:  # said when it is tried
+        return False
 
 
 def fitting_names(parts: tuple[Part, ...]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from unroll.calculus.entropy import entropic, signed_parts
 from unroll.calculus.gradient import gradient
 from unroll.calculus.linear import Linear, quadratic
 from unroll.calculus.majorise import Of, tangent
-from unroll.calculus.prox import proximable, replace_role
+from unroll.calculus.prox import proximable, replace_role, separable
 from unroll.derivation.parts import Part
 from unroll.errors import DeriveError, SpecError, did_you_mean
 from unroll.language.constructors import add, as_constant
@@ -30,9 +30,17 @@ from unroll.language.parse import Reader, Scope
 from unroll.language.show import pretty
 from unroll.spec.texts import Text
 
-GRADIENT, PROX, ARGMIN, ENTROPY = "gradient", "prox", "argmin", "entropy"
+GRADIENT, PROX, ARGMIN, SWEEP, ENTROPY = "gradient", "prox", "argmin", "sweep", "entropy"
 MAJORANTS: dict[str, Of] = {"majorant in |z|": "abs", "majorant in z^2": "square"}
-USES = {"grad": GRADIENT, "hess": GRADIENT, "prox": PROX, "argmin": ARGMIN, "bregman": ENTROPY, "tangent": "majorant"}
+USES = {
+    "grad": GRADIENT,
+    "hess": GRADIENT,
+    "prox": PROX,
+    "argmin": ARGMIN,
+    "sweep": SWEEP,
+    "bregman": ENTROPY,
+    "tangent": "majorant",
+}
 MOST = 512
 """Dealings that are tried, where the first does not fit."""
 NEAR = 32
@@ -388,6 +396,15 @@ def _refuse(letter: Letter, parts: list[Part]) -> None:
         for p in parts:
             if not quadratic(p.e, p.variable):
                 raise Misfit(f"{pretty(p.e)} is not quadratic, and {letter.name} is minimised exactly")
+        return
+    if SWEEP in letter.uses:
+        rest = [p for p in parts if not quadratic(p.e, p.variable)]
+        for p in rest:
+            try:
+                separable(p.weighed, p.variable)
+            except DeriveError as refused:
+                raise Misfit(f"{pretty(p.e)} is not quadratic: {refused.message}") from None
+        _try(lambda z: separable(add(*(p.weighed for p in rest)), z), rest)
         return
     if ENTROPY in letter.uses:
         _try(lambda z: entropic(add(*(p.e for p in parts)), z, sp.S.One, z), parts)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import sympy as sp
 
 from unroll.calculus.entropy import entropic, signed_parts
-from unroll.calculus.linear import Linear, least
+from unroll.calculus.linear import Linear, least, swept
 from unroll.calculus.prox import conjugate_of_abs
 from unroll.derivation.dealing import Share
 from unroll.derivation.formulas import Formula, Operation, TextScope
@@ -195,18 +195,29 @@ def _norm(r: Formula, node: ast.Call, args: list[ast.expr]) -> sp.Expr:
 
 def _argmin(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
     """argmin over the update that it is the value of."""
+    return least(*_minimised(r, node, args[0], "argmin"))
+
+
+def _minimised(r: Formula, node: ast.Call, formula: ast.expr, word: str) -> tuple[Expr, Sym]:
+    """What is minimised, and over which variable: the update that it stands in."""
     reading = r.reading
     z = reading.places.get(reading.target)
     if z is None:
         r.fail(
             node,
             "E320",
-            f"argmin is over the update it stands in, and {reading.target} is not a variable",
-            f"{reading.argument}: argmin(...)",
+            f"{word} is over the update it stands in, and {reading.target} is not a variable",
+            f"{reading.argument}: {word}(...)",
         )
     names = {**r.scope.names, reading.target: z}
     inner = Formula(r.text, replace(cast(TextScope, r.scope), names=names), r.place, r.active)
-    return least(held_at(inner.matrix(args[0]), reading.others(())), z)
+    return held_at(inner.matrix(formula), reading.others(())), z
+
+
+def _sweep(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+    """A pass over the entries of the update that it is the value of."""
+    e, z = _minimised(r, node, args[0], "sweep")
+    return swept(e, z, r.reading.running[r.reading.target])
 
 
 def _hold(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -257,6 +268,7 @@ OPERATIONS = {
     "L": Operation("L(f): the Lipschitz constant of grad f; of H(x, y), L(H, x)", (1, 2), _lipschitz, at=True),
     "norm": Operation("norm(K), norm(stack(K)): the largest singular value", (1,), _norm),
     "argmin": Operation("argmin(f(z) + ...), over the update it stands in", (1,), _argmin),
+    "sweep": Operation("sweep(f(z) + ...): one pass over the entries of the update it stands in", (1,), _sweep),
     "hold": Operation("hold(e): a constant for every derivation", (1,), _hold),
     "last": Operation("last(z): z where the layer began", (1,), _last),
 }

@@ -16,6 +16,7 @@ from unroll.derivation.dealing import (
     GRADIENT,
     MAJORANTS,
     PROX,
+    SWEEP,
     USES,
     Dealt,
     convex,
@@ -161,7 +162,7 @@ class Reading(Known):
     def _hands(self) -> Iterable[Hand]:
         for share in (s for shares in self.dealt.values() for s in shares if s.e is not None):
             uses = share.letter.uses
-            use = cast(Any, next((u for u in (GRADIENT, ARGMIN, PROX, ENTROPY) if u in uses), "majorant"))
+            use = cast(Any, next((u for u in (GRADIENT, ARGMIN, SWEEP, PROX, ENTROPY) if u in uses), "majorant"))
             terms = tuple(dict.fromkeys(p.term for p in share.parts))
             e = add(*(p.e for p in share.parts)) if use == "gradient" else cast(Expr, share.e)
             operator = share.linear.e if share.linear is not None and not share.linear.is_identity else None

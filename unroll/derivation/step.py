@@ -58,7 +58,7 @@ class Hand:
     """
 
     letter: str
-    use: Literal["gradient", "prox", "argmin", "majorant", "entropy"]
+    use: Literal["gradient", "prox", "argmin", "sweep", "majorant", "entropy"]
     terms: tuple[str, ...]
     e: Expr
     variable: Sym

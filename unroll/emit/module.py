@@ -171,11 +171,8 @@ class Module:
         roots = [r.node for (kind, _), r in self.graph.roots.items() if kind in ("start", "next", "block")]
         first = self.graph.reached(roots)
         order = [*(i for i in nodes if i in first), *(i for i in nodes if i not in first)]
-        return [
-            nodes[i].attrs[0]
-            for i in order
-            if nodes[i].op in ("prox", "spectral_prox", "spectral_divergence", "multiplier")
-        ]
+        called = ("prox", "spectral_prox", "spectral_divergence", "multiplier", "sweep")
+        return [nodes[i].attrs[0] for i in order if nodes[i].op in called and nodes[i].attrs[0] is not None]
 
     @cached_property
     def slopes(self) -> dict[str, ScalarProx]:

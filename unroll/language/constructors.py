@@ -62,6 +62,7 @@ from unroll.language.nodes import (
     SpectralProx,
     Spectrum,
     Sum,
+    Sweep,
     Sym,
     Trace,
     Transpose,
@@ -942,6 +943,11 @@ def prox_map(p: Any, slots: tuple[sp.Symbol, ...], *args: Expr) -> Expr:
     return intern(ProxMap, p, args, slots)
 
 
+def sweep(q: Expr, fall: Expr, at: Expr, step: Expr) -> Expr:
+    """One pass over the entries of `at`, each to the least of a quadratic and what `step` is the prox of."""
+    return intern(Sweep, q, fall, at, step)
+
+
 def multiplier(p: Any, slots: tuple[sp.Symbol, ...], *args: Expr) -> Expr:
     """The m of each column at which the sum of a * p(v - m a) is s: args are v, a, s, reach, among whose entries it is, and as in prox_map."""
     return intern(Multiplier, p, args, slots)
@@ -1051,6 +1057,8 @@ def rebuild(e: Expr, parts: tuple[Expr, ...]) -> Expr:
             return prox_map(p, slots, *parts)
         case Multiplier(p, _, slots):
             return multiplier(p, slots, *parts)
+        case Sweep():
+            return sweep(*parts)
         case SpectralProx(p, _):
             return spectral_prox(p, parts[0])
         case Project(name, params, _):

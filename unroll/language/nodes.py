@@ -6,7 +6,7 @@ Only `constructors.py` builds nodes: it keeps the normal form.
 
     leaves       Sym, Member, Eye, Ones, Zero
     matrices     Add, Mul, Transpose, Inverse, Map, Diag, Diagonal, Softmax, SpectralMap, Op, Spectrum, Signal, Hold, Noise,
-                 Normalise, Prox, ProxMap, Multiplier, SpectralProx, Project, Sorted, Worked, Curve
+                 Normalise, Prox, ProxMap, Multiplier, Sweep, SpectralProx, Project, Sorted, Worked, Curve
     families     FamilySum, FamilyLogSumExp (bind an index), FamilySoftmax (shares among the members of a free index)
     scalars      Sum, Trace, LogDet, LogSumExp, Max, Spectral, SpectralNorm, SpectralDivergence, Indicator   (Sum, LogSumExp, Max: also along an axis)
 """
@@ -490,6 +490,34 @@ class Multiplier(Expr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Expr):
+    """One pass over the entries of `at`, down each column: in turn each goes to the least of a quadratic and what `step` is the prox of,
+    the others as they are by then.
+
+    q: the second derivatives of the quadratic.  fall: minus its gradient at `at`.  step: the proximal step of every entry by itself, at
+    `entry` with STEP_OF_ENTRY; or `entry` itself, where there is no more than the quadratic.
+    """
+
+    q: Expr
+    fall: Expr
+    at: Expr
+    step: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.at.shape
+
+
+STEP_OF_ENTRY = scalar("_t", positive=True)
+"""The number of the proximal step within a `Sweep`."""
+
+
+def entry(z: Expr) -> Sym:
+    """The point, as large as z, of that step."""
+    return intern(Sym, "_entry", z.rows, z.cols, "state", 2, None, frozenset())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SpectralProx(_Keeping):
     """U diag(prox(s)) V' for x = U diag(s) V', `prox` a derived scalar prox whose scalars are SymPy symbols."""
 
@@ -697,7 +725,7 @@ class Indicator(_ToScalar):
 
 Node = (
     Sym | Member | Eye | Ones | Zero | Add | Mul | Transpose | Inverse | Map | Diag | Diagonal | Softmax | SpectralMap
-    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | SpectralProx | Project | Sorted | Worked | Curve | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | SpectralDivergence | Indicator
+    | Op | Spectrum | Signal | Hold | Noise | Normalise | Prox | ProxMap | Multiplier | Sweep | SpectralProx | Project | Sorted | Worked | Curve | FamilySum | FamilyLogSumExp | FamilySoftmax | Sum | LogSumExp | Max | Trace | LogDet | Spectral | SpectralNorm | SpectralDivergence | Indicator
 )  # fmt: skip
 
 _LEVELS = {"Eye": 9, "Ones": 9, "Sym": 8, "Member": 8, "Transpose": 7, "Mul": 5, "Add": 4}

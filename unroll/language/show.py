@@ -51,6 +51,7 @@ from unroll.language.nodes import (
     SpectralProx,
     Spectrum,
     Sum,
+    Sweep,
     Sym,
     Trace,
     Transpose,
@@ -337,7 +338,7 @@ _TEXT = Dialect(_scalar_text, " @ ", "{} * {}", "{} * {}", " + ", " - ", "{}.T",
     "logsumexp": "logsumexp({})", "logsumexp_axis": "logsumexp({}, axis={})", "max": "max_entry({})", "max_axis": "max_entry({}, axis={})",
     "trace": "trace({})", "logdet": "logdet({})", "nuclear": "nuclear({})", "spectral_sum": "spectral_sum({}, {})", "spectral_map": "spectral_map({}, {})",
     "spectral_norm": "spectral({})", "hold": "stop_gradient({})", "in": "{} in {}", "family": "sum({} for {} in {})", "op": "{}({})", "op_T": "{}_T({})",
-    "prox": "prox[{}]({})", "tv": "tv({})", "norm0": "norm0({})", "rank": "rank({})",
+    "prox": "prox[{}]({})", "sweep": "sweep[{}]({})", "tv": "tv({})", "norm0": "norm0({})", "rank": "rank({})",
     "causal": "causal_softmax({}, axis={})", "shares": "softmax({}, over={})", "family_lse": "logsumexp({} for {} in {})",
     "frequency": "fft({}, {})[{}]", "conjugate": "conj({})", "signal": "ifft({} for {} in {})",
     "noise": "{0}({1}, {2})", "norm": "{0}({1}, axis={2}, eps={3})", "norm_affine": "{0}({1}, axis={2}, eps={3}, weight={4}, bias={5})",
@@ -359,7 +360,7 @@ _LATEX = Dialect(_scalar_latex, r"\, ", r"{} \, {}", r"{} \odot {}", " + ", " - 
     "spectral_sum": r"\operatorname{{tr}} h({1})|_{{h={0}}}", "spectral_map": r"h({1})|_{{h={0}}}", "spectral_norm": r"\left\|{}\right\|_2",
     "hold": r"\operatorname{{sg}}\left({}\right)", "in": r"{0} \in \mathrm{{{1}}}", "family": r"\sum_{{{1}=1}}^{{{2}}} {0}",
     "op": r"\operatorname{{{}}}\left({}\right)", "op_T": r"\operatorname{{{}}}^{{\top}}\left({}\right)", "prox": r"\operatorname{{prox}}_{{{}}}\left({}\right)",
-    "tv": r"\left\|\nabla {}\right\|_1",
+    "sweep": r"\operatorname{{sweep}}_{{{}}}\left({}\right)", "tv": r"\left\|\nabla {}\right\|_1",
     "norm0": r"\left\|{}\right\|_0", "rank": r"\operatorname{{rank}}({})", "causal": r"\operatorname{{causal\,softmax}}_{1}({0})",
     "shares": r"\operatorname{{softmax}}_{{{1}}}\left({0}\right)", "family_lse": r"\operatorname{{lse}}_{{{1}=1}}^{{{2}}} {0}",
     "frequency": r"\widehat{{{0}}}_{{{2}}}", "conjugate": r"\overline{{{}}}", "signal": r"\mathcal{{F}}^{{-1}}_{{{1}}}\left({0}\right)",
@@ -520,6 +521,9 @@ def _node(e: Expr, d: Dialect) -> Shown:
             return call("prox", "spectral " + p.text(), x)
         case Prox(at=at) as node:
             return call("prox", penalty(node, d), at)
+        case Sweep(q, fall, at, step):
+            parts = (q, step.term) if isinstance(step, Prox) else (q,)
+            return call("sweep", ", ".join(_show(x, d) for x in parts), ", ".join(_show(x, d) for x in (at, fall)))
         case Multiplier(p, args, _):
             return call("op", "multiplier", ", ".join([p.text(), *(_show(a, d) for a in args)]))
         case ProxMap(p, args, _):

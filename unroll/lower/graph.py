@@ -23,6 +23,7 @@ from unroll.errors import UnrollError
 from unroll.language.constructors import as_constant, is_symmetric, matmul, scale, split, swap
 from unroll.language.nodes import (
     ONE,
+    STEP_OF_ENTRY,
     Add,
     Curve,
     Diag,
@@ -60,12 +61,14 @@ from unroll.language.nodes import (
     SpectralProx,
     Spectrum,
     Sum,
+    Sweep,
     Sym,
     Trace,
     Transpose,
     Worked,
     Zero,
     complex_valued,
+    entry,
     same,
     slot,
     walk,
@@ -471,6 +474,8 @@ class Lowering:
                 return self._prox(e, 1)
             case Multiplier():
                 return self._prox(e, 4)
+            case Sweep():
+                return self._sweep(e)
             case FamilySum(index, _, body) if (sizes := _frequencies(body, index)) is not None:
                 return b.add("frequency_sum", (self.lower(body),), index, sizes)
             case FamilySum(index, _, body):
@@ -600,6 +605,27 @@ class Lowering:
         record = self._at_numbers(e.prox, found)
         op = "prox" if isinstance(e, ProxMap) else "multiplier"
         return self.builder.add(op, (*map(self.lower, e.args[:own]), *(found[s] for s in record.scalars)), record)
+
+    def _sweep(self, e: Sweep) -> Ref:
+        """Operands: q, fall, at, the scalars of the prox but for its step, and those of what clips it. attrs: the prox and what clips it."""
+        from unroll.calculus.prox import plan
+
+        point, found, clip, ends = entry(e.at), plan(e.step) if isinstance(e.step, Prox) else e.step, None, list[Ref]()
+        if isinstance(found, Map):
+            free = sorted((cast(sp.Symbol, s) for s in found.profile.free_symbols if s != slot(0)), key=str)
+            clip, ends = (
+                swap(found.profile, {s: slot(i + 1) for i, s in enumerate(free)}),
+                [self._symbol(s) for s in free],
+            )
+            (found,) = found.args
+        record, scalars = None, list[Ref]()
+        if found is not point:
+            assert isinstance(found, ProxMap) and found.args[0] is point, "a step of entries"
+            given = dict(zip(found.slots, map(self.lower, found.args[1:]), strict=True))
+            given |= {s: self._symbol(s) for s in found.prox.scalars if s not in given and s != STEP_OF_ENTRY}
+            record = self._at_numbers(found.prox, given)
+            scalars = [given[s] for s in record.scalars if s != STEP_OF_ENTRY]
+        return self.builder.add("sweep", (*map(self.lower, (e.q, e.fall, e.at)), *scalars, *ends), record, clip)
 
     def _at_numbers(self, record: Any, found: Mapping[sp.Symbol, Ref]) -> Any:
         """A scalar prox with the scalars that are plain numbers here put in."""

@@ -22,7 +22,7 @@ import sympy as sp
 from unroll.calculus.gradient import derivative
 from unroll.calculus.stable import expm1, logcosh, xlogy
 from unroll.calculus.torch_text import power
-from unroll.language.nodes import ONE, WORKED, Shape, broadcast, operator_shape, slot
+from unroll.language.nodes import ONE, STEP_OF_ENTRY, WORKED, Shape, broadcast, operator_shape, slot
 from unroll.lower import curves, spectral
 from unroll.lower.scalar_text import POSTFIX, POWER, PRODUCT, SUM, UNARY, Text, formula, number
 
@@ -185,6 +185,10 @@ def _weighed_product_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
 def _attention_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
     """Two products with the N x N matrix of scores."""
     return 4 * size(out.shape[1]) * entries(out, size)
+
+
+def _sweep_cost(out: Node, args: Sequence[View], size: Sizes) -> int:
+    return 2 * size(out.shape[0]) * entries(out, size)
 
 
 def _cubic(out: Node, args: Sequence[View], size: Sizes) -> int:
@@ -748,6 +752,33 @@ def _multiplier_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"multiplier({', '.join([*functions, *(t.code for t in (v, *own))])})")
 
 
+def _sweep_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: the scalar prox of an entry, or None, and what clips it. args: q, fall, z, the scalars of the prox, those of what clips it."""
+    record, clip = out.attrs
+    lead = tuple(t for t in out.tags if t not in "rc")
+    order = (*lead, *(t for t in "cr" if t in out.tags))
+    side = lambda a: a.aligned(order) if "r" in out.tags else _beside_values(a)
+    q, fall, z = args[0].aligned((*lead, "r", "c")), *map(side, args[1:3])
+    if "r" not in out.tags:
+        q = Text(_tensor(q, args[0], c), POSTFIX).then("[..., None, None]")
+    elif "c" in out.tags and any(t not in "rc" for t in args[0].tags):
+        q = q.then("[..., None, :, :]")
+    words, own = list[str](), list[str]()
+    for a in args[3:]:
+        words.append(f"_w{len(own)}" if "r" in a.tags else _tensor(side(a), a, c))
+        own += [side(a).code] if "r" in a.tags else []
+    value, free = Text("_v"), () if record is None else tuple(s for s in record.scalars if s != STEP_OF_ENTRY)
+    if record is not None:
+        named = {**dict(zip(free, words, strict=False)), STEP_OF_ENTRY: "_t"}
+        value = Text(f"{c.function(record)}({', '.join(['_v', *(named[s] for s in record.scalars)])})")
+    if clip is not None:
+        value = formula(clip, {slot(0): value, **{slot(i + 1): side(a) for i, a in enumerate(args[3 + len(free) :])}})
+    step = f"lambda {', '.join(['_v', '_t', *(f'_w{i}' for i in range(len(own)))])}: {value.code}"
+    call = Text(f"sweep({', '.join([step, q.code, fall.code, z.code, *own])})")
+    call = call if "r" in out.tags else call.then(".squeeze(-1)")
+    return call if out.batched or len(out.tags) < 2 else call.then(".mT")
+
+
 def helpers_of(node: Node) -> tuple[str, ...]:
     """Module-level functions that the text of a node calls."""
     if node.op == "softmax" and node.attrs[1]:
@@ -854,6 +885,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
     Operation("spectral_divergence", _to_scalar, _spectral_divergence_text, _cubic),
     Operation("multiplier", lambda args, attrs: (ONE, args[0].shape[1]), _multiplier_text, _pointwise, ("multiplier",)),
+    Operation("sweep", lambda args, attrs: args[2].shape, _sweep_text, _sweep_cost, ("sweep",)),
     Operation("project", _same, _project_text, _pointwise),
     Operation("curve", _same, _curve_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
@@ -1342,6 +1374,27 @@ def descending_jumps(v):
         near = m + torch.where(rate == 0, 0, excess(prox, m) / torch.where(rate == 0, 1, rate))
         m = near + (near.clamp(low, high) - near).detach()
     return m.squeeze(-1)
+'''
+    ),
+    "sweep": Helper(
+        '''def sweep(step, q, fall, z, *given):
+    """One pass over the entries of z, the first one first: each goes to the least of a quadratic and a cost of its own, the others as
+    they are by then (Tseng 2001, doi:10.1023/A:1017501703105).
+
+    q: second derivatives of the quadratic, fall: minus its gradient at z. step(v, t, ..): the proximal step of the cost of an entry;
+    given: what it takes of each. Where q is 0 on the diagonal, t is 1 / eps in units of its largest: to the least of what is left, near v.
+    """
+    weight = q.diagonal(dim1=-2, dim2=-1)
+    top = weight.amax(-1, keepdim=True)
+    least = torch.where(top > 0, top, 1) * torch.finfo(z.dtype).eps
+    t = 1 / torch.where(weight > 0, weight, least)
+    swept = []
+    for i in range(z.shape[-1]):
+        own = slice(i, i + 1)
+        old, number = z[..., own], t[..., own]
+        swept.append(step(old + number * fall[..., :1], number, *(x[..., own] for x in given)))
+        fall = fall[..., 1:] - (swept[-1] - old) * q[..., i, i + 1 :]
+    return torch.cat(swept, -1)
 '''
     ),
     "project_simplex": Helper(

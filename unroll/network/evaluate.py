@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unroll.language.constructors import swap
 from unroll.language.nodes import (
+    STEP_OF_ENTRY,
     Add,
     Curve,
     Diag,
@@ -57,11 +58,13 @@ from unroll.language.nodes import (
     SpectralProx,
     Spectrum,
     Sum,
+    Sweep,
     Sym,
     Trace,
     Transpose,
     Worked,
     Zero,
+    entry,
     free_indices,
     slot,
 )
@@ -233,6 +236,8 @@ class Evaluator:
             case Multiplier(prox, args, slots):
                 v, a, s, _, *rest = args
                 return self.multiplier(prox, slots, *torch.broadcast_tensors(*map(self, (v, a, *rest))), total=self(s))
+            case Sweep(q, fall, at, step):
+                return self.sweep(entry(at), self(q), self(fall), self(at), step)
             case Sorted(x):
                 return self(x).sort(dim=-2, descending=True).values
             case Worked("top", (x, share)):
@@ -352,6 +357,19 @@ class Evaluator:
             m, width = (low + high) / 2, 1e-7 * (1 + v.abs().amax(-2, keepdim=True))
             slope = (excess(m - width) - excess(m + width)) / (2 * width)
         return m + torch.where(slope == 0, 0, excess(m) / torch.where(slope == 0, 1, slope))
+
+    def sweep(self, v: Sym, q: Tensor, fall: Tensor, z: Tensor, step: Expr) -> Tensor:
+        """Entry by entry, each time with the step of all entries, of which one is taken."""
+        weight = q.diagonal(dim1=-2, dim2=-1)
+        top = weight.amax(-1, keepdim=True)
+        weight = torch.where(weight > 0, weight, torch.where(top > 0, top, 1) * torch.finfo(self.dtype).eps)
+        for i in range(z.shape[-2]):
+            number = 1 / weight[..., i, None, None]
+            values, scalars = {**self.values, v: z + number * fall}, {**self.scalars, STEP_OF_ENTRY: number}
+            new = replace(self, values=values, scalars=scalars, known={})(step)
+            moved = torch.where(torch.arange(z.shape[-2])[:, None] == i, new - z, 0)
+            z, fall = z + moved, fall - q @ moved
+        return z
 
     def difference(self, x: Tensor, adjoint: bool) -> Tensor:
         n = x.shape[-2] + adjoint
