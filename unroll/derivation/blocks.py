@@ -21,7 +21,7 @@ from unroll.derivation.choosing import choose
 from unroll.derivation.rewrites import rewriting
 from unroll.derivation.rewrites.patterns import common_factor
 from unroll.derivation.rewrites.record import Applied, Call, Site
-from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step, is_claim
+from unroll.derivation.step import LAYER, Assign, Departure, Hand, State, Step, is_claim, rescaled
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
     add,
@@ -536,7 +536,7 @@ def _renamed(step: Step, half: Half, variable: Sym) -> Step:
     return replace(
         step,
         definitions=tuple(map(assign, step.definitions)),
-        states=tuple(State(target(s.symbol), moved(s.start)) for s in step.states),
+        states=tuple(State(target(s.symbol), moved(s.start), swap(s.scale, numbers)) for s in step.states),
         assigns=tuple(map(assign, step.assigns)),
     )
 
@@ -564,9 +564,11 @@ def _framed(
     if half.scheme.gauge is not None:
         _one_assignment(half, step, block.steps if block is not None else 1)
     goes_on = z is v and start in (entered, raw)
+    numbers = {a.target for a in step.assigns}
+    scaled = [s for s in step.states if s.scale.free_symbols & numbers]
     step, now, opening, closing = _carried(step, inner, start, goes_on, still=alone and record is None)
     assigns += opening
-    repeated, said = _repeated(half, step, now, start, raw, scope, goes_on)
+    repeated, said = _repeated(half, step, scaled, now, start, raw, scope, goes_on)
     assigns += [*repeated, *closing]
     departures += said
     if block is not None and block.output is not None:
@@ -622,15 +624,23 @@ def _carried(
 
 
 def _repeated(
-    half: Half, step: Step, now: dict[Expr, Expr], start: Expr, raw: Sym, scope: Scope, goes_on: bool
+    half: Half,
+    step: Step,
+    scaled: list[State],
+    now: dict[Expr, Expr],
+    start: Expr,
+    raw: Sym,
+    scope: Scope,
+    goes_on: bool,
 ) -> tuple[list[Assign], list[Departure]]:
-    """The assignments of a step as often as its block takes it. now: what states are read as until they are assigned."""
+    """The assignments of a step as often as its block takes it. scaled: states that are multiples of numbers which change from one to the
+    next.  now: what states are read as until they are assigned."""
     count = half.block.steps if half.block is not None else 1
     assigns: list[Assign] = []
     departures: list[Departure] = []
     for k in range(count):
         iteration = {LAYER: count * LAYER + k if goes_on else sp.Integer(k)}
-        for a in step.assigns:
+        for a in rescaled(step.assigns, scaled, opens=k > 0, closes=k < count - 1):
             if isinstance(a.value, Expr):
                 value = substitute(substitute_scalars(a.value, iteration), now)
             else:
@@ -815,7 +825,8 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
         return _renoted(replace(a, value=value))
 
     inside, once = algorithms.where_known([put(a) for a in step.definitions], set())
-    step = replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
+    states = tuple(replace(s, scale=swap(s.scale, values)) for s in step.states)
+    step = replace(step, definitions=tuple(once), states=states, assigns=(*inside, *map(put, step.assigns)))
     return _without_descent(step)  # every layer has an objective of its own
 
 

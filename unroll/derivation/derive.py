@@ -17,7 +17,7 @@ from unroll.derivation import blocks
 from unroll.derivation.control import controlled
 from unroll.derivation.learning import parametrise, used_scalars
 from unroll.derivation.parts import Part, classify
-from unroll.derivation.step import Assign, Departure, Hand, Learned, Step
+from unroll.derivation.step import Assign, Departure, Hand, Learned, Step, settled
 from unroll.errors import SpecError
 from unroll.language.columns import WIDTH, counted, table, wrapped
 from unroll.language.constructors import add, split
@@ -144,7 +144,8 @@ def derive(spec: Spec, dims: dict[str, int] | None = None) -> Derivation:
             )
     exact = blocks.derive(problem, spec)
     spec = spec.naming(exact.chosen)
-    return Derivation(spec, problem, exact, controlled(parametrise(exact, problem, spec), problem, spec))
+    step = controlled(parametrise(exact, problem, spec), problem, spec)
+    return Derivation(spec, problem, settled(exact), settled(step))
 
 
 def proxes(assigns: Iterable[Assign]) -> Iterable[proximal.Proximal]:

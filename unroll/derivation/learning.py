@@ -537,6 +537,9 @@ def _swapped(step: Step, w: Wanted) -> Step | None:
     assigns = tuple(replace(a, value=swap(a.value)) if mine(a) else a for a in step.assigns)
     at_start = w.record.in_ == "start"
     states = tuple(replace(s, start=swap(s.start)) if at_start else s for s in step.states)
+    if w.record.in_ is None and w.record.where is None and not isinstance(w.value, Expr):
+        own = {a.target for a in step.assigns if mine(a)}
+        states = tuple(replace(s, scale=swap(s.scale)) if s.symbol in own else s for s in states)
     before, after = (
         [*(a.value for a in step.assigns), *(s.start for s in step.states)],
         [*(a.value for a in assigns), *(s.start for s in states)],

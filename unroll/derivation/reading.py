@@ -304,8 +304,31 @@ class Reading(Known):
             value = self._first(key, start, place, read, indices)
             sized = next((z for z in self.places.values() if z.shape == value.shape), None)
             s = state_of(sized, self.fresh(called)) if sized is not None else _vector(self.fresh(called), value)
-            self.states.append(State(s, value))
+            self.states.append(State(s, value, self._scale(key, start, place, value, read, indices)))
             self.names[called] = s
+
+    def _scale(
+        self,
+        key: str,
+        start: Start,
+        place: Place,
+        first: Expr,
+        read: Callable[[str, Mapping[str, int]], Value],
+        index: Mapping[str, int],
+    ) -> sp.Expr:
+        """The numbers that a state is a multiple of. Raises SpecError E132, E320."""
+        if start.scaled_by is None:
+            return sp.S.One
+        value = read(start.scaled_by, index)
+        numbers = {cast(sp.Symbol, self.names[n]) for n in self.text.record.scalars}
+        if isinstance(value, Expr) or not value.is_positive or value.free_symbols - numbers:
+            what = f"{key} is a multiple of positive numbers under scalars; {start.scaled_by} is none"
+            raise SpecError("E132", what, place(0, 1))
+        if as_constant(first) != 0:
+            raise SpecError(
+                "E320", f"{key} is scaled by {start.scaled_by} and starts at 0", place(0, 1), "leave out start:"
+            )
+        return value
 
     def _first(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import sympy as sp
 
+from unroll.language.constructors import scale
 from unroll.language.nodes import Expr, Grid, Sym
 from unroll.language.problem import Problem
 
@@ -19,10 +20,14 @@ LAYER = sp.Symbol("layer", integer=True, nonnegative=True)
 
 @dataclass(frozen=True)
 class State:
-    """A quantity carried from layer to layer. A SymPy symbol is a plain number without batch axes (a momentum counter)."""
+    """A quantity carried from layer to layer. A SymPy symbol is a plain number without batch axes (a momentum counter).
+
+    scale: numbers that it is a multiple of. Where they change, the other factor stays (`settled`).
+    """
 
     symbol: Sym | sp.Symbol
     start: Expr | sp.Expr
+    scale: sp.Expr = sp.S.One
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,27 @@ class Assign:
     note: str
     block: str = ""
     update: str = ""
+
+
+def rescaled(
+    assigns: Sequence[Assign], states: Iterable[State], opens: bool = True, closes: bool = True
+) -> list[Assign]:
+    """An iteration whose numbers are others than those of the one before. opens, closes: is each state that is scaled taken up without
+    its scale, once the numbers are known, and left so?"""
+    out = list(assigns)
+    for s in (s for s in states if isinstance(s.symbol, Sym) and s.scale != 1):
+        own = [
+            i
+            for i, a in enumerate(out)
+            if a.target is s.symbol or (isinstance(a.value, Expr) and s.symbol in a.value.symbols)
+        ]
+        first, last = out[own[0]], out[own[-1]]
+        if closes:
+            out.insert(own[-1] + 1, Assign(s.symbol, scale(1 / s.scale, s.symbol), "", last.block))
+        if opens:
+            note = f"kept without {s.scale}, which changes"
+            out.insert(own[0], Assign(s.symbol, scale(s.scale, s.symbol), note, first.block))
+    return out
 
 
 @dataclass(frozen=True)
@@ -211,3 +237,10 @@ class Step:
     def broken(self, claim: str) -> bool:
         """Is a claim not made with the numbers that were given?"""
         return any(c.name == claim and c.holds is False for c in self.claims)
+
+
+def settled(step: Step) -> Step:
+    """The step with every state that is a multiple of numbers which change from layer to layer kept without them."""
+    changing = {a.target for a in step.assigns} | {p.symbol for p in step.learned if p.per_layer} | {LAYER}
+    moving = [s for s in step.states if s.scale.free_symbols & changing]
+    return replace(step, assigns=tuple(rescaled(step.assigns, moving))) if moving else step

@@ -334,6 +334,8 @@ class Start(Record):
     """as large as this; it starts at 0, or at `start` in every entry"""
     number: Formula | None = None
     """of a state that is one number, the same for every sample: its first value"""
+    scaled_by: Formula | None = None
+    """numbers that it is a multiple of: 1 / rho. Where they change from layer to layer, what they are multiplied with stays"""
 
 
 StateField = Annotated[Start, BeforeValidator(_short_start, json_schema_input_type=str | float | Start)]
