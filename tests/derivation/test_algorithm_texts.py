@@ -95,12 +95,12 @@ def compiled(name: str, algorithm: str, layers: int, **more: Any) -> Any:
 
 LAYERS = {"ridge": 4000, "logistic": 60, "lasso": 500, "box": 250, "fused": 160, "robust": 250}
 FITTING = {
-    "ridge": "admm chambolle_pock condat_vu coordinate_descent davis_yin douglas_rachford fista forward_backward_forward gradient_descent heavy_ball nesterov proximal_gradient",
-    "logistic": "admm chambolle_pock condat_vu davis_yin fista forward_backward_forward gradient_descent heavy_ball nesterov proximal_gradient",
-    "lasso": "admm chambolle_pock condat_vu coordinate_descent davis_yin douglas_rachford fista forward_backward_forward proximal_gradient",
-    "box": "admm chambolle_pock condat_vu coordinate_descent davis_yin douglas_rachford fista forward_backward_forward projected_gradient proximal_gradient",
-    "fused": "admm chambolle_pock condat_vu davis_yin douglas_rachford fista forward_backward_forward proximal_gradient",
-    "robust": "admm chambolle_pock condat_vu",
+    "ridge": "adaptive_admm admm chambolle_pock condat_vu coordinate_descent davis_yin douglas_rachford fista forward_backward_forward gradient_descent heavy_ball nesterov proximal_gradient",
+    "logistic": "adaptive_admm admm chambolle_pock condat_vu davis_yin fista forward_backward_forward gradient_descent heavy_ball nesterov proximal_gradient",
+    "lasso": "adaptive_admm admm chambolle_pock condat_vu coordinate_descent davis_yin douglas_rachford fista forward_backward_forward proximal_gradient",
+    "box": "adaptive_admm admm chambolle_pock condat_vu coordinate_descent davis_yin douglas_rachford fista forward_backward_forward projected_gradient proximal_gradient",
+    "fused": "adaptive_admm admm chambolle_pock condat_vu davis_yin douglas_rachford fista forward_backward_forward proximal_gradient",
+    "robust": "adaptive_admm admm chambolle_pock condat_vu",
 }
 """Problem -> the algorithms of the library that claim optima and fit."""
 
