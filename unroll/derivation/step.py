@@ -47,21 +47,18 @@ class Assign:
 def rescaled(
     assigns: Sequence[Assign], states: Iterable[State], opens: bool = True, closes: bool = True
 ) -> list[Assign]:
-    """An iteration whose numbers are others than those of the one before. opens, closes: is each state that is scaled taken up without
-    its scale, once the numbers are known, and left so?"""
+    """An iteration whose numbers are others than those of the one before: each of these states is taken up times its scale before it is
+    read (opens), and left without it at the end (closes)."""
     out = list(assigns)
-    for s in (s for s in states if isinstance(s.symbol, Sym) and s.scale != 1):
-        own = [
-            i
-            for i, a in enumerate(out)
-            if a.target is s.symbol or (isinstance(a.value, Expr) and s.symbol in a.value.symbols)
-        ]
+    for s in states:
+        u = s.symbol
+        assert isinstance(u, Sym)
+        own = [i for i, a in enumerate(out) if a.target is u or (isinstance(a.value, Expr) and u in a.value.symbols)]
         first, last = out[own[0]], out[own[-1]]
         if closes:
-            out.insert(own[-1] + 1, Assign(s.symbol, scale(1 / s.scale, s.symbol), "", last.block))
+            out.insert(own[-1] + 1, Assign(u, scale(1 / s.scale, u), "", last.block))
         if opens:
-            note = f"kept without {s.scale}, which changes"
-            out.insert(own[0], Assign(s.symbol, scale(s.scale, s.symbol), note, first.block))
+            out.insert(own[0], Assign(u, scale(s.scale, u), f"kept without {s.scale}, which changes", first.block))
     return out
 
 
