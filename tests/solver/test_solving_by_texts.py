@@ -73,7 +73,9 @@ def kinds():
     for a in by_simplicity():
         if "optimum" in a.text.record.claimed:
             fitting = [
-                n for n in PROBLEMS if a.fits(parts[n]) is None and not (a.name == "admm" and n == "least squares")
+                n
+                for n in PROBLEMS
+                if a.fits(parts[n]) is None and not (a.name in ("admm", "adaptive_admm") and n == "least squares")
             ]
             hard = [n for n in reversed(fitting) if PROBLEMS[n][1] == 1e3][:1]
             for n in [*hard, *(n for n in fitting if n not in hard)][:3]:
