@@ -94,7 +94,7 @@ def test_all_of_it_learns() -> None:
 @pytest.mark.parametrize(
     ("control", "message"),
     [
-        ({"reads": ["A @ z - x"]}, "E131: a controller reads numbers; A @ z - x is m"),
+        ({"reads": ["A @ z - x"]}, "E131: a controller reads numbers, or vectors as large as the variable; A @ z - x is m"),
         ({"reads": ["far"], "gives": {"gamma": {"replaces": "step"}}}, "far is worked out after the controller has read"),
         ({"reads": ["norm1(w)"]}, "E101"),
         ({"gives": {"W": {"replaces": "step * A.T"}}}, "W takes the place of a matrix"),

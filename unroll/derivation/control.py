@@ -3,6 +3,9 @@
     lstm    i, f, o: sigmoid, g: tanh of  sum of w_r r over what it reads + U h + b;   c <- f c + i g,   h <- o tanh(c)
     gives   link(dot(w, relu(V c + v)) + b), link as the number is kept in bounds; w starts at 0, b where the link gives what is replaced
 
+A cell that reads vectors as large as the variable is one for each entry: its state is a column for each, its weights are those of all entries, and what it
+gives stands in the place of updates that are one number in every entry.
+
 All of it is said in formulas, so that what is derived, emitted and traced is one step as any other. Weights are shared by all layers.
 Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, gates as in PyTorch; the way out: Behrens et al. 2021, arXiv:2010.15440.
 """
@@ -18,10 +21,10 @@ import sympy as sp
 
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.torch_text import nonzero
-from unroll.derivation.learning import names_in, put, read, without_unused
+from unroll.derivation.learning import Wanted, names_in, number_of, put, read, without_unused
 from unroll.derivation.step import Assign, Learned, State, Step
 from unroll.errors import SpecError
-from unroll.language.constructors import elementwise, symbol, zeros
+from unroll.language.constructors import as_constant, elementwise, matmul, ones, symbol, transpose, zeros
 from unroll.language.functions import Value, as_expr
 from unroll.language.nodes import Expr, Map, Sym, scalar, show_shape, slot
 from unroll.language.parse import Scope, parse
@@ -55,7 +58,7 @@ def controlled(step: Step, problem: Problem, spec: Spec) -> Step:
 
 @dataclass
 class _Cell:
-    """One controller. names: what its own words mean.  made: its assignments.  learned, states: what it adds."""
+    """One controller. names: what its own words mean.  made: its assignments.  learned, states: what it adds.  entries: how many cells there are."""
 
     record: Control
     step: Step
@@ -67,14 +70,18 @@ class _Cell:
     made: list[Assign] = field(default_factory=list[Assign])
     learned: list[Learned] = field(default_factory=list[Learned])
     states: list[State] = field(default_factory=list[State])
+    entries: sp.Expr = sp.S.One
 
     def into(self) -> Step:
         record, cell = self.record, CELLS[self.record.cell]
         size = sp.Integer(record.hidden)
-        reads = [self._read(i) for i in range(len(record.reads))]
+        reads = [self._value(i) for i in range(len(record.reads))]
+        self.entries = next((e.rows for e in reads if not e.is_scalar), sp.S.One)
+        for i, e in enumerate(reads):
+            self._read(i, e)
         for name in cell:
             start = self._free(f"{name}_start", size, init="value")
-            self.states.append(State(self._vector(name), start))
+            self.states.append(State(self._vector(name), matmul(start, ones(1, self.entries))))
         gates = sorted({str(s) for f in cell.values() for s in _words(f)} - {*cell})
         for gate in gates:
             for k in range(len(reads)):
@@ -114,7 +121,7 @@ class _Cell:
         return name
 
     def _vector(self, word: str) -> Sym:
-        s = symbol(self._called(word), sp.Integer(self.record.hidden), 1, "state", 1)
+        s = symbol(self._called(word), self.record.hidden, self.entries, "state", 1 if self.entries == 1 else 2)
         self.names[word] = s
         return s
 
@@ -133,15 +140,15 @@ class _Cell:
         kept = self.names.get(word) if word in CELLS[self.record.cell] else None
         self.made.append(Assign(kept if isinstance(kept, Sym) else self._vector(word), value, ""))
 
-    def _read(self, i: int) -> sp.Symbol:
-        """A number that the cell reads. Raises SpecError E131, E306."""
+    def _value(self, i: int) -> Expr:
+        """What the cell reads: a number, or one for each entry. Raises SpecError E131, E306."""
         written, place = self.record.reads[i], place_of(self.spec, *self.path, "reads", i)
         scope = replace(self.problem.scope, names=names_in(self.step, self.problem, self.block))
         e = as_expr(parse(written, scope, place))
-        if not e.is_scalar:
+        if not e.is_scalar and e.shape not in {(z.rows, sp.S.One) for z in self.problem.variables}:
             raise SpecError(
                 "E131",
-                f"a controller reads numbers; {written.strip()} is {show_shape(e.shape)}",
+                f"a controller reads numbers, or vectors as large as the variable; {written.strip()} is {show_shape(e.shape)}",
                 place(0, len(written)),
             )
         late = {a.target for a in self.step.assigns} - {s.symbol for s in self.step.states}
@@ -150,10 +157,13 @@ class _Cell:
             raise SpecError(
                 "E306", f"{found[0]} is worked out after the controller has read", place(0, len(written)), hint
             )
-        s = scalar(self._called(f"read_{i + 1}"))
-        self.names[f"read_{i + 1}"] = s
-        self.made.append(Assign(s, transform(e, _divided), ""))
-        return s
+        return transform(e, _divided)
+
+    def _read(self, i: int, e: Expr) -> None:
+        name = self._called(f"read_{i + 1}")
+        s = scalar(name) if e.is_scalar else symbol(name, *e.shape, "state", 1)
+        self.names[f"read_{i + 1}"] = transpose(s) if isinstance(s, Sym) else s
+        self.made.append(Assign(s, e, ""))
 
     def _gives(self, name: str, step: Step, size: sp.Expr) -> Step:
         """The number of that name in its place. Raises SpecError E305, E306."""
@@ -167,24 +177,45 @@ class _Cell:
             )
         as_learned = Learn.model_validate({**record.model_dump(by_alias=True, exclude_none=True), "share": "layers"})
         wanted = read(name, as_learned, self.step, self.problem, self.spec, self.block, path)
+        if self.entries != 1:
+            return self._gives_entries(wanted, step, size)
         if isinstance(wanted.value, Expr):
             hint = "learn it; a controller gives step sizes, thresholds and other numbers"
             raise SpecError("E306", f"{name} takes the place of a matrix", wanted.where, hint)
         step = put(step, wanted)
         p, kept = step.learned[-1], step.learned[:-1]
         assert isinstance(p.symbol, sp.Symbol)
+        value = self._way_out(p, size)
+        self.made.append(Assign(p.symbol, value, f"{name}: for {p.text.strip()}"))
+        return replace(step, learned=kept)
+
+    def _gives_entries(self, wanted: Wanted, step: Step, size: sp.Expr) -> Step:
+        """The update of that name with the value of each entry. Raises SpecError E306."""
+        named, within = wanted.record.replaces.strip(), wanted.record.in_
+        places = [i for i, a in enumerate(step.assigns) if a.update == named == within and a.block in ("", self.block)]
+        a = step.assigns[places[0]] if len(places) == 1 else None
+        number = as_constant(a.value) if a is not None and isinstance(a.value, Expr) else None
+        if a is None or number is None or not isinstance(a.target, Sym) or a.target.shape != (self.entries, 1):
+            hint = f"an update p: 1 + 0 * z of the text, and {wanted.name}: {{replaces: p, in: p}}"
+            says = f"{wanted.name} takes the place of no update that is one number in every entry"
+            raise SpecError("E306", says, wanted.where, hint)
+        p = number_of(replace(wanted, value=number, start=None))
+        value = transpose(self._way_out(p, size))
+        fresh = replace(a, value=value, note=f"{wanted.name}: for {named}, in each entry")
+        return replace(step, assigns=(*step.assigns[: places[0]], fresh, *step.assigns[places[0] + 1 :]))
+
+    def _way_out(self, p: Learned, size: sp.Expr) -> Expr:
+        """The link of a free combination of what leaves the cell: a number, or a row of one for each entry."""
+        name = p.name
         weight = Learned(
             f"{name}_weight", symbol(f"{name}_weight", size, 1, "learned", 1), zeros(size, 1), (size,), False
         )
         bias = scalar(f"{name}_bias")
         start = _unlinked(p, p.starts_at)
         self.learned += [weight, Learned(bias.name, bias, start, (), False, text=f"{p.text}, before its link")]
-        inner = parse(
-            f"dot({weight.name}, way_out) + bias",
-            Scope({**self.names, weight.name: weight.symbol, "bias": bias}, broadcast=True),
-        )
-        self.made.append(Assign(p.symbol, elementwise(_link(p), as_expr(inner)), f"{name}: for {p.text.strip()}"))
-        return replace(step, learned=kept)
+        out = f"dot({weight.name}, way_out)" if self.entries == 1 else f"{weight.name}.T @ way_out"
+        words = Scope({**self.names, weight.name: weight.symbol, "bias": bias}, broadcast=True)
+        return elementwise(_link(p), as_expr(parse(f"{out} + bias", words)))
 
 
 def _divided(e: Expr) -> Expr | None:

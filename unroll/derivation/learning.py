@@ -603,6 +603,11 @@ def _has_start(name: str, record: Learn, value: Value, step: Step, where: Where)
         )
 
 
+def number_of(w: Wanted) -> Learned:
+    """The number that an entry is about, with its bounds."""
+    return _learned(w)[0]
+
+
 def _learned(w: Wanted) -> tuple[Learned, ...]:
     """The parameter, and its bias if it has one."""
     record, value = w.record, w.value if w.kernel is None else w.kernel
