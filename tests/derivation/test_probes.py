@@ -15,9 +15,7 @@ D = torch.float64
 FIT, NORM1, SIGNED = "1/2*sumsq(x - A @ z)", "0.1*norm1(z)", "0.3*norm1(Q @ z)"
 
 
-def network(
-    divergence: str | None, term: str = NORM1, dtype: torch.dtype = D, y: str = "prox(step * g, s)"
-) -> unroll.Network:
+def network(divergence: str | None, term: str = NORM1, dtype: torch.dtype = D, y: str = "prox(step * g, s)") -> Any:
     """One layer: y, the proximal gradient step, times its divergence in s, or y alone."""
     updates = {"s": "z - step * grad(f, z)", "y": y}
     updates |= {"z": "y"} if divergence is None else {"d": divergence, "z": "d * y"}

@@ -15,9 +15,7 @@ D = torch.float64
 FIT = "1/2*sumsq(x - A @ z)"
 
 
-def network(
-    term: str, z: str, weights: str = "1 / (1 + abs(grad(f, z)))", dtype: torch.dtype = D, **more: Any
-) -> unroll.Network:
+def network(term: str, z: str, weights: str = "1 / (1 + abs(grad(f, z)))", dtype: torch.dtype = D, **more: Any) -> Any:
     text = {
         "algorithm": "own", "solves": "f(z) + g(z)", "scalars": {"step": "1 / L(f)"}, "updates": {"q": weights, "z": z}
     }  # fmt: skip
