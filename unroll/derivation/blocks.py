@@ -825,8 +825,7 @@ def _scheduled(step: Step, problem: Problem, spec: Spec, unrolled: Unroll) -> St
         return _renoted(replace(a, value=value))
 
     inside, once = algorithms.where_known([put(a) for a in step.definitions], set())
-    states = tuple(replace(s, scale=swap(s.scale, values)) for s in step.states)
-    step = replace(step, definitions=tuple(once), states=states, assigns=(*inside, *map(put, step.assigns)))
+    step = replace(step, definitions=tuple(once), assigns=(*inside, *map(put, step.assigns)))
     return _without_descent(step)  # every layer has an objective of its own
 
 
