@@ -282,6 +282,23 @@ def test_what_has_no_step_of_entropy_is_refused_and_not_left_out(term: str) -> N
         network({"fit": FIT, "own": term}, "own", 2, data(positive=True)[0], more, split={"g": ["own"]})
 
 
+@pytest.mark.parametrize("term", ["0.3*norm1(z)", "sum(z*log(z)) + dot(x, A @ z)"])
+@pytest.mark.parametrize("held", [None, "z >= 0.5", "z <= 0.05", "z in simplex", "sum(z) == 3"])
+def test_the_step_of_entropy_in_logarithms_is_the_logarithm_of_it(term: str, held: str | None) -> None:
+    a, x = data(positive=True)
+    terms, more = {"fit": FIT, "own": term}, {**POSITIVE, "constraints": [held] if held else []}
+    split = {"g": ["own", *(["constraint"] if held else [])]}
+    found = []
+    for update in ("bregman(0.7 * g, exp(r))", "exp(logbregman(0.7 * g, r))"):
+        own = {
+            "algorithm": "own",
+            "solves": "f(z) + g(z)",
+            "updates": {"r": "0.1 * z - 0.05 * grad(f, z)", "z": update},
+        }
+        found.append(network(terms, "own", 3, a, {**more, "algorithms": {"own": own}}, split=split)(x))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 def test_signs_that_are_not_declared_are_asked_for() -> None:
     with pytest.raises(UnrollError, match="positive: true"):
         network({"fit": FIT}, "multiplicative", 2, data()[0])

@@ -385,6 +385,19 @@ def test_a_column_times_a_row_is_a_broadcast() -> None:
     assert torch.allclose(emitted(e, SHAPES[0], given), given[Q] @ given[W].mT, atol=1e-12)
 
 
+def test_a_sum_repeats_its_rows_and_columns_itself() -> None:
+    """Z - log(row) - column, where all axes are those of Z; without one that has them the ones stay."""
+    row, column = total(elementwise(sp.exp(slot(0)), Z), 0), total(Z, 1)
+    e = elementwise(slot(0) - sp.log(slot(1)) - slot(2), Z, row, column)
+    assert ops(compiled(e, SHAPES[0]).graph, "full") == 0
+    given = values(SHAPES[0], (2, 3), 0)
+    z = given[Z]
+    wanted = z - z.exp().sum(-2, keepdim=True).log() - z.sum(-1, keepdim=True)
+    assert torch.allclose(emitted(e, SHAPES[0], given), wanted, atol=1e-12)
+    alone = elementwise(slot(0) + slot(1), row, column)
+    assert torch.allclose(emitted(alone, SHAPES[0], given), z.exp().sum(-2, keepdim=True) + z.sum(-1, keepdim=True))
+
+
 def test_a_formula_within_another_is_computed_once() -> None:
     square = elementwise(slot(0) ** 2, Z)
     e = elementwise(slot(0) / (1 + slot(1)), square, total(square, 1))

@@ -58,6 +58,27 @@ def test_bregman_projections_of_two_marginals_are_the_loop_of_sinkhorn() -> None
     torch.testing.assert_close(found.mT, plan, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(D, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("eps", [0.1, 0.005, 0.0005])
+def test_little_entropy_does_not_underflow(eps: float, dtype: torch.dtype, close: float) -> None:
+    """exp(-C / eps) is 0 in float32 from C = 88 eps on, in float64 from 745 eps: held against potentials and their logarithms."""
+    g = torch.Generator().manual_seed(1)
+    price, a, b = (torch.rand(*s, generator=g, dtype=D) for s in ((6, 4), (3, 6), (3, 4)))
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    spec = {
+        "use": "entropic_transport", "dims": {"n": 6, "m": 4}, "scalars": {"eps": eps},
+        "unroll": {"algorithm": "bregman_projections", "layers": 100},
+    }  # fmt: skip
+    found = unroll.compile(spec, parameters={"C": price}, dtype=dtype)(a.to(dtype), b.to(dtype)).to(D)
+    left, right = torch.zeros(3, 6, dtype=D), torch.zeros(3, 4, dtype=D)
+    for _ in range(100):
+        left = eps * (a.log() - ((right[:, None] - price) / eps).logsumexp(-1))
+        right = eps * (b.log() - ((left[..., None] - price) / eps).logsumexp(-2))
+    plan = ((left[..., None] + right[:, None] - price) / eps).exp()
+    torch.testing.assert_close(found.mT, plan, rtol=0, atol=close)
+    torch.testing.assert_close(found.sum(-1), b, rtol=0, atol=close)  # P is stored columns first
+
+
 def test_entropic_transport_is_that_of_cvxpy() -> None:
     price, a, b, found = transported(None)
     for p, q, plan in zip(a.numpy(), b.numpy(), found.mT, strict=True):

@@ -24,6 +24,7 @@ from unroll.language.constructors import (
     as_constant,
     constant,
     elementwise,
+    logsumexp,
     scale,
     softmax,
     swap,
@@ -36,21 +37,27 @@ from unroll.language.nodes import Add, Expr, Sym, slot
 from unroll.language.show import text
 from unroll.language.traversal import expand
 
+NEVER = -1e30
+"""Stands for the logarithm of 0: it can be subtracted from itself, and its exponential is 0."""
 
-def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
-    """The minimiser, as an expression in v; t = inf: of the term alone. Raises DeriveError E302 where no rule gives it."""
+
+def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr, logs: bool = False) -> Expr:
+    """The minimiser, as an expression in v; t = inf: of the term alone. logs: its logarithm, v that of the point.
+
+    Raises DeriveError E302 where no rule gives it.
+    """
     try:
-        return _entropic(term, z, t, v)
+        return _entropic(term, z, t, v, logs)
     except DeriveError as refused:
         if (other := turned(term, z)) is None:
             raise
         try:  # of the transpose, the transpose
-            return transpose(_entropic(*other, t, transpose(v)))
+            return transpose(_entropic(*other, t, transpose(v), logs))
         except DeriveError:
             raise refused from None
 
 
-def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
+def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr, logs: bool) -> Expr:
     p = Parts.of(term, z)
     known = _entropy_and_slope(sp.Add(*p.entries))
     others = replace(p, tilt=(), entries=(), others=(), domain=(), sets=()) != Parts()
@@ -62,9 +69,11 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
             hint="linear terms, c |z|, c z log z and sets of bounds have one, the simplex, and sums that are not negative",
         )
     entropy, slope = known
-    lo = sp.Max(*(d[0] for d in p.domain)) if p.domain else -sp.oo
+    lo = sp.Max(0, *(d[0] for d in p.domain))
+    hi = sp.Min(sp.oo, *(d[1] for d in p.domain))
     simplex = [name for name, _ in p.sets] == ["simplex"]
-    if not simplex and entropy == 0 and "positive" not in z.props and not lo.is_nonnegative:
+    allowed = "positive" in z.props or any(d[0].is_nonnegative for d in p.domain)
+    if not simplex and entropy == 0 and not allowed:
         raise DeriveError(
             "E302",
             f"{text(term)} allows entries below 0, which have no entropy",
@@ -76,20 +85,28 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr) -> Expr:
         )
     whole = add(elementwise(slope, *p.others) if p.others else constant(slope, *z.shape), *p.tilt)
     if t.is_infinite:
-        t, v, shrink = sp.S.One, constant(1, *z.shape), entropy
+        t, v, shrink = sp.S.One, constant(0 if logs else 1, *z.shape), entropy
     else:
         shrink = 1 + t * entropy
+    pull = add(whole, constant(entropy, *z.shape))
+    if logs:
+        free = scale(1 / shrink, add(v, scale(-t, pull)))
+        if sums is not None:
+            return elementwise(slot(0) + slot(1) - slot(2), free, elementwise(_LOG, sums), logsumexp(free, 0))
+        ends = (swap(_LOG, {slot(0): lo}), swap(_LOG, {slot(0): hi}))
+        return elementwise(sp.Max(ends[0], sp.Min(ends[1], slot(0))), free) if p.domain else free
     if simplex and sums is not None:  # by logarithms, which do not overflow
         return times(sums, softmax(scale(1 / shrink, add(elementwise(sp.log(slot(0)), v), scale(-t, whole))), 0))
-    pull = add(whole, constant(entropy, *z.shape))
     if entropy == 0:
         free = elementwise(slot(0) * sp.exp(-t * slot(1)), v, pull)
     else:
         free = elementwise(sp.exp((sp.log(slot(0)) - t * slot(1)) / shrink), v, pull)
     if sums is not None:
         return elementwise(slot(0) * slot(1) * reciprocal(slot(2)), free, sums, total(free, 0))
-    hi = sp.Min(sp.oo, *(d[1] for d in p.domain))
-    return elementwise(sp.Max(sp.Max(0, lo), sp.Min(hi, slot(0))), free) if p.domain else free
+    return elementwise(sp.Max(lo, sp.Min(hi, slot(0))), free) if p.domain else free
+
+
+_LOG = sp.Piecewise((sp.log(sp.Max(slot(0), sp.Float("1e-37"))), slot(0) > 0), (sp.Float(NEVER), True))
 
 
 def _entropy_and_slope(f: sp.Expr) -> tuple[sp.Expr, sp.Expr] | None:

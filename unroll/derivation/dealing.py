@@ -39,6 +39,7 @@ USES = {
     "argmin": ARGMIN,
     "sweep": SWEEP,
     "bregman": ENTROPY,
+    "logbregman": ENTROPY,
     "tangent": "majorant",
 }
 MOST = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import sympy as sp
@@ -144,12 +145,13 @@ def _probes(r: Formula, node: ast.Call, keywords: list[ast.keyword]) -> tuple[in
     return said["probes"], said["seed"]
 
 
-def _bregman(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
+def _bregman(r: Formula, node: ast.Call, args: list[ast.expr], logs: bool = False) -> Expr:
     v = r.matrix(args[1])
     t, share, conjugate = r.scaled(args[0])
     if conjugate:
-        r.fail(args[0], "E320", "bregman takes a letter, not its conjugate", "bregman(t * g, v)")
-    return v if share.e is None else entropic(share.e, share.variable, t, v)
+        name = "logbregman" if logs else "bregman"
+        r.fail(args[0], "E320", f"{name} takes a letter, not its conjugate", f"{name}(t * g, v)")
+    return v if share.e is None else entropic(share.e, share.variable, t, v, logs)
 
 
 def _plus(r: Formula, node: ast.Call, args: list[ast.expr]) -> Expr:
@@ -259,6 +261,7 @@ OPERATIONS = {
     "hess": Operation("hess(f, z): the matrix of second derivatives of f at a vector z", (2,), _hess, at=True),
     "tangent": Operation("tangent(g, p, abs): above g, linear in |z|, and equal at p; square: in z^2", (3,), _tangent),
     "bregman": Operation("bregman(t * g, v): argmin of t g(x) + sum(x log(x/v) - x + v)", (2,), _bregman),
+    "logbregman": Operation("logbregman(t * g, w): log(bregman(t * g, exp(w)))", (2,), partial(_bregman, logs=True)),
     "plus": Operation("plus(e): the terms of e without a negative entry", (1,), _plus),
     "minus": Operation("minus(e): minus the others", (1,), _minus),
     "div": Operation(

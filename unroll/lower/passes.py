@@ -610,6 +610,36 @@ def outer(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
     return out, f"{count} products of a column and a row became broadcasts"
 
 
+def spread(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
+    """x + r 1' -> x + r, where x has all axes of the sum: rows and columns are repeated by the sum itself."""
+    count = 0
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        nonlocal count
+        if node.op != "add":
+            return None
+        short = [_repeated(b, ref) for ref in inputs]
+        if not any(short) or all(s or b.view(r).shape != node.shape for s, r in zip(short, inputs, strict=True)):
+            return None
+        count += sum(map(bool, short))
+        return b.add("add", (s or r for s, r in zip(short, inputs, strict=True)), *node.attrs)
+
+    out = rewrite(graph, rule)
+    return out, f"{count} rows and columns are repeated by sums"
+
+
+def _repeated(b: Builder, ref: Ref) -> Ref | None:
+    """r, of a row or column r times a matrix of ones."""
+    node = b.nodes[ref.node]
+    if node.op != "map" or node.attrs[0] != slot(0) * slot(1):
+        return None
+    whole = [b.nodes[r.node].op == "full" and b.nodes[r.node].attrs[0] == 1 for r in node.inputs]
+    if whole[0] == whole[1]:
+        return None
+    short = node.inputs[whole.index(False)]
+    return b.flip(short) if ref.flip else short
+
+
 def shared(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
     """f(x) beside g(f(x), y) is computed once: value numbering of formulas within formulas."""
     count = 0
@@ -767,6 +797,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("parseval", parseval),
     ("weighed", weighed),
     ("outer", outer),
+    ("spread", spread),
     ("shared", shared),
     ("lengths", lengths),
     ("roots", roots),
