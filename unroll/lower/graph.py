@@ -20,7 +20,7 @@ from unroll.calculus.stable import stable
 from unroll.derivation.rewrites.frequencies import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
-from unroll.language.constructors import as_constant, is_symmetric, matmul, scale, split, swap
+from unroll.language.constructors import as_constant, eye, is_symmetric, matmul, operator, scale, split, swap
 from unroll.language.nodes import (
     ONE,
     STEP_OF_ENTRY,
@@ -557,6 +557,10 @@ class Lowering:
         head = self.scalar(coef)
         if len(factors) > 2 and isinstance(factors[-1], Diag):  # the columns of the whole product are weighed
             return b.map(slot(0) * slot(1), (self._mul(coef, factors[:-1]), b.flip(self.lower(factors[-1].x))))
+        for i, f in enumerate(factors[:-1]):
+            if (weights := self._of_differences(f)) is not None:
+                solved = b.add("solve_differences", (self._mul(ONE, factors[i + 1 :]), *weights))
+                return b.product(head, [*self._diagonals(factors[:i]), solved])
         if len(factors) > 1 and all(f.is_scalar for f in factors):
             product = sp.Mul(*(slot(i) for i in range(len(factors) + 1)))
             return b.map(product, (head, *map(self.lower, factors)))
@@ -580,6 +584,20 @@ class Lowering:
     def _inverse(self, x: Expr) -> Ref:
         definite_as = "symmetric" if is_symmetric(x) else "hermitian" if is_hermitian(x) else ""
         return self.builder.add("inverse", (self.lower(x),), definite_as if definite(x) == 2 else "")
+
+    def _of_differences(self, e: Expr) -> tuple[Ref, Ref] | None:
+        """a, b of (a I + b D'D)^-1, positive definite, D the differences of neighbours, where that moves: what does not is worked out once."""
+        if not isinstance(e, Inverse) or not isinstance(e.x, Add) or e.rows == 1:
+            return None
+        twice = operator("difference", operator("difference", eye(e.rows)), adjoint=True)
+        weights = {body: c for c, body in map(split, e.x.terms)}
+        if set(weights) != {eye(e.rows), twice}:
+            return None
+        a, b = weights[eye(e.rows)], weights[twice]
+        if not (a.is_positive and b.is_positive):
+            return None
+        refs = self.scalar(a), self.scalar(b)
+        return refs if any(self.builder.nodes[r.node].stage > Stage.SETUP for r in refs) else None
 
     def _norm(self, kind: str, axis: int, eps: sp.Expr, x: Ref, weight: Expr, bias: Expr) -> Ref:
         """Weight and bias within the operation where they are vectors of the network, else around it."""

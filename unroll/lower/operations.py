@@ -479,6 +479,13 @@ def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]
     return text
 
 
+def _solve_differences_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """args: what is solved for, and the numbers in front of I and of D'D."""
+    x, a, b = args
+    call = Text(f"solve_differences({', '.join([x.ordered('cr').code, a.text.code, b.text.code])})")
+    return call if out.batched or len(out.tags) < 2 else call.then(".mT")
+
+
 def _beside_values(a: Operand) -> Text:
     """A number, one per sample perhaps, beside the singular values of a matrix."""
     return a.text.then("[..., None]") if a.node.batched else a.text
@@ -862,6 +869,7 @@ OPERATIONS: tuple[Operation, ...] = (
         _cubic,
         ("cholesky_solve",),
     ),
+    Operation("solve_differences", _same, _solve_differences_text, _pointwise, ("solve_differences",)),
     Operation("logdet_cholesky", _to_scalar, _call("logdet_cholesky"), _pointwise, ("logdet_cholesky",)),
     Operation("spectral_norm", _to_scalar, _call("spectral_norm"), _cubic, ("spectral_norm",)),
     Operation("spectral_sum", _to_scalar, _spectral_sum_text, _cubic, ("spectral_sum",)),
@@ -1239,6 +1247,15 @@ HELPERS: dict[str, Helper] = {
     inside = gap <= torch.finfo(x.dtype).eps ** (2 / 3) * size.clamp_min(1)
     return torch.zeros_like(gap).masked_fill(~inside, math.inf)
 '''
+    ),
+    "solve_differences": _exact(
+        "solve_differences",
+        "v, a, b",
+        "(a I + b D'D)^-1 v along the last axis, D v = v.diff(): of v and its mirror image in turn, without an end, each frequency by itself.",
+        "n = v.shape[-1]\nhalf = torch.arange(n + 1, dtype=v.dtype, device=v.device) * (math.pi / (2 * n))\n"
+        "waves = transform(torch.fft.rfft, torch.cat([v, v.flip(-1)], -1)) / (a + 4 * b * half.sin().square())\n"
+        "return transform(torch.fft.irfft, waves, n=2 * n)[..., :n]",
+        ("transform",),
     ),
     "piece_of": Helper(curves.PIECE_OF),
     "along": Helper(curves.ALONG, ("piece_of",)),
