@@ -274,3 +274,11 @@ def test_two_functions_are_not_one() -> None:
     s["minimize"].pop("fit")
     with pytest.raises(SpecError, match="place of 2 functions"):
         unroll.compile(s)
+
+
+def test_in_an_update_of_members() -> None:
+    s = spec({"knots": 11}, penalty="lam * norm1(A @ z)", **{"in": "w[j]"})
+    s["unroll"] = {**s["unroll"], "algorithm": "admm"}
+    del s["unroll"]["step"]
+    steps = {a.target.name: str(a.value) for a in unroll.derive(s).step.assigns}
+    assert steps["w_"] == "phi(v)" and "phi" not in steps["z"]

@@ -65,8 +65,9 @@ def by_hand(x: Tensor, weights: Tensor) -> Tensor:
     """Rows are signals."""
     d = torch.eye(x.shape[-1], dtype=D).diff(dim=0)
     w1, u1, w2, u2 = (torch.zeros(*x.shape[:-1], n, dtype=D) for n in (len(d), len(d), len(d) + 1, len(d) + 1))
-    z = x
+    z, before = x, weights[0]
     for rho in weights:
+        u1, u2, before = u1 * before / rho, u2 * before / rho, rho  # what the multipliers are stays
         right = x + rho * (w1 - u1) @ d + rho * (w2 - u2)
         z = torch.linalg.solve(matrix(x.shape[-1], 1 + rho, rho), right.mT).mT
         v1, v2 = z @ d.T + u1, z + u2
