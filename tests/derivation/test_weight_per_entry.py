@@ -103,3 +103,17 @@ def test_a_term_that_joins_entries_takes_none(term: str) -> None:
 def test_what_is_no_weight_of_entries_is_refused(z: str, code: str) -> None:
     with pytest.raises(UnrollError, match=code):
         network("lam*norm1(z)", z)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "says"), [(["n"], ["m"], "every entry of Z"), (["n", "m"], ["n", "m"], "every row of Z")]
+)
+def test_a_learned_threshold_of_another_shape_is_told_what_there_is(
+    size: list[str], shape: list[str], says: str
+) -> None:
+    spec = {
+        "dims": {"m": 6, "n": 9}, "variables": {"Z": size}, "inputs": {"x": size}, "minimize": {"fit": "1/2*sumsq(x - Z)", "term": "lam*norm1(Z)"},
+        "scalars": {"lam": 0.1}, "unroll": {"algorithm": "proximal_gradient", "layers": 2, "learn": {"theta": {"replaces": "lam", "shape": shape}}},
+    }  # fmt: skip
+    with pytest.raises(UnrollError, match=rf"E306(.|\n)*shape: \[n\] gives {says} its own"):
+        unroll.compile(spec)

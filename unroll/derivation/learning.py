@@ -319,7 +319,7 @@ def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where
             "E306",
             f"the shape of {name} is not that of {z.name}",
             where,
-            f"shape: [{z.rows}] gives every entry of {z.name} its own",
+            f"shape: [{z.rows}] gives every {'entry' if z.cols == 1 else 'row'} of {z.name} its own",
         )
 
 
