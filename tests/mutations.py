@@ -184,6 +184,11 @@ MUTATIONS = (
     Mutation("check, a prox that is beaten", "laws/laws.py", "_verdict(worst <= 1e-8)", "_verdict(True)", "laws/test_laws.py::test_a_prox_that_is_beaten_is_found"),
     Mutation("check, descent of what is maximised", "laws/laws.py", "cosine = value * d.problem.sign", "cosine = value", "laws/test_laws.py::test_a_direction_is_told_by_what_it_does_to_the_objective"),
     Mutation("specs, a positive default of 0", "spec/consistency.py", "if number.positive and default <= 0", "if number.positive and default < 0", "spec/test_spec.py::test_what_is_declared_positive_is_above_0_from_the_start"),
+    Mutation("functions, a slope past its upper end", "lower/curves.py", "((x >= high) & (grad < 0))", "((x >= high) & (grad > 0))", "derivation/test_learned_functions.py::test_what_has_reached_its_end_comes_back"),
+    Mutation("functions, the slope of a spline", "lower/curves.py", "k / width * c", "c / width", "derivation/test_learned_functions.py"),
+    Mutation("tails, the first shared layer", "emit/layer.py", "own}[min(layer, {m.free})]", "own}[min(layer + 1, {m.free})]", "network/test_recurrent_tails.py"),
+    Mutation("groups, across them", "lower/operations.py", ".unflatten(-1, (-1, {c.size(n)}))\")\n    return cut", ".unflatten(-1, ({c.size(n)}, -1)).mT\")\n    return cut", "calculus/test_groups.py"),
+    Mutation("differences, their frequencies", "lower/operations.py", "4 * b * half", "2 * b * half", "lower/test_solving_differences.py"),
 )  # fmt: skip
 
 

@@ -228,6 +228,12 @@ def test_what_has_reached_its_end_comes_back() -> None:
     (up,) = torch.autograd.grad(-rising[1], y, retain_graph=True)
     (down,) = torch.autograd.grad(rising[1], y)
     assert up.tolist() == [0, -1, 0] and down.tolist() == [1, 0, 0]
+    y = torch.tensor([0.0, 5.0, 5.5], dtype=D, requires_grad=True)
+    rising = CALLS["rising"](y, 1.0, False)
+    assert rising.tolist() == [0, 1, 1.5]
+    (up,) = torch.autograd.grad(-rising[1], y, retain_graph=True)
+    (down,) = torch.autograd.grad(rising[1], y)
+    assert up.tolist() == [-1, 0, 0] and down.tolist() == [0, 1, 0]
 
 
 def test_of_a_formula_of_the_spec() -> None:
