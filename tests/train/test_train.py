@@ -116,7 +116,9 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, data, stop, dropo
 
 
 def test_layerwise_training_and_sgd_resume_bit_for_bit_too(tmp_path, data):
-    options = {"stages": "layerwise", "loss": "objective", "optimizer": "sgd", "validate_every": 5}
+    options = {
+        "stages": "layerwise", "loss": "objective", "optimizer": "sgd", "validate_every": 5, "noise": {"x": (40.0, 20.0)},
+    }  # fmt: skip
     whole, first, again = fresh(data), fresh(data), fresh(data)
     fit(whole, data, settings(**options), tmp_path / "whole")
     first.interrupt_at = 9

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import unroll
 from unroll.errors import SpecError
 from unroll.spec.schema import Augment, Characters, Digits, Rates, Train
 from unroll.train import Interrupted, evaluate, labels, losses, masked, resume, run, train
@@ -485,6 +486,36 @@ def test_every_step_changes_images_anew():
     same = Split({"image": torch.rand(1, 1, 8, 8).expand(40, 1, 8, 8)}, labels=torch.zeros(40).long())
     batches = [b.inputs["image"] for b in Batches(same, change_of(Augment(shift=3), "image"), 20, 0, 4, stand(0))]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
+
+
+def test_noise_has_the_ratio_of_its_step_and_nothing_is_added_to_zeros():
+    x = torch.randn(64, 3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[5] = 0
+    noise, steps = {"x": (40.0, 10.0)}, 4
+    batches = list(Batches(Split({"x": x, "b": x}), None, 64, 3, steps, stand(0), noise))
+    for step, batch in enumerate(batches):
+        clean = batch.inputs["b"]  # the same samples in the same order, without noise
+        size, off = (v.flatten(1).norm(dim=1) for v in (clean, batch.inputs["x"] - clean))
+        blank = size == 0
+        assert blank.sum() == 1 and (off[blank] == 0).all()
+        ratio = 20 * (size / off)[~blank].log10()
+        assert abs(ratio.mean() - (40 - 30 * step / 3)) < 0.3 and ratio.std() < 1
+    (first, *_), (again, *_) = (list(Batches(Split({"x": x}), None, 64, 3, steps, stand(k), noise)) for k in (2, 2))
+    assert torch.equal(first.inputs["x"], again.inputs["x"]) and torch.equal(first.inputs["x"], batches[2].inputs["x"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"noise": {"imag": (30.0, 20.0)}}, "'imag' is no input of numbers(.|\n)*did you mean 'image'"),
+        ({"noise": {"image": (30.0, 20.0)}, "minutes": 0.1}, "needs epochs: or steps:"),
+    ],
+)
+def test_noise_that_cannot_be_is_refused(settings, says, tmp_path):
+    net = unroll.compile("crate_digits", overrides=["unroll.layers=1"])
+    with pytest.raises(SpecError, match=says) as refused:
+        fit(net, digits(), Train(loss="cross_entropy", **settings), tmp_path)
+    assert refused.value.code == "E511"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

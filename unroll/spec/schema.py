@@ -915,6 +915,8 @@ class Train(Record):
     """numbers that are searched for on a grid, instead of training"""
     baselines: tuple[str, ...] = ("fista",)
     """algorithms of the same depth that the closing table compares with"""
+    noise: dict[Name, tuple[float, float]] = {}
+    """input -> signal-to-noise ratios in dB of noise that is added in training, anew in each step: at the first and at the last one, even in between"""
     evaluate: dict[Name, Elsewhere] = {}
     """name -> other held-out samples that the closing table has rows for"""
     tensorboard: bool = False

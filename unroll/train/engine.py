@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from unroll.errors import SpecError, quote
+from unroll.errors import SpecError, did_you_mean, quote
 from unroll.network.network import Network
 from unroll.spec.schema import Train
 from unroll.train import losses, search
@@ -99,14 +99,32 @@ def rate(settings: Train, stage: Stage, step: int, share: float) -> float:
 # --- what Lightning drives -------------------------------------------------------------------------------------------
 
 
+def noisy(batch: Split, ratios: Mapping[str, tuple[float, float]], share: float, draw: torch.Generator) -> Split:
+    """The batch with Gaussian noise on its inputs: of these signal-to-noise ratios, in dB, at the first and at the last step; 0 stays 0."""
+    inputs = {**batch.inputs}
+    for name, (first, last) in ratios.items():
+        x = inputs[name]
+        noise = torch.randn(x.shape, generator=draw, dtype=x.dtype).to(x)
+        size = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1)) / math.sqrt(x[0].numel())
+        inputs[name] = x + 10 ** (-(first + (last - first) * share) / 20) * size * noise
+    return replace(batch, inputs=inputs)
+
+
 class Batches:
     """Batch k of the training, k = 0, 1, ..: a pure function of (seed, k). It starts where the trainer stands."""
 
     def __init__(
-        self, samples: Samples, change: Change | None, size: int, seed: int, steps: int, trainer: L.Trainer
+        self,
+        samples: Samples,
+        change: Change | None,
+        size: int,
+        seed: int,
+        steps: int,
+        trainer: L.Trainer,
+        noise: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        self.samples, self.change, self.size = samples, change, size
-        self.seed, self.steps, self.trainer = seed, steps, trainer
+        self.samples, self.change, self.noise = samples, change, noise or {}
+        self.size, self.seed, self.steps, self.trainer = size, seed, steps, trainer
 
     def __len__(self) -> int:
         return self.steps
@@ -122,10 +140,13 @@ class Batches:
                 order = self.samples.order(generator(self.seed + epoch))
             first = step % per_epoch * self.size
             places = order[first : first + self.size]
-            if self.change is None:
+            if self.change is None and not self.noise:
                 yield self.samples[places[mine]]
-            else:  # all ranks change the whole batch, so that it does not depend on their number
-                yield self.change(self.samples[places], generator((self.seed + 1) * FOREVER + step))[mine]
+                continue
+            batch, draw = self.samples[places], generator((self.seed + 1) * FOREVER + step)
+            batch = batch if self.change is None else self.change(batch, draw)
+            # all ranks change the whole batch, so that it does not depend on their number
+            yield noisy(batch, self.noise, step / max(self.steps - 1, 1), draw)[mine]
 
 
 class Task(L.LightningModule):
@@ -598,7 +619,8 @@ def fit(
         free = net.program.free if isinstance(net, Network) else None
         task = Task(net, settings, plan(settings, net.layers, steps, free), clock)
         like = next(losses.module(net).parameters())
-        batches = Batches(data.train.to(like.dtype), data.change, size, settings.seed, steps, trainer)
+        samples = data.train.to(like.dtype)
+        batches = Batches(samples, data.change, size, settings.seed, steps, trainer, settings.noise)
         if resume:
             with reading(last, "without this file, --resume trains from the start"):
                 torch.load(last, map_location="cpu", weights_only=True)
@@ -635,6 +657,15 @@ def total_steps(settings: Train, per_epoch: int) -> int:
 
 def _check(net: Net, data: Data, settings: Train) -> None:
     loss = losses.find_loss(settings.loss)
+    inputs = data.train.whole().inputs
+    for name in settings.noise:
+        if name not in inputs or not inputs[name].is_floating_point():
+            hint = did_you_mean(name, inputs) or f"noise goes on numbers that are not counts: {', '.join(inputs)}"
+            raise SpecError("E511", f"train: noise: '{name}' is no input of numbers", hint=hint)
+    if settings.noise and settings.steps is None and settings.epochs is None and settings.minutes is not None:
+        raise SpecError("E511", "train: noise: needs epochs: or steps:", hint="minutes: may stay as a limit")
+    if settings.noise and settings.search is not None:
+        raise SpecError("E511", "train: noise: is for training, and search: takes its place")
     if loss.needs == "targets" and not data.train.whole().targets:
         hint = "set train: target: optimum, or train: loss: objective"
         raise SpecError("E508", f"train: loss: {settings.loss} needs the true {', '.join(net.variables)}", hint=hint)
