@@ -426,6 +426,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "solves": ([("h(z) + f(z)", "h(z) + * f(z)")], "E320", "does not say what is minimised"),
     "a letter nothing uses": ([("h(z) + f(z)", "h(z) + f(z) + g(z)")], "E320", "no update uses the letter g"),
     "an unknown name": ([("z - step *", "z - stp *")], "E101", "unknown name 'stp'"),
+    "an update in a residual": ([("prox(step * f, v)\n", "prox(step * f, v)\n    residuals: {gap: v - z}\n")], "E101", "'v' is an update that has no value here"),
     "an open bracket": ([("grad(h, z)", "grad(h, z")], "E100", "was never closed"),
     "too few arguments": ([("prox(step * f, v)", "prox(step * f)")], "E105", "prox takes 2 arguments, not 1"),
     "a name of the problem": ([("prox(step * f, v)", "prox(step * f, A.T @ v)")], "E101", "unknown name 'A'"),

@@ -52,6 +52,8 @@ class Operation:
 class Formula(Reader):
     """A formula of an algorithm: those of the language, and what is done with letters."""
 
+    undeclared = "a text reads its variables, states and numbers, and updates above"
+
     @property
     def reading(self) -> Known:
         return cast(TextScope, self.scope).reading
@@ -59,6 +61,12 @@ class Formula(Reader):
     @property
     def index(self) -> Mapping[str, int]:
         return cast(TextScope, self.scope).index
+
+    def _name(self, node: ast.Name, name: str) -> Value:
+        if name not in self.scope.names and name in (u.partition("[")[0] for u in self.reading.text.record.updates):
+            hint = f"a state has one, from layer to layer: states: {{{name}: {{like: z}}}}"
+            self.fail(node, "E101", f"'{name}' is an update that has no value here", hint)
+        return super()._name(node, name)
 
     def visit(self, node: ast.expr) -> Value | Condition:
         match node:

@@ -123,6 +123,8 @@ FAMILIES: dict[str, Callable[[str, Any, Expr], Expr]] = {"sum": family_sum, "log
 class Reader:
     """One formula: its text, what its names mean, where it stands, and which macros are being expanded."""
 
+    undeclared = "declare it under variables, inputs, parameters, scalars or dims"
+
     def __init__(self, text: str, scope: Scope, place: Place, active: tuple[str, ...] = ()) -> None:
         self.text, self.scope, self.place, self.active = text, scope, place, active
         self.lines = text.split("\n")
@@ -415,7 +417,7 @@ class Reader:
             known = [
                 n for n in (*self.scope.names, *self.scope.macros, *BY_NAME, *ELEMENTWISE_BY_NAME) if n.isidentifier()
             ]
-            hint = did_you_mean(name, known) or "declare it under variables, inputs, parameters, scalars or dims"
+            hint = did_you_mean(name, known) or self.undeclared
             if name in BY_NAME or name in ELEMENTWISE_BY_NAME or name in self.scope.macros:
                 self.fail(node, "E132", f"{name} is a function; it needs arguments", f"{name}(...)")
             self.fail(node, "E101", f"unknown name '{quote(name)}'", hint)
