@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from os.path import isfile
 from pathlib import Path
@@ -71,8 +72,10 @@ def solve_files(
             if len(found.values) == 1:
                 np.save(file, found.z.numpy())
             else:
-                several: dict[str, Any] = {n: z.numpy() for n, z in found.values.items()}
-                np.savez(file, **several)
+                with zipfile.ZipFile(file, "w") as archive:  # np.savez has no array of the name `file`
+                    for n, z in found.values.items():
+                        with archive.open(f"{n}.npy", "w") as one:
+                            np.save(one, z.numpy())
     return found
 
 

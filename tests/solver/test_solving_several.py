@@ -15,6 +15,7 @@ from torch import Tensor
 import unroll
 from unroll.cli import cli
 from unroll.errors import UnrollError
+from unroll.from_files import solve_files
 
 D = torch.float64
 M, N, T = 9, 3, 4
@@ -109,6 +110,18 @@ def test_left_to_itself_it_takes_what_descends_and_claims_nothing() -> None:
 def test_what_cannot_be_solved_is_said(says: str) -> None:
     with pytest.raises(UnrollError, match=f"(?s){says}"):
         unroll.solve(CODES, data(), **BROKEN[says])
+
+
+def test_a_variable_may_be_called_file(tmp_path: Path) -> None:
+    spec = {
+        "dims": {"n": 3}, "variables": {"file": ["n"], "z": ["n"]}, "inputs": {"x": ["n"]},
+        "minimize": {"a": "1/2*sumsq(x - file - z)", "b": "0.1*norm1(file)", "c": "1/2*sumsq(z)"},
+    }  # fmt: skip
+    np.save(tmp_path / "x.npy", np.ones((2, 3)))
+    solve_files(spec, [str(tmp_path / "x.npy")], [], output=tmp_path / "z.npz")
+    with np.load(tmp_path / "z.npz") as found:
+        assert {*found} == {"file", "z"}
+        np.testing.assert_allclose(found["file"] + 2 * found["z"], 1.0, atol=1e-5)  # the slope in z
 
 
 def test_files_hold_all_variables(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 import unroll
 from unroll.errors import SpecError
+from unroll.spec import load
 from unroll.spec.schema import Augment, Characters, Digits, Rates, Train
 from unroll.train import Interrupted, evaluate, labels, losses, masked, resume, run, train
 from unroll.train.data import make_data
@@ -486,6 +487,18 @@ def test_every_step_changes_images_anew():
     same = Split({"image": torch.rand(1, 1, 8, 8).expand(40, 1, 8, 8)}, labels=torch.zeros(40).long())
     batches = [b.inputs["image"] for b in Batches(same, change_of(Augment(shift=3), "image"), 20, 0, 4, stand(0))]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
+
+
+def test_the_folder_of_a_model_names_the_text_that_was_chosen(tmp_path):
+    spec = load("crate_digits").to_dict()
+    block = spec["unroll"]["blocks"][1]
+    for key in ("step", "learn"):
+        del block[key]
+    spec["unroll"] |= {"layers": 1, "blocks": [spec["unroll"]["blocks"][0], {**block, "algorithm": "auto"}]}
+    train({**spec, "train": {"loss": "cross_entropy", "epochs": 1, "batch": 800}}, out=tmp_path / "run", quiet=True)
+    kept = load(str(tmp_path / "run" / "spec.yaml")).unroll.blocks[1].algorithm
+    assert kept == "proximal_gradient"
+    assert resume(tmp_path / "run", overrides=["train.epochs=2"], quiet=True).status == "done"
 
 
 def test_noise_has_the_ratio_of_its_step_and_nothing_is_added_to_zeros():

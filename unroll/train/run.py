@@ -297,8 +297,7 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
-        if isinstance(net, Network):  # what is trained of a model holds no spec
-            _settle(job, cast(Spec, net.spec))
+        _settle(job, cast(Spec, cast(Network | Model, net).spec))
     return replace(data, parameters=parameters), net
 
 
