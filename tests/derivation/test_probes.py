@@ -123,7 +123,7 @@ def test_what_has_no_closed_form_is_refused_with_probes_as_the_way() -> None:
     ("line", "says"),
     [
         ("div(y, s, probes=0)", "E320"), ("div(y, s, probes=17)", "at most 16"), ("div(y, s, probes=1.5)", "E320"), ("div(y, s, seed=1)", "seed without probes"),
-        ("div(y, s, probes=2, seed=-1)", "E320"), ("div(y, s, number=2)", "E320"), ("div(y, s, probes=step)", "E320"),
+        ("div(y, s, probes=2, seed=-1)", "E320"), ("div(y, s, probes=2, seed=2**63)", "E320"), ("div(y, s, number=2)", "E320"), ("div(y, s, probes=step)", "E320"),
     ],
 )  # fmt: skip
 def test_what_says_no_number_of_probes_is_refused(line: str, says: str) -> None:

@@ -164,6 +164,7 @@ def test_where_nothing_changes_nothing_is_written() -> None:
         ({"like": "w[j]", "scaled_by": "-rho"}, "E132", "is a multiple of positive numbers"),
         ({"like": "w[j]", "scaled_by": "t"}, "E132", "under scalars"),
         ({"like": "w[j]", "start": "1", "scaled_by": "rho"}, "E320", "starts at 0"),
+        ({"number": "1", "scaled_by": "rho"}, "E320", "is a number, and scaled_by is of vectors"),
     ],
 )
 def test_what_no_state_is_a_multiple_of_is_refused(state: Spec, code: str, says: str) -> None:

@@ -44,6 +44,27 @@ def test_it_is_the_trace_of_the_jacobian_of_each_sample(problem: dict[str, Any],
     torch.testing.assert_close(probed.terms(answer(x), x)["freedom"], wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("formula", ["div(z, x)", "div(z, x, probes=2)"])
+def test_a_network_that_mixes_samples_is_refused(formula: str) -> None:
+    """With signs of its own for each sample what comes from others has the mean 0, and nothing is wrong."""
+    x = torch.randn(4, 5, dtype=D, requires_grad=True)
+    norm = torch.nn.BatchNorm1d(5, dtype=D)
+    loss = freedom(VECTORS, formula).eval()
+    with pytest.raises(UnrollError, match="E404.*mixes samples"):
+        loss.terms(norm(x), x)
+    loss.terms(norm.eval()(x), x)
+    none = torch.zeros(0, 5, dtype=D, requires_grad=True)
+    assert loss.terms(torch.tanh(none), none)["freedom"].shape == (0,)
+    if "probes" in formula:
+        loss.train().terms(norm.train()(x), x)
+
+
+def test_one_input_for_all_samples_is_refused() -> None:
+    x = torch.randn(5, dtype=D, requires_grad=True)
+    with pytest.raises(UnrollError, match="E404.*one input for all samples"):
+        freedom(VECTORS, "div(z, x)").terms(torch.tanh(x).expand(3, 5), x)
+
+
 def test_training_draws_anew_as_torch_is_seeded() -> None:
     torch.manual_seed(0)
     w, x = torch.randn(5, 5, dtype=D), torch.randn(400, 5, dtype=D, requires_grad=True)

@@ -125,7 +125,7 @@ def _probes(r: Formula, node: ast.Call, keywords: list[ast.keyword]) -> tuple[in
     said = {"probes": 0, "seed": 0}
     for k in keywords:
         value, least = r.value(k.value), 1 if k.arg == "probes" else 0
-        if k.arg not in said or isinstance(value, Expr) or not value.is_Integer or value < least:
+        if k.arg not in said or isinstance(value, Expr) or not value.is_Integer or not least <= value < 2**63:
             r.fail(
                 k.value,
                 "E320",

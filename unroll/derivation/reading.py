@@ -294,6 +294,9 @@ class Reading(Known):
                 self.states.append(State(self.running[called], substitute(value, {**nowhere_yet})))
                 continue
             if start.number is not None:
+                if start.scaled_by is not None:
+                    hint = f"write the change where {key} is updated"
+                    raise SpecError("E320", f"{key} is a number, and scaled_by is of vectors", place(0, 1), hint)
                 first = read(start.number, indices)
                 if isinstance(first, Expr) or first.is_nonpositive:
                     raise SpecError("E132", f"{key} is one positive number; {start.number} is not", place(0, 1))

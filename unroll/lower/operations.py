@@ -1205,15 +1205,24 @@ HELPERS: dict[str, Helper] = {
     """The trace of the Jacobian of e in x, of which it was made, per sample; axes: of one sample, the last ones. probes: 0, or b' J b for so
     many b of random signs, its mean; fresh: drawn anew in each call, for each sample, else from seeds 0, 1, .. for all samples.
     """
-    shape = x.shape[x.ndim - axes :]
+    shape, keep = x.shape[x.ndim - axes :], {"create_graph": torch.is_grad_enabled(), "retain_graph": True, "allow_unused": True}
+    if x.ndim == axes < e.ndim:
+        raise LookupError("a divergence is taken in one input for all samples, and not in that of each")
 
-    def along(b):
-        keep = {"create_graph": torch.is_grad_enabled(), "retain_graph": True, "allow_unused": True}
-        found = torch.autograd.grad(e, x, b.expand_as(e), **keep)[0] if e.requires_grad else None
+    def slope(e, b):
+        found = torch.autograd.grad(e, x, b, **keep)[0] if e.requires_grad else None
         if found is None:
             raise LookupError("a divergence is taken in an input that the answer was not made of")
-        return (found * b).flatten(e.ndim - axes).sum(-1) if axes else found * b
+        return found
 
+    def along(b):
+        found = slope(e, b.expand_as(e)) * b
+        return found.flatten(e.ndim - axes).sum(-1) if axes else found
+
+    if not (probes and fresh) and x.ndim > axes and not torch.compiler.is_compiling():  # where signs are drawn for each sample, others count 0 in the mean
+        first, *_ = e.reshape(-1, *shape).split(1) if e.numel() else (None,)
+        if first is not None and slope(first, torch.ones_like(first)).reshape(-1, *shape)[1:].any():
+            raise LookupError("a divergence is taken of a network that mixes samples, as batch norm does in training")
     if not probes:
         return sum(along(b.reshape(shape)) for b in torch.eye(math.prod(shape), dtype=e.dtype, device=e.device))
     signs = (

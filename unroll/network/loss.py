@@ -485,6 +485,8 @@ class Loss(nn.Module):
         try:
             return cast(Any, super()).terms(*values)
         except LookupError as e:
+            if type(e) is not LookupError:  # an index of torch's, a key
+                raise
             hint = "give the loss what the network was given, in float32 or float64, and its answer, not detached"
             raise UnrollError("E404", str(e), hint=hint) from e
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
