@@ -177,3 +177,12 @@ def test_what_no_state_is_a_multiple_of_is_refused(state: Spec, code: str, says:
         compiled({**spec(algorithm="mine"), "algorithms": {"mine": text}})
     assert (refused.value.code, says in refused.value.message) == (code, True)
     assert refused.value.where is not None
+
+
+def test_a_weight_that_doubles_is_a_number_in_every_layer() -> None:
+    """An int would be too large for torch in layer 63."""
+    spec = {
+        "dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"x": ["n"]}, "minimize": {"f": "1/2*sumsq(x - z)", "s": "0.3*norm1(z)"},
+        "unroll": {"algorithm": "admm", "layers": 80, "numbers": {"rho": "2**layer"}},
+    }  # fmt: skip
+    assert unroll.compile(spec)(torch.ones(2, 3)).isfinite().all()

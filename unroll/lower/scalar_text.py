@@ -219,6 +219,8 @@ def _power(e: sp.Pow, go: Go) -> Text:
     if exponent.is_Rational and exponent < 0:
         return Text(f"1 / {go(1 / e).at(UNARY)}", PRODUCT, base.tensor)
     power = go(exponent)
+    if e.base.is_Integer and not exponent.is_number and not power.tensor:  # else an int, which torch takes up to 2**63
+        base = Text(f"{base.code}.0", base.level, False)
     return Text(f"{base.at(POSTFIX)} ** {power.at(POWER)}", POWER, base.tensor or power.tensor)
 
 
