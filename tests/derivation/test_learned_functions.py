@@ -282,6 +282,27 @@ def test_two_functions_are_not_one() -> None:
         unroll.compile(s)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "change", "depends"),
+    [
+        ("proximal_gradient", {"inputs": {"x": ["m"], "A": {"shape": ["m", "n"], "stored": "as_written"}}}, "A"),
+        ("coordinate_descent", {}, "the step of each entry"),
+        ("adaptive_admm", {}, "rho"),
+        ("admm", {"numbers": {"rho": "1 + layer"}}, "rho"),
+    ],
+)
+def test_what_is_known_in_a_call_alone_is_no_start(algorithm: str, change: dict[str, Any], depends: str) -> None:
+    s = spec({"knots": 11})
+    s["unroll"] |= {"algorithm": algorithm, "numbers": change.pop("numbers", {})}
+    s |= {"parameters": {}, **change} if change else {}
+    if "admm" in algorithm:
+        s["unroll"]["learn"]["phi"]["in"] = "w[j]"
+    del s["unroll"]["step"]
+    with pytest.raises(SpecError, match=f"depends on {depends}: it has no value to start at") as refusal:
+        unroll.compile(s, seed=0)
+    assert refusal.value.code == "E306" and "known when the network is set up" in str(refusal.value)
+
+
 def test_in_an_update_of_members() -> None:
     s = spec({"knots": 11}, penalty="lam * norm1(A @ z)", **{"in": "w[j]"})
     s["unroll"] = {**s["unroll"], "algorithm": "admm"}

@@ -425,3 +425,14 @@ def test_a_step_whose_constant_depends_on_a_sample_has_no_start_as_a_parameter(w
     unrolled = {"algorithm": "gradient_descent", "step": "1/L", "layers": 2, "learn": {"a": {"replaces": "step"}}}
     with pytest.raises(SpecError, match=f"depends on {names}: it has no value to start at"):
         unroll.derive({**spec, "unroll": unrolled})
+
+
+def test_a_number_that_layers_set_has_no_start_as_a_parameter() -> None:
+    spec = {"dims": {"n": 3}, "variables": {"z": ["n"]}, "inputs": {"y": ["n"]}, "minimize": {"f": "sumsq(z - y)"}}
+    unrolled = {"algorithm": "gradient_descent", "numbers": {"step": "0.1/(1 + layer)"}, "layers": 2}
+    with pytest.raises(SpecError, match="depends on step: it has no value to start at"):
+        unroll.derive({**spec, "unroll": {**unrolled, "learn": {"a": {"replaces": "step"}}}})
+    learned: dict[str, Any] = {"a": {"replaces": "step", "start": 0.25, "share": "none"}}
+    net: Any = unroll.compile({**spec, "unroll": {**unrolled, "learn": learned}}, dtype=torch.float64)
+    x = torch.ones(3, dtype=torch.float64)
+    assert torch.allclose(net(x), 0.75 * x)

@@ -51,6 +51,7 @@ from unroll.language.constructors import (
 )
 from unroll.language.functions import Value, as_expr
 from unroll.language.nodes import (
+    STEP_OF_ENTRY,
     Add,
     Expr,
     Eye,
@@ -578,7 +579,8 @@ def _read_by(value: Value, step: Step) -> set[Sym | sp.Basic]:
     found, todo = set[Sym | sp.Basic](), [value]
     while todo:
         e = todo.pop()
-        new = {*(e.symbols if isinstance(e, Expr) else e.free_symbols)} - found
+        numbers_of = set[sp.Symbol]().union(*map(_scalars, walk(e))) if isinstance(e, Expr) else e.free_symbols
+        new = {*(e.symbols if isinstance(e, Expr) else ()), *numbers_of} - found
         found |= new
         todo += [defined[name] for s in new if (name := str(getattr(s, "name", s))) in defined]
     return found
@@ -587,10 +589,18 @@ def _read_by(value: Value, step: Step) -> set[Sym | sp.Basic]:
 def _has_start(name: str, record: Learn, value: Value, step: Step, where: Where) -> None:
     """What a parameter takes the place of has a value before the network runs, or the spec says where its start comes from."""
     moving = {s.symbol.name for s in step.states} | {a.target.name for a in step.assigns if isinstance(a.target, Sym)}
-    read = [s for s in _read_by(value, step) if isinstance(s, Sym)]
-    depends_on = sorted(s.name for s in read if (s.role == "state" and s.name in moving) or s.role == "input")
+    numbers = {s: _name(s) for s in (x.target for x in step.assigns) if isinstance(s, sp.Symbol)}
+    numbers |= {STEP_OF_ENTRY: "the step of each entry"}
+    read = _read_by(value, step)
+    vectors = [s for s in read if isinstance(s, Sym)]
+    depends_on = sorted(s.name for s in vectors if (s.role == "state" and s.name in moving) or s.role == "input")
+    depends_on += sorted(said for s, said in numbers.items() if s in read)
     if depends_on and record.init == "value" and record.start is None:
         hint = "init: data works it out on data, layer by layer; or draw its start, as init: gaussian"
+        if record.function is not None:
+            hint = (
+                "a function starts at what it replaces: all that is in that has to be known when the network is set up"
+            )
         raise SpecError(
             "E306",
             f"{name} takes the place of something that depends on {depends_on[0]}: it has no value to start at",
