@@ -12,6 +12,8 @@ from torch import Tensor
 
 import unroll
 from unroll.errors import DeriveError, SpecError
+from unroll.language.problem import from_spec
+from unroll.spec import load
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -130,3 +132,32 @@ def test_what_is_no_cut_is_refused() -> None:
                         "parameters": {}, "dims": {"s": 3, "n": 12}})  # fmt: skip
     with pytest.raises(SpecError, match="vector is needed"):
         unroll.compile(spec("group_norm(groups(P, s), 0) + norm1(z)"))
+
+
+@pytest.mark.parametrize(
+    ("term", "same"),
+    [
+        ("norm1(groups(z, s))", "norm1(z)"),
+        ("sum(huber(groups(z - w, s), 1))", "sum(huber(z - w, 1))"),
+        ("norm1(groups(w, s) * groups(z, s))", "norm1(w * z)"),
+        ("norm1(groups_T(groups(z, s) + ones(s, g), s))", "norm1(groups(z, s) + ones(s, g))"),
+        ("norm_inf(groups(z, s))", "norm_inf(z)"),
+        ("group_norm(groups(z, g*s), 0)", "norm2(z)"),
+        ("group_norm(groups(z, 1), 1)", "norm2(z)"),
+        ("sumsq(groups(z, s)) + logsumexp(groups(z, s))", "sumsq(z) + logsumexp(z)"),
+    ],
+)
+def test_what_does_not_ask_where_an_entry_stands_sees_through(term: str, same: str) -> None:
+    found, wanted = (from_spec(load(spec(t))).terms["f"] for t in (term, same))
+    assert found is wanted
+
+
+def test_entries_of_groups_are_entries_for_a_function_and_for_a_sweep() -> None:
+    s = spec("norm1(groups(z, s))")
+    s["unroll"]["learn"] = {"phi": {"replaces": "prox", "function": {"knots": 11, "range": [-1, 1]}}}
+    assert "phi(step" in str(unroll.derive(s).step.assigns[0].value)
+    s["unroll"]["algorithm"] = "coordinate_descent"
+    del s["unroll"]["learn"], s["unroll"]["step"]
+    net: Any = unroll.compile(s, dtype=D, seed=0)
+    x = drawn(5, S * G)
+    assert torch.allclose(net(x), x.sign() * (x.abs() - 0.4).clamp_min(0))

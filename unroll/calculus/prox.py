@@ -186,8 +186,6 @@ def in_groups(term: Expr, z: Sym) -> tuple[Expr, Sym, tuple[sp.Expr, ...]] | Non
         match e:
             case Map(profile, args) if any(map(is_column, args)):
                 return operator("groups", elementwise(profile, *map(cut, args)), True, size)
-            case Sum(Op("groups", x, True), None):
-                return total(x)
             case Indicator("nonneg" | "box" as name, params, Op("groups", x, True)) if not any(
                 isinstance(p, Expr) for p in params
             ):

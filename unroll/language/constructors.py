@@ -584,9 +584,13 @@ def total(e: Expr, axis: Axis = None) -> Expr:
         return e
     if e.is_scalar:
         return e
+    if axis is not None and e.shape[1 - axis] == 1:  # there is one column, or one row
+        axis = None
     pushed = _distribute(lambda x: total(x, axis), e)
     if pushed is not None:
         return pushed
+    if axis is None and (whole := _uncut(e)) is not e:
+        return total(whole)
     if (
         axis is None
         and isinstance(e, Map | Transpose)
@@ -610,6 +614,19 @@ def total(e: Expr, axis: Axis = None) -> Expr:
             return ones(*out) if axis == along else total(ones(*reduced(e.shape, along)))
         case _:
             return intern(Sum, e, axis)
+
+
+def _uncut(e: Expr) -> Expr:
+    """e of the vector where it is of groups of that, entry by entry: for what does not ask where an entry stands."""
+    parts = e.args if isinstance(e, Map) else (e,)
+    terms = [split(t)[1] for part in parts for t in (part.terms if isinstance(part, Add) else (part,))]
+    cuts = {(t.adjoint, t.sizes) for t in terms if isinstance(t, Op) and t.name == "groups"}
+    if len(cuts) != 1 or any(not part.is_scalar and part.shape != e.shape for part in parts):
+        return e
+    ((adjoint, sizes),) = cuts
+    whole = [part if part.is_scalar else operator("groups", part, not adjoint, sizes) for part in parts]
+    found = elementwise(e.profile, *whole) if isinstance(e, Map) else whole[0]
+    return found if found.key.count("Op(groups,") < e.key.count("Op(groups,") else e
 
 
 def trace(e: Expr) -> Expr:
@@ -654,6 +671,7 @@ def logdet(e: Expr) -> Expr:
 
 
 def logsumexp(e: Expr, axis: Axis = None) -> Expr:
+    e = _uncut(e) if axis is None else e
     return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else intern(LogSumExp, e, axis)
 
 
@@ -683,6 +701,7 @@ def normalise(kind: str, axis: int, eps: Any, e: Expr, weight: Expr | None = Non
 
 
 def largest(e: Expr, axis: Axis = None) -> Expr:
+    e = _uncut(e) if axis is None else e
     return e if (e.is_scalar or (axis is not None and e.shape[axis] == 1)) else intern(Max, e, axis)
 
 
@@ -775,6 +794,8 @@ def operator(name: str, e: Expr, adjoint: bool = False, sizes: tuple[sp.Expr, ..
     if isinstance(e, Zero):
         return zeros(*shape)
     match name, e:
+        case "groups", Ones():
+            return ones(*shape)
         case "groups", Op("groups", x, other, same_sizes) if other != adjoint and same_sizes == sizes:
             return x
         case "groups", _ if adjoint and e.cols == 1:
