@@ -463,8 +463,8 @@ def test_terms_and_gradients_of_the_objective_read_back_the_same(grid: tuple[int
     "ignore:.*Function.*should not be instantiated:DeprecationWarning"
 )  # by torch.compile itself
 def test_the_network_compiles_exports_and_is_restored(tmp_path: Path) -> None:
-    net = unroll.compile("redunet_2d", dims=sizes(2, (3, 4), 3), dtype=torch.float64, overrides=["unroll.layers=2"])
-    x, members = labelled(2, (3, 4), 9, 3)
+    net = unroll.compile("redunet_2d", dims=sizes(2, (3, 4), 2), dtype=torch.float64, overrides=["unroll.layers=1"])
+    x, members = labelled(2, (3, 4), 9, 2)
     net.construct(X=x, Pi=members.mT)
     wanted = net(x).detach()
     other = unroll.compile("lista", dims={"m": 4, "n": 5}, overrides=["unroll.layers=1"])

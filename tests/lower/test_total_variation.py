@@ -157,7 +157,7 @@ def test_a_network_takes_each_column_and_learns_the_step() -> None:
     assert net.theta.grad.isfinite().all()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("n, T", [(12, 3), (4, 4), (2, 5), (1, 3), (3, 2), (3, 1)])
+@pytest.mark.parametrize("n, T", [(9, 3), (4, 4), (1, 3), (3, 1)])
 def test_along_the_other_axis_it_is_that_of_the_transpose(n: int, T: int) -> None:
     """By its prox, and by the duals of two composite terms along both axes, against CVXPY."""
     terms = {"f": "1/2*sumsq(Z - X)", "jumps": "mu*tv(Z.T)", "size": "lam*norm1(Z)"}
@@ -167,7 +167,7 @@ def test_along_the_other_axis_it_is_that_of_the_transpose(n: int, T: int) -> Non
     assert torch.allclose(net(x), want, atol=1e-14)
 
     plane = {**SPEC, "dims": {"n": n, "T": T}, "minimize": {**terms, "size": "lam*tv(Z)"}}
-    plane["unroll"] = {"algorithm": "condat_vu", "layers": 2000}
+    plane["unroll"] = {"algorithm": "condat_vu", "layers": 700}
     found, z = unroll.compile(plane, dtype=D)(x[:1])[0], cp.Variable((T, n))
     cost = cp.sum_squares(x[0].numpy() - z) / 2
     cost += 0.3 * cp.sum(cp.abs(cp.diff(z, axis=0))) if T > 1 else 0

@@ -50,7 +50,7 @@ def test_text_made_of_what_yaml_minds(text):
     outcome(text.encode())
 
 
-@QUIET
+@settings(QUIET, max_examples=100)
 @given(st.dictionaries(KEYS, TREES, max_size=5))
 def test_random_trees(tree):
     outcome(tree)
