@@ -43,7 +43,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "Hessian-LISTA": ("hessian_lista", (*LAYERWISE, STEPS), "I/L"),
     "scaled tied LISTA": ("scaled_lista", (*LAYERWISE, STEPS), "A'A, A'"),
     "LISTA-CP": ("lista_cp", (*LAYERWISE, STEPS), "A'/L"),
-    "LISTA-CPSS": ("lista_cpss", (*LAYERWISE, "train.lr={matrices: 0.002, scalars: 0.02}"), "A'/L"),
+    "LISTA-CPSS": ("lista_cpss", (*LAYERWISE, "train.lr={matrices: 0.001, scalars: 0.02}", "train.clip=1.0"), "A'/L"),
     "LISTA-CPSS, analytic": (
         "lista_cpss",
         (*LAYERWISE, GENTLE, "unroll.learn.W.start=diag(1 / diagonal(pinv(A) @ A)) @ pinv(A)"),
