@@ -198,6 +198,13 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, data):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def test_gradients_that_are_too_long_to_measure_are_named_by_the_largest(tmp_path, data):
+    net = fresh(data)
+    net.W1.register_hook(lambda g: g * 1e200)
+    with pytest.raises(SpecError, match="the length of the gradient, of W1 most, is not finite"):
+        fit(net, data, settings(), tmp_path)
+
+
 def test_a_supervised_loss_without_targets_is_refused(tmp_path, data):
     bare = type(data)("file", Split(data.train.inputs), Split(data.validation.inputs))
     with pytest.raises(SpecError) as caught:

@@ -220,9 +220,13 @@ def blame(net: Net, batch: Split, step: int) -> SpecError:
 
 
 def blame_gradient(net: Net, step: int) -> SpecError:
-    """Names the parameters whose gradient is not finite."""
-    named = losses.module(net).named_parameters()
-    found = [describe(net, name, p.grad) for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+    """Names the parameters whose gradient is not finite, or the one whose is so large that the length of all is not."""
+    grads = {name: p.grad for name, p in losses.module(net).named_parameters() if p.grad is not None}
+    found = [describe(net, name, g) for name, g in grads.items() if not g.isfinite().all()]
+    if not found:
+        return _not_finite(
+            f"the length of the gradient, of {max(grads, key=lambda n: grads[n].abs().max())} most,", step
+        )
     return _not_finite(f"the gradient of {', '.join(found)}", step)
 
 
