@@ -161,3 +161,20 @@ def test_entries_of_groups_are_entries_for_a_function_and_for_a_sweep() -> None:
     net: Any = unroll.compile(s, dtype=D, seed=0)
     x = drawn(5, S * G)
     assert torch.allclose(net(x), x.sign() * (x.abs() - 0.4).clamp_min(0))
+
+
+def test_numbers_of_entries_are_of_a_size_that_is_a_product_and_none_of_groups() -> None:
+    s = spec("norm1(groups(z, s))")
+    learned: dict[str, Any] = {"replaces": "step", "shape": ["g*s"], "where": "prox"}
+    s["unroll"]["learn"] = {"th": learned}
+    net: Any = unroll.compile(s, dtype=D, seed=0)
+    x = drawn(5, S * G)
+    assert net.th.shape == (1, S * G)
+    assert torch.allclose(net(x), x.sign() * (x.abs() - 0.4).clamp_min(0))
+    s["unroll"]["learn"] = {"phi": {"replaces": "prox", "shape": ["g*s"], "function": {"knots": 5, "range": [-1, 1]}}}
+    assert unroll.compile(s, dtype=D, seed=0)(x).shape == x.shape  # type: ignore[operator]
+    for term in ("group_norm(groups(z, s), 0)", "norm2(z)"):
+        s = spec(term)
+        s["unroll"]["learn"] = {"th": learned}
+        with pytest.raises(SpecError, match="several entries share one"):
+            unroll.compile(s)

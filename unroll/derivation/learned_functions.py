@@ -26,7 +26,7 @@ from unroll.language.constructors import (
     symbol,
     transpose,
 )
-from unroll.language.nodes import Expr, Grid, Map, Prox, ProxMap, Sym, dim, show_shape, slot
+from unroll.language.nodes import Expr, Grid, Map, Prox, ProxMap, Sym, show_shape, slot
 from unroll.language.show import text
 from unroll.language.traversal import transform
 from unroll.spec.schema import Function, Learn
@@ -131,8 +131,7 @@ def _symbol(f: Asked, grid: Grid, x: Expr) -> Expr:
     count = sp.Integer(grid.stored)
     if f.record.shape is None:
         return symbol(f.name, count, 1, "learned", 1)
-    shape = [sp.Integer(n) if isinstance(n, int) else dim(n) for n in f.record.shape]
-    if shape != [x.rows]:
+    if [str(n) for n in f.record.shape] != [str(x.rows)]:
         raise SpecError("E306", f"the shape of {f.name} is not that of the rows of {show_shape(x.shape)}", f.where, f"shape: [{x.rows}] gives each row its own")  # fmt: skip
     return symbol(f.name, x.rows, count, "learned", 2)
 

@@ -63,6 +63,7 @@ from unroll.language.nodes import (
     Op,
     Project,
     Prox,
+    ProxMap,
     Signal,
     Sym,
     bound_indices,
@@ -92,7 +93,7 @@ class Wanted:
 
     rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
     commutes with cyclic shifts: its axes of places. The parameter is then `kernel`, the first columns of that matrix, real.
-    start: what it starts at instead.
+    start: what it starts at instead.  rows: how many there are of a number that is repeated.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Wanted:
     sizes: tuple[sp.Expr, ...] = ()
     kernel: Expr | None = None
     start: Value | None = None
+    rows: sp.Expr | None = None
 
     def rewritten(self) -> Wanted:
         """The entry as the exact rewrites of its block make it, if they do."""
@@ -409,7 +411,8 @@ def read(
             "add where: output, or put a vector into the objective",
         )
     at_value = spec.origin(*path, "replaces").where()
-    return Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start)
+    rows = None if record.shape is None else z.rows
+    return Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start, rows=rows)
 
 
 NOT_OF_FUNCTIONS = (
@@ -509,6 +512,8 @@ def _replaced(step: Step, w: Wanted) -> Step | None:
     """The step with the parameter in place; a number is kept positive where that needs its sign. Raises SpecError E306."""
     found = _swapped(step, w)
     s = found.learned[-1].symbol if found is not None and not w.record.fixed and not isinstance(w.value, Expr) else None
+    if found is not None and w.rows is not None and not w.record.fixed:
+        _refuse_shared(found, w)
     needed = needs_sign(found, s) if found is not None and isinstance(s, sp.Symbol) and not s.is_positive else None
     if needed is None:
         return found
@@ -521,6 +526,17 @@ def _replaced(step: Step, w: Wanted) -> Step | None:
         w.where,
         f"leave out {'positive: false' if w.record.bounds is None else 'bounds'}: it is then kept positive; or bounds: clamp(0)",
     )
+
+
+def _refuse_shared(step: Step, w: Wanted) -> None:
+    """Raises SpecError E306 where a number of each entry would be that of what several entries share, as the length of a group."""
+    s = step.learned[-1].symbol
+    steps = [e for a in step.assigns if isinstance(a.value, Expr) for e in walk(a.value) if isinstance(e, Prox)]
+    for e in steps:
+        for x in walk(_derived(e)):
+            if isinstance(x, ProxMap) and s in x.prox.scalars and x.rows != w.rows:
+                what = f"in the proximal step of {text(e.term)} several entries share one"
+                raise SpecError("E306", f"{w.name} cannot be of each entry: {what}", w.where, "leave out shape")
 
 
 def _swapped(step: Step, w: Wanted) -> Step | None:
@@ -623,10 +639,7 @@ def _learned(w: Wanted) -> tuple[Learned, ...]:
     record, value = w.record, w.value if w.kernel is None else w.kernel
     per_layer = record.share == "none" and record.in_ != "start"
     if not isinstance(value, Expr):
-        shape = tuple(
-            sp.Integer(n) if isinstance(n, int) else sp.Symbol(n, integer=True, positive=True)
-            for n in record.shape or ()
-        )
+        shape = () if w.rows is None else (w.rows,)
         s = scalar(w.name, positive=record.positive or _limits(w)[0] >= 0)
         return (
             Learned(
