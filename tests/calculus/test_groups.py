@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sympy as sp
 import torch
 from torch import Tensor
 
 import unroll
+from unroll.calculus.divergence import divergence, planned
 from unroll.errors import DeriveError, SpecError
+from unroll.language.constructors import add, prox, symbol
+from unroll.language.constructors import scale as multiple
+from unroll.language.functions import as_expr
+from unroll.language.nodes import dim
+from unroll.language.parse import Scope, nowhere, parse
 from unroll.language.problem import from_spec
+from unroll.network.evaluate import Evaluator
 from unroll.spec import load
 
 with warnings.catch_warnings():
@@ -178,3 +186,28 @@ def test_numbers_of_entries_are_of_a_size_that_is_a_product_and_none_of_groups()
         s["unroll"]["learn"] = {"th": learned}
         with pytest.raises(SpecError, match="several entries share one"):
             unroll.compile(s)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("term", ["group_norm(groups(z, s), 0)", "tv(groups(z, s))", "group_norm(groups(z, s), 1)"])
+def test_the_divergence_of_a_step_is_the_trace_of_its_jacobian(term: str, scale: float) -> None:
+    """The step of 0.4 f at 2 r + x, against automatic differentiation."""
+    size, groups = dim("s"), dim("g")
+    z, r, x = (symbol(name, groups * size, 1, "state") for name in ("z", "r", "x"))
+    f = as_expr(parse(term, Scope({"z": z, "s": size, "g": groups}), nowhere))
+    e = planned(prox(f, z, sp.Rational(2, 5), add(multiple(2, r), x)))
+    point, shift = scale * drawn(S * G, 1), scale * drawn(S * G, 1, seed=1)
+    value = lambda e, v: Evaluator({r: v, x: shift}, {size: S, groups: G}, {})(e)
+    jacobian = torch.autograd.functional.jacobian(lambda v: value(e, v), point).squeeze()
+    found = value(divergence(e, r), point).squeeze()
+    torch.testing.assert_close(found, jacobian.trace(), rtol=1e-9, atol=1e-9)
+    assert abs(float(found)) > 0.1 or scale < 1
+
+
+def test_a_text_with_onsagers_term_takes_groups() -> None:
+    s = spec("group_norm(groups(z, s), 0)")
+    s |= {"parameters": {"A": ["m", "g*s"]}, "inputs": {"x": ["m"]}, "dims": {"m": 8, "s": S, "g": G}}
+    s["minimize"]["fit"] = "1/2 * sumsq(x - A @ z)"
+    s["unroll"] = {"algorithm": "amp", "layers": 2}
+    net: Any = unroll.compile(s, dtype=D, seed=0)
+    assert bool(net(drawn(3, 8)).isfinite().all())

@@ -53,6 +53,7 @@ from unroll.language.nodes import (
     Map,
     Mul,
     Multiplier,
+    Op,
     Project,
     Prox,
     ProxMap,
@@ -103,6 +104,11 @@ def divergence(e: Expr, r: Sym) -> Expr:
         case Project("psd" | "volume" as name, params, x) if depends(x, r):
             found = scalar_of(name, *(p for p in params if not isinstance(p, Expr)))
             return scale(c * _multiple(x, r, e, turned=True), spectral_divergence(found, x, symmetric=True))
+        case Op("groups", x, True, sizes) if r.cols == 1:  # the same number, of the matrix whose columns are the groups
+            cut = operator("groups", r, sizes=sizes)
+            matrix = symbol(f"_groups_{r.name}", *cut.shape, "state", 2)
+            of_matrix = divergence(substitute(x, {r: operator("groups", matrix, True, sizes)}), matrix)
+            return scale(c, substitute(of_matrix, {matrix: cut}))
         case _:
             return total(_own(e, r, e))
 
