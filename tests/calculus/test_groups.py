@@ -138,6 +138,10 @@ def test_what_is_no_cut_is_refused() -> None:
     with pytest.raises(SpecError, match="not a multiple"):
         unroll.compile({**spec("group_norm(groups(z, s), 0)"), "variables": {"z": ["n"]}, "inputs": {"x": ["n"]},
                         "parameters": {}, "dims": {"s": 3, "n": 12}})  # fmt: skip
+    swept = spec("group_norm(groups(z, s), 0)")
+    swept["unroll"] = {"algorithm": "coordinate_descent", "layers": 1}
+    with pytest.raises(SpecError, match="joins entries of z to groups"):
+        unroll.compile(swept)
     with pytest.raises(SpecError, match="vector is needed"):
         unroll.compile(spec("group_norm(groups(P, s), 0) + norm1(z)"))
 

@@ -125,6 +125,8 @@ def proximable(term: Expr, z: Sym) -> Proximal:
 
 def separable(term: Expr, z: Sym) -> Expr:
     """The prox of each entry by itself, at `entry` with STEP_OF_ENTRY. Raises DeriveError E302 where the term joins entries."""
+    if in_groups(term, z) is not None:
+        raise DeriveError("E302", f"{text(term)} joins entries of {z.name} to groups")
     parts = Parts.of(term, z)
     if replace(parts, tilt=(), entries=(), others=(), domain=()) != Parts():
         raise DeriveError("E302", f"{text(term)} joins entries of {z.name}")
