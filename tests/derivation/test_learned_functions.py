@@ -262,6 +262,7 @@ def test_of_a_formula_of_the_spec() -> None:
         ({"replaces": "A.T"}, "cannot be a function"),
         ({"shape": ["m"]}, "not that of the rows"),
         ({"positive": True}, "'positive' says nothing"),
+        ({"function": {"degree": 2}}, "degree must be 1 or 3, not 2"),
         ({"bias": True}, "'bias' says nothing"),
     ],
 )

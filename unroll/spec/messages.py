@@ -104,7 +104,8 @@ def _message(path: Path, errors: list[ErrorDetails], root: Entries, model: type[
             case _:
                 pass
     expected = [SHORT.get(e.get("ctx", {}).get("class_name", ""), EXPECTED.get(e["type"], "")) for e in errors]
-    allowed = [w for e in errors if e["type"] == "literal_error" for w in re.findall(r"'(\w+)'", e["ctx"]["expected"])]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    known = [e["ctx"]["expected"] for e in errors if e["type"] == "literal_error"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    allowed = [word.strip("'") for words in known for word in re.findall(r"'\w+'|\d+", words)]
     return _mistaken(path, root, [words for words in expected if words], allowed)
 
 
@@ -131,7 +132,7 @@ def _mistaken(path: Path, root: Entries, expected: list[str], allowed: list[str]
     """A value of the wrong type (E203), or a word that is not one of those allowed (E204)."""
     node = node_at(root, path)
     value = node.value if isinstance(node, Scalar) else None
-    choices = [*dict.fromkeys(expected), *(f"'{word}'" for word in allowed)]
+    choices = [*dict.fromkeys(expected), *(word if word.isdecimal() else f"'{word}'" for word in allowed)]
     listed = f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0] if choices else "valid"
     code = "E204" if allowed and isinstance(value, str) else "E203"
     hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
