@@ -103,7 +103,7 @@ MUTATIONS = (
     Mutation("frequencies, the transpose is conjugate", "derivation/rewrites/frequencies.py", "transpose(conjugated(b))", "transpose(b)", "lower/test_shifts.py"),
     Mutation("frequencies, the scale of the transform", "derivation/rewrites/frequencies.py", "scale(1 / sp.sqrt(sp.Mul(*sizes)), block)", "block", "lower/test_shifts.py"),
     # lower
-    Mutation("divergence of an answer, its signs", "lower/operations.py", "return (found * b).flatten", "return found.flatten", "network/test_divergence_of_an_answer.py"),
+    Mutation("divergence of an answer, its signs", "lower/operations.py", "found = slope(e, b.expand_as(e)) * b", "found = slope(e, b.expand_as(e))", "network/test_divergence_of_an_answer.py"),
     Mutation("probes, both ends", "calculus/divergence.py", "for side in (1, -1)]", "for side in (1, 0)]", "derivation/test_probes.py"),
     Mutation("divergence of singular values, the sides that are left", "lower/spectral.py", "abs(x.shape[-2] - x.shape[-1]) * to_zero.sum(-1)", "to_zero.sum(-1) * 0", "calculus/test_divergence.py"),
     Mutation("divergence of eigenvalues, each pair once", "lower/spectral.py", ".tril().sum((-2, -1))", ".sum((-2, -1))", "calculus/test_divergence.py"),

@@ -512,20 +512,20 @@ def _replaced(step: Step, w: Wanted) -> Step | None:
     """The step with the parameter in place; a number is kept positive where that needs its sign. Raises SpecError E306."""
     found = _swapped(step, w)
     s = found.learned[-1].symbol if found is not None and not w.record.fixed and not isinstance(w.value, Expr) else None
+    needed = needs_sign(found, s) if found is not None and isinstance(s, sp.Symbol) and not s.is_positive else None
+    if needed is not None:
+        if w.record.positive is not None or w.record.bounds is not None:
+            a, e = needed
+            raise SpecError(
+                "E306",
+                f"{w.name} may be negative, and the proximal step of {text(e.term)} in the update of {_name(a.target)} is right for positive ones alone",
+                w.where,
+                f"leave out {'positive: false' if w.record.bounds is None else 'bounds'}: it is then kept positive; or bounds: clamp(0)",
+            )
+        found = _swapped(step, replace(w, record=w.record.model_copy(update={"positive": True})))
     if found is not None and w.rows is not None and not w.record.fixed:
         _refuse_shared(found, w)
-    needed = needs_sign(found, s) if found is not None and isinstance(s, sp.Symbol) and not s.is_positive else None
-    if needed is None:
-        return found
-    if w.record.positive is None and w.record.bounds is None:
-        return _swapped(step, replace(w, record=w.record.model_copy(update={"positive": True})))
-    a, e = needed
-    raise SpecError(
-        "E306",
-        f"{w.name} may be negative, and the proximal step of {text(e.term)} in the update of {_name(a.target)} is right for positive ones alone",
-        w.where,
-        f"leave out {'positive: false' if w.record.bounds is None else 'bounds'}: it is then kept positive; or bounds: clamp(0)",
-    )
+    return found
 
 
 def _refuse_shared(step: Step, w: Wanted) -> None:

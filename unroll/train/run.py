@@ -297,7 +297,8 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
-        _settle(job, cast(Spec, cast(Network | Model, net).spec))
+        if isinstance(net, Network | Model):
+            _settle(job, net.spec)
     return replace(data, parameters=parameters), net
 
 
