@@ -298,7 +298,7 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     if first_rank():
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
         if isinstance(net, Network | Model):
-            _settle(job, net.spec)
+            _settle(job, cast(Spec, net.spec))
     return replace(data, parameters=parameters), net
 
 
