@@ -88,16 +88,21 @@ def test_entropic_transport_is_that_of_cvxpy() -> None:
         assert np.abs(z.value - plan.numpy()).max() < 1e-5
 
 
-def test_a_row_without_mass_moves_nothing_and_has_a_slope() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(D, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_a_bin_without_mass_moves_nothing_and_has_a_slope(dtype: torch.dtype, close: float) -> None:
     spec = {
-        "use": "entropic_transport",
-        "dims": {"n": 2, "m": 2},
-        "unroll": {"algorithm": "bregman_projections", "layers": 4},
-    }
-    net = unroll.compile(spec, parameters={"C": torch.rand(2, 2, dtype=D)}, dtype=D)
-    a = torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.0, 0.0]], dtype=D, requires_grad=True)
-    found = net(a, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]], dtype=D))
+        "use": "entropic_transport", "dims": {"n": 2, "m": 2}, "unroll": {"algorithm": "bregman_projections", "layers": 4},
+    }  # fmt: skip
+    net = unroll.compile(spec, parameters={"C": torch.tensor([[0.1, 0.9], [0.4, 0.2]])}, dtype=dtype)
+    a = torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [1.0, 0.0]], dtype=dtype, requires_grad=True)
+    b = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    found = net(a, b)  # P is stored columns first
     assert (found[0, :, 0] == 0).all() and (found[2] == 0).all()
+    forced = torch.tensor([[[0, 0.5], [0, 0.5]], [[0, 0], [0, 0]], [[0, 0], [1, 0]]], dtype=dtype)
+    torch.testing.assert_close(found[[0, 2, 3]], forced, rtol=0, atol=close)
+    torch.testing.assert_close(found.sum(-1), b, rtol=0, atol=close)
     assert torch.autograd.grad(found.square().sum(), a)[0].isfinite().all()
 
 

@@ -17,7 +17,7 @@ import sympy as sp
 
 from unroll.calculus.cones import nonnegative
 from unroll.calculus.prox import Parts, turned
-from unroll.calculus.torch_text import reciprocal
+from unroll.calculus.torch_text import log_of_mass, reciprocal
 from unroll.errors import DeriveError
 from unroll.language.constructors import (
     add,
@@ -36,9 +36,6 @@ from unroll.language.constructors import (
 from unroll.language.nodes import Add, Expr, Sym, slot
 from unroll.language.show import text
 from unroll.language.traversal import expand
-
-NEVER = -1e30
-"""Stands for the logarithm of 0: it can be subtracted from itself, and its exponential is 0."""
 
 
 def entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr, logs: bool = False) -> Expr:
@@ -92,8 +89,10 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr, logs: bool) -> Expr:
     if logs:
         free = scale(1 / shrink, add(v, scale(-t, pull)))
         if sums is not None:
-            return elementwise(slot(0) + slot(1) - slot(2), free, elementwise(_LOG, sums), logsumexp(free, 0))
-        ends = (swap(_LOG, {slot(0): lo}), swap(_LOG, {slot(0): hi}))
+            return elementwise(
+                slot(0) + slot(1) - slot(2), free, elementwise(log_of_mass(slot(0)), sums), logsumexp(free, 0)
+            )
+        ends = (log_of_mass(lo), log_of_mass(hi))
         return elementwise(sp.Max(ends[0], sp.Min(ends[1], slot(0))), free) if p.domain else free
     if simplex and sums is not None:  # by logarithms, which do not overflow
         return times(sums, softmax(scale(1 / shrink, add(elementwise(sp.log(slot(0)), v), scale(-t, whole))), 0))
@@ -104,9 +103,6 @@ def _entropic(term: Expr, z: Sym, t: sp.Expr, v: Expr, logs: bool) -> Expr:
     if sums is not None:
         return elementwise(slot(0) * slot(1) * reciprocal(slot(2)), free, sums, total(free, 0))
     return elementwise(sp.Max(lo, sp.Min(hi, slot(0))), free) if p.domain else free
-
-
-_LOG = sp.Piecewise((sp.log(sp.Max(slot(0), sp.Float("1e-37"))), slot(0) > 0), (sp.Float(NEVER), True))
 
 
 def _entropy_and_slope(f: sp.Expr) -> tuple[sp.Expr, sp.Expr] | None:

@@ -68,6 +68,21 @@ class above_zero(sp.Function):
         return f"above_zero({printer.doprint(self.args[0])})"
 
 
+class log_of_mass(sp.Function):
+    """log x; of 0, far below every other logarithm of the type, a number that can be subtracted from itself."""
+
+    nargs = (1,)
+
+    @classmethod
+    def eval(cls, x: sp.Expr) -> sp.Expr | None:
+        return (
+            sp.Integer(-16_000) if x.is_zero else sp.log(x) if x.is_number else None
+        )  # its exponential is 0 in every type
+
+    def _torchcode(self, printer: Any) -> str:
+        return f"log_of_mass({printer.doprint(self.args[0])})"
+
+
 class reciprocal(sp.Function):
     """1/x, and 0 for 0."""
 

@@ -11,7 +11,7 @@ import sympy as sp
 from sympy.logic.boolalg import Boolean
 
 from unroll.calculus.stable import entr, expm1, log1p, logaddexp, logcosh, sigmoid, softplus, xlogy
-from unroll.calculus.torch_text import above_zero, as_fraction, decimal, nonzero, power, reciprocal
+from unroll.calculus.torch_text import above_zero, as_fraction, decimal, log_of_mass, nonzero, power, reciprocal
 from unroll.errors import DeriveError
 
 COMPARE, SUM, PRODUCT, UNARY, POWER, POSTFIX = range(6)
@@ -83,6 +83,10 @@ TEMPLATES: dict[type[Any], tuple[str, str]] = {
     above_zero: (
         "torch.where({0} >= torch.finfo({0}.dtype).tiny, {0}, torch.finfo({0}.dtype).tiny ** 0.25)",
         "({0} or 1e-9)",
+    ),
+    log_of_mass: (
+        "torch.where({0} > 0, torch.log(torch.where({0} > 0, {0}, 1)), torch.finfo({0}.dtype).min / 4)",
+        "(math.log({0}) if {0} > 0 else -16_000.0)",
     ),
 }
 

@@ -91,6 +91,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "min": _extreme(torch.minimum),
     "nonzero": lambda x: torch.where(_wide(x) >= torch.finfo(torch.float64).tiny, _wide(x), 1),
     "above_zero": lambda x: torch.where(_wide(x) == 0, 1e-77, _wide(x)),
+    "log_of_mass": lambda x: torch.where(_wide(x) > 0, _wide(x).clamp_min(1e-320).log(), -1e300),
     "pow": lambda x, p: torch.pow(_wide(x), _wide(p)),
     "where": lambda yes, a, b: torch.where(yes, _wide(a), _wide(b)),
 }
