@@ -62,11 +62,9 @@ def _binary(graph: Graph) -> Graph:
     """Products of many factors as products of two, from the left."""
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
-        if node.op != "product":
-            return None
         return b.scaled(inputs[0], reduce(lambda left, right: b.add("matmul", (left, right)), inputs[1:]))
 
-    return rewrite(graph, rule)
+    return rewrite(graph, rule, "product")
 
 
 def sample(graph: Graph, sizes: Mapping[str, int], seed: int = 0, batch: int = 2) -> dict[Leaf, Any]:

@@ -298,16 +298,11 @@ def _excess(half: Half, hand: Hand, sample: Sample, t: float) -> float:
         like = values[z] if z is half.variable else sample.at(cast(Expr, hand.operator), values)
         v, held = draw_like(like) * 2, sample.held(rest, values)
         best = sample.at(node, {**values, start: v}, {**held, step: t})
-        cost = lambda x, values=values, v=v, held=held: (
-            t * float(sample.at(e, {**values, z: x}, held)) + float((x - v).square().sum()) / 2
-        )
-        low = cost(best)
-        near = [best + size * draw_like(best) for size in (1e-3, 1e-2, 0.1, 1.0) for _ in range(4)]
-        inside = [
-            sample.at(node, {**values, start: x}, {**held, step: 1e-6}) for x in near
-        ]  # feasible where there are constraints
-        costs = [cost(x) for x in (*near, *inside, v, torch.zeros_like(v))]
-        worst = max([worst, *(low - c for c in costs if c < float("inf"))]) if low < float("inf") else float("inf")
+        near = torch.stack([best + size * draw_like(best) for size in (1e-3, 1e-2, 0.1, 1.0) for _ in range(4)])
+        inside = sample.at(node, {**values, start: near}, {**held, step: 1e-6})  # feasible where there are constraints
+        points = torch.cat([torch.stack([best, v, torch.zeros_like(v)]), near, inside.expand_as(near)])
+        costs = t * sample.at(e, {**values, z: points}, held).flatten() + (points - v).square().sum((-2, -1)) / 2
+        worst = max(worst, float(costs[0] - costs[costs.isfinite()].min())) if costs[0].isfinite() else math.inf
     return worst
 
 

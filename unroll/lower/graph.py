@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, assert_never, cast
 
 import networkx as nx
@@ -75,7 +75,7 @@ from unroll.language.nodes import (
 )
 from unroll.language.nodes import Node as Formula
 from unroll.language.problem import Problem
-from unroll.lower.operations import BY_NAME, Node, Ref, Stage, View
+from unroll.lower.operations import Node, Ref, Stage, View, shape_of
 
 Root = tuple[str, str]
 """("learned", W) start value of a parameter, ("start", z), ("next", z), ("block", name) its result, ("term", name)."""
@@ -140,6 +140,11 @@ def axes_text(node: Node) -> str:
     """Named axes as stored: `... N d`."""
     names = {"*": "...", "r": str(node.shape[0]), "c": str(node.shape[1]), **{k: f"{k}:{n}" for k, n in node.families}}
     return " ".join(names[t] for t in node.tags)
+
+
+@lru_cache(2**16)
+def _has(sized: tuple[tuple[sp.Expr, ...], ...], symbols: frozenset[sp.Symbol]) -> bool:
+    return any(n.free_symbols & symbols for sizes in sized for n in sizes)
 
 
 # --- building with value numbering ------------------------------------------------------------------------------------
@@ -245,9 +250,9 @@ class Builder:
             families.pop(attrs[0])
         if op == "spectrum":
             families[attrs[0]] = half_spectrum(attrs[1])
-        shape = BY_NAME[op].axes(views, attrs)
-        sized = (*(v.shape for v in views), shape, families.values())
-        late = op == "spectrum" or any(n.free_symbols & self.open for sizes in sized for n in sizes)
+        shape = shape_of(op, tuple(v.shape for v in views), attrs)
+        sized = (*(v.shape for v in views), shape, tuple(families.values()))
+        late = op == "spectrum" or _has(sized, self.open)
         least = (
             Stage.PROLOGUE if late else Stage.SETUP if op == "signs" else Stage.CONSTANT
         )  # no buffer is complex, or as large as a call says

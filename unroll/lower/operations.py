@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -138,12 +139,12 @@ class Context:
 class Operation:
     """A kind of tensor operation.
 
-    axes(inputs, attrs) -> shape.  text(out, operands, context) -> Python.  cost(out, inputs, sizes) -> floating-point
+    axes(shapes of the inputs, attrs) -> shape.  text(out, operands, context) -> Python.  cost(out, inputs, sizes) -> floating-point
     operations of one sample.  helpers: module-level functions that the text calls.
     """
 
     name: str
-    axes: Callable[[Sequence[View], tuple[Any, ...]], Shape]
+    axes: Callable[[Sequence[Shape], tuple[Any, ...]], Shape]
     text: Callable[[Node, Sequence[Operand], Context], Text]
     cost: Callable[[Node, Sequence[View], Callable[[sp.Expr], int]], int]
     helpers: tuple[str, ...] = ()
@@ -199,29 +200,29 @@ def _cubic(out: Node, args: Sequence[View], size: Sizes) -> int:
 # --- axes -------------------------------------------------------------------------------------------------------------
 
 
-def _same(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    return args[0].shape
+def _same(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    return args[0]
 
 
-def _broadcast(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    return broadcast(*(a.shape for a in args)) if args else (ONE, ONE)
+def _broadcast(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    return broadcast(*args) if args else (ONE, ONE)
 
 
-def _given(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+def _given(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
     return attrs[-2], attrs[-1]
 
 
-def _to_scalar(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
+def _to_scalar(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
     return ONE, ONE
 
 
-def _along(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    rows, cols = args[0].shape
+def _along(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0]
     return (ONE if attrs[0] in (None, 0) else rows, ONE if attrs[0] in (None, 1) else cols)
 
 
-def _product_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    return args[0].shape[0], args[-1].shape[1]
+def _product_axes(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    return args[0][0], args[-1][1]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -430,8 +431,8 @@ def _top_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"{name}({x.text.then('[..., None]').code}, {p.code})").then(".squeeze(-1)")
 
 
-def _factor_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    return WORKED[attrs[0]](args[0].shape)
+def _factor_axes(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    return WORKED[attrs[0]](args[0])
 
 
 def _factor_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
@@ -585,18 +586,18 @@ def _frequency_sum_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"frequency_sum({x.text.code}, {_axis(x, index)}, {', '.join(map(c.size, sizes))})")
 
 
-def _spectrum_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    rows, cols = args[0].shape
+def _spectrum_axes(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0]
     return sp.cancel(rows / sp.Mul(*attrs[1])), cols
 
 
-def _signal_axes(args: Sequence[View], attrs: tuple[Any, ...]) -> Shape:
-    rows, cols = args[0].shape
+def _signal_axes(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0]
     return rows * sp.Mul(*attrs[1]), cols
 
 
-def _operator_axes(name: str) -> Callable[[Sequence[View], tuple[Any, ...]], Shape]:
-    return lambda args, attrs: operator_shape(name, args[0].shape, *attrs)
+def _operator_axes(name: str) -> Callable[[Sequence[Shape], tuple[Any, ...]], Shape]:
+    return lambda args, attrs: operator_shape(name, args[0], *attrs)
 
 
 def _difference_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
@@ -817,12 +818,12 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("full", _given, _full_text, _free),
     Operation("map", _broadcast, _map_text, _pointwise),
     Operation("add", _broadcast, _add_text, _pointwise),
-    Operation("scale", lambda args, attrs: broadcast(args[0].shape, args[1].shape), _scale_text, _pointwise),
+    Operation("scale", lambda args, attrs: broadcast(args[0], args[1]), _scale_text, _pointwise),
     Operation("product", lambda args, attrs: _product_axes(args[1:], attrs), _leaf_text, _product_cost),
     Operation("matmul", _product_axes, _matmul_text, _product_cost),
     Operation(
         "weighed_product",
-        lambda args, attrs: (args[0].shape[0], args[2].shape[0]),
+        lambda args, attrs: (args[0][0], args[2][0]),
         _weighed_product_text,
         _weighed_product_cost,
         ("weighed_product",),
@@ -854,17 +855,17 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("drop_path", _same, _drop_path_text, _pointwise, ("drop_path",)),
     Operation("running_sum", _same, _running_text, _pointwise),
     Operation("attention", _same, _attention_text, _attention_cost),
-    Operation("diag", lambda args, attrs: (args[0].shape[0], args[0].shape[0]), _diag_text, _pointwise),
-    Operation("diagonal", lambda args, attrs: (args[0].shape[0], ONE), _diagonal_text, _pointwise),
+    Operation("diag", lambda args, attrs: (args[0][0], args[0][0]), _diag_text, _pointwise),
+    Operation("diagonal", lambda args, attrs: (args[0][0], ONE), _diagonal_text, _pointwise),
     Operation("trace", _to_scalar, _trace_text, _pointwise),
     Operation("trace_product", _to_scalar, _trace_product_text, _pointwise),
     Operation("inverse", _same, _call("inverse"), _cubic, ("inverse",)),
     Operation("cholesky", _same, _call("cholesky"), _cubic, ("cholesky",)),
     Operation("cholesky_inverse", _same, _call("cholesky_inverse"), _cubic, ("cholesky_inverse",)),
-    Operation("solve", lambda args, attrs: args[1].shape, _solve_text("solve"), _cubic, ("solve",)),
+    Operation("solve", lambda args, attrs: args[1], _solve_text("solve"), _cubic, ("solve",)),
     Operation(
         "cholesky_solve",
-        lambda args, attrs: args[1].shape,
+        lambda args, attrs: args[1],
         _solve_text("cholesky_solve"),
         _cubic,
         ("cholesky_solve",),
@@ -873,10 +874,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("logdet_cholesky", _to_scalar, _call("logdet_cholesky"), _pointwise, ("logdet_cholesky",)),
     Operation("spectral_norm", _to_scalar, _call("spectral_norm"), _cubic, ("spectral_norm",)),
     Operation("spectral_sum", _to_scalar, _spectral_sum_text, _cubic, ("spectral_sum",)),
-    Operation("spectral_map", lambda args, attrs: args[0].shape, _spectral_map_text, _cubic, ("spectral_map",)),
+    Operation("spectral_map", lambda args, attrs: args[0], _spectral_map_text, _cubic, ("spectral_map",)),
     Operation(
         "difference",
-        lambda args, attrs: (args[0].shape[0] + (1 if attrs[1] else -1), args[0].shape[1]),
+        lambda args, attrs: (args[0][0] + (1 if attrs[1] else -1), args[0][1]),
         _difference_text,
         _pointwise,
     ),
@@ -886,19 +887,25 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("groups", _operator_axes("groups"), _groups_text, _free),
     Operation("spectrum", _spectrum_axes, _spectrum_text, _pointwise, ("spectrum",)),
     Operation("signal", _signal_axes, _signal_text, _pointwise, ("signal",)),
-    Operation("energy", lambda args, attrs: (ONE, args[0].shape[1]), _energy_text, _pointwise, ("energy",)),
+    Operation("energy", lambda args, attrs: (ONE, args[0][1]), _energy_text, _pointwise, ("energy",)),
     Operation("frequency_sum", _same, _frequency_sum_text, _pointwise, ("frequency_sum",)),
     Operation("conjugate", _same, lambda out, args, c: args[0].text.then(".conj()"), _free),
     Operation("logdet_hermitian", _to_scalar, _logdet_text, _cubic, ("logdet_hermitian",)),
-    Operation("spectral_prox", lambda args, attrs: args[0].shape, _spectral_prox_text, _cubic, ("spectral_map",)),
+    Operation("spectral_prox", lambda args, attrs: args[0], _spectral_prox_text, _cubic, ("spectral_map",)),
     Operation("spectral_divergence", _to_scalar, _spectral_divergence_text, _cubic),
-    Operation("multiplier", lambda args, attrs: (ONE, args[0].shape[1]), _multiplier_text, _pointwise, ("multiplier",)),
-    Operation("sweep", lambda args, attrs: args[2].shape, _sweep_text, _sweep_cost, ("sweep",)),
+    Operation("multiplier", lambda args, attrs: (ONE, args[0][1]), _multiplier_text, _pointwise, ("multiplier",)),
+    Operation("sweep", lambda args, attrs: args[2], _sweep_text, _sweep_cost, ("sweep",)),
     Operation("project", _same, _project_text, _pointwise),
     Operation("curve", _same, _curve_text, _pointwise),
     Operation("indicator", _to_scalar, _indicator_text, _pointwise, ("indicator",)),
 )
 BY_NAME = {op.name: op for op in OPERATIONS}
+
+
+@lru_cache(2**16)
+def shape_of(op: str, shapes: tuple[Shape, ...], attrs: tuple[Any, ...]) -> Shape:
+    """The shape of op(inputs). Raises ShapeError."""
+    return BY_NAME[op].axes(shapes, attrs)
 
 
 # --- helpers: functions that emitted text calls -----------------------------------------------------------------------

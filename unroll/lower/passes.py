@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 import sympy as sp
@@ -29,7 +29,7 @@ from unroll.calculus.torch_text import power
 from unroll.language.constructors import swap
 from unroll.language.nodes import ONE, same, slot
 from unroll.lower.graph import Builder, Graph
-from unroll.lower.operations import BY_NAME, Node, Ref, Stage, View
+from unroll.lower.operations import BY_NAME, Node, Ref, Stage, View, shape_of
 
 Rule = Callable[[Builder, Node, tuple[Ref, ...]], Ref | None]
 BATCH = 64
@@ -44,7 +44,11 @@ class Sizes:
     layers: int
 
     def __call__(self, n: sp.Expr) -> int:
-        return _size(n, tuple(sorted(self.dims.items(), key=str)))
+        return _size(n, self._given)
+
+    @cached_property
+    def _given(self) -> tuple[tuple[sp.Symbol, int], ...]:
+        return tuple(sorted(self.dims.items(), key=str))
 
     def weight(self, node: Node | Stage, batched: bool = True) -> float:
         """How often a value is computed per sample."""
@@ -74,9 +78,10 @@ def optimise(graph: Graph, sizes: Sizes, check: Callable[[Graph, Graph], None] |
     for name, run in PASSES:
         before = graph
         graph, did = run(graph, sizes)
-        verify(graph, like=before)
-        if check is not None:
-            check(before, graph)
+        if graph is not before:
+            verify(graph, like=before)
+            if check is not None:
+                check(before, graph)
         if not did.startswith("0 "):
             log.append(f"{name}: {did}")
     log.append(f"hoist: {_hoisted(graph)}")
@@ -87,13 +92,19 @@ def optimise(graph: Graph, sizes: Sizes, check: Callable[[Graph, Graph], None] |
 # --- frame ------------------------------------------------------------------------------------------------------------
 
 
-def rewrite(graph: Graph, rule: Rule) -> Graph:
-    """Rebuild every node on its new operands, or as `rule` says. Equal values meet, unused ones go."""
+def rewrite(graph: Graph, rule: Rule, *ops: str, needs: str = "") -> Graph:
+    """Rebuild every node on its new operands, those of these operations as `rule` says. Equal values meet, unused ones go.
+
+    needs: an operation without which there is nothing to do.
+    """
+    there = {node.op for node in graph.nodes.values()}
+    if there.isdisjoint(ops) or (needs and needs not in there):
+        return graph
     b, new = Builder(graph.open), dict[int, Ref]()
     move: Callable[[Ref], Ref] = lambda r: b.flip(new[r.node]) if r.flip else new[r.node]
     for i, node in graph.nodes.items():
         inputs = tuple(map(move, node.inputs))
-        ref = rule(b, node, inputs)
+        ref = rule(b, node, inputs) if node.op in ops else None
         new[i] = (b.add(node.op, inputs, *node.attrs) if inputs else b.copy(node)) if ref is None else ref
         if not new[i].flip:
             b.carry(new[i].node, graph.names.get(i), graph.notes.get(i))
@@ -107,7 +118,7 @@ def verify(graph: Graph, like: Graph | None = None) -> None:
         assert all(r.node in seen for r in node.inputs), f"internal error, please report: operand of {i} is missing"
         seen.add(i)
         if node.inputs:
-            shape = BY_NAME[node.op].axes(graph.views(node), node.attrs)
+            shape = shape_of(node.op, tuple(v.shape for v in graph.views(node)), node.attrs)
             assert all(map(same, shape, node.shape)), f"internal error, please report: {node.op} has axes {node.shape}"
     if like is not None:
         assert graph.roots.keys() == like.roots.keys(), "internal error, please report: a pass lost a root"
@@ -142,7 +153,7 @@ def smaller(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "product" or len(inputs) != 3 or b.nodes[inputs[1].node].op != "inverse":
+        if len(inputs) != 3 or b.nodes[inputs[1].node].op != "inverse":
             return None
         coef, inner, right = inputs[0], b.nodes[inputs[1].node], inputs[2]
         found = _gram_beside_identity(b, inner.inputs[0]) if inner.attrs[0] == "symmetric" else None
@@ -162,7 +173,7 @@ def smaller(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         share = b.map(slot(0) / slot(1), (coef, a))
         return b.scaled(share, b.add("add", (b.scaled(one, right), less), (ONE, -ONE)))
 
-    return rewrite(graph, rule), f"{count} inverses taken on the smaller side"
+    return rewrite(graph, rule, "product", needs="inverse"), f"{count} inverses taken on the smaller side"
 
 
 def _gram_beside_identity(b: Builder, ref: Ref) -> tuple[Ref, Ref, Ref] | None:
@@ -193,7 +204,7 @@ def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "product" or len(inputs) < 3:
+        if len(inputs) < 3:
             return None
         coef, *factors = inputs
         for i, f in enumerate(factors):
@@ -210,11 +221,11 @@ def solves(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         return None
 
     def left(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
-        if node.op != "inverse" or not node.attrs[0]:
+        if not node.attrs[0]:
             return None
         return b.add("cholesky_inverse", (b.add("cholesky", inputs),), *node.attrs)
 
-    out = rewrite(rewrite(graph, rule), left)
+    out = rewrite(rewrite(graph, rule, "product", needs="inverse"), left, "inverse")
     return out, f"{count} inverses times a matrix became solves"
 
 
@@ -247,7 +258,7 @@ def _distributed(graph: Graph) -> Iterator[Graph]:
                 inner = graph.nodes[ref.node]
                 repeats = any(v.shape != inner.shape for v in graph.views(inner))  # a vector that stands for its copies
                 if inner.op == "add" and not repeats and len(graph.users[ref.node]) == 1:
-                    yield flatten(rewrite(graph, _distribute(node, j)))
+                    yield flatten(rewrite(graph, _distribute(node, j), "product"))
 
 
 def _distribute(target: Node, j: int) -> Rule:
@@ -279,8 +290,6 @@ def flatten(graph: Graph) -> Graph:
     once = {graph.nodes[i] for i, who in users.items() if len(who) == 1 and i not in rooted}
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
-        if node.op != "add":
-            return None
         coefs, refs = list[sp.Expr](), list[Ref]()
         for old, ref, c in zip(node.inputs, inputs, node.attrs[0], strict=True):
             inner = b.nodes[ref.node]
@@ -292,7 +301,7 @@ def flatten(graph: Graph) -> Graph:
                 refs.append(ref)
         return b.add("add", refs, tuple(coefs))
 
-    return rewrite(graph, rule)
+    return rewrite(graph, rule, "add")
 
 
 def order(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
@@ -301,15 +310,13 @@ def order(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "product":
-            return None
         coef, *factors = inputs
         count += len(factors) > 2
         if b.nodes[coef.node].attrs == (-1,):
             coef, factors = _signed_sum(b, coef, factors)
         return _multiply(b, coef, tuple(factors), sizes)
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "product")
     return out, f"{count} chains of three or more factors put in the cheapest order"
 
 
@@ -389,7 +396,7 @@ def _collected(graph: Graph) -> tuple[Graph, int]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "add" or node.stage != Stage.BODY:
+        if node.stage != Stage.BODY:
             return None
         own = [graph.nodes[r.node].stage == Stage.BODY and r.node in alone for r in node.inputs]
         heads = dict[_Head, dict[int, Ref]]()
@@ -405,7 +412,7 @@ def _collected(graph: Graph) -> tuple[Graph, int]:
         rest = [i for i in range(len(inputs)) if i not in among]
         return b.add("add", (*(inputs[i] for i in rest), one), (*(coefs[i] for i in rest), ONE))
 
-    return rewrite(graph, rule), count
+    return rewrite(graph, rule, "add"), count
 
 
 @dataclass(frozen=True)
@@ -453,8 +460,6 @@ def contract(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "family_sum":
-            return None
         (ref,) = inputs
         inner = b.nodes[ref.node]
         if inner.op != "matmul" or id(graph.nodes[node.inputs[0].node]) not in single:
@@ -463,7 +468,7 @@ def contract(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         out = b.add("contract", inner.inputs, node.attrs[0])
         return b.flip(out) if ref.flip else out
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "family_sum")
     return out, f"{count} family sums fused with their product"
 
 
@@ -473,8 +478,6 @@ def attention(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "matmul":
-            return None
         v, weights = inputs
         shares = b.nodes[weights.node]
         if shares.op != "softmax" or shares.attrs[0] != (1 if weights.flip else 0):
@@ -485,7 +488,7 @@ def attention(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         count += 1
         return b.add("attention", (v, found), shares.attrs[1])
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "matmul", needs="softmax")
     return out, f"{count} products V softmax(V'V) fused"
 
 
@@ -529,7 +532,9 @@ def parseval(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
             return b.add("signal", (total,), *found.attrs)
         return None
 
-    return rewrite(graph, rule), f"{count} signals stay spectra, their lengths and sums taken there"
+    return rewrite(
+        graph, rule, "sum", "family_sum", needs="signal"
+    ), f"{count} signals stay spectra, their lengths and sums taken there"
 
 
 def _length_of(graph: Graph, signal: int, reader: int) -> int | None:
@@ -568,7 +573,7 @@ def weighed(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "matmul" or id(node) not in apart:
+        if id(node) not in apart:
             return None
         left, right = inputs[0], b.flip(inputs[1])  # both with their samples in columns
         for ref in (left, right):
@@ -580,7 +585,7 @@ def weighed(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
                 return b.add("weighed_product", (x, w, other) if ref is left else (other, w, x))
         return None
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "matmul")
     return out, f"{count} products over data leave out what weighs nothing"
 
 
@@ -601,12 +606,12 @@ def outer(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "matmul" or node.symmetric or b.view(inputs[0]).shape[1] != 1:
+        if node.symmetric or b.view(inputs[0]).shape[1] != 1:
             return None
         count += 1
         return b.map(slot(0) * slot(1), inputs)
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "matmul")
     return out, f"{count} products of a column and a row became broadcasts"
 
 
@@ -616,15 +621,13 @@ def spread(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "add":
-            return None
         short = [_repeated(b, ref) for ref in inputs]
         if not any(short) or all(s or b.view(r).shape != node.shape for s, r in zip(short, inputs, strict=True)):
             return None
         count += sum(map(bool, short))
         return b.add("add", (s or r for s, r in zip(short, inputs, strict=True)), *node.attrs)
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "add", needs="full")
     return out, f"{count} rows and columns are repeated by sums"
 
 
@@ -646,8 +649,6 @@ def shared(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "map":
-            return None
         for i, other in b.nodes.items():
             found = _within(other, node, inputs) if other.op == "map" and other.shape != (ONE, ONE) else None
             if found is not None:
@@ -655,7 +656,7 @@ def shared(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
                 return b.map(*_pruned(found, (*inputs, Ref(i))))
         return None
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "map")
     return out, f"{count} formulas read one that is known"
 
 
@@ -684,8 +685,6 @@ def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "map":
-            return None
         for i, ref in enumerate(node.inputs):
             profile = _of_length(node.attrs[0], slot(i)) if _adds_squares(graph, ref) else None
             if profile is None:
@@ -704,7 +703,7 @@ def lengths(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
             )
         return None
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "map", needs="sum")
     return out, f"{count} roots of sums of squares became lengths"
 
 
@@ -734,8 +733,6 @@ def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        if node.op != "map":
-            return None
         known = {slot(i): _signed(b, r) for i, r in enumerate(inputs)}
         found = {p: power(p.base, p.exp) for p in node.attrs[0].atoms(sp.Pow) if _ends_at_zero(p, known)}
         if not found:
@@ -743,7 +740,7 @@ def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         count += len(found)
         return b.map(node.attrs[0].xreplace(found), inputs)
 
-    out = rewrite(graph, rule)
+    out = rewrite(graph, rule, "map")
     return out, f"{count} roots have slope 0 where what is under them is 0"
 
 

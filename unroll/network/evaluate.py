@@ -385,9 +385,7 @@ class Evaluator:
 
 
 def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
-    """Nearest point of a set, or the prox of a function, by bisection or sorting written for one matrix at a time."""
-    if x.ndim > 2:
-        return torch.stack([project(name, m, [p[i] if p.ndim > 2 else p for p in params]) for i, m in enumerate(x)])
+    """Nearest point of a set, or the prox of a function, by bisection or sorting."""
     match name, params:
         case "nonneg", []:
             return x.clamp_min(0)
@@ -395,17 +393,17 @@ def project(name: str, x: Tensor, params: list[Tensor]) -> Tensor:
             return torch.minimum(torch.maximum(x, a), b)
         case "ball_inf", [r]:
             return torch.minimum(torch.maximum(x, -r), r)
+        case "ball1", [r]:
+            return x.sign() * _lowered(x.abs(), r, (-2, -1))
+        case "columns_ball1", [r]:
+            return x.sign() * _lowered(x.abs(), r, (-2,))
+        case "simplex", _:
+            total = params[0] if params else torch.ones(())
+            return _lowered(x, total, (-2,), x.amax(-2, keepdim=True) - total)
+        case _ if x.ndim > 2:
+            return torch.stack([project(name, m, [p[i] if p.ndim > 2 else p for p in params]) for i, m in enumerate(x)])
         case "ball2", [r]:
             return x * (r / x.norm()).clamp_max(1)
-        case "ball1", [r]:
-            shift = _bisect(lambda t: (x.abs() - t).clamp_min(0).sum() - r, torch.zeros(()), x.abs().max())
-            return x.sign() * (x.abs() - shift).clamp_min(0)
-        case "columns_ball1", [r]:
-            return torch.stack([project("ball1", c[:, None], [r])[:, 0] for c in x.T], 1)
-        case "simplex", _:
-            s = params[0] if params else 1
-            shifts = [_bisect(lambda t, c=c: (c - t).clamp_min(0).sum() - s, c.max() - s, c.max()) for c in x.T]
-            return (x - torch.stack(shifts)).clamp_min(0)
         case "sorted_l1", [w]:
             return torch.stack([_sorted_shrunk(y, s) for y, s in zip(x.T, w.expand(x.shape).T, strict=True)], 1)
         case "tv", [t]:
@@ -538,14 +536,16 @@ def _sorted_shrunk(v: Tensor, w: Tensor) -> Tensor:
     return v.sign() * torch.zeros_like(v).scatter(0, order, means)
 
 
-def _bisect(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """The zero of a decreasing function, or the lower end where it is negative already."""
-    if excess(low) <= 0:
-        return low
+def _lowered(x: Tensor, total: Tensor, axes: tuple[int, ...], low: Tensor | None = None) -> Tensor:
+    """max(x - t, 0) with the least t >= low, or 0, that lets it sum to no more than `total`: by bisection."""
+    low = torch.zeros_like(x.amax(axes, keepdim=True)) if low is None else low
+    low, high = torch.broadcast_tensors(low, x.amax(axes, keepdim=True))
+    above = lambda t: (x - t).clamp_min(0).sum(axes, keepdim=True) > total
+    high = torch.where(above(low), high, low)
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return (low + high) / 2
+        low, high = torch.where(above(middle), middle, low), torch.where(above(middle), high, middle)
+    return (x - (low + high) / 2).clamp_min(0)
 
 
 def evaluate(e: Expr, values: Mapping[Sym, Tensor], scalars: Mapping[sp.Symbol, Any]) -> Tensor:
