@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unroll.model.module import Model
     from unroll.model.weights import release_weights, restore_weights
     from unroll.model.whitebox import white_box
+    from unroll.model.words import read as words
     from unroll.network.loss import Loss
     from unroll.network.network import Network
     from unroll.pages.page import report
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "loss", "prox",
-    "release_weights", "report", "restore", "restore_weights", "save", "solve", "white_box",
+    "release_weights", "report", "restore", "restore_weights", "save", "solve", "white_box", "words",
 ]  # fmt: skip
 
 _HOME = {
@@ -36,12 +37,16 @@ _HOME = {
     "Loss": "network.loss", "Model": "model.module", "release_weights": "model.weights", "restore_weights": "model.weights",
     "check": "laws.laws", "solve": "solver.solve", "white_box": "model.whitebox", "report": "pages.page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "from_files", "save": "api",
+    "words": "model.words",
 }  # fmt: skip
+
+_NAMED = {"words": "read"}
+"""Names that a module has for itself."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(import_module(f"unroll.{_HOME[name]}"), name)
+        value = getattr(import_module(f"unroll.{_HOME[name]}"), _NAMED.get(name, name))
         globals()[name] = value
         return value
     raise AttributeError(f"module 'unroll' has no attribute '{name}'")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unroll.calculus.prox_function import ScalarProx
     from unroll.emit.program import Program
     from unroll.model.module import Model
+    from unroll.model.words import Words
     from unroll.network.loss import Loss
     from unroll.network.network import Network
 
@@ -59,12 +60,21 @@ def compile(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     overrides: Sequence[str] = (),
+    words: Words | str | Path | None = None,
 ) -> Network | Model:
     """The network of a spec: an `nn.Module`, set to the untrained algorithm; with the model around it that the spec has.
 
     As `compile_layers`; names of a decoder's own sizes, parameters and scalars start with `decoder.`.
+    words: what tokens stand for, or what `unroll.words` takes; no more than the table has rows, else SpecError E420.
     """
     loaded = read(spec, overrides)
+    meant = None
+    if words is not None:
+        from unroll.model.words import agree
+        from unroll.model.words import read as read_words
+
+        meant = read_words(words) if isinstance(words, str | Path) else words
+        agree(meant, loaded)
     ours, theirs = shares(loaded, {"dims": dims or {}, "parameters": parameters or {}, "scalars": scalars or {}})
     body = compile_layers(loaded, **ours, seed=seed, dtype=dtype, device=device)
     if loaded.model is None:
@@ -77,7 +87,9 @@ def compile(
     chosen = {**body.derivation.exact.chosen}
     if decoder is not None:
         chosen |= {(*DECODER, *path): name for path, name in decoder.derivation.exact.chosen.items()}
-    return model(loaded.naming(chosen), body, decoder, seed=seed, dtype=dtype)
+    made = model(loaded.naming(chosen), body, decoder, seed=seed, dtype=dtype)
+    made.words = meant
+    return made
 
 
 def shares(spec: Spec, values: dict[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -324,6 +324,41 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
 
 
 @cli.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.option("--prompt", required=True, metavar="TEXT", help="How the text begins.")
+@click.option("--length", default=300, show_default=True, type=click.IntRange(min=0), help="How many tokens follow.")
+@click.option("--temperature", default=1.0, show_default=True, help="Of the draw; 0: the likeliest token each time.")
+@click.option("--top-k", type=int, help="Draw from so many of the likeliest.")
+@click.option("--top-p", type=float, help="Draw from the likeliest that have this share together.")
+@click.option("--window", type=int, help="Go on beyond the longest text, each time from so many last tokens.")
+@click.option("--seed", default=0, show_default=True)
+def generate(
+    run: Path,
+    prompt: str,
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    window: int | None,
+    seed: int,
+) -> None:
+    """Write on from a text, by a network that was trained on text: RUN is its run folder, or one of unroll.save."""
+    from unroll.from_files import restore
+    from unroll.model.module import Model
+
+    net = restore(run)
+    if not isinstance(net, Model):
+        hint = "a run on text: unroll train crate_text"
+        raise UnrollError("E422", f"{run} holds layers alone, which write no text", hint=hint)
+    click.echo(prompt, nl=False)
+    show = lambda piece: click.echo(piece, nl=False)
+    net.generate(
+        prompt, length, temperature=temperature, top_k=top_k, top_p=top_p, window=window, seed=seed, stream=show
+    )
+    click.echo()
+
+
+@cli.command()
 @_settings
 @_output("Where to write the page.", Path("report.html"))
 @_measuring

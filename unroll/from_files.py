@@ -28,9 +28,9 @@ def restore(folder: str | os.PathLike[str]) -> Network | Model:
         from unroll.train import trained
 
         return trained(Path(folder))
-    from unroll.network.saved import restore as read_folder
+    from unroll.model.module import restored
 
-    return read_folder(folder)
+    return restored(folder)
 
 
 def solve_files(

@@ -3,13 +3,16 @@
 net(image)                 the answer; of an autoencoder the patches found, and the mask
 net.body                   the layers, a Network: tokens -> tokens
 net.trace(image)           their trace on the embedded tokens
+net.generate(text, 300)    of a network that says which token comes next: what follows
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -20,19 +23,21 @@ from torch.overrides import TorchFunctionMode
 
 from unroll.derivation.step import Learned
 from unroll.errors import UnrollError
+from unroll.model.generation import Draw, at_rest, check_length, continued
 from unroll.model.source import Wrapped, wrap
+from unroll.model.words import Words, agree, pieces, read_record
 from unroll.network.kinds import check_kind, check_place
 from unroll.network.network import Network, load
-from unroll.network.saved import WAY_OUT, recompile, refuse_changed, restore, write
+from unroll.network.saved import WAY_OUT, WORDS, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
 from unroll.spec import Spec
-from unroll.spec.schema import TokenEmbed
+from unroll.spec.schema import PooledHead, TiedHead, TokenEmbed
 
 if TYPE_CHECKING:
     import networkx as nx
 
 Kind = Literal["matrix", "table", "scalar"]
-SHARED = ("wrapped", "spec", "derivation")
+SHARED = ("wrapped", "spec", "derivation", "_words")
 """Never copied: frozen, or as good as."""
 
 
@@ -46,6 +51,18 @@ class Model(nn.Module):
     spec: Spec
     derivation: Any
     wrapped: Wrapped
+    _words: Words | None = None
+
+    @property
+    def words(self) -> Words | None:
+        """What tokens stand for, where that is known. Set to others, raises SpecError E420 if they are more than the table has rows."""
+        return self._words
+
+    @words.setter
+    def words(self, words: Words | None) -> None:
+        if words is not None:
+            agree(words, self.spec)
+        self._words = words
 
     @property
     def source(self) -> str:
@@ -128,15 +145,91 @@ class Model(nn.Module):
         self._refuse_unknown_words(x)
         return self.body.trace(net.embedding(x), **asked)
 
+    def generate(
+        self,
+        tokens: Tensor | str,
+        length: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        window: int | None = None,
+        stream: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """A text that goes on: (B, T) or (T,) tokens and `length` more, each drawn from what the network says comes next; or a str.
+
+        temperature: what logits are divided by; 0 takes the likeliest.  top_k, top_p: of so many of the likeliest; of those that
+        have this share together.  window: go on beyond the longest text, each time from the last `window` tokens as from a new one.
+        stream: is told of each new token, (B,) or (); of a str, of each new piece. Draws depend on seed alone.
+        Raises UnrollError E404 (what is asked for), E422 (no network that says which token comes next, or no words for a str).
+        """
+        draw = Draw(temperature, top_k, top_p)
+        if isinstance(tokens, str):
+            words, begun = self._begun(tokens)
+            new = (int(t) for t in self._following(begun, length, draw, seed, window))
+            text = tokens
+            for piece in pieces(words, new, begun[0].tolist()):
+                text += piece
+                if stream is not None:
+                    stream(piece)
+            return text
+        texts = torch.atleast_2d(tokens)
+        found = [texts]
+        for new in self._following(texts, length, draw, seed, window):
+            found.append(new[:, None].to(texts.dtype))
+            if stream is not None:
+                stream(new if tokens.ndim == 2 else new[0])
+        return torch.cat(found, 1).reshape(*tokens.shape[:-1], -1)
+
+    def _following(self, texts: Tensor, length: int, draw: Draw, seed: int, window: int | None) -> Iterator[Tensor]:
+        """New tokens (B,) after (B, T), one after another."""
+        most, known = self._readable()
+        self._check_words("tokens", texts)
+        check_length(texts, length, most, window)
+        self._refuse_unknown_words(texts)
+        with at_rest(self):
+            yield from continued(texts, length, self._next, draw, seed=seed, known=known, most=most, window=window)
+
+    def _next(self, tokens: Tensor, anew: bool) -> Tensor:
+        """Logits of the token after these: (B, T) -> (B, V)."""
+        del anew
+        return self(tokens)[:, -1]
+
+    def _begun(self, text: str) -> tuple[Words, Tensor]:
+        """The words, and the tokens (1, T) of a text. Raises UnrollError E404 (an empty one), E422 (no words)."""
+        self._readable()
+        if self.words is None:
+            hint = "net.words = unroll.words('tokenizer.json'); or give tokens in place of a text"
+            raise UnrollError("E422", "this network does not know what its tokens stand for", hint=hint)
+        begun = self.words.encode(text)
+        if not begun:
+            raise UnrollError("E404", "an empty text says nothing of what comes next", hint="begin it with a word")
+        return self.words, torch.tensor([begun], device=next(self.parameters()).device)
+
+    def _readable(self) -> tuple[int, int]:
+        """The longest text, and how many tokens stand for words. Raises UnrollError E422 where no answer is a next token."""
+        embed, head = self.wrapped.model.embed, self.wrapped.model.head
+        answers = isinstance(head, TiedHead) or (
+            isinstance(head, PooledHead)
+            and head.kind == "tokens"
+            and isinstance(embed, TokenEmbed)
+            and head.classes == embed.vocabulary
+        )
+        if not isinstance(embed, TokenEmbed) or not answers:
+            hint = "embed: {kind: tokens, ..} and head: {kind: tied}"
+            raise UnrollError("E422", "this network does not say which token comes next", hint=hint)
+        return embed.length, embed.vocabulary if self.words is None else self.words.size
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write spec, weights and source into a folder, each file whole or not at all."""
+        """Write spec, weights, source and words into a folder, each file whole or not at all."""
         self._refuse_changed()
-        return write(folder, self.spec, self)
+        return write(folder, self.spec, self, {} if self.words is None else {WORDS: _written(self.words)})
 
     @staticmethod
     def restore(folder: str | os.PathLike[str]) -> Model:
         """The model that `save` wrote. Raises UnrollError E405."""
-        found = cast(nn.Module, restore(folder))
+        found = restored(folder)
         if not isinstance(found, Model):
             raise UnrollError("E405", f"{folder} holds layers alone, not a model", hint="unroll.restore reads both")
         return found
@@ -144,7 +237,7 @@ class Model(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         self._refuse_changed()
         values = (self.sizes, self.given, self.scalars, self.state_dict(), self.training)
-        return recompile, (self.spec.to_yaml(), *values)
+        return recompile, (self.spec.to_yaml(), *values), {"_words": self.words}
 
     def _refuse_changed(self) -> None:
         """Raises UnrollError E405 where the spec no longer says all of this model but values."""
@@ -214,6 +307,22 @@ class Model(nn.Module):
         if low < 0 or high >= embed.vocabulary:
             message = f"{self.wrapped.argument} are whole numbers from 0 to {embed.vocabulary - 1}; these go from {low} to {high}"
             raise UnrollError("E404", message, hint="words by the vocabulary that the model was made for")
+
+
+def restored(folder: str | os.PathLike[str]) -> Model | Network:
+    """What `save` of a model, or of layers alone, wrote. Raises UnrollError E405."""
+    net = cast("Model | Network", restore(folder))
+    path = Path(folder) / WORDS
+    if isinstance(net, Model) and path.is_file():
+        try:
+            net.words = read_record(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as e:
+            raise UnrollError("E405", f"{path} is damaged: {e}") from None
+    return net
+
+
+def _written(words: Words) -> bytes:
+    return json.dumps(words.record(), ensure_ascii=False).encode()
 
 
 def _named(net: Network) -> list[tuple[str, Learned]]:

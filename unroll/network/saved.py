@@ -1,6 +1,7 @@
 """A network in a folder and in a pickle; what was changed since is found by its name.
 
-    write(folder, net)      spec.yaml, network.py, weights.safetensors: tensors, numbers and a manifest; no pickle
+    write(folder, net)      spec.yaml, network.py, weights.safetensors: tensors, numbers and a manifest; no pickle. words.json, of a
+                            model that has words
     restore(folder)         the network again, once every value and text has the digest that the manifest says
 
 Values have names of one kind: network.W, given.A, scalars.lam, dims.m. Folders of version 1 had no manifest: of them
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 VERSION, BARE = "2", "1"
 """Of the layout of a folder: with a manifest, and without."""
-SPEC, WEIGHTS, SOURCE = "spec.yaml", "weights.safetensors", "network.py"
+SPEC, WEIGHTS, SOURCE, WORDS = "spec.yaml", "weights.safetensors", "network.py", "words.json"
 SHOWN = 6
 """Differences that a message lists."""
 Value = Tensor | float | int | bytes
@@ -63,13 +64,13 @@ class Kept(Protocol):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(folder: str | os.PathLike[str], spec: Written, net: Kept) -> Path:
-    """A network as files in a folder, each whole or not at all."""
+def write(folder: str | os.PathLike[str], spec: Written, net: Kept, more: Mapping[str, bytes] | None = None) -> Path:
+    """A network as files in a folder, each whole or not at all. more: files beside those that every network has."""
     target = Path(folder)
     if next((p for p in (target, *target.parents) if p.exists()), target).is_file():
         raise UnrollError("E405", f"a network is saved as a folder, and {target} is, or lies in, a file")
     target.mkdir(parents=True, exist_ok=True)
-    values, texts = values_of(net), {SPEC: spec.to_yaml().encode(), SOURCE: net.source.encode()}
+    values, texts = values_of(net), {SPEC: spec.to_yaml().encode(), SOURCE: net.source.encode(), **(more or {})}
     record = {
         "version": VERSION,
         "dims": json.dumps(_named(values, "dims")),
@@ -81,6 +82,8 @@ def write(folder: str | os.PathLike[str], spec: Written, net: Kept) -> Path:
         save_file(tensors, Path(fresh) / WEIGHTS, metadata=record)
         for name, text in texts.items():
             (Path(fresh) / name).write_bytes(text)
+        if WORDS not in texts:  # of a network that was here before
+            (target / WORDS).unlink(missing_ok=True)
         for name in (*texts, WEIGHTS):
             os.replace(Path(fresh) / name, target / name)
     return target
@@ -169,7 +172,7 @@ def restore(folder: str | os.PathLike[str]) -> Network:
     values: dict[str, Value] = {**tensors, **_numbers(place, record, "dims"), **_numbers(place, record, "scalars")}
     text = (place / SPEC).read_bytes()
     if record["version"] == VERSION:
-        texts = {name: (place / name).read_bytes() for name in (SPEC, SOURCE) if (place / name).is_file()}
+        texts = {name: (place / name).read_bytes() for name in (SPEC, SOURCE, WORDS) if (place / name).is_file()}
         was = _manifest(place, record)
         was = {name: kind for name, kind in was.items() if name != SOURCE or name in texts}
         _refuse_others(

@@ -779,17 +779,19 @@ class Images(DataSettings):
 
 
 class Characters(DataSettings):
-    """Text, one token per character; the end of it is held out."""
+    """Text, one token per character or as `words` says; the end of it is held out."""
 
     source: Literal["text"]
     text: str
     """`python documentation`, `python library`, or the path of a UTF-8 file"""
+    words: str = "characters"
+    """what a token is: `characters`, `bytes`, or the path of a file of words (tokenizer.json, or ranks as tiktoken has them)"""
     length: Annotated[int, Field(ge=1, le=65_536)] = 128
-    """characters in a sample"""
+    """tokens in a sample"""
     characters: Count | None = None
     """read so many from the start; all if left out"""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """the share that is held out"""
+    """the share of characters that is held out"""
 
 
 class Synthetic(DataSettings):

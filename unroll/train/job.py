@@ -55,6 +55,7 @@ def build(job: Job, data: Data, spec: Spec) -> nn.Module:
         scalars=job.scalars,
         seed=job.settings.seed,
         dtype=job.dtype,
+        words=data.words if spec.model is not None else None,
     )
 
 

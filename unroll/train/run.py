@@ -38,6 +38,7 @@ from unroll.errors import SpecError, UnrollError, quote
 from unroll.language.problem import from_spec
 from unroll.model.module import Model
 from unroll.model.whitebox import Batch, Measured, white_box
+from unroll.model.words import read_record
 from unroll.network.network import Network, network
 from unroll.network.saved import Value, differences, seal
 from unroll.network.values import refuse_undeclared
@@ -50,7 +51,7 @@ from unroll.train.groups import record
 from unroll.train.job import Job, build, first_rank, plain_spec, shapes_of
 from unroll.train.losses import Net, Outcome
 from unroll.train.masked import masks
-from unroll.train.samples import NEEDED, Data, Tensors, package
+from unroll.train.samples import NEEDED, Data, Split, Tensors, package
 from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
 from unroll.train.tasks import find_task
@@ -239,8 +240,23 @@ def measure(
 
 
 def trained(folder: str | Path) -> Any:
-    """The network of a finished run, with its trained weights. Raises SpecError E510 if the folder holds none."""
-    return _restored(folder)[2]
+    """The network of a finished run, with its trained weights and its words; the data are not read again.
+
+    Raises SpecError E510 if the folder holds none.
+    """
+    job = _read_finished(Path(folder), None, "weights.safetensors")
+    with reading(job.folder / "run.json"):
+        sizes: dict[str, int] | None = read_json(job.folder / "run.json").get("sizes")
+    if sizes is None:  # a run of before
+        return _restored(folder)[2]
+    kept = read_json(job.folder / "data.json") if (job.folder / "data.json").exists() else {}
+    with reading(job.folder / "data.json"):
+        words = read_record(kept)
+    data = Data("", Split({}), Split({}), dict(job.given), sizes=sizes, words=words)
+    net = build(job, data, job.spec)
+    _refuse_others(job.folder, "manifest", _manifest(job, {**cast(Net, net).given, **job.given}))
+    _read_trained(job, net)
+    return net.eval()
 
 
 def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
@@ -296,7 +312,8 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
     net = build(job, data, job.spec)
     parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
-        _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings)})
+        sizes = dict(data.sizes)
+        _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings), "sizes": sizes})
         if isinstance(net, Network | Model):
             _settle(job, cast(Spec, net.spec))
     return replace(data, parameters=parameters), net
@@ -313,15 +330,20 @@ def _keep_given(job: Job, net: Net, exact: Tensors) -> Tensors:
     """The values of all parameters of the problem, drawn ones too. Raises SpecError E510 if they are not what they were."""
     parameters: Tensors = {name: value.clone() for name, value in net.given.items()}
     kept = {**parameters, **exact}  # rounded values would give a resumed run other samples
-    settings: dict[str, Mapping[str, float]] = {"dims": job.dims, "scalars": job.scalars}
-    numbers: dict[str, Value] = {f"{part}.{name}": v for part, named in settings.items() for name, v in named.items()}
-    _refuse_others(job.folder, "manifest", {**numbers, **{f"given.{name}": v for name, v in kept.items()}})
+    _refuse_others(job.folder, "manifest", _manifest(job, kept))
     if parameters and first_rank():
         save_file({k: v.contiguous() for k, v in kept.items()}, job.folder / "given.safetensors")
         for name, value in parameters.items():
             if value.ndim == 2:
                 plots.atoms(value, job.folder / f"{name}.png")
     return parameters
+
+
+def _manifest(job: Job, kept: Tensors) -> dict[str, Value]:
+    """Sizes, scalars and parameters by their names in run.json."""
+    settings: dict[str, Mapping[str, float]] = {"dims": job.dims, "scalars": job.scalars}
+    numbers: dict[str, Value] = {f"{part}.{name}": v for part, named in settings.items() for name, v in named.items()}
+    return {**numbers, **{f"given.{name}": v for name, v in kept.items()}}
 
 
 def _refuse_others(folder: Path, entry: str, values: Mapping[str, Value]) -> None:

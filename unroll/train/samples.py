@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unroll.errors import SpecError
+from unroll.model.words import Words
 
 Shape = tuple[int | None, ...]
 Tensors = dict[str, Tensor]
@@ -133,6 +134,7 @@ class Data:
     sizes: what the data say about a model, such as classes or vocabulary.
     kept: what the samples mean (names of classes, the characters): a run can go on only while it stays the same.
     change: applied to every batch in training, with random numbers of that step alone.
+    words: what tokens stand for.
     """
 
     source: str
@@ -143,6 +145,7 @@ class Data:
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     kept: Mapping[str, Any] = field(default_factory=dict[str, Any])
     change: Change | None = None
+    words: Words | None = None
 
     def summary(self) -> list[tuple[str, str, str, str, str]]:
         """Rows to print before training: what, name, shape, range, dtype."""

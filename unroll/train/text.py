@@ -1,4 +1,4 @@
-"""Text as samples: one token per character, the label of each is the next one."""
+"""Text as samples: one token per character, or as words say; the label of each is the next one."""
 
 from __future__ import annotations
 
@@ -8,47 +8,45 @@ from collections.abc import Callable
 from os.path import isfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unroll.errors import SpecError, quote
+from unroll.model.words import CHARACTERS, Words, read
+from unroll.model.words import Characters as WordsOfText
 from unroll.spec.schema import Characters
 from unroll.train.samples import Data, Shapes, Split, Tensors, Windows
-
-UNKNOWN = "\ufffd"  # code 0: what is held out may hold characters that training never saw
 
 
 def read_text(settings: Characters, shapes: Shapes, given: Tensors) -> Data:
     """tokens: (B, T) and labels (B, T), the token after each; trained on the start of a text, measured on its end.
 
-    The characters are those of the training part, sorted, after UNKNOWN.  Raises SpecError E502, E503, E504.
+    Words are the characters of the training part, or what `words:` says. Raises SpecError E501, E502, E503, E504.
     """
     del shapes, given
     text = _text(settings.text)[: settings.characters]
     cut = len(text) - round(settings.validation * len(text))
-    if cut < 2 * settings.length or len(text) - cut <= settings.length:
-        message = f"data: {len(text):,} characters are too few for samples of {settings.length:,} in both parts"
+    words = words_of(text[:cut], settings.words)
+    train, held = (torch.tensor(words.encode(part), dtype=torch.int64) for part in (text[:cut], text[cut:]))
+    if len(train) < 2 * settings.length or len(held) <= settings.length:
+        few = "characters" if settings.words == CHARACTERS else f"characters in {len(train) + len(held):,} tokens"
+        message = f"data: {len(text):,} {few} are too few for samples of {settings.length:,} in both parts"
         raise SpecError("E504", message, hint="set length: lower, or validation: higher")
-    characters = [UNKNOWN, *sorted(set(text[:cut]) - {UNKNOWN})]
-    codes, name = encode(text, characters), settings.input or "tokens"
-    unknown = int((codes[cut:] == 0).sum())
+    unknown, name = int((held == 0).sum()) if settings.words == CHARACTERS else 0, settings.input or "tokens"
     return Data(
         "text",
-        Windows(name, codes[:cut], settings.length),
-        consecutive(name, codes[cut:], settings.length),
+        Windows(name, train, settings.length),
+        consecutive(name, held, settings.length),
         notes=(f"{unknown:,} characters that are held out do not occur in training",) if unknown else (),
-        sizes={"vocabulary": len(characters), "tokens": settings.length},
-        kept={"vocabulary": characters, "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+        sizes={"vocabulary": words.size, "tokens": settings.length},
+        kept={**words.record(), "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+        words=words,
     )
 
 
-def encode(text: str, characters: list[str]) -> Tensor:
-    """The place of each character in the sorted list `characters[1:]`, from 1; 0 where it is not in it. (L,) int64."""
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    known = np.array([ord(c) for c in characters[1:]], dtype=np.uint32)
-    places = np.searchsorted(known, points).clip(max=len(known) - 1)
-    return torch.from_numpy(np.where(known[places] == points, places + 1, 0).astype(np.int64))
+def words_of(text: str, kind: str) -> Words:
+    """The characters of a text, or words that are there. Raises SpecError E501, E502, E503."""
+    return WordsOfText.of(text) if kind == CHARACTERS else read(kind)
 
 
 def consecutive(name: str, codes: Tensor, length: int) -> Split:
