@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from unroll.model.module import Model
     from unroll.model.weights import release_weights, restore_weights
     from unroll.model.whitebox import white_box
-    from unroll.model.words import read as words
+    from unroll.model.words import words
     from unroll.network.loss import Loss
     from unroll.network.network import Network
     from unroll.pages.page import report
@@ -40,13 +40,10 @@ _HOME = {
     "words": "model.words",
 }  # fmt: skip
 
-_NAMED = {"words": "read"}
-"""Names that a module has for itself."""
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(import_module(f"unroll.{_HOME[name]}"), _NAMED.get(name, name))
+        value = getattr(import_module(f"unroll.{_HOME[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'unroll' has no attribute '{name}'")

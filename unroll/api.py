@@ -71,7 +71,7 @@ def compile(
     meant = None
     if words is not None:
         from unroll.model.words import agree
-        from unroll.model.words import read as read_words
+        from unroll.model.words import words as read_words
 
         meant = read_words(words) if isinstance(words, str | Path) else words
         agree(meant, loaded)

@@ -37,7 +37,7 @@ class Draw:
     def shares(self, logits: Tensor) -> Tensor:
         """What each token is drawn with: (B, V) -> (B, V) in float64, rows sum to 1."""
         logits = logits.double()
-        order = logits.argsort(-1, descending=True, stable=True)
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
         places = order.argsort(-1)  # 0: the likeliest, the first of equals
         if self.temperature == 0:
             return (places == 0).double()

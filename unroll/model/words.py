@@ -148,7 +148,7 @@ def _library() -> Any:
 # --- from files -------------------------------------------------------------------------------------------------------
 
 
-def read(source: str | Path, pattern: str = PATTERN) -> Words:
+def words(source: str | Path, pattern: str = PATTERN) -> Words:
     """The words of a file: JSON of the library `tokenizers`, or lines `base64 rank`; or `bytes`.
 
     pattern: where a text is cut before the pairs of a file of ranks are joined, in the regular expressions of that library.
@@ -219,25 +219,25 @@ def read_record(kept: Mapping[str, Any]) -> Words | None:
 # --- with a model -----------------------------------------------------------------------------------------------------
 
 
-def agree(words: Words, spec: Spec) -> None:
+def agree(known: Words, spec: Spec) -> None:
     """Raises SpecError E420 where a model has no row for every word."""
     embed = spec.model.embed if spec.model is not None else None
     if not isinstance(embed, TokenEmbed):
         raise SpecError("E420", f"{spec.title} reads no tokens, so it has no words", hint="model.embed: {kind: tokens}")
-    if words.size > embed.vocabulary:
-        message = f"there are {words.size:,} words, and the table of the model has {embed.vocabulary:,} rows"
+    if known.size > embed.vocabulary:
+        message = f"there are {known.size:,} words, and the table of the model has {embed.vocabulary:,} rows"
         where = spec.origin("model", "embed", "vocabulary").where()
-        raise SpecError("E420", message, where, f"model.embed.vocabulary={words.size}")
+        raise SpecError("E420", message, where, f"model.embed.vocabulary={known.size}")
 
 
-def pieces(words: Words, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+def pieces(known: Words, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
     """A text after some tokens, token by token: together what `decode` makes of it. What ends within a character waits for its end."""
     done, waiting = list(after), list[int]()
     for token in tokens:
         waiting.append(token)
-        text = words.decode([*done, *waiting])
+        text = known.decode([*done, *waiting])
         if not text.endswith(UNKNOWN) or len(waiting) > 4:  # no character has more bytes
-            yield text[len(words.decode(done)) :]
+            yield text[len(known.decode(done)) :]
             done, waiting = waiting, []
     if waiting:
-        yield words.decode([*done, *waiting])[len(words.decode(done)) :]
+        yield known.decode([*done, *waiting])[len(known.decode(done)) :]

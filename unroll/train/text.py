@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unroll.errors import SpecError, quote
-from unroll.model.words import CHARACTERS, Words, read
+from unroll.model.words import CHARACTERS, Words, words
 from unroll.model.words import Characters as WordsOfText
 from unroll.spec.schema import Characters
 from unroll.train.samples import Data, Shapes, Split, Tensors, Windows
@@ -26,8 +26,8 @@ def read_text(settings: Characters, shapes: Shapes, given: Tensors) -> Data:
     del shapes, given
     text = _text(settings.text)[: settings.characters]
     cut = len(text) - round(settings.validation * len(text))
-    words = words_of(text[:cut], settings.words)
-    train, held = (torch.tensor(words.encode(part), dtype=torch.int64) for part in (text[:cut], text[cut:]))
+    known = words_of(text[:cut], settings.words)
+    train, held = (torch.tensor(known.encode(part), dtype=torch.int64) for part in (text[:cut], text[cut:]))
     if len(train) < 2 * settings.length or len(held) <= settings.length:
         few = "characters" if settings.words == CHARACTERS else f"characters in {len(train) + len(held):,} tokens"
         message = f"data: {len(text):,} {few} are too few for samples of {settings.length:,} in both parts"
@@ -38,15 +38,15 @@ def read_text(settings: Characters, shapes: Shapes, given: Tensors) -> Data:
         Windows(name, train, settings.length),
         consecutive(name, held, settings.length),
         notes=(f"{unknown:,} characters that are held out do not occur in training",) if unknown else (),
-        sizes={"vocabulary": words.size, "tokens": settings.length},
-        kept={**words.record(), "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
-        words=words,
+        sizes={"vocabulary": known.size, "tokens": settings.length},
+        kept={**known.record(), "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+        words=known,
     )
 
 
 def words_of(text: str, kind: str) -> Words:
     """The characters of a text, or words that are there. Raises SpecError E501, E502, E503."""
-    return WordsOfText.of(text) if kind == CHARACTERS else read(kind)
+    return WordsOfText.of(text) if kind == CHARACTERS else words(kind)
 
 
 def consecutive(name: str, codes: Tensor, length: int) -> Split:
