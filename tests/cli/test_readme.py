@@ -198,7 +198,8 @@ def rewrites() -> str:
 def training() -> str:
     fields = Train.model_fields
     return table(
-        "`train:` | default", ((f"`{n}`", f"`{f.default}`" if f.default is not None else "") for n, f in fields.items())
+        "`train:` | default",
+        ((f"`{f.alias or n}`", f"`{f.default}`" if f.default is not None else "") for n, f in fields.items()),
     )
 
 

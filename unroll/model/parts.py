@@ -5,7 +5,8 @@ Shapes: B samples, N tokens (1 more with a class token), d numbers each, P numbe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import assert_never
 
@@ -30,17 +31,70 @@ CELLS = {"channels_last": "0, 2, 4, 3, 5, 1", "channels_first": "0, 2, 4, 1, 3, 
 """(B, C, rows, p, columns, p) -> (B, rows, columns, numbers of a patch)"""
 
 
+# --- what an axis of a tensor runs over -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of an image, row by row. first: after that of the class token."""
+
+    rows: int
+    columns: int
+    first: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """Places of a text. first: after that of the class token."""
+
+    count: int
+    first: bool
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The numbers of a patch. made: they are made, not read."""
+
+    channels: int
+    side: int
+    order: str
+    made: bool = False
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Those of an image that a convolution reads."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Named:
+    """One for each of what has names: classes, or words."""
+
+    count: int
+
+
+Axis = Grid | Row | Cells | Channels | Named | None
+"""None: an axis that is as the layers are."""
+Axes = Mapping[str, tuple[Axis, ...]]
+"""Name of a tensor within an attribute ("" where it is one itself) -> its axes."""
+
+
 @dataclass(frozen=True)
 class Held:
     """One attribute: its name, the torch code that makes it, what it is.
 
     start: how it is drawn: "linear", "norm" (torch's own reset), a standard deviation, or code of a fixed value.
+    axes: of tensors whose size is the model's.  before: the linear map that reads what this norm gives.
     """
 
     name: str
     code: str
     about: str
     start: str | float
+    axes: Axes = field(default_factory=dict[str, "tuple[Axis, ...]"])
+    before: str = ""
 
     @property
     def kind(self) -> str:
@@ -62,16 +116,21 @@ class Part:
         return Part((*self.held, *other.held), lines, methods, (*self.needs, *other.needs))
 
 
-def norm(name: str, width: int, eps: float, about: str) -> Held:
-    return Held(name, f"nn.LayerNorm({width}{'' if eps == 1e-5 else f', eps={eps:g}'})", about, "norm")
+def norm(name: str, width: int, eps: float, about: str, over: Axis = None, before: str = "") -> Held:
+    axes: Axes = {} if over is None else {"weight": (over,), "bias": (over,)}
+    return Held(name, f"nn.LayerNorm({width}{'' if eps == 1e-5 else f', eps={eps:g}'})", about, "norm", axes, before)
 
 
-def linear(name: str, ins: int, outs: int, about: str, bias: bool = True) -> Held:
-    return Held(name, f"nn.Linear({ins}, {outs}{'' if bias else ', bias=False'})", about, "linear")
+def linear(
+    name: str, ins: int, outs: int, about: str, bias: bool = True, reads: Axis = None, gives: Axis = None
+) -> Held:
+    axes: Axes = {"weight": (gives, reads), "bias": (gives,)}
+    return Held(name, f"nn.Linear({ins}, {outs}{'' if bias else ', bias=False'})", about, "linear", axes)
 
 
-def vector(name: str, shape: str, about: str, std: float) -> Held:
-    return Held(name, f"nn.Parameter(torch.empty({shape}))", f"{about}; starts with standard deviation {std:g}", std)
+def vector(name: str, shape: str, about: str, std: float, axes: tuple[Axis, ...] = ()) -> Held:
+    code, start = f"nn.Parameter(torch.empty({shape}))", f"{about}; starts with standard deviation {std:g}"
+    return Held(name, code, start, std, {"": axes} if axes else {})
 
 
 # --- how many, how wide -----------------------------------------------------------------------------------------------
@@ -110,11 +169,13 @@ def embed(model: schema.Model, d: int, argument: str) -> Part:
             return _patch_embed(model, e, d)
         case StemEmbed() as e:
             note = f"a token for every {e.patch} x {e.patch} pixels"
-            stem = [Held("stem", f"nn.Sequential(\n{_stem(e, d)}\n)", note, "linear")]
+            axes: Axes = {"0.weight": (None, Channels(e.image[0]), None, None)}
+            stem = [Held("stem", f"nn.Sequential(\n{_stem(e, d)}\n)", note, "linear", axes)]
             return Part((*stem,), ("x = self.stem(image).flatten(2).mT",))
         case TokenEmbed(vocabulary=n, std=std):
             about = f"a row for each of {n} words; starts with standard deviation {std:g}"
-            return Part((Held("embed", f"nn.Embedding({n}, {d})", about, std),), (f"x = self.embed({argument})",))
+            table = Held("embed", f"nn.Embedding({n}, {d})", about, std, {"weight": (Named(n), None)})
+            return Part((table,), (f"x = self.embed({argument})",))
         case LinearEmbed(features=n, bias=bias):
             return Part((linear("embed", n, d, "vector -> token", bias),), (f"x = self.embed({argument})",))
         case NoEmbed():
@@ -124,10 +185,10 @@ def embed(model: schema.Model, d: int, argument: str) -> Part:
 
 
 def _patch_embed(model: schema.Model, e: PatchEmbed, d: int) -> Part:
-    size = pixels(model)
+    size, cells = pixels(model), Cells(e.image[0], e.patch, e.order)
     before, after = e.norm in ("both", "before"), e.norm in ("both", "after")
-    held = [linear("embed", size, d, f"patch, {_order(e.order)} -> token")]
-    held = [norm("embed_norm", size, e.eps, "of every patch"), *held] if before else held
+    held = [linear("embed", size, d, f"patch, {_order(e.order)} -> token", reads=cells)]
+    held = [norm("embed_norm", size, e.eps, "of every patch", cells, "embed"), *held] if before else held
     held = [*held, norm("token_norm", d, e.eps, "of every token")] if after else held
     decoder = model.decoder
     same = decoder is None or decoder.order == e.order
@@ -209,7 +270,8 @@ def _positions(model: schema.Model, d: int) -> Part:
             own = own and model.class_token is not None
             assert n is not None
             about = f"a vector for each place{', that of the class token first' if own else ''}"
-            held = vector("positions", f"{n + own}, {d}", about, std)
+            over = Grid(*found, own) if isinstance(found, tuple) else Row(n, own)
+            held = vector("positions", f"{n + own}, {d}", about, std, (over, None))
         case SinusoidalPositions(base=base) if isinstance(found, tuple):
             grid = f"torch.cartesian_prod(torch.arange({found[0]}.0), torch.arange({found[1]}.0)).flip(1)"
             value = f"sinusoids({grid}, {d // 2}, {base:g})"
@@ -255,7 +317,7 @@ def head(model: schema.Model, d: int) -> Part:
             lines += ["x = self.head_norm(x)"] if normed else []
             if classes is None:
                 return Part(_head_norm(normed, d, eps), (*lines, "return x"))
-            held = linear("head", d, classes, f"-> {classes} outputs", bias)
+            held = linear("head", d, classes, f"-> {classes} outputs", bias, gives=Named(classes))
             return Part((*_head_norm(normed, d, eps), held), (*lines, "return self.head(x)"))
         case ClassAttentionHead() as h:
             return _class_attention(h, d)
@@ -273,7 +335,7 @@ def _class_attention(h: ClassAttentionHead, d: int) -> Part:
         Held("readers", blocks, "the class token reads the others", "linear"),
         Held("reader_scales", f"nn.Parameter(torch.empty{shape})", about, f"torch.full({shape}, {h.scale:g})"),
         *_head_norm(True, d, h.eps),
-        linear("head", d, h.classes, f"-> {h.classes} outputs"),
+        linear("head", d, h.classes, f"-> {h.classes} outputs", gives=Named(h.classes)),
     )
     lines = (
         "x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)",
@@ -303,7 +365,9 @@ def between(model: schema.Model, decoder: Decoder, outs: int, ins: int) -> Part:
 
 def to_pixels(model: schema.Model, decoder: Decoder, d: int) -> Part:
     """What the layers of the decoder say -> (B, N, P)."""
-    read = linear("pixels", d, pixels(model), f"token -> patch, {_order(decoder.order)}")
+    assert isinstance(model.embed, PatchEmbed | StemEmbed)
+    cells = Cells(model.embed.image[0], model.embed.patch, decoder.order, made=True)
+    read = linear("pixels", d, pixels(model), f"token -> patch, {_order(decoder.order)}", gives=cells)
     first = (norm("decoder_norm", d, decoder.eps, "of every token, after the decoder"),) if decoder.norm else ()
     rest = "x[:, 1:]" if model.class_token is not None else "x"
     x = f"self.decoder_norm({rest})" if decoder.norm else rest

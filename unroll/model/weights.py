@@ -62,23 +62,23 @@ class Report:
 
     def left_over(self) -> Iterator[str]:
         """What did not match, a name per line."""
-        yield from _listed("does not fit", self.refused)
-        yield from _listed("not in the file", self.missing)
-        yield from _listed("in the file, not used", self.unused)
+        yield from listed("does not fit", self.refused)
+        yield from listed("not in the file", self.missing)
+        yield from listed("in the file, not used", self.unused)
 
     def lines(self) -> Iterator[str]:
         """The report, a name per line; what did not match first."""
         yield from self.left_over()
-        yield from _listed("ignored, as the spec says", self.ignored)
-        yield from _listed("kept from the spec", self.kept)
-        yield from _listed("the same in both", [f"{theirs} = {ours}" for theirs, ours in self.compared])
-        yield from _listed("loaded", [f"{theirs} -> {ours}" for theirs, ours in self.loaded])
+        yield from listed("ignored, as the spec says", self.ignored)
+        yield from listed("kept from the spec", self.kept)
+        yield from listed("the same in both", [f"{theirs} = {ours}" for theirs, ours in self.compared])
+        yield from listed("loaded", [f"{theirs} -> {ours}" for theirs, ours in self.loaded])
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
 
-def _listed(title: str, names: Sequence[str]) -> Iterator[str]:
+def listed(title: str, names: Sequence[str]) -> Iterator[str]:
     if names:
         yield f"{title}: {len(names)}"
         yield from (f"  {name}" for name in names[:SHOWN])
@@ -98,7 +98,7 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
     if not isinstance(source, str | os.PathLike | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # of whom no checker asks
         hint = "give its state_dict()" if isinstance(source, nn.Module) else "a file, or a dict of tensors or arrays"
         raise UnrollError("E421", f"weights are not read from a {type(source).__name__}", hint=hint)
-    found = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), weights)
+    found = _unwrapped(source if isinstance(source, Mapping) else read_file(Path(source)), weights)
     filling = _Filling(spec, net, strict)
     for name, value in found.items():
         filling.take(_stripped(name, weights), value, found)
@@ -200,7 +200,7 @@ def _said(net: Net) -> dict[str, int]:
 
 def _learned(net: Net, name: str) -> Learned | None:
     """What is known of a learned parameter; None for all others."""
-    for prefix, inner in _networks(net).items():
+    for prefix, inner in networks_of(net).items():
         for (own, _), p in zip(inner.named_parameters(), inner.learned, strict=True):
             if prefix + own == name:
                 return p
@@ -241,12 +241,12 @@ def inside(p: Learned, value: Tensor) -> Tensor:
             return value
 
 
-def _constants(net: Net) -> set[str]:
+def constants_of(net: Net) -> set[str]:
     """Buffers that the spec says, which no file may set."""
     return {n for n, _ in net.named_buffers() if n.split(".")[-1] not in STATISTICS}
 
 
-def _networks(net: Net) -> dict[str, Network]:
+def networks_of(net: Net) -> dict[str, Network]:
     """The layers by the prefix of their names."""
     return {f"{k}.": n for k, n in net.networks.items()} if isinstance(net, Model) else {"": net}
 
@@ -254,7 +254,7 @@ def _networks(net: Net) -> dict[str, Network]:
 def _drawn(net: Net) -> set[str]:
     """Constants that would be others for another seed: those that change when what was drawn is drawn anew."""
     found: set[str] = set()
-    for prefix, inner in _networks(net).items():
+    for prefix, inner in networks_of(net).items():
         program, words = inner.program, inner.program.words
         if not inner.drawn:
             continue
@@ -334,7 +334,7 @@ class _Filling:
         value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
         value = _converted(name, ours, value, target) * move.factor
         place = slices(move.into)
-        if ours in _constants(self.net):
+        if ours in constants_of(self.net):
             self._refuse_other_constant(name, ours, tensor.dtype, value, target[place])
             self.compared.append((name, ours))
             return
@@ -393,7 +393,7 @@ class _Filling:
         return ""
 
     def report(self, weights: Weights) -> Report:
-        constants = _constants(self.net)
+        constants = constants_of(self.net)
         ignored = tuple(some for n, some in self.left.items() if _matches(n, weights.ignore))
         missing = [_lacking(n, f) for n, f in self.filled.items() if n not in constants and not f.all()]
         drawn = _drawn(self.net)
@@ -483,7 +483,7 @@ class _Array(Protocol):
     def __array__(self) -> Any: ...
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_file(path: Path) -> Mapping[str, Any]:
     """A file as a dict. Raises UnrollError E421."""
     try:
         match path.suffix:

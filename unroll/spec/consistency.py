@@ -71,6 +71,8 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
             f"the learning rate would grow for all {train.steps} steps",
             "fewer steps of warm-up",
         ),
+        "only": (bool(train.only and train.freeze), "freeze: says what does not learn", "one of the two"),
+        "freeze": (bool(train.freeze) and train.search is not None, "search: sets what it names", "leave it out"),
     }
     for key, (odd, why, hint) in idle.items():
         if key in said and odd:

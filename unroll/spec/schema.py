@@ -758,6 +758,10 @@ class Digits(DataSettings):
     """vectors of 64 for an input of the problem, or images of 1 x 8 x 8 for the input `image` of a model"""
     validation: Annotated[int, Field(ge=1, le=1_700)] = 297
     norm: Literal["unit", "none"] = "none"
+    classes: Annotated[tuple[Annotated[int, Field(ge=0, le=9)], ...], Field(min_length=2)] | None = None
+    """these digits alone, counted from 0 in this order; all ten if left out"""
+    size: Annotated[int, Field(ge=8, le=64)] = 8
+    """pixels of a side of an image, to which the 8 are scaled up"""
     augment: Augment | None = None
     """of images only"""
     seed: Seed = 0
@@ -871,6 +875,24 @@ class Elsewhere(Record):
     """of a network whose layers share what is learned: take so many"""
 
 
+class From(Record):
+    """What training starts from; `from: PATH` is short for `from: {path: PATH}`."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """a run folder, a folder that a network was saved in, or a file of weights"""
+    spec: str | None = None
+    """of a file: the spec of the network that it is of, a library name or a path; this spec, if left out"""
+    leave: tuple[str, ...] = ()
+    """what is not taken: names of parameters, or what they begin with"""
+
+
+def _short_from(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+FromField = Annotated[From, BeforeValidator(_short_from, json_schema_input_type=str | From)]
+
+
 class Train(Record):
     """How the free parameters are fitted."""
 
@@ -917,6 +939,12 @@ class Train(Record):
     """numbers that are searched for on a grid, instead of training"""
     baselines: tuple[str, ...] = ("fista",)
     """algorithms of the same depth that the closing table compares with"""
+    from_: FromField | None = Field(default=None, alias="from")
+    """a run, a saved network or released weights that training starts from, in place of the untrained network"""
+    freeze: tuple[str, ...] = ()
+    """what does not learn: names of parameters or what they begin with; `body[:2]` is the first two layers of it"""
+    only: tuple[str, ...] = ()
+    """what alone learns, in the same words: [head]"""
     noise: dict[Name, tuple[float, float]] = {}
     """input -> signal-to-noise ratios in dB of noise that is added in training, anew in each step: at the first and at the last one, even in between"""
     evaluate: dict[Name, Elsewhere] = {}

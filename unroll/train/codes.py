@@ -118,7 +118,8 @@ def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
     baselines, notes = _baselines(job, data, layers)
     notes = (*notes, *unsolved)
     depth = f"{layers} iterations"
-    nets = {f"untrained (= {_algorithm(cast(Spec, initial.spec))}, {depth})": initial}
+    untrained = f"untrained (= {_algorithm(cast(Spec, initial.spec))}, {depth})"
+    nets = {untrained if job.settings.from_ is None else f"as it started, {depth}": initial}
     nets |= {f"{name}, {depth}": baseline for name, baseline in baselines.items()}
     nets[f"{spec.title}, trained"] = net
     rows = [measure(name, cast(Net, item), held, reference) for name, item in nets.items()]

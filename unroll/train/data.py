@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import isdir, isfile
 from pathlib import Path
@@ -93,14 +93,33 @@ def digits(settings: Digits, shapes: Shapes, given: Tensors) -> Data:
         _scaled(torch.from_numpy(np.array(raw.data)) / 16, settings.norm),
         torch.from_numpy(np.array(raw.target)),
     )
+    kept: dict[str, Any] = {}
+    if settings.classes is not None:
+        x, labels = _of_classes(x, labels, settings.classes)
+        kept = {"classes": [str(k) for k in settings.classes]}
+    count = len(settings.classes or range(10))
     if settings.form == "vectors":
-        if settings.augment is not None:
-            raise SpecError("E511", "data: augment: changes images, these are vectors", hint="set data: form: images")
+        for odd, word in ((settings.augment is not None, "augment"), (settings.size != 8, "size")):
+            if odd:
+                raise SpecError(
+                    "E511", f"data: {word}: changes images, these are vectors", hint="set data: form: images"
+                )
         train, held = divide(Split({fed_input(settings, shapes): x}, labels=labels), settings.validation, settings.seed)
-        return Data("digits", train, held, sizes={"classes": 10})
+        return Data("digits", train, held, sizes={"classes": count}, kept=kept)
     name, image = settings.input or "image", x.unflatten(-1, (1, 8, 8))
+    if settings.size != 8:
+        image = torch.nn.functional.interpolate(image, size=2 * (settings.size,), mode="bilinear", align_corners=False)
     train, held = divide(Split({name: image}, labels=labels), settings.validation, settings.seed)
-    return Data("digits", train, held, sizes=image_sizes(image, 10), change=change_of(settings.augment, name))
+    sizes, change = image_sizes(image, count), change_of(settings.augment, name)
+    return Data("digits", train, held, sizes=sizes, kept=kept, change=change)
+
+
+def _of_classes(x: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The samples of some classes, which are numbered in this order. Raises SpecError E504."""
+    if len(set(classes)) < len(classes):
+        raise SpecError("E504", f"data: classes: {list(classes)} names a digit twice")
+    number = torch.full((10,), -1).index_put((torch.tensor(classes),), torch.arange(len(classes)))[labels]
+    return x[number >= 0], number[number >= 0]
 
 
 def synthetic(settings: Synthetic, shapes: Shapes, given: Tensors) -> Data:

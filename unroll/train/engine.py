@@ -35,7 +35,7 @@ from unroll.errors import SpecError, did_you_mean, quote
 from unroll.network.network import Network
 from unroll.spec.schema import Train
 from unroll.train import losses, search
-from unroll.train.groups import parameter_groups, rates
+from unroll.train.groups import by_rows, learning, parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
 from unroll.train.masked import as_in_training
 from unroll.train.samples import Change, Data, Samples, Split, generator, package
@@ -158,6 +158,7 @@ class Task(L.LightningModule):
         self.settings, self.stages, self.clock = settings, stages, clock
         self.loss = losses.find_loss(settings.loss)
         self.weights = losses.layer_weights(settings.layer_weights, net.layers)
+        self.by_rows = by_rows(net, settings)
 
     @property
     def stage(self) -> Stage:
@@ -184,6 +185,7 @@ class Task(L.LightningModule):
 
     def training_step(self, batch: Split, index: int) -> Tensor:
         del index
+        _still(self.net)
         depth = self.stage.depth
         weights = self.weights if depth == len(self.weights) else (0.0,) * (depth - 1) + (1.0,)
         value = losses.total(self.loss, cast(Net, self.net), batch, weights, self.settings)
@@ -194,6 +196,9 @@ class Task(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **also_unused: Any) -> None:
         """Clip the norm of the whole gradient, refuse one that is not finite, and set this step's learning rates."""
         del unused, also_unused
+        for p, share in self.by_rows:
+            if p.grad is not None:
+                p.grad.mul_((share > 0).to(p))
         learned = [p for p in self.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         if not bool(norm.isfinite()):
@@ -203,9 +208,24 @@ class Task(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """A step in which every layer moves by its share: the update of each optimizer here is entry by entry."""
+        before = [(p, p.detach().clone(), share.to(p)) for p, share in self.by_rows]
+        optimizer.step(closure=optimizer_closure)
+        with torch.no_grad():
+            for p, was, share in before:
+                p.copy_(torch.lerp(was, p, share))
+
     def transfer_batch_to_device(self, batch: Split, device: torch.device, dataloader_idx: int) -> Split:
         del dataloader_idx
         return batch.to(device)
+
+
+def _still(net: nn.Module) -> None:
+    """Statistics of what is frozen do not move either."""
+    for m in (m for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)):
+        if m.affine and not any(p.requires_grad for p in m.parameters()):
+            m.eval()
 
 
 def blame(net: Net, batch: Split, step: int) -> SpecError:
@@ -616,7 +636,7 @@ def fit(
     if console is not None:
         callbacks.append(Bar(console, journal, steps, clock))
     last = folder / "checkpoints" / "last.ckpt"
-    with quiet(), clock.listening():
+    with quiet(), clock.listening(), learning(net, settings):
         trainer = _trainer(settings, steps, callbacks, folder, device, devices)
         if not resume:
             torch.manual_seed(settings.seed)

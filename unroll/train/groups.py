@@ -1,11 +1,18 @@
-"""Which parameters learn at which rate, and which of them decay."""
+"""Which parameters learn, at which rate, and which of them decay."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from unroll.errors import SpecError, quote
+from unroll.model.module import Model
+from unroll.model.transfer import Layers, axes_of, matching, near
 from unroll.network.network import Network
 from unroll.spec.schema import Rates, Train
 from unroll.train import losses
@@ -47,19 +54,102 @@ def by_kind(net: Net) -> dict[str, list[tuple[str, nn.Parameter]]]:
 
 
 def parameter_groups(net: Net, settings: Train) -> list[dict[str, Any]]:
-    """One group per kind that there is, with its learning rate and weight decay."""
-    lr, decay = rates(settings), settings.weight_decay
+    """One group per kind, and share of the rate, that there is, with its learning rate and weight decay."""
+    lr, decay, share = rates(settings), settings.weight_decay, shares(net, settings)
     groups = {"matrix": (lr.matrices, decay), "vector": (lr.matrices, 0.0), "scalar": (lr.scalars, 0.0)}
+    found: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for kind, named in by_kind(net).items():
+        for name, p in named:
+            if most := float(share[name].max()):
+                found.setdefault((kind, most), []).append(p)
     return [
-        {"params": [p for _, p in named], "lr": rate, "base_lr": rate, "weight_decay": wd, "kind": kind}
-        for kind, named in by_kind(net).items()
+        {"params": own, "lr": rate * most, "base_lr": rate * most, "weight_decay": wd, "kind": kind}
+        for (kind, most), own in found.items()
         for rate, wd in [groups[kind]]
-        if named
     ]
 
 
 def record(net: Net, settings: Train) -> dict[str, Any]:
     """What run.json says about the groups."""
+    share = shares(net, settings)
     names = {kind: [name for name, _ in named] for kind, named in by_kind(net).items()}
-    decaying = names["matrix"] if settings.weight_decay else []
-    return {"rule": RULE, "kinds": names, "weight_decay": settings.weight_decay, "decay": decaying}
+    decaying = [n for n in names["matrix"] if settings.weight_decay and share[n].any()]
+    found = {"rule": RULE, "kinds": names, "weight_decay": settings.weight_decay, "decay": decaying}
+    others = {n: value.tolist() for n, value in share.items() if bool((value != 1).any())}
+    return {**found, **({"share_of_the_rate": others} if others else {})}
+
+
+# --- what does not learn ----------------------------------------------------------------------------------------------
+
+ENTRY = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+
+
+def shares(net: Net, settings: Train) -> dict[str, Tensor]:
+    """Of every parameter the share of the learning rate at which it learns, 0 where it is frozen: (), or (layers,) by layer.
+
+    Raises SpecError E511 for names that are not there, layers of what has none, or where nothing is left to learn.
+    """
+    stacks = _stacks(net)
+    names = [name for name, _ in losses.module(net).named_parameters()]
+    found = {name: torch.ones(stacks.get(name, ())) for name in names}
+    for name in names if settings.only else ():
+        found[name].zero_()
+    for key, entries, value in (("freeze", settings.freeze, 0.0), ("only", settings.only, 1.0)):
+        for entry in entries:
+            for name, rows in _meant(key, entry, names, stacks):
+                found[name][rows] = value
+    if names and not any(bool(share.any()) for share in found.values()):
+        raise SpecError("E511", "train: freeze: nothing is left to learn", hint="leave something out of it")
+    return found
+
+
+def _stacks(net: Net) -> dict[str, tuple[int, ...]]:
+    """Parameters with a row for each layer -> how many."""
+    if not isinstance(net, Network | Model):
+        return {}
+    return {name: (axes[0].count,) for name, axes in axes_of(net).items() if isinstance(axes[0], Layers)}
+
+
+def _meant(key: str, entry: str, names: list[str], stacks: dict[str, tuple[int, ...]]) -> list[tuple[str, Any]]:
+    """The parameters of an entry, and which of their rows. Raises SpecError E511."""
+    match = ENTRY.fullmatch(entry)
+    if match is None:
+        raise SpecError("E511", f"train: {key}: '{quote(entry)}' is no name", hint="head, body.W, body[:2], *norm*")
+    found = matching(match["name"], names)
+    if not found:
+        message = f"train: {key}: there is no parameter '{quote(match['name'])}'"
+        raise SpecError("E511", message, hint=near(match["name"], names))
+    if match[2] is None:
+        return [(name, ...) for name in found]
+    rows = slice(*(int(match[end]) if match[end] else None for end in ("start", "stop")))
+    for name in found:
+        if name not in stacks:
+            message = f"train: {key}: '{quote(entry)}' means layers, and {name} is not one for each"
+            raise SpecError("E511", message, hint=f"name those that are: {', '.join(n for n in found if n in stacks)}")
+        if not range(*stacks[name])[rows]:
+            raise SpecError("E511", f"train: {key}: '{quote(entry)}' are no layers", hint=f"0 to {stacks[name][0] - 1}")
+    return [(name, rows) for name in found]
+
+
+@contextmanager
+def learning(net: Net, settings: Train) -> Generator[None]:
+    """Inside, what is frozen as a whole takes no gradient."""
+    share = shares(net, settings)
+    frozen = [p for n, p in losses.module(net).named_parameters() if p.requires_grad and not share[n].any()]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+def by_rows(net: Net, settings: Train) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters of which some layers learn more slowly than others, with shares of the fastest, as wide as they are."""
+    share = shares(net, settings)
+    return [
+        (p, (s / s.max()).view(-1, *[1] * (p.ndim - 1)))
+        for n, p in losses.module(net).named_parameters()
+        if (s := share[n]).any() and not bool((s == s.max()).all())
+    ]

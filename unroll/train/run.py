@@ -3,8 +3,8 @@
     spec -> data (-> dictionary) -> network (-> converged optimum) -> fit -> closing table, pictures
 
 A run folder holds all that another session needs: spec.yaml, run.json (command, versions, seed, sizes, which parameters
-decay), given.safetensors (values of parameters, a learned dictionary among them), data.json (names of classes, the
-characters of a text), optimum_*.safetensors, checkpoints/, metrics.csv, and in the end weights.safetensors, table.json,
+decay, what it started from), start.safetensors (the weights that it started with, if `from:` says so), given.safetensors
+(values of parameters, a learned dictionary among them), data.json (names of classes, the characters of a text), optimum_*.safetensors, checkpoints/, metrics.csv, and in the end weights.safetensors, table.json,
 curves.png. What is done with codes, labels or hidden patches is in the record of the task.
 """
 
@@ -43,8 +43,9 @@ from unroll.network.network import Network, network
 from unroll.network.saved import Value, differences, seal
 from unroll.network.values import refuse_undeclared
 from unroll.spec import Spec, load
-from unroll.spec.schema import Characters, Dictionary, Files, TokenEmbed
+from unroll.spec.schema import Characters, Dictionary, Files, From, TokenEmbed
 from unroll.train import losses, plots
+from unroll.train.beginning import Beginning, begin, inherited, start
 from unroll.train.data import make_data
 from unroll.train.dictionary import Code, alternate
 from unroll.train.groups import record
@@ -111,14 +112,17 @@ def train(
     spec = source if isinstance(source, Spec) else load(source, overrides)
     _installed(spec)
     _refuse_at_sight(spec, parameters or {})
+    given, sizes = dict(parameters or {}), dict(dims or {})
+    beginning = begin(spec, given, sizes, _finished)
+    given |= {} if beginning is None else inherited(beginning, spec, sizes, given)
     new = out is None or not Path(out).exists()
     folder = new_folder(out if out is None else Path(out), spec.title)
-    job = Job(folder, spec, dict(dims or {}), dict(scalars or {}), dict(parameters or {}), console)
+    job = Job(folder, spec, sizes, dict(scalars or {}), given, console)
     if first_rank():
         _write_start(job, command)
     try:
         with _shared(folder):
-            return _train(job, device, devices)
+            return _train(job, device, devices, beginning)
     except UnrollError:
         if new and first_rank() and not (folder / "checkpoints").exists():  # nothing was trained
             shutil.rmtree(folder)
@@ -269,6 +273,11 @@ def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
     return net, [batch.inputs for batch in held.batches(settings.batch)]
 
 
+def _finished(folder: Path) -> tuple[Job, nn.Module]:
+    """What a finished run started from, and its trained network. Raises SpecError E510."""
+    return _read_finished(folder, None, "weights.safetensors"), trained(folder)
+
+
 def _restored(folder: str | Path) -> tuple[Job, Data, nn.Module]:
     package("lightning", "a run of unroll train")
     job = _read_finished(Path(folder), None, "weights.safetensors")
@@ -286,10 +295,10 @@ def _read_trained(job: Job, net: nn.Module) -> None:
     _refuse_others(job.folder, "weights", read_tensors(path))
 
 
-def _train(job: Job, device: str, devices: int) -> Run:
+def _train(job: Job, device: str, devices: int, beginning: Beginning | None = None) -> Run:
     from unroll.train.engine import fit  # lightning takes seconds to import
 
-    data, net = ready(job)
+    data, net = ready(job, beginning)
     initial = copy.deepcopy(net)
     samples = find_task(job.settings, data).prepare(job, data)
     again = (job.folder / "checkpoints" / "last.ckpt").exists()
@@ -305,8 +314,11 @@ def _train(job: Job, device: str, devices: int) -> Run:
 # --- before: data, dictionary, network, optimum ----------------------------------------------------------------------
 
 
-def ready(job: Job) -> tuple[Data, nn.Module]:
-    """Data and untrained network; what both depend on is kept in the run folder."""
+def ready(job: Job, beginning: Beginning | None = None) -> tuple[Data, nn.Module]:
+    """Data and network as the training starts; what both depend on is kept in the run folder.
+
+    beginning: of a new run, what it starts from; of another one, its folder says with which weights it started.
+    """
     data, exact = prepare(job)
     _keep_meaning(job, data)
     net = build(job, data, job.spec)
@@ -316,7 +328,30 @@ def ready(job: Job) -> tuple[Data, nn.Module]:
         _amend(job.folder / "run.json", {"parameters": record(cast(Net, net), job.settings), "sizes": sizes})
         if isinstance(net, Network | Model):
             _settle(job, cast(Spec, net.spec))
+    if job.settings.from_ is not None:
+        _start(job, net, data, beginning)
     return replace(data, parameters=parameters), net
+
+
+def _start(job: Job, net: nn.Module, data: Data, beginning: Beginning | None) -> None:
+    """Set the weights that the run starts with: those of what it begins from, or as they are in its folder. Raises SpecError E510, E515."""
+    from unroll.train.engine import read_weights, write_weights
+
+    path, origin = job.folder / "start.safetensors", cast(From, job.settings.from_)
+    if beginning is not None:
+        taken = start(net, beginning, data, origin.leave)
+        if job.console is not None:
+            job.console.print(f"starts from {beginning.path}\n{taken}", markup=False)
+        if first_rank():
+            write_weights(net, path)
+            _amend(
+                job.folder / "run.json",
+                {"from": {"path": beginning.path, "sha256": beginning.sha256, **taken.to_dict()}},
+            )
+    else:
+        read_weights(net, path)
+    if first_rank():
+        _refuse_others(job.folder, "start", read_tensors(path))
 
 
 def _settle(job: Job, spec: Spec) -> None:

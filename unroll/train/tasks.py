@@ -52,7 +52,8 @@ def comparison(
     def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
         settings, held = job.settings, data.validation
         rows = trivial(cast(Net, net), data, settings)
-        for name, item in (("untrained", initial), (f"{job.spec.title}, trained", net)):
+        start = "untrained" if settings.from_ is None else "as it started"
+        for name, item in ((start, initial), (f"{job.spec.title}, trained", net)):
             rows.append(_row(name, cast(Net, item), held, settings))
         shown = (*columns, MICROS)
         rows = [Score(row.name, {c.key: row.values.get(c.key, math.nan) for c in shown}) for row in rows]
