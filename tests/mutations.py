@@ -139,7 +139,9 @@ MUTATIONS = (
     Mutation("gap, of what is not convex", "solver/certificate.py", "any(p.smooth is None or not p.smooth.convex for p in smooth)", "any(p.smooth is None for p in smooth)", "solver/test_certificate.py::test_no_gap_where_the_smooth_part_is_not_convex"),
     Mutation("gap, of what is held", "solver/certificate.py", "if any(p.holds for p in parts):", "if False:", "derivation/test_held.py::test_what_holds_claims_neither_descent_nor_a_gap"),
     # network
-    Mutation("trace, terms by the layer's own matrices", "network/trace.py", "known = k > 0 and (not self.by_layer or self.labels[k - 1][0] == layer)", "known = k > 0", "model/test_whitebox.py"),
+    Mutation("trace, terms by the layer's own matrices", "network/trace.py", "known = k > 0 and not self.left and (not self.by_layer or self.labels[k - 1][0] == layer)", "known = k > 0 and not self.left", "model/test_whitebox.py"),
+    Mutation("audit, what enters a step", "network/trace.py", "known = k > 0 and not self.left and", "known = k > 0 and", "model/test_audit.py"),
+    Mutation("audit, what leaves a step", "network/trace.py", "if self.left else self._at(k + 1)", "if False else self._at(k + 1)", "model/test_audit.py"),
     Mutation("trace, what stands in on the way out", "network/trace.py", """ and p.where != "output":""", ":", "model/test_whitebox.py"),
     Mutation("orthonormal, columns", "network/values.py", "gram = m.mT @ m", "gram = m @ m.mT", "network/test_kinds.py::test_columns_are_what_orthonormal_is_about"),
     Mutation("saved, a value that was edited", "network/saved.py", "elif was[name] != now[name]:", "elif False:", "network/test_saved.py"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unroll.errors import DeriveError, SpecError, UnrollError
     from unroll.from_files import restore
     from unroll.laws.laws import check
+    from unroll.model.audit import audit
     from unroll.model.module import Model
     from unroll.model.weights import release_weights, restore_weights
     from unroll.model.whitebox import white_box
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "check", "compile", "derive", "load", "loss", "prox",
+    "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "audit", "check", "compile", "derive", "load", "loss", "prox",
     "release_weights", "report", "restore", "restore_weights", "save", "solve", "white_box", "words",
 ]  # fmt: skip
 
 _HOME = {
     "DeriveError": "errors", "SpecError": "errors", "UnrollError": "errors", "Network": "network.network", "load": "spec",
-    "Loss": "network.loss", "Model": "model.module", "release_weights": "model.weights", "restore_weights": "model.weights",
+    "audit": "model.audit", "Loss": "network.loss", "Model": "model.module", "release_weights": "model.weights", "restore_weights": "model.weights",
     "check": "laws.laws", "solve": "solver.solve", "white_box": "model.whitebox", "report": "pages.page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "from_files", "save": "api",
     "words": "model.words",

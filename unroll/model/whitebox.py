@@ -135,12 +135,12 @@ def white_box(
     body = net.body if isinstance(net, Model) else net
     problem = body.program.problem
     names = valued(problem)
-    found: dict[str, dict[str, Moments]] = {kind: {} for kind in KINDS}
+    found = nothing()
     trace: Trace | None = None
     for batch in batches:
         with torch.no_grad():
             trace = traced(net, batch, at=at, parameters=parameters, terms=terms)
-            _count(trace, names, list(terms or {}), found)
+            count(trace, names, list(terms or {}), found)
     if trace is None:
         raise UnrollError("E404", "there is no batch to measure on", hint="a list of tensors, or of {name: tensor}")
     return Measured(trace.labels, problem.sign, claims(body), trace.own, at, found)
@@ -161,7 +161,12 @@ def traced(net: Network | Model, batch: Batch, **asked: Any) -> Trace:
     return ask(*batch, **asked)
 
 
-def _count(trace: Trace, names: list[str], extra: list[str], found: dict[str, dict[str, Moments]]) -> None:
+def nothing() -> dict[str, dict[str, Moments]]:
+    """Of each kind of number, before the first batch."""
+    return {kind: {} for kind in KINDS}
+
+
+def count(trace: Trace, names: list[str], extra: list[str], found: dict[str, dict[str, Moments]]) -> None:
     tables = {
         "values": trace.all_terms, "entering": trace.entering, "leaving": trace.leaving,
         "predicted": trace.predicted, "actual": trace.actual,

@@ -42,8 +42,7 @@ class Measure:
 
 def measure(problem: Problem, step: Step, at: str, parameters: str, terms: Mapping[str, str]) -> Measure:
     """The objective, and formulas beside it, as a trace is asked to see them. Raises UnrollError E404; SpecError E1xx for a formula."""
-    if at not in ("iterate", *NORMS):
-        raise UnrollError("E404", f"terms cannot be taken at '{at}'", hint=f"at= is iterate, {', '.join(NORMS)}")
+    check_form(at, "at=")
     if parameters not in ("given", "layers"):
         raise UnrollError("E404", f"there are no parameters '{parameters}'", hint="parameters= is given or layers")
     for name in terms:
@@ -57,11 +56,17 @@ def measure(problem: Problem, step: Step, at: str, parameters: str, terms: Mappi
     for name, e in formulas.items():
         if not e.is_scalar:
             raise UnrollError("E404", f"the formula '{name}' is not a number: {terms[name]}")
-    found = {name: _seen(_owned(e, chosen, known), problem, at) for name, e in {**problem.terms, **formulas}.items()}
+    found = {name: seen(_owned(e, chosen, known), problem, at) for name, e in {**problem.terms, **formulas}.items()}
     used = {s for e in found.values() for s in e.symbols}
     reads = tuple(p for p, s in known.items() if s in used)
     inner = replace(problem, terms=found, parameters=(*problem.parameters, *(known[p] for p in reads)))
     return Measure(inner, {s.name: p.name for s, p in chosen.items() if p in reads}, reads)
+
+
+def check_form(form: str, option: str) -> None:
+    """Raises UnrollError E404 where terms cannot be taken at this form of the variables."""
+    if form not in ("iterate", *NORMS):
+        raise UnrollError("E404", f"terms cannot be taken at '{form}'", hint=f"{option} is iterate, {', '.join(NORMS)}")
 
 
 def _as_parameter(p: Learned) -> Sym | None:
@@ -96,7 +101,7 @@ def _owned(e: Expr, chosen: Mapping[Sym, Learned], known: Mapping[Learned, Sym])
     return transform(e, rule) if chosen else e
 
 
-def _seen(e: Expr, problem: Problem, at: str) -> Expr:
+def seen(e: Expr, problem: Problem, at: str) -> Expr:
     """e at the normalised columns of every variable."""
     if at == "iterate":
         return e
@@ -120,6 +125,7 @@ class Trace:
     order, and the change that came.  cosine[name]: of the step and the gradient of the term, 0 where either is 0.
     zeros[z]: (layers + 1, ...), the share of entries that are zero.  maps: the values of every softmax in the layers.
     own: parameters of the objective in whose place the terms of each step have those of its layer.
+    left[z]: what each step left, where the next one does not take just that.
     """
 
     steps: dict[str, list[Tensor]]
@@ -130,6 +136,7 @@ class Trace:
     own: dict[str, str] = field(default_factory=dict[str, str])
     by_layer: bool = False
     """Do the terms read parameters of the layers?"""
+    left: Mapping[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
 
     @property
     def iterates(self) -> dict[str, list[Tensor]]:
@@ -199,22 +206,23 @@ class Trace:
     def _at(self, k: int) -> dict[str, Tensor]:
         return {name: found[k] for name, found in self.steps.items()}
 
+    def _left(self, k: int) -> dict[str, Tensor]:
+        return {name: found[k] for name, found in self.left.items()} if self.left else self._at(k + 1)
+
     def _place(self, k: int) -> str:
         return "before the first layer" if k == 0 else f"after {self.labels[k - 1][1]} of layer {self.labels[k - 1][0]}"
 
     @cached_property
     def _after(self) -> list[dict[str, Tensor]]:
         """After every step, by the parameters of its layer."""
-        return [
-            self.evaluate(self._at(k + 1), self._place(k + 1), layer - 1) for k, (layer, _) in enumerate(self.labels)
-        ]
+        return [self.evaluate(self._left(k), self._place(k + 1), layer - 1) for k, (layer, _) in enumerate(self.labels)]
 
     @cached_property
     def _before(self) -> list[dict[str, Tensor]]:
         """Before every step, by the parameters of its layer; what is known already is not worked out again."""
         out: list[dict[str, Tensor]] = []
         for k, (layer, _) in enumerate(self.labels):
-            known = k > 0 and (not self.by_layer or self.labels[k - 1][0] == layer)
+            known = k > 0 and not self.left and (not self.by_layer or self.labels[k - 1][0] == layer)
             out.append(self._after[k - 1] if known else self.evaluate(self._at(k), self._place(k), layer - 1))
         return out
 
@@ -225,7 +233,7 @@ class Trace:
         return _stacked([r[0] for r in rows]), _stacked([r[1] for r in rows])
 
     def _slopes(self, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        before, after = self._at(k), self._at(k + 1)
+        before, after = self._at(k), self._left(k)
         with torch.enable_grad():
             at = {name: z.detach().requires_grad_() for name, z in before.items()}
             values = self.evaluate(at, self._place(k), self.labels[k][0] - 1)
