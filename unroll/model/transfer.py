@@ -278,9 +278,9 @@ def along(
         case (Cells(), Cells()):
             same = (theirs.channels, theirs.side) == (ours.channels, ours.side)
             how = "in another order" if same else f"resampled from {_cells(theirs)} to {_cells(ours)}"
-            return torch.tensordot(_between(theirs, ours).to(x), x, 1), how
+            return torch.tensordot(_between(theirs, ours), x.double(), 1).to(x), how
         case (Channels(n), Channels(m)):
-            return torch.tensordot(_channels(n, m, False).to(x), x, 1), f"from {n} channels to {m}"
+            return torch.tensordot(_channels(n, m, False), x.double(), 1).to(x), f"from {n} channels to {m}"
         case _:
             raise _Unfit("no rule leads from one to the other")
 
@@ -343,7 +343,7 @@ def resized(pictures: Tensor, rows: int, columns: int) -> Tensor:
 @cache
 def _resize(side: int, to: int) -> Tensor:
     """The matrix (to^2, side^2) that resizes square patches."""
-    return resized(torch.eye(side**2, dtype=torch.float64).unflatten(1, (side, side)), to, to).flatten(1).mT
+    return resized(torch.eye(side**2, dtype=torch.float64).unflatten(1, (side, side)), to, to).flatten(1).mT.contiguous()
 
 
 def _channels(n: int, m: int, made: bool) -> Tensor:
@@ -361,7 +361,7 @@ def _between(theirs: Cells, ours: Cells) -> Tensor:
     Source: Beyer et al. 2023, FlexiViT, arXiv:2212.08013, section 3.4.
     """
     b = _resize(theirs.side, ours.side)
-    resize = b if ours.made else torch.linalg.pinv(b).mT
+    resize = b if ours.made else torch.linalg.pinv(b).mT.contiguous()
     whole = torch.kron(_channels(theirs.channels, ours.channels, ours.made), resize)
     return whole[_order(ours)][:, _order(theirs)]
 
