@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import unroll
 from unroll.errors import UnrollError
@@ -18,7 +19,7 @@ from unroll.train import Interrupted, evaluate, resume, train, trained
 from unroll.train.beginning import begin, inherited
 from unroll.train.data import make_data
 from unroll.train.engine import fit
-from unroll.train.groups import record
+from unroll.train.groups import record, shares
 from unroll.train.job import DTYPES
 from unroll.train.run import _finished
 from unroll.train.samples import Shapes
@@ -180,6 +181,63 @@ def test_statistics_of_a_frozen_stem_stand_still(tmp_path):
     assert not frozen.stem[1].running_mean.any() and free.stem[1].running_mean.any()
 
 
+def test_the_rate_of_a_layer_is_a_share_of_that_of_the_next():
+    """As ELECTRA and BEiT have it: c^(L + 1) before the layers, c^(L - l) in layer l from 0, 1 in the head."""
+    net, settings = unroll.compile(SPEC), load(SPEC, ["train.layer_decay=0.5", "train.freeze=['body.W[:1]']"]).train
+    found = {name: share.tolist() for name, share in shares(net, settings).items()}
+    assert found["embed.weight"] == found["positions"] == found["class_token"] == 0.5**4
+    assert found["body.W"] == [0, 0.5**2, 0.5]
+    assert found["body.theta"] == 0.5  # shared by all: as the last of them
+    assert found["head.weight"] == found["head_norm.bias"] == 1
+    tail = unroll.compile(LISTA, overrides=["unroll.layers=6", "unroll.free=2"])
+    found = shares(tail, load(LISTA, ["train.layer_decay=0.5"]).train)
+    assert found["W2"].tolist() == [0.5**5, 0.5**4, 1]
+    tiny = [f"{at}{x}" for at in ("", "model.decoder.layers.") for x in ("dims.d=8", "dims.K=2", "dims.p=4")]
+    coder = unroll.compile("crate_mae_digits", overrides=[*tiny, "unroll.layers=2"])  # 2 and 3 layers
+    found = shares(coder, load("crate_mae_digits", ["train.layer_decay=0.5"]).train)
+    assert found["mask_token"] == 0.5**6 and found["body.Q"].tolist() == [0.5**5, 0.5**4]
+    assert found["encoder_norm.weight"] == 0.5**3 and found["decoder.Q"].tolist() == [0.5**3, 0.5**2, 0.5]
+    assert found["pixels.weight"] == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_layers_move_as_if_each_had_an_optimizer_of_its_own(tmp_path, optimizer):
+    options = [f"train.optimizer={optimizer}", "train.precision=float64", "train.schedule=constant", "train.clip=null"]
+    options += ["train.layer_decay=0.5", "train.steps=5", "train.lr=0.01"]
+    net, before = fitted(tmp_path, *options)
+    other = unroll.compile(SPEC, dtype=torch.float64)
+    assert torch.equal(before["body.W"], other.body.W)
+    spec = load(SPEC, options)
+    settings, rates = spec.train, shares(other, spec.train)
+    groups = {"body.W": 0.01, "body.theta": 0.1}  # scalars learn ten times as fast
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    params, opts = dict(other.named_parameters()), []
+    rows = {name: p if rates[name].ndim == 0 else [r.detach().clone() for r in p] for name, p in params.items()}
+    for name, own in rows.items():
+        decay = 0.1 if name in ("body.W", "embed.weight", "head.weight") else 0.0
+        for piece, share in (
+            [(own, rates[name])] if isinstance(own, nn.Parameter) else zip(own, rates[name], strict=True)
+        ):
+            more = {"momentum": 0.9} if optimizer == "sgd" else {}
+            lr = groups.get(name, 0.01) * float(share)
+            opts.append(make([piece.requires_grad_(True)], lr=lr, weight_decay=decay, **more))
+    data = make_data(spec.data, Shapes({}))
+    order = data.train.order(torch.Generator().manual_seed(0))
+    for step in range(5):
+        batch = data.train[order[32 * step : 32 * step + 32]].to(torch.float64)
+        stacked = {n: r if isinstance(r, nn.Parameter) else torch.stack(r) for n, r in rows.items()}
+        answer = torch.func.functional_call(other, stacked, batch.inputs["image"])
+        for o in opts:
+            o.zero_grad()
+        torch.nn.functional.cross_entropy(answer, batch.labels).backward()
+        for o in opts:
+            o.step()
+    assert torch.allclose(net.body.W, torch.stack(rows["body.W"]), rtol=0, atol=1e-12)
+    assert torch.allclose(net.head.weight, params["head.weight"], rtol=0, atol=1e-12)
+    assert torch.allclose(net.embed.weight, params["embed.weight"], rtol=0, atol=1e-12)
+    assert (net.embed.weight - before["embed.weight"]).abs().max() > 1e-5 and settings.layer_decay == 0.5
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -190,7 +248,8 @@ def test_statistics_of_a_frozen_stem_stand_still(tmp_path):
         (["train.freeze=['body.W[5:]']"], "are no layers.*0 to 2"),
         (["train.freeze=['body.W[1']"], "is no name"),
         (["train.freeze=['*']"], "nothing is left to learn"),
-        (["train.freeze=[head]", "train.only=[embed]"], "freeze: says what does not learn"),
+        (["train.freeze=[head]", "train.only=[embed]"], "only: says what learns"),
+        (["train.only=[body]", "train.search={grid: {theta: [1.0]}}"], "search: sets what it names"),
     ],
 )
 def test_parts_that_cannot_be_frozen_are_named(tmp_path, overrides, says):

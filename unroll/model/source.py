@@ -102,6 +102,7 @@ class Wrapped:
 
     argument: the name of its input.  held: what stands around the layers, each with its start.
     shape: sizes of the input after the batch axis; None is any.
+    order: names of what stands before the layers, between them and those of a decoder, and after all.
     """
 
     model: Model
@@ -112,6 +113,7 @@ class Wrapped:
     shape: tuple[int | None, ...]
     held: tuple[Held, ...]
     source: str
+    order: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
     @property
     def tokens(self) -> int | None:
@@ -134,20 +136,23 @@ def wrap(spec: Spec, body: Program, decoder: Program | None) -> Wrapped:
     inner, renamed = _join(body, decoder)
     name = Names(frozenset({*inner.definitions, "draw", *FUNCTIONS})).fresh(f"{body.class_name}Model")
     before = parts.embed(model, ins, argument) + parts.before_layers(model, ins)
-    after, calls = _after(model, outs, decoder)
+    after, calls, between = _after(model, outs, decoder)
     held = (*before.held, *after.held)
     writer = _Writer(model, body, decoder, renamed, name, argument, before, after, calls)
     source = _module(spec, inner, body, [*_functions(model, before + after), writer.text()])
-    return Wrapped(model, body, decoder, name, argument, _shape(model, body), held, source)
+    last = tuple(h.name for h in after.held if h.name not in between)
+    order = (tuple(h.name for h in before.held), between, last)
+    return Wrapped(model, body, decoder, name, argument, _shape(model, body), held, source, order)
 
 
-def _after(model: Model, outs: int, decoder: Program | None) -> tuple[Part, list[str]]:
-    """What stands after the layers, with the lines of forward that lead there."""
+def _after(model: Model, outs: int, decoder: Program | None) -> tuple[Part, list[str], tuple[str, ...]]:
+    """What stands after the layers, the lines of forward that lead there, and what of it stands before those of a decoder."""
     if model.decoder is None or decoder is None:
-        return parts.head(model, outs), []
+        return parts.head(model, outs), [], ()
     between = parts.between(model, model.decoder, outs, width(decoder, "in"))
     read = parts.to_pixels(model, model.decoder, width(decoder, "out"))
-    return Part((*between.held, *read.held), read.lines), [*between.lines, "x = self.decoder(x)"]
+    names = tuple(h.name for h in between.held)
+    return Part((*between.held, *read.held), read.lines), [*between.lines, "x = self.decoder(x)"], names
 
 
 # --- does it fit? -----------------------------------------------------------------------------------------------------

@@ -343,7 +343,9 @@ def resized(pictures: Tensor, rows: int, columns: int) -> Tensor:
 @cache
 def _resize(side: int, to: int) -> Tensor:
     """The matrix (to^2, side^2) that resizes square patches."""
-    return resized(torch.eye(side**2, dtype=torch.float64).unflatten(1, (side, side)), to, to).flatten(1).mT.contiguous()
+    return (
+        resized(torch.eye(side**2, dtype=torch.float64).unflatten(1, (side, side)), to, to).flatten(1).mT.contiguous()
+    )
 
 
 def _channels(n: int, m: int, made: bool) -> Tensor:

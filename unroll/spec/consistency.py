@@ -71,8 +71,12 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
             f"the learning rate would grow for all {train.steps} steps",
             "fewer steps of warm-up",
         ),
-        "only": (bool(train.only and train.freeze), "freeze: says what does not learn", "one of the two"),
-        "freeze": (bool(train.freeze) and train.search is not None, "search: sets what it names", "leave it out"),
+        "freeze": (bool(train.freeze and train.only), "only: says what learns", "one of the two"),
+        **{
+            key: (True, "search: sets what it names, and takes no step", "leave it out")
+            for key in ("freeze", "only", "layer_decay")
+            if train.search is not None
+        },
     }
     for key, (odd, why, hint) in idle.items():
         if key in said and odd:

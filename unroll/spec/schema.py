@@ -945,6 +945,8 @@ class Train(Record):
     """what does not learn: names of parameters or what they begin with; `body[:2]` is the first two layers of it"""
     only: tuple[str, ...] = ()
     """what alone learns, in the same words: [head]"""
+    layer_decay: Share = 1.0
+    """the learning rate of each layer is this share of that of the layer after it; what stands after the layers has all of it"""
     noise: dict[Name, tuple[float, float]] = {}
     """input -> signal-to-noise ratios in dB of noise that is added in training, anew in each step: at the first and at the last one, even in between"""
     evaluate: dict[Name, Elsewhere] = {}

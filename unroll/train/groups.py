@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unroll.errors import SpecError, quote
 from unroll.model.module import Model
 from unroll.model.transfer import Layers, axes_of, matching, near
+from unroll.model.weights import networks_of
 from unroll.network.network import Network
 from unroll.spec.schema import Rates, Train
 from unroll.train import losses
@@ -98,9 +99,34 @@ def shares(net: Net, settings: Train) -> dict[str, Tensor]:
         for entry in entries:
             for name, rows in _meant(key, entry, names, stacks):
                 found[name][rows] = value
+    for name, depth in from_the_end(net).items() if settings.layer_decay != 1 else ():
+        found[name] = found[name] * settings.layer_decay ** torch.tensor(depth)
     if names and not any(bool(share.any()) for share in found.values()):
         raise SpecError("E511", "train: freeze: nothing is left to learn", hint="leave something out of it")
     return found
+
+
+def from_the_end(net: Net) -> dict[str, float | list[float]]:
+    """How many layers come after each parameter, by layer where it has a row for each; what follows the layers is one more.
+
+    What several layers share counts as the last of them; what stands between layers and those of a decoder as the first of these.
+    Source: Clark et al. 2020 (ELECTRA), arXiv:2003.10555, section 3.1; Bao et al. 2022 (BEiT), arXiv:2106.08254.
+    Raises SpecError E511 for a network whose layers are not known.
+    """
+    if not isinstance(net, Network | Model):
+        raise SpecError("E511", "train: layer_decay: this network says nothing of its layers", hint="leave it out")
+    stacks, place = _stacks(net), dict[str, float | list[float]]()
+    before, between, after = net.wrapped.order if isinstance(net, Model) else ((), (), ())
+    end = 0
+    for prefix, inner in networks_of(net).items():
+        first, end = end + 1, end + inner.layers
+        for name, _ in inner.named_parameters():
+            rows = stacks.get(prefix + name)
+            place[prefix + name] = end if rows is None else [*range(first, first + rows[0] - 1), end]
+    parts = {**dict.fromkeys(before, 0), **dict.fromkeys(between, net.layers + 1), **dict.fromkeys(after, end + 1)}
+    place |= {n: parts[n.split(".")[0]] for n, _ in net.named_parameters() if n.split(".")[0] in parts}
+    last = max((max(p) if isinstance(p, list) else p for p in place.values()), default=0)
+    return {n: [last - k for k in p] if isinstance(p, list) else last - p for n, p in place.items()}
 
 
 def _stacks(net: Net) -> dict[str, tuple[int, ...]]:
