@@ -11,7 +11,9 @@ from unroll.calculus import torch_functions as runtime
 from unroll.lower.operations import HELPERS
 
 _TAKEN = (
-    frozenset(["torch", "nn", "F", "math", "functools", "self", "layers", "layer", "trace", "s", *dir(builtins)])
+    frozenset(
+        ["torch", "nn", "F", "math", "functools", "self", "layers", "layer", "trace", "kept", "s", *dir(builtins)]
+    )
     | HELPERS.keys()
     | {op.name for op in runtime.RUNTIME}
 )

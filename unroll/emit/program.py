@@ -10,6 +10,7 @@ import sympy as sp
 
 from unroll.derivation.step import Step
 from unroll.emit.axes import stored_axes, stored_sizes
+from unroll.emit.growing import Growth, growth
 from unroll.emit.initialise import DRAWN, initialise_arguments
 from unroll.emit.module import Module
 from unroll.emit.objective import term_source
@@ -52,6 +53,13 @@ class Program:
     def drawn(self) -> bool:
         """Does `initialise` draw the start of a parameter?"""
         return any(p.init in DRAWN and ("learned", p.name) in self.words for p in self.step.learned)
+
+    @cached_property
+    def growth(self) -> Growth:
+        """The text that reads the next tokens of a text alone, or why there is none."""
+        return growth(
+            Module(self.problem, self.step, self.graph, self.layers, self.dims, self.class_name, "", "", self.free)
+        )
 
     @property
     def any_depth(self) -> bool:

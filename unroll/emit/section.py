@@ -92,6 +92,8 @@ class Section:
 
     def _deserves(self, i: int, reads: int) -> bool:
         node = self.graph.nodes[i]
+        if node.op in ("keep", "running_sum_so_far"):  # once in a call, and in this order
+            return True
         if node.op in ("number", "full", "eye") or not node.inputs:
             return node.op == "eye" and reads > 1
         return reads > 1 or i in self.graph.names or len(self.text(i).code) > LONG

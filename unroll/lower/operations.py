@@ -397,6 +397,33 @@ def _attention_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     return Text(f"F.scaled_dot_product_attention({code}, {code}, {code}{mask}, scale={scale.text.code})")
 
 
+def _attend_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """The same of the last tokens, V = args[0], that see all so far, args[1]."""
+    v, all_, scale = args
+    return Text(f"attend({v.ordered('cr').code}, {all_.ordered('cr').code}, {scale.text.code})")
+
+
+def _kept(method: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
+    """attrs[0]: the axis of tokens. What it makes of the tokens before is kept from call to call."""
+    return lambda out, args, c: Text(f"kept.{method}({args[0].text.code}, {_axis(args[0], 'rc'[out.attrs[0]])})")
+
+
+def _softmax_so_far_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    return Text(f"softmax_so_far({args[0].text.code}, {_axis(args[0], 'rc'[out.attrs[0]])})")
+
+
+def _latest_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """attrs: the axis, and how many."""
+    (x,), (axis, n) = args, out.attrs
+    size = c.size(n)
+    return x.text.then(f".narrow({_axis(x, 'rc'[axis])}, {c.size(x.shape[axis])} - {size}, {size})")
+
+
+def _resized(args: Sequence[Shape], attrs: tuple[Any, ...]) -> Shape:
+    rows, cols = args[0]
+    return (attrs[1], cols) if attrs[0] == 0 else (rows, attrs[1])
+
+
 def _drop_path_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """The axes after the batch axes stay or go together."""
     x, rate = args
@@ -855,6 +882,12 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("drop_path", _same, _drop_path_text, _pointwise, ("drop_path",)),
     Operation("running_sum", _same, _running_text, _pointwise),
     Operation("attention", _same, _attention_text, _attention_cost),
+    # of the last tokens of a text, what those before left being kept: see growing.py
+    Operation("keep", _resized, _kept("all"), _free),
+    Operation("latest", _resized, _latest_text, _free),
+    Operation("running_sum_so_far", _same, _kept("sum"), _pointwise),
+    Operation("softmax_so_far", _same, _softmax_so_far_text, _pointwise, ("softmax_so_far",)),
+    Operation("attend", _same, _attend_text, _attention_cost, ("attend",)),
     Operation("diag", lambda args, attrs: (args[0][0], args[0][0]), _diag_text, _pointwise),
     Operation("diagonal", lambda args, attrs: (args[0][0], ONE), _diagonal_text, _pointwise),
     Operation("trace", _to_scalar, _trace_text, _pointwise),
@@ -974,6 +1007,21 @@ HELPERS: dict[str, Helper] = {
     """Softmax along dim (-1 or -2) of square matrices: what is looked at comes no later than what looks."""
     seen = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
     return x.masked_fill(~(seen.tril() if dim == -1 else seen.triu()), -math.inf).softmax(dim)
+'''
+    ),
+    "softmax_so_far": Helper(
+        '''def softmax_so_far(x, dim):
+    """Softmax along dim (-1 or -2) of what all tokens so far are to the last ones: what is looked at comes no later than what looks."""
+    seen, later = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device), x.shape[-1] - x.shape[-2]
+    return x.masked_fill(~(seen.tril(later) if dim == -1 else seen.triu(later)), -math.inf).softmax(dim)
+'''
+    ),
+    "attend": Helper(
+        '''def attend(v, so_far, scale):
+    """What the last tokens v take from all so far, themselves among them, as causal attention has it."""
+    n, m = v.shape[-2], so_far.shape[-2]
+    seen = None if n == 1 else torch.ones(n, m, dtype=torch.bool, device=v.device).tril(m - n)
+    return F.scaled_dot_product_attention(v, so_far, so_far, seen, scale=scale)
 '''
     ),
     "weighed_product": Helper(

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,12 +27,13 @@ from unroll.errors import UnrollError
 from unroll.model.generation import Draw, at_rest, check_length, continued
 from unroll.model.source import Wrapped, wrap
 from unroll.model.words import Words, agree, pieces, read_record
+from unroll.network.kept import Kept
 from unroll.network.kinds import check_kind, check_place
 from unroll.network.network import Network, load
 from unroll.network.saved import WAY_OUT, WORDS, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
 from unroll.spec import Spec
-from unroll.spec.schema import PooledHead, TiedHead, TokenEmbed
+from unroll.spec.schema import NoPositions, PooledHead, TiedHead, TokenEmbed
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -155,19 +157,22 @@ class Model(nn.Module):
         top_p: float | None = None,
         seed: int = 0,
         window: int | None = None,
+        kept: bool | None = None,
         stream: Callable[[Any], Any] | None = None,
     ) -> Any:
         """A text that goes on: (B, T) or (T,) tokens and `length` more, each drawn from what the network says comes next; or a str.
 
         temperature: what logits are divided by; 0 takes the likeliest.  top_k, top_p: of so many of the likeliest; of those that
         have this share together.  window: go on beyond the longest text, each time from the last `window` tokens as from a new one.
+        kept: read each new token alone, with what the layers keep of those before (True, False; None: where that can be).
         stream: is told of each new token, (B,) or (); of a str, of each new piece. Draws depend on seed alone.
-        Raises UnrollError E404 (what is asked for), E422 (no network that says which token comes next, or no words for a str).
+        Raises UnrollError E404 (what is asked for), E422 (no network that says which token comes next, or no words for a str), E423
+        (kept=True where nothing can be kept). Warns where kept=None has to read the whole text for each token.
         """
         draw = Draw(temperature, top_k, top_p)
         if isinstance(tokens, str):
             words, begun = self._begun(tokens)
-            new = (int(t) for t in self._following(begun, length, draw, seed, window))
+            new = (int(t) for t in self._following(begun, length, draw, seed, window, kept))
             text = tokens
             for piece in pieces(words, new, begun[0].tolist()):
                 text += piece
@@ -176,25 +181,73 @@ class Model(nn.Module):
             return text
         texts = torch.atleast_2d(tokens)
         found = [texts]
-        for new in self._following(texts, length, draw, seed, window):
+        for new in self._following(texts, length, draw, seed, window, kept):
             found.append(new[:, None].to(texts.dtype))
             if stream is not None:
                 stream(new if tokens.ndim == 2 else new[0])
         return torch.cat(found, 1).reshape(*tokens.shape[:-1], -1)
 
-    def _following(self, texts: Tensor, length: int, draw: Draw, seed: int, window: int | None) -> Iterator[Tensor]:
+    def _following(
+        self, texts: Tensor, length: int, draw: Draw, seed: int, window: int | None, kept: bool | None
+    ) -> Iterator[Tensor]:
         """New tokens (B,) after (B, T), one after another."""
         most, known = self._readable()
         self._check_words("tokens", texts)
         check_length(texts, length, most, window)
         self._refuse_unknown_words(texts)
+        answer = self._by_what_is_kept() if self._keeps(kept) else self._by_the_whole_text
         with at_rest(self):
-            yield from continued(texts, length, self._next, draw, seed=seed, known=known, most=most, window=window)
+            yield from continued(texts, length, answer, draw, seed=seed, known=known, most=most, window=window)
 
-    def _next(self, tokens: Tensor, anew: bool) -> Tensor:
+    def _by_the_whole_text(self, tokens: Tensor, anew: bool) -> Tensor:
         """Logits of the token after these: (B, T) -> (B, V)."""
         del anew
         return self(tokens)[:, -1]
+
+    def _by_what_is_kept(self) -> Callable[[Tensor, bool], Tensor]:
+        """The same, from tokens that it has not read yet."""
+        kept = Kept()
+
+        def answer(tokens: Tensor, anew: bool) -> Tensor:
+            nonlocal kept
+            kept = Kept() if anew else kept
+            return self.extend(tokens[:, kept.seen :], kept)[:, -1]
+
+        return answer
+
+    def extend(self, tokens: Tensor, kept: Kept) -> Tensor:
+        """The answer at the next tokens of a text, from these alone: (B, n) -> (B, n, V). A new `unroll.network.kept.Kept()` begins a text.
+
+        Takes no derivatives. Raises UnrollError E404 (tokens), E422, E423 where something over tokens has nothing that it could keep.
+        """
+        most, _ = self._readable()
+        if why := self._unkept:
+            raise UnrollError("E423", f"{why} keeps nothing from token to token", hint="the whole text in each call")
+        if kept.seen + tokens.shape[-1] > most:
+            message = f"{kept.seen} tokens and {tokens.shape[-1]} more are longer than the longest text, {most}"
+            raise UnrollError("E404", message)
+        net, places = cast(Any, self), self.wrapped.model.positions
+        with torch.no_grad():
+            x = (
+                net.embedding(tokens)
+                if places is None or isinstance(places, NoPositions)
+                else net.embedding(tokens, kept.seen)
+            )
+            return net.read(self.body.extend(x, kept))
+
+    @property
+    def _unkept(self) -> str:
+        """What stands in the way of reading the next tokens alone; "" if nothing does."""
+        return "a class token" if self.wrapped.model.class_token is not None else self.body.program.growth.why
+
+    def _keeps(self, wanted: bool | None) -> bool:
+        if wanted and self._unkept:
+            hint = "kept=False reads the whole text for each token"
+            raise UnrollError("E423", f"{self._unkept} keeps nothing from token to token", hint=hint)
+        if wanted is None and self._unkept:
+            said = f"the whole text is read for each token: {self._unkept} keeps nothing from token to token"
+            warnings.warn(said, stacklevel=4)
+        return not self._unkept if wanted is None else wanted
 
     def _begun(self, text: str) -> tuple[Words, Tensor]:
         """The words, and the tokens (1, T) of a text. Raises UnrollError E404 (an empty one), E422 (no words)."""

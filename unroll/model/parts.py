@@ -29,6 +29,8 @@ from unroll.spec.schema import (
 
 CELLS = {"channels_last": "0, 2, 4, 3, 5, 1", "channels_first": "0, 2, 4, 1, 3, 5"}
 """(B, C, rows, p, columns, p) -> (B, rows, columns, numbers of a patch)"""
+CUT = "[start : start + x.shape[1]]"
+"""The positions of tokens that follow `start` others."""
 
 
 # --- what an axis of a tensor runs over -------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def _positions(model: schema.Model, d: int) -> Part:
             return _fixed(f"{n}, {d}", "sines, cosines of the column, then of the row", value, "sinusoids", "")
         case SinusoidalPositions(base=base):
             value = f"sinusoids(torch.arange({n}.0).unsqueeze(1), {d}, {base:g})"
-            return _fixed(f"{n}, {d}", "sines, then cosines of the place", value, "sinusoids", "[: x.shape[1]]")
+            return _fixed(f"{n}, {d}", "sines, then cosines of the place", value, "sinusoids", CUT)
         case FourierPositions(waves=waves, base=base):
             assert isinstance(found, tuple)
             value = f"fourier({found[0]}, {found[1]}, {waves}, {base:g})"
@@ -288,7 +290,7 @@ def _positions(model: schema.Model, d: int) -> Part:
             return Part((fixed, map_), ("x = x + self.positions(self.waves)",), (), ("fourier",))
         case _ as never:
             assert_never(never)
-    return Part((held,), (f"x = x + self.positions{'' if isinstance(found, tuple) else '[: x.shape[1]]'}",))
+    return Part((held,), (f"x = x + self.positions{'' if isinstance(found, tuple) else CUT}",))
 
 
 def _buffer(name: str, shape: str, about: str, value: str) -> Held:

@@ -411,10 +411,12 @@ class _Writer:
                 return []
 
     def _embedding(self) -> str:
-        lines = [f'"""{self.argument} -> tokens, as the layers take them."""', *self.before.lines, "return x"]
+        begins = " start: how many are before these." if any(parts.CUT in line for line in self.before.lines) else ""
+        lines = [f'"""{self.argument} -> tokens, as the layers take them.{begins}"""', *self.before.lines, "return x"]
         if lines[-2].startswith("x = "):
             lines[-2:] = [f"return {lines[-2].removeprefix('x = ')}"]
-        return f"def embedding(self, {self._arguments()}):\n" + textwrap.indent("\n".join(lines), "    ")
+        later = ", start=0" if any(parts.CUT in line for line in self.before.lines) else ""
+        return f"def embedding(self, {self._arguments()}{later}):\n" + textwrap.indent("\n".join(lines), "    ")
 
     def _arguments(self) -> str:
         return f"{self.argument}, mask" if self.masked else self.argument

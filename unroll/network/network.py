@@ -33,6 +33,7 @@ from unroll.errors import UnrollError, did_you_mean
 from unroll.language.constructors import swap
 from unroll.language.nodes import LogDet, Sym, walk
 from unroll.language.problem import Problem
+from unroll.network.kept import Kept
 from unroll.network.kinds import as_number, check_kind
 from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.sets import falling, refuse_empty
@@ -111,6 +112,18 @@ class Network(nn.Module):
             return super().forward(**given)
         except torch.linalg.LinAlgError as e:  # pyright: ignore[reportPrivateImportUsage]
             raise self._unsolved(given) from e
+
+    def extend(self, x: Tensor, kept: Kept) -> Tensor:
+        """The answer at the next tokens of a text, from these alone: (..., n, d) -> (..., n, d). A new `Kept()` begins a text.
+
+        It is what the network says of all tokens so far, of which these are the last. Takes no derivatives.
+        Raises UnrollError E404 (shapes), E423 where an operation over tokens has nothing that it could keep.
+        """
+        if (why := self.program.growth.why) or not self.program.growth.source:
+            raise UnrollError("E423", f"{why} keeps nothing from token to token", hint="the whole text in each call")
+        self._bind((x,), {})
+        with torch.no_grad(), kept.reading(x.shape[-2]):
+            return _grow(self.program.growth.source, self.program.class_name)(self, x, kept)
 
     def construct(self, /, *args: Tensor, batch_size: int | None = None, **named: Tensor) -> Any:
         """Work out, layer by layer, the parameters that depend on data; returns what these data become.
@@ -520,6 +533,11 @@ def load(source: str, title: str) -> dict[str, Any]:
 def _mixed(source: str, name: str) -> type[Network]:
     emitted = load(source, name)[name]
     return cast(type[Network], type(name, (Network, emitted), {"__doc__": emitted.__doc__, "__module__": __name__}))
+
+
+@cache
+def _grow(source: str, title: str) -> Callable[[Network, Tensor, Kept], Tensor]:
+    return load(source, title)["grow"]
 
 
 def network(
