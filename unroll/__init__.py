@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unroll.laws.laws import check
     from unroll.model.audit import audit
     from unroll.model.module import Model
+    from unroll.model.transfer import transfer
     from unroll.model.weights import release_weights, restore_weights
     from unroll.model.whitebox import white_box
     from unroll.model.words import words
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "audit", "check", "compile", "derive", "load", "loss", "prox",
-    "release_weights", "report", "restore", "restore_weights", "save", "solve", "white_box", "words",
+    "release_weights", "report", "restore", "restore_weights", "save", "solve", "transfer", "white_box", "words",
 ]  # fmt: skip
 
 _HOME = {
@@ -38,7 +39,7 @@ _HOME = {
     "audit": "model.audit", "Loss": "network.loss", "Model": "model.module", "release_weights": "model.weights", "restore_weights": "model.weights",
     "check": "laws.laws", "solve": "solver.solve", "white_box": "model.whitebox", "report": "pages.page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "from_files", "save": "api",
-    "words": "model.words",
+    "transfer": "model.transfer", "words": "model.words",
 }  # fmt: skip
 
 

@@ -232,6 +232,12 @@ def test_what_layers_learn_is_taken_where_it_stands_for_the_same():
     assert transfer(small(seed=2), positive).unused == ("body.t",)
 
 
+def test_a_head_put_there_by_hand_is_taken_as_it_is():
+    source, net = small(), small("model.head.classes=7", seed=1)
+    source.head = torch.nn.Linear(8, 7, dtype=torch.float64)
+    assert "head.weight" in transfer(net, source).taken and torch.equal(net.head.weight, source.head.weight)
+
+
 def test_of_another_width_nothing_fits_and_nothing_is_changed():
     source, net = small("dims.d=12"), small(seed=1)
     before = {name: value.clone() for name, value in net.state_dict().items()}

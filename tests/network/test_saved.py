@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -161,12 +162,11 @@ def other_layers(net: Any) -> None:
 
 
 CHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "another head": (lambda net: setattr(net, "head", nn.Linear(12, 3)), r"head is Linear\(.*out_features=3.*not Linear\(.*out_features=5"),
+    "a head of another width": (lambda net: setattr(net, "head", nn.Linear(13, 3)), r"head is Linear\(in_features=13.*not Linear\(in_features=12"),
     "another kind of head": (lambda net: setattr(net, "head", Cosine(12, 5)), r"head is Cosine\("),
-    "no bias": (lambda net: setattr(net, "head", nn.Linear(12, 5, bias=False)), r"head.bias is missing"),
     "a head of several": (lambda net: setattr(net, "head", nn.Sequential(net.head, nn.GELU())), r"head is Sequential"),
     "one part more": (lambda net: net.add_module("extra", nn.Linear(2, 2)), r"extra was not there"),
-    "one part less": (lambda net: setattr(net, "head", nn.Identity()), r"head is Identity"),
+    "one part less": (lambda net: setattr(net, "token_norm", nn.Identity()), r"token_norm is missing"),
     "a part of another type": (half_of_it, r"several types, torch.float32 and torch.float64"),
     "other layers": (other_layers, r"the layers of this model are no longer those of its spec"),
     "one more within the layers": (lambda net: net.body.add_module("extra", nn.Linear(2, 2)), r"extra was not there"),
@@ -201,6 +201,46 @@ def test_what_was_never_constructed_comes_back_so_and_loads_what_was(saved: Any,
     built, x = saved["redunet"][0], torch.randn(3, 4)
     again.load_state_dict(built.state_dict())
     assert torch.equal(again(x), built(x))
+
+
+SAID: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "another head": (lambda net: setattr(net, "head", nn.Linear(12, 3)), {"classes": 3, "bias": True, "norm": True}),
+    "one without bias": (lambda net: setattr(net, "head", nn.Linear(12, 5, bias=False)), {"classes": 5, "bias": False}),
+    "no head": (lambda net: setattr(net, "head", nn.Identity()), {"classes": None, "norm": True}),
+    "no norm": (lambda net: setattr(net, "head_norm", nn.Identity()), {"classes": 5, "norm": False}),
+}
+
+
+@pytest.mark.parametrize("change", SAID)
+def test_a_head_that_the_spec_can_say_is_saved_and_comes_back(saved: Any, change: str, tmp_path: Path) -> None:
+    net: Any = copy.deepcopy(saved["crate"][0])
+    do, says = SAID[change]
+    do(net)
+    x, before = torch.randn(2, 3, 16, 16), net.spec
+    code: Callable[[str], str] = lambda text: text.split('"""', 2)[2]  # the head names the file of the spec
+    folder = unroll.save(net, tmp_path / "saved")
+    for again in (unroll.restore(folder), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(again(x), net(x)) and {k: getattr(again.spec.model.head, k) for k in says} == says
+        assert again.spec.weights == before.weights and code(again.source) == code((folder / "network.py").read_text())
+    assert net.spec is before  # saving changes nothing
+    again.save(tmp_path / "again")  # and is the network of its spec
+
+
+def test_a_norm_that_its_spec_always_has_is_not_left_out(tmp_path: Path) -> None:
+    head = "model.head={kind: class_attention, classes: 5, heads: 2}"
+    net: Any = unroll.compile("crate_tiny", overrides=[*SIZES, head, "model.class_token=null"])
+    net.head_norm = nn.Identity()
+    with pytest.raises(UnrollError, match="head_norm is missing"):
+        net.save(tmp_path)
+
+
+def test_a_table_of_more_words_is_saved_and_comes_back(tmp_path: Path) -> None:
+    tiny = ["dims.d=8", "dims.K=2", "dims.p=4", "unroll.layers=1", "model.embed.vocabulary=20", "model.embed.length=9"]
+    net: Any = unroll.compile("crate_text", overrides=tiny)
+    net.embed = nn.Embedding(25, 8)
+    tokens = torch.randint(20, (2, 9))
+    again: Any = unroll.restore(net.save(tmp_path))
+    assert torch.equal(again(tokens), net(tokens)) and again.spec.model.embed.vocabulary == 25
 
 
 def test_a_network_is_not_saved_where_a_file_is(tmp_path):

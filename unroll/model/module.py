@@ -14,6 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,16 +24,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unroll.derivation.step import Learned
-from unroll.errors import UnrollError
+from unroll.errors import SpecError, UnrollError
 from unroll.model.generation import Draw, at_rest, check_length, continued
+from unroll.model.parts import Held
 from unroll.model.source import Wrapped, wrap
 from unroll.model.words import Words, agree, pieces, read_record
 from unroll.network.kept import Kept
 from unroll.network.kinds import check_kind, check_place
 from unroll.network.network import Network, load
-from unroll.network.saved import WAY_OUT, WORDS, recompile, refuse_changed, restore, write
+from unroll.network.saved import SOURCE, WAY_OUT, WORDS, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
 from unroll.spec import Spec
+from unroll.spec import load as load_spec
 from unroll.spec.schema import NoPositions, PooledHead, TiedHead, TokenEmbed
 
 if TYPE_CHECKING:
@@ -275,9 +278,13 @@ class Model(nn.Module):
         return embed.length, embed.vocabulary if self.words is None else self.words.size
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write spec, weights, source and words into a folder, each file whole or not at all."""
-        self._refuse_changed()
-        return write(folder, self.spec, self, {} if self.words is None else {WORDS: _written(self.words)})
+        """Write spec, weights, source and words into a folder, each file whole or not at all.
+
+        A head (or a table of words) that was put in the place of the former one is written where the spec can say it.
+        """
+        spec, source = self._as_it_is()
+        words = {} if self.words is None else {WORDS: _written(self.words)}
+        return write(folder, spec, self, {SOURCE: source.encode(), **words})
 
     @staticmethod
     def restore(folder: str | os.PathLike[str]) -> Model:
@@ -288,20 +295,25 @@ class Model(nn.Module):
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._refuse_changed()
         values = (self.sizes, self.given, self.scalars, self.state_dict(), self.training)
-        return recompile, (self.spec.to_yaml(), *values), {"_words": self.words}
+        return recompile, (self._as_it_is()[0].to_yaml(), *values), {"_words": self.words}
 
-    def _refuse_changed(self) -> None:
-        """Raises UnrollError E405 where the spec no longer says all of this model but values."""
+    def _as_it_is(self) -> tuple[Spec, str]:
+        """The spec that says all of this model but values, and the text of its class. Raises UnrollError E405 where there is none."""
         inner = {name: self._modules.get(name) for name in ("body", "decoder")}
         networks = {name: net for name, net in inner.items() if isinstance(net, Network)}
         programs = [networks[name].program if name in networks else None for name in inner]
         if programs[0] is None or wrap(self.spec, programs[0], programs[1]).source != self.source:
             raise UnrollError("E405", "the layers of this model are no longer those of its spec", hint=WAY_OUT)
-        refuse_changed(self, _bare(type(self)), tuple(inner))
+        changes = [change for h in self.wrapped.held for change in _said(h, self._modules.get(h.name), self.spec)]
+        spec = self.spec
+        with suppress(SpecError):  # what no spec says is refused by its name below
+            spec = load_spec(spec.to_dict(), changes) if changes else spec
+        wrapped = wrap(spec, programs[0], programs[1])
+        refuse_changed(self, _bare(_mixed(wrapped.source, wrapped.class_name)), tuple(inner))
         for net in networks.values():
             net.as_made("saved")
+        return spec, wrapped.source
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
         new = type(self).__new__(type(self))
@@ -376,6 +388,24 @@ def restored(folder: str | os.PathLike[str]) -> Model | Network:
 
 def _written(words: Words) -> bytes:
     return json.dumps(words.record(), ensure_ascii=False).encode()
+
+
+def _said(held: Held, now: nn.Module | None, spec: Spec) -> list[str]:
+    """Overrides by which the spec says what stands in the place of a part; none where that is as it was, or is nothing it could say."""
+    found: dict[str, Any] = {}
+    match now:
+        case nn.Linear() if held.says == "head.classes":
+            found = {"classes": now.out_features}
+            if isinstance(spec.at("model", "head"), PooledHead):
+                found["bias"] = "bias" in dict(now.named_parameters())
+        case nn.Embedding() if held.says == "embed.vocabulary":
+            found = {"vocabulary": now.num_embeddings}
+        case nn.Identity() if held.says:
+            found = {"norm": False} if held.says == "head.norm" else {"classes": None}
+        case _:
+            pass
+    path = ("model", held.says.split(".")[0])
+    return [f"{'.'.join(path)}.{k}={json.dumps(v)}" for k, v in found.items() if getattr(spec.at(*path), k, None) != v]
 
 
 def _named(net: Network) -> list[tuple[str, Learned]]:

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens (1 more with a class token), d numbers each, P numbe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import assert_never
 
@@ -89,6 +89,7 @@ class Held:
 
     start: how it is drawn: "linear", "norm" (torch's own reset), a standard deviation, or code of a fixed value.
     axes: of tensors whose size is the model's.  before: the linear map that reads what this norm gives.
+    says: the key of `model:` that says how many rows it has, or whether it is there.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Held:
     start: str | float
     axes: Axes = field(default_factory=dict[str, "tuple[Axis, ...]"])
     before: str = ""
+    says: str = ""
 
     @property
     def kind(self) -> str:
@@ -176,7 +178,8 @@ def embed(model: schema.Model, d: int, argument: str) -> Part:
             return Part((*stem,), ("x = self.stem(image).flatten(2).mT",))
         case TokenEmbed(vocabulary=n, std=std):
             about = f"a row for each of {n} words; starts with standard deviation {std:g}"
-            table = Held("embed", f"nn.Embedding({n}, {d})", about, std, {"weight": (Named(n), None)})
+            axes = {"weight": (Named(n), None)}
+            table = Held("embed", f"nn.Embedding({n}, {d})", about, std, axes, says="embed.vocabulary")
             return Part((table,), (f"x = self.embed({argument})",))
         case LinearEmbed(features=n, bias=bias):
             return Part((linear("embed", n, d, "vector -> token", bias),), (f"x = self.embed({argument})",))
@@ -320,6 +323,7 @@ def head(model: schema.Model, d: int) -> Part:
             if classes is None:
                 return Part(_head_norm(normed, d, eps), (*lines, "return x"))
             held = linear("head", d, classes, f"-> {classes} outputs", bias, gives=Named(classes))
+            held = replace(held, says="head.classes")
             return Part((*_head_norm(normed, d, eps), held), (*lines, "return self.head(x)"))
         case ClassAttentionHead() as h:
             return _class_attention(h, d)
@@ -337,7 +341,7 @@ def _class_attention(h: ClassAttentionHead, d: int) -> Part:
         Held("readers", blocks, "the class token reads the others", "linear"),
         Held("reader_scales", f"nn.Parameter(torch.empty{shape})", about, f"torch.full({shape}, {h.scale:g})"),
         *_head_norm(True, d, h.eps),
-        linear("head", d, h.classes, f"-> {h.classes} outputs", gives=Named(h.classes)),
+        replace(linear("head", d, h.classes, f"-> {h.classes} outputs", gives=Named(h.classes)), says="head.classes"),
     )
     lines = (
         "x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)",
@@ -349,7 +353,8 @@ def _class_attention(h: ClassAttentionHead, d: int) -> Part:
 
 
 def _head_norm(normed: bool, d: int, eps: float) -> tuple[Held, ...]:
-    return (norm("head_norm", d, eps, "of what the head reads"),) if normed else ()
+    held = norm("head_norm", d, eps, "of what the head reads")
+    return (replace(held, says="head.norm"),) if normed else ()
 
 
 def _pooled(kind: str, class_token: bool) -> list[str]:

@@ -231,8 +231,14 @@ def _held(net: Net) -> tuple[Held, ...]:
 def axes_of(net: Net) -> dict[str, tuple[Axis | Layers, ...]]:
     """What the axes of tensors run over, where that is more than a size of the layers."""
     found: dict[str, tuple[Axis | Layers, ...]] = {}
+    there = dict(net.named_parameters())
     for h in _held(net):
-        found |= {f"{h.name}.{inner}" if inner else h.name: axes for inner, axes in h.axes.items()}
+        for inner, axes in h.axes.items():
+            name = f"{h.name}.{inner}" if inner else h.name
+            now = there.get(name)  # a head that was put there by hand may have other classes than the spec
+            found[name] = tuple(
+                Named(now.shape[i]) if isinstance(a, Named) and now is not None else a for i, a in enumerate(axes)
+            )
     for prefix, inner in networks_of(net).items():
         for (name, p), item in zip(inner.named_parameters(), inner.learned, strict=True):
             if item.per_layer:

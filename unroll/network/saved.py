@@ -129,8 +129,8 @@ def differences(was: Mapping[str, Seal], now: Mapping[str, Seal]) -> Iterator[st
 # --- what a spec makes ------------------------------------------------------------------------------------------------
 
 WAY_OUT = (
-    "net.state_dict() keeps any network, beside the code that changed it; or let the spec say it, as it does of a head: "
-    "model.head.classes=10"
+    "net.state_dict() keeps any network, beside the code that changed it; or let the spec say it, as it does of a head "
+    "that is one linear map: model.head.classes=10"
 )
 
 
@@ -150,7 +150,9 @@ def refuse_changed(net: nn.Module, made: nn.Module, apart: tuple[str, ...]) -> N
 
 def _parts(net: nn.Module, apart: tuple[str, ...]) -> dict[str, Seal]:
     """Modules by what they are, tensors by their shape."""
-    modules = {name or "the network": (f"{type(m).__name__}({m.extra_repr()})", "") for name, m in net.named_modules()}
+    apart_from = (nn.Identity,)  # which does nothing, in the place of a part or without one
+    kept = {name: m for name, m in net.named_modules() if not isinstance(m, apart_from)}
+    modules = {name or "the network": (f"{type(m).__name__}({m.extra_repr()})", "") for name, m in kept.items()}
     tensors = {name: (str(tuple(value.shape)), "") for name, value in net.state_dict().items()}
     return {name: kind for name, kind in {**modules, **tensors}.items() if name.split(".")[0] not in apart}
 
