@@ -27,6 +27,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{LAW}: {count} derivatives, worst relative error {worst:.1e}")
 
 
+def pytest_configure() -> None:
+    gc.set_threshold(20_000, 20, 20)  # importing and collecting make many objects that all stay
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors are faster on one thread, and workers do not fight for cores."""
@@ -34,4 +38,3 @@ def one_thread() -> None:
 
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays: not to be looked through at every collection
-    gc.set_threshold(20_000, 20, 20)
