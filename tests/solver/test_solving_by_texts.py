@@ -20,10 +20,10 @@ LAM = 0.1
 
 
 def draw(condition):
-    """(A, x): A of the condition that A'A has, three samples in units of 1, 100 and 1/100."""
+    """(A, x): A with A'A of this condition, three samples in units of 1, 100 and 1/100."""
     g = np.random.default_rng(0)
-    left, right = (np.linalg.qr(g.normal(size=(M, n)))[0] for n in (N, M))
-    A = (left * np.logspace(0, -np.log10(condition) / 2, N)) @ right[:N, :N]
+    left, right = (np.linalg.qr(g.normal(size=(n, N)))[0] for n in (M, N))
+    A = (left * np.logspace(0, -np.log10(condition) / 2, N)) @ right
     return A, g.normal(size=(3, M)) * np.array([[1], [100], [0.01]])
 
 
