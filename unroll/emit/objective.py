@@ -18,6 +18,7 @@ from unroll.emit.text import helper, imports, needed
 from unroll.language.nodes import Sym
 from unroll.language.problem import Problem
 from unroll.lower.graph import Graph, lower_terms
+from unroll.lower.padding import padded
 from unroll.lower.passes import Sizes, optimise
 from unroll.lower.scalar_text import Text, formula
 
@@ -31,7 +32,7 @@ def term_source(problem: Problem, dims: Mapping[str, int], otherwise: str = "") 
     if otherwise and small is problem:
         return otherwise
     sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, 1)
-    return objective(small, optimise(lower_terms(small), sizes).graph, dims)
+    return objective(small, optimise(padded(lower_terms(small), small), sizes).graph, dims)
 
 
 def _on_smaller_side(problem: Problem, dims: Mapping[str, int]) -> Problem:
@@ -44,7 +45,7 @@ def _on_smaller_side(problem: Problem, dims: Mapping[str, int]) -> Problem:
 def term_symbols(problem: Problem) -> list[Sym]:
     """What the terms are functions of: all variables, then the inputs and parameters that occur."""
     read = {s for e in problem.terms.values() for s in e.symbols}
-    return [*problem.variables, *(s for s in (*problem.inputs, *problem.parameters) if s in read)]
+    return [*problem.variables, *(s for s in (*problem.inputs, *problem.parameters) if s in read or "mask" in s.props)]
 
 
 def objective(problem: Problem, graph: Graph, dims: Mapping[str, int] | None = None) -> str:

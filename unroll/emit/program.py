@@ -20,6 +20,7 @@ from unroll.language.constructors import swap
 from unroll.language.nodes import ONE, Sym
 from unroll.language.problem import Problem
 from unroll.lower.graph import Graph, lower_step
+from unroll.lower.padding import padded
 from unroll.lower.passes import Sizes, optimise
 
 
@@ -77,6 +78,11 @@ class Program:
     def init_arguments(self) -> dict[str, int]:
         return {**{self.words["dim", d]: n for d, n in self.dims.items()}, "layers": self.layers}
 
+    @cached_property
+    def masks(self) -> tuple[str, ...]:
+        """The inputs that say what is padding."""
+        return tuple(s.name for s in self.problem.inputs if "mask" in s.props)
+
     def axes(self, s: Sym) -> tuple[str, ...]:
         """Names of the axes of the tensor a user gives, after the batch axes."""
         return stored_sizes(s)
@@ -108,7 +114,7 @@ def build(
         if n != "dynamic" and d.name not in dims and _mentioned(d, problem):
             raise UnrollError("E402", f"the size '{d.name}' has no value", hint=f"give it: dims: {{{d.name}: ...}}")
     sizes = Sizes({d: dims[d.name] for d in problem.dims if d.name in dims}, layers)
-    optimised = optimise(lower_step(problem, step), sizes)
+    optimised = optimise(padded(lower_step(problem, step), problem), sizes)
     module = Module(problem, step, optimised.graph, layers, dict(dims), name, origin, sha, free)
     return Program(
         problem, step, layers, free, dict(dims), module.class_name, optimised.graph, optimised.log,

@@ -124,6 +124,7 @@ def tensor(name: str, record: Tensor, role: Role, names: Mapping[str, Value], wh
     shape = [_size(entry, names, where) for entry in record.shape]
     props = {p for p in ("orthonormal", "symmetric", "positive") if getattr(record, p, False)}
     props |= {"unit_columns"} if getattr(record, "columns", None) == "unit" else set()
+    props |= {"mask"} if record.mask else set()
     family = shape.pop(0) if len(shape) == 3 else None if record.family is None else _size(record.family, names, where)
     rows, cols = [*shape, ONE, ONE][:2]
     if role != "parameter" and record.stored == "as_written":
@@ -131,6 +132,9 @@ def tensor(name: str, record: Tensor, role: Role, names: Mapping[str, Value], wh
     if role == "parameter" and record.stored == "tokens_first":
         hint = f"give {name}.T, or declare its transpose"
         raise SpecError("E132", f"{name} is a parameter: these are stored as they are written", where, hint)
+    if record.mask and (role != "input" or len(shape) != 1 or family is not None or not isinstance(rows, sp.Symbol)):
+        hint = f"inputs: {{{name}: {{shape: [N], mask: true}}}}, N: dynamic under dims"
+        raise SpecError("E132", f"{name} is a mask: an input with one size", where, hint)
     if "symmetric" in props and rows != cols:
         raise SpecError("E131", f"{name} is declared symmetric, but {show_shape((rows, cols))} is not square", where)
     return symbol(name, rows, cols, role, len(shape), family, props)

@@ -146,6 +146,8 @@ class Sample:
         family = [] if s.family is None else [int(swap(s.family, self.sizes))]
         size = (*([] if batch is None else [batch]), *family, *shape)
         value = torch.randn(size, generator=self.generator, dtype=torch.float64)
+        if "mask" in s.props:  # what evaluates formulas knows of no padding
+            return torch.ones_like(value)
         return value.abs() if "positive" in s.props else value
 
     def network(self, spec: Spec) -> Network:

@@ -391,9 +391,12 @@ def _over_family(method: str) -> Callable[[Node, Sequence[Operand], Context], Te
 
 def _attention_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
     """V softmax(scale V'V) for V = args[0], tokens its columns. attrs: causal."""
-    v, scale = args
+    v, scale, *keep = args
     code = v.ordered("cr").code
     mask = ", is_causal=True" if out.attrs[0] else ""
+    if keep:  # of the tokens that are looked at
+        places = ", ".join(["...", *["None"] * (len(out.families) + 1), ":"])
+        mask = f", attn_mask={keep[0].text.then(f'[{places}]').code} > 0"
     return Text(f"F.scaled_dot_product_attention({code}, {code}, {code}{mask}, scale={scale.text.code})")
 
 

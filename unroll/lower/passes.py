@@ -25,7 +25,7 @@ from typing import Any, cast
 import sympy as sp
 from sympy.core.relational import Relational
 
-from unroll.calculus.torch_text import power
+from unroll.calculus.torch_text import log_of_mass, power
 from unroll.language.constructors import swap
 from unroll.language.nodes import ONE, same, slot
 from unroll.lower.graph import Builder, Graph
@@ -482,14 +482,26 @@ def attention(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
         shares = b.nodes[weights.node]
         if shares.op != "softmax" or shares.attrs[0] != (1 if weights.flip else 0):
             return None
-        found = _scores(b, shares.inputs[0], v)
-        if found is None or not b.nodes[v.node].batched:
+        scores, keep = _without_padding(b, shares.inputs[0])
+        found = _scores(b, scores, v)
+        if found is None or not b.nodes[v.node].batched or (keep and shares.attrs[1]):
             return None
         count += 1
-        return b.add("attention", (v, found), shares.attrs[1])
+        return b.add("attention", (v, found, *keep), shares.attrs[1])
 
     out = rewrite(graph, rule, "matmul", needs="softmax")
     return out, f"{count} products V softmax(V'V) fused"
+
+
+def _without_padding(b: Builder, scores: Ref) -> tuple[Ref, tuple[Ref, ...]]:
+    """(scores, the mask of their rows) where log 0 was added at padding."""
+    node = b.nodes[scores.node]
+    if node.op == "add" and len(node.inputs) == 2 and node.attrs[0] == (1, 1):
+        inner, logs = node.inputs
+        said = b.nodes[logs.node]
+        if said.op == "map" and said.attrs[0] == log_of_mass(slot(0)) and logs.flip == scores.flip:
+            return inner, said.inputs
+    return scores, ()
 
 
 def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:

@@ -538,9 +538,9 @@ def _sorted_shrunk(v: Tensor, w: Tensor) -> Tensor:
 
 def _lowered(x: Tensor, total: Tensor, axes: tuple[int, ...], low: Tensor | None = None) -> Tensor:
     """max(x - t, 0) with the least t >= low, or 0, that lets it sum to no more than `total`: by bisection."""
-    low = torch.zeros_like(x.amax(axes, keepdim=True)) if low is None else low
-    low, high = torch.broadcast_tensors(low, x.amax(axes, keepdim=True))
-    above = lambda t: (x - t).clamp_min(0).sum(axes, keepdim=True) > total
+    high = x.amax(axes, keepdim=True)
+    low = torch.zeros_like(high) if low is None else low.expand_as(high)
+    above: Callable[[Tensor], Tensor] = lambda t: (x - t).clamp_min(0).sum(axes, keepdim=True) > total
     high = torch.where(above(low), high, low)
     for _ in range(100):
         middle = (low + high) / 2

@@ -36,6 +36,7 @@ from unroll.language.problem import Problem
 from unroll.language.show import pretty, text
 from unroll.lower.graph import Graph, lower_terms
 from unroll.lower.operations import HELPERS
+from unroll.lower.padding import padded
 from unroll.lower.passes import Sizes, optimise
 from unroll.lower.scalar_text import Text, formula, number
 from unroll.network.kinds import check_kind, check_place
@@ -390,7 +391,7 @@ class Writer:
     def _body(self, problem: Problem, sizes: Mapping[sp.Symbol, Text]) -> list[str]:
         """Lines that compute the terms and return them."""
         known = {d: n for d, n in problem.dims.items() if isinstance(n, int)}
-        graph = optimise(lower_terms(problem), Sizes(known, 1)).graph
+        graph = optimise(padded(lower_terms(problem), problem), Sizes(known, 1)).graph
         size: Callable[[sp.Expr], str] = lambda n: formula(n, sizes).code
         sec = Named(
             graph, self._leaves(graph), self.locals.fresh, size, _no_prox, self.word(self.recipe.arguments[0].name)

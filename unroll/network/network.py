@@ -39,6 +39,7 @@ from unroll.network.saved import Written, recompile, refuse_changed, write
 from unroll.network.sets import falling, refuse_empty
 from unroll.network.stepwise import Replay, learned_value, rising
 from unroll.network.trace import Measure, Trace, measure
+from unroll.network.values import refuse_empty_masks
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -354,6 +355,10 @@ class Network(nn.Module):
             same_samples(batches, [first, *starts])
         if self.shared_sizes:
             self._check_shared_sizes(out)
+        if self.program.masks and not torch.compiler.is_compiling():
+            refuse_empty_masks(
+                self.program.problem.inputs, {n: out[w] for n, (w, *_) in self.takes.items() if w in out}
+            )
         return out
 
     def _check_shared_sizes(self, given: Mapping[str, Any]) -> None:

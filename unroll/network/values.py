@@ -62,8 +62,20 @@ def _distance(prop: str, value: torch.Tensor) -> float:
             return float((m - m.mT).abs().max() / m.abs().max().clamp_min(1e-30))
         case "positive":
             return float(-m.clamp_max(0).min() / m.abs().max().clamp_min(1e-30))
+        case "mask":
+            return float(torch.minimum(m.abs(), (m - 1).abs()).max())
         case _:
             return 0.0
+
+
+def refuse_empty_masks(inputs: Iterable[Sym], given: Mapping[str, Any]) -> None:
+    """Raises UnrollError E403 for a mask that is not 0 or 1, or of a sample that has nothing else than padding."""
+    masks = [s for s in inputs if "mask" in s.props and s.name in given]
+    refuse_undeclared(masks, given)
+    for s in masks:
+        if s.name in given and not (there := given[s.name].bool().any(-1)).all():
+            which = f" of sample {int((~there).flatten().nonzero()[0])}" if there.ndim else ""
+            raise UnrollError("E403", f"the mask {s.name}{which} is 0 everywhere", hint="leave that sample out")
 
 
 def refuse_out_of_bounds(spec: Spec, scalars: Mapping[str, Any]) -> None:

@@ -180,6 +180,8 @@ class Tensor(Record):
     """of a matrix, how it is given: with its axes in the order of its shape, or tokens (columns) first, as variables and inputs are"""
     positive: bool = False
     """no negative entries"""
+    mask: bool = False
+    """of an input [N], N a dynamic size: 1 for what is there, 0 for padding, which whatever is worked out over N leaves out"""
     about: Text = ""
 
     @property
