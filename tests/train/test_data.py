@@ -24,7 +24,16 @@ def synthetic(**changes):
 
 
 def test_every_source_has_its_own_settings_record_and_a_line_about_it():
-    assert [s.name for s in SOURCES] == ["patches", "digits", "images", "text", "synthetic", "low_rank", "file"]
+    assert [s.name for s in SOURCES] == [
+        "patches",
+        "digits",
+        "images",
+        "text",
+        "tokens",
+        "synthetic",
+        "low_rank",
+        "file",
+    ]
     assert all(s.about for s in SOURCES)
 
 

@@ -53,7 +53,7 @@ def test_a_run_writes_text_in_its_words_after_its_data_are_gone(text, tmp_path, 
 
 
 def test_words_that_have_no_row_are_refused_before_a_step(text, tmp_path):
-    with pytest.raises(SpecError, match="there are 256 words, and the table of the model has 128 rows") as caught:
+    with pytest.raises(SpecError, match="the data have 256 words, and the table of the model has 128 rows") as caught:
         train(
             "crate_text", overrides=[*SMALL, f"data.text={text}", "data.words=bytes"], out=tmp_path / "run", quiet=True
         )

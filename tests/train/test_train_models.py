@@ -674,7 +674,7 @@ def test_the_command_line_trains_goes_on_with_and_measures_a_model(tmp_path):
         call(cli, ["report", folder, "-o", str(tmp_path / "page.html")]),
     ]
     assert [each.exit_code for each in told] == [0] * 4, told
-    assert all("bits per character" in each.output and "bigram" in each.output for each in told[:3])
+    assert all("bits per token" in each.output and "bigram" in each.output for each in told[:3])
     page = (tmp_path / "page.html").read_text()
     assert "bigram" in page and "Attention" in page
 

@@ -800,6 +800,28 @@ class Characters(DataSettings):
     """the share of characters that is held out"""
 
 
+class TokenArrays(DataSettings):
+    """Tokens that a tokenizer made, in files that stay on disk: .npy, or bare numbers in .bin; windows of one file, or of one document."""
+
+    source: Literal["tokens"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """one after another; the label of each token is the next one"""
+    held: tuple[str, ...] = ()
+    """files that are held out; without them the end of `files`"""
+    kind: Literal["uint16", "uint32"] = "uint16"
+    """of the numbers in a .bin"""
+    length: Annotated[int, Field(ge=1, le=65_536)] = 128
+    """tokens in a sample"""
+    separator: Annotated[int, Field(ge=0)] | None = None
+    """the token at the end of a document: no sample goes on into another. Without it samples do, within a file"""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """the share that is held out where no files are"""
+    samples: Count = 512
+    """how many held-out samples are measured on at most, at equal distances"""
+    words: str | None = None
+    """what tokens stand for: the path of a file of words, or `bytes`"""
+
+
 class Synthetic(DataSettings):
     """x = A z + noise with sparse z; sizes are those of the problem."""
 
@@ -834,13 +856,15 @@ class Files(DataSettings):
 
     source: Literal["file"]
     files: dict[Name, str]
-    """name of an input, variable or parameter -> path"""
+    """name of an input, variable or parameter -> path; of a model around the layers, of what it takes, and `labels`"""
     validation: Positive = 0.1
     """how many samples are held out; below 1, a share of all"""
     seed: Seed = 0
 
 
-Data = Annotated[Patches | Digits | Images | Characters | Synthetic | LowRank | Files, Field(discriminator="source")]
+Data = Annotated[
+    Patches | Digits | Images | Characters | TokenArrays | Synthetic | LowRank | Files, Field(discriminator="source")
+]
 
 
 # --- training ------------------------------------------------------------------------------------------------------

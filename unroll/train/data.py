@@ -25,6 +25,7 @@ from unroll.train.pictures import change_of, image_sizes, read_folder
 from unroll.train.samples import Data, Shape, Shapes, Split, Tensors, divide, generator, package
 from unroll.train.sources import ABOUT
 from unroll.train.text import read_text
+from unroll.train.tokens import read_tokens
 
 
 @dataclass(frozen=True)
@@ -201,24 +202,38 @@ def files(settings: Files, shapes: Shapes, given: Tensors) -> Data:
     del given
     if settings.input is not None:
         raise SpecError("E507", "data: input: files: names the inputs already", hint="leave input: out")
-    known = [*shapes.inputs, *shapes.variables, *shapes.parameters]
+    wanted = [shapes.model] if shapes.model else list(shapes.inputs)
+    known = [*wanted, *(["labels"] if shapes.model else shapes.variables), *shapes.parameters]
     for name in settings.files:
         if name not in known:
             hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
             raise SpecError("E507", f"data: files: '{quote(name)}' is no name of this problem", hint=hint)
-    missing = [name for name in shapes.inputs if name not in settings.files]
+    missing = [name for name in wanted if name not in settings.files]
     if missing:
         raise SpecError("E507", f"data: files: no file for the input {', '.join(missing)}")
     loaded = {name: read_array(Path(path), name) for name, path in settings.files.items()}
     for name, value in loaded.items():
         _check_finite(name, value)  # here, before they are shuffled: the place is that of the file
+    numbers = ("labels", "tokens") if shapes.model else ()
+    loaded |= {name: _whole(name, loaded[name]) for name in numbers if name in loaded}
     inputs, targets, parameters = (
         {k: v for k, v in loaded.items() if k in names}
-        for names in (shapes.inputs, shapes.variables, shapes.parameters)
+        for names in (wanted, () if shapes.model else shapes.variables, shapes.parameters)
     )
-    check_counts({**inputs, **targets})
-    train, held = divide(Split(inputs, targets), settings.validation, settings.seed)
-    return Data("file", train, held, parameters)
+    labels = loaded.get("labels") if shapes.model else None
+    check_counts({**inputs, **targets, **({} if labels is None else {"labels": labels})})
+    train, held = divide(Split(inputs, targets, labels), settings.validation, settings.seed)
+    rows = {"vocabulary": 1 + int(inputs["tokens"].max())} if "tokens" in inputs and shapes.model else {}
+    return Data("file", train, held, parameters, sizes=rows)
+
+
+def _whole(name: str, value: Tensor) -> Tensor:
+    """int64. Raises SpecError E506 for a fraction, E505 for a token below 0; a label below 0 does not count."""
+    if not torch.equal(value, value.round()):
+        raise SpecError("E506", f"data: {name} are whole numbers, and the file has fractions")
+    if name != "labels" and value.numel() and value.min() < 0:
+        raise SpecError("E505", f"data: {name} begin at 0, and the file has {int(value.min())}")
+    return value.long()
 
 
 SOURCES: tuple[Source, ...] = (
@@ -226,6 +241,7 @@ SOURCES: tuple[Source, ...] = (
     Source("digits", digits, ABOUT["digits"]),
     Source("images", read_folder, ABOUT["images"]),
     Source("text", read_text, ABOUT["text"]),
+    Source("tokens", read_tokens, ABOUT["tokens"]),
     Source("synthetic", synthetic, ABOUT["synthetic"]),
     Source("low_rank", low_rank, ABOUT["low_rank"]),
     Source("file", files, ABOUT["file"]),

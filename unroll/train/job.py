@@ -14,7 +14,7 @@ from torch import nn
 
 from unroll.api import compile
 from unroll.spec import Spec, load
-from unroll.spec.schema import Train
+from unroll.spec.schema import PatchEmbed, StemEmbed, TokenEmbed, Train
 from unroll.train.samples import Data, Shape, Shapes, Tensors
 
 DTYPES = {
@@ -84,4 +84,15 @@ def shapes_of(spec: Spec, dims: Mapping[str, int]) -> Shapes:
         {name: shape(item.given) for name, item in spec.inputs.items()},
         {name: shape(item.given) for name, item in spec.variables.items()},
         {name: shape(item.shape) for name, item in spec.parameters.items()},
+        _taken(spec),
     )
+
+
+def _taken(spec: Spec) -> str:
+    match spec.model.embed if spec.model is not None else None:
+        case TokenEmbed():
+            return "tokens"
+        case PatchEmbed() | StemEmbed():
+            return "image"
+        case _:
+            return ""

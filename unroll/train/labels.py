@@ -23,23 +23,31 @@ def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
     """nats and bits per label, and the share of labels that are the likeliest answer; no label smoothing."""
     nats = hits = count = 0.0
     for batch in held.batches(settings.batch):
-        labels = labels_of(batch)
+        assert batch.labels is not None
         answer: Tensor = net(*losses.arguments(net, batch.inputs))
-        logits = answer.flatten(0, -2).double()
-        nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        hits += float((logits.argmax(-1) == labels).sum())
-        count += len(labels)
-    return _measured(nats / count, hits / count)
+        logits = answer.double()
+        nats += float(losses.cross_entropy(logits, batch.labels))
+        hits += float((logits.argmax(-1) == batch.labels).sum())
+        count += int((batch.labels >= 0).sum())
+    count = max(count, 1)
+    return _measured(nats / count, hits / count, per_byte(held))
 
 
-def _measured(nats: float, accuracy: float) -> dict[str, float]:
-    return {"held_out": nats, "nats": nats, "bits": nats / math.log(2), "accuracy": accuracy}
+def per_byte(held: Split) -> float:
+    """Labels for each byte of the text that they stand for; nan where that is not known."""
+    return math.nan if held.bytes is None else len(labels_of(held)) / held.bytes
+
+
+def _measured(nats: float, accuracy: float, rate: float = math.nan) -> dict[str, float]:
+    bits = nats / math.log(2)
+    shown = {"perplexity": math.exp(min(nats, 700)), "bits_per_byte": bits * rate}
+    return {"held_out": nats, "nats": nats, "bits": bits, **shown, "accuracy": accuracy}
 
 
 def labels_of(samples: Split) -> Tensor:
-    """All labels in one row."""
+    """All labels that count, in one row."""
     assert samples.labels is not None, "internal error, please report: samples without labels"
-    return samples.labels.flatten()
+    return samples.labels[samples.labels >= 0]
 
 
 def classes(net: Net, data: Data, settings: Train) -> list[Score]:
@@ -51,22 +59,32 @@ def classes(net: Net, data: Data, settings: Train) -> list[Score]:
 
 
 def characters(net: Net, data: Data, settings: Train) -> list[Score]:
-    """Frequencies of characters, alone and after the one before.
+    """Frequencies of tokens, alone and after the one before (of few words); of a part of what is larger than memory.
 
     Source: Shannon 1951, doi:10.1002/j.1538-7305.1951.tb01366.x.
     """
     del net, settings
-    train, held = data.train.whole(), data.validation
-    label, after = labels_of(train), labels_of(held)
-    (before,), (seen,) = train.inputs.values(), held.inputs.values()
-    size = _size(label, after, before, seen)
+    (before, label), (seen, after) = map(_known, (data.train.whole(), data.validation))
+    size, rate = _size(label, after, before, seen), per_byte(data.validation)
     p = frequencies(label, size)
-    pair = pairs(before.flatten(), label, p)
-    rows = seen.flatten()
-    return [
-        Score("unigram", _measured(float(-p[after].log().mean()), _share(after, p.argmax()))),
-        Score("bigram", _measured(float(-pair[rows, after].log().mean()), _share(after, pair.argmax(-1)[rows]))),
-    ]
+    rows = [Score("unigram", _measured(float(-p[after].log().mean()), _share(after, p.argmax()), rate))]
+    if size <= LARGEST:
+        pair = pairs(before, label, p)
+        told = _measured(float(-pair[seen, after].log().mean()), _share(after, pair.argmax(-1)[seen]), rate)
+        rows.append(Score("bigram", told))
+    return rows
+
+
+LARGEST = 4096
+"""Words, of which all pairs are counted."""
+
+
+def _known(samples: Split) -> tuple[Tensor, Tensor]:
+    """(token, label) where there is a label."""
+    assert samples.labels is not None, "internal error, please report: samples without labels"
+    (tokens,) = samples.inputs.values()
+    kept = samples.labels >= 0
+    return tokens[kept], samples.labels[kept]
 
 
 def frequencies(labels: Tensor, size: int) -> Tensor:
@@ -82,7 +100,7 @@ def pairs(before: Tensor, labels: Tensor, p: Tensor) -> Tensor:
 
 
 def _size(*labels: Tensor) -> int:
-    return 1 + max(int(label.max()) for label in labels)
+    return 1 + max((int(label.max()) for label in labels if len(label)), default=0)
 
 
 def _share(labels: Tensor, guess: Tensor) -> float:

@@ -133,12 +133,16 @@ def _nmse(net: Net, batch: Split, z: Tensors, settings: Train) -> Tensor:
 
 
 def _cross_entropy(net: Net, batch: Split, logits: Tensor, settings: Train) -> Tensor:
-    """mean over labels y of −Σₖ qₖ log softmax(logits)ₖ, q = (1 − s)·[k = y] + s/K with s = label_smoothing."""
+    """mean over labels y ≥ 0 of −Σₖ qₖ log softmax(logits)ₖ, q = (1 − s)·[k = y] + s/K with s = label_smoothing; 0 if there are none."""
     del net
     assert batch.labels is not None
-    return nn.functional.cross_entropy(
-        logits.flatten(0, -2), batch.labels.flatten(), label_smoothing=settings.label_smoothing
-    )
+    return cross_entropy(logits, batch.labels, settings.label_smoothing) / (batch.labels >= 0).sum().clamp_min(1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The sum over labels that are not below 0."""
+    rows, known = logits.flatten(0, -2), labels.flatten().clamp_min(-1)
+    return nn.functional.cross_entropy(rows, known, reduction="sum", ignore_index=-1, label_smoothing=smoothing)
 
 
 def _masked_mse(net: Net, batch: Split, answer: tuple[Tensor, Tensor], settings: Train) -> Tensor:

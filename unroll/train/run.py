@@ -43,7 +43,7 @@ from unroll.network.network import Network, network
 from unroll.network.saved import Value, differences, seal
 from unroll.network.values import refuse_undeclared
 from unroll.spec import Spec, load
-from unroll.spec.schema import Characters, Dictionary, Files, From, TokenEmbed
+from unroll.spec.schema import Characters, Dictionary, Files, From, TokenArrays, TokenEmbed
 from unroll.train import losses, plots
 from unroll.train.beginning import Beginning, begin, inherited, start
 from unroll.train.data import make_data
@@ -132,14 +132,18 @@ def train(
 def _refuse_at_sight(spec: Spec, given: Mapping[str, Any]) -> None:
     """What the sections of a spec say against each other once they are trained on. Raises SpecError E507, E511."""
     embed = spec.model.embed if spec.model is not None else None
-    if isinstance(spec.data, Characters) and isinstance(embed, TokenEmbed) and spec.data.length > embed.length:
-        message = f"samples of {spec.data.length:,} characters are longer than the model reads, {embed.length:,} tokens"
+    if (
+        isinstance(spec.data, Characters | TokenArrays)
+        and isinstance(embed, TokenEmbed)
+        and spec.data.length > embed.length
+    ):
+        message = f"samples of {spec.data.length:,} tokens are longer than the model reads, {embed.length:,} tokens"
         where, hint = (
             spec.origin("data", "length").where(),
             f"data.length={embed.length}, or a longer model.embed.length",
         )
         raise SpecError("E511", message, where, hint)
-    if isinstance(spec.data, Files):
+    if isinstance(spec.data, Files) and spec.model is None:
         learned = spec.data.dictionary.learn if spec.data.dictionary is not None else None
         known = {*spec.data.files, *given, learned}
         for name in (n for n, p in spec.parameters.items() if p.init is None and n not in known):
@@ -321,6 +325,7 @@ def ready(job: Job, beginning: Beginning | None = None) -> tuple[Data, nn.Module
     """
     data, exact = prepare(job)
     _keep_meaning(job, data)
+    _refuse_few_rows(job.spec, data)
     net = build(job, data, job.spec)
     parameters = _keep_given(job, cast(Net, net), exact)
     if first_rank():
@@ -352,6 +357,15 @@ def _start(job: Job, net: nn.Module, data: Data, beginning: Beginning | None) ->
         read_weights(net, path)
     if first_rank():
         _refuse_others(job.folder, "start", read_tensors(path))
+
+
+def _refuse_few_rows(spec: Spec, data: Data) -> None:
+    """Raises SpecError E420 where the data have more words than the table of the model has rows."""
+    embed, words = spec.model.embed if spec.model is not None else None, data.sizes.get("vocabulary", 0)
+    if isinstance(embed, TokenEmbed) and words > embed.vocabulary:
+        message = f"the data have {words:,} words, and the table of the model has {embed.vocabulary:,} rows"
+        where = spec.origin("model", "embed", "vocabulary").where()
+        raise SpecError("E420", message, where, f"model.embed.vocabulary={words}")
 
 
 def _settle(job: Job, spec: Spec) -> None:
@@ -414,7 +428,7 @@ def prepare(job: Job) -> tuple[Data, Tensors]:
     """
     spec, given = job.spec, job.given
     if spec.data is None:
-        names = "patches, digits, images, text, synthetic, low_rank or file"
+        names = "patches, digits, images, text, tokens, synthetic, low_rank or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
     made = make_data(spec.data, shapes_of(spec, job.dims), given)
     for samples in (made.train.whole(), made.validation):

@@ -30,10 +30,15 @@ class Shapes:
     inputs: Mapping[str, Shape]
     variables: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
     parameters: Mapping[str, Shape] = field(default_factory=dict[str, Shape])
+    model: str = ""
+    """what the model around the layers takes in the place of their input, tokens or image; "" if that is the input"""
 
 
 class Samples(Protocol):
-    """What can be trained on: batches are `samples[places]` for some of the places that `order` puts in a row."""
+    """What can be trained on: batches are `samples[places]` for some of the places that `order` puts in a row.
+
+    whole: all of it, each sample once; of what is larger than memory a part.
+    """
 
     def __len__(self) -> int: ...
     def order(self, draw: torch.Generator) -> Tensor: ...
@@ -46,12 +51,14 @@ class Samples(Protocol):
 class Split:
     """Samples: inputs by name, and the true values of variables where the source knows them. All (B, ...).
 
-    labels: (B,) the class of each sample, or (B, T) the answer at each token; whole numbers from 0.
+    labels: (B,) the class of each sample, or (B, T) the answer at each token; whole numbers, below 0 where there is none.
+    bytes: of the text that all labels stand for, where that is known.
     """
 
     inputs: Tensors
     targets: Tensors = field(default_factory=dict[str, Tensor])
     labels: Tensor | None = None
+    bytes: int | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -77,6 +84,7 @@ class Split:
             {k: moved(v, like) for k, v in self.inputs.items()},
             {k: moved(v, like) for k, v in self.targets.items()},
             labels,
+            self.bytes,
         )
 
     def batches(self, size: int) -> Iterator[Split]:

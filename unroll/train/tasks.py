@@ -90,7 +90,12 @@ def _four(value: float) -> str:
 
 BY_LAYER = ("target", "layer_weights", "stages", "refine", "falls", "baselines", "evaluate")
 CLASSES = (Column("nats", "nats per label", _four), Column("accuracy", "accuracy", _percent))
-CHARACTERS = (Column("nats", "nats per character", _four), Column("bits", "bits per character", _four))
+TOKENS = (
+    Column("nats", "nats per token", _four),
+    Column("perplexity", "perplexity", _four),
+    Column("bits_per_byte", "bits per byte", _four),
+    Column("bits", "bits per token", _four),
+)
 MASKED = (Column("masked_mse", "MSE of hidden patches", _four),)
 
 TASKS: tuple[Task, ...] = (
@@ -118,8 +123,8 @@ TASKS: tuple[Task, ...] = (
         ("cross_entropy",),
         2,
         labels.held_out,
-        CHARACTERS,
-        comparison(labels.held_out, labels.characters, CHARACTERS, _answer),
+        TOKENS,
+        comparison(labels.held_out, labels.characters, TOKENS, _answer),
         without=BY_LAYER,
     ),
     Task(
@@ -138,7 +143,7 @@ def find_task(settings: Train, data: Data) -> Task:
     """The task of a loss on these data. Raises SpecError E508 (no labels), E511 (settings that mean nothing)."""
     loss, given = losses.find_loss(settings.loss), data.validation.labels
     if loss.needs == "labels" and given is None:
-        hint = "source: digits, images and text have labels"
+        hint = "source: digits, images, text and tokens have labels, and file may"
         raise SpecError("E508", f"train: loss: {loss.name} needs labels, source '{data.source}' has none", hint=hint)
     axes = 0 if given is None else given.ndim
     task = next(t for t in TASKS if loss.name in t.losses and t.axes in (None, axes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from os.path import isfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from unroll.model.words import CHARACTERS, Words, words
 from unroll.model.words import Characters as WordsOfText
 from unroll.spec.schema import Characters
 from unroll.train.samples import Data, Shapes, Split, Tensors, Windows
+from unroll.train.tokens import bytes_of
 
 
 def read_text(settings: Characters, shapes: Shapes, given: Tensors) -> Data:
@@ -36,12 +38,18 @@ def read_text(settings: Characters, shapes: Shapes, given: Tensors) -> Data:
     return Data(
         "text",
         Windows(name, train, settings.length),
-        consecutive(name, held, settings.length),
+        with_bytes(consecutive(name, held, settings.length), known),
         notes=(f"{unknown:,} characters that are held out do not occur in training",) if unknown else (),
         sizes={"vocabulary": known.size, "tokens": settings.length},
         kept={**known.record(), "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
         words=known,
     )
+
+
+def with_bytes(held: Split, known: Words) -> Split:
+    """Held-out samples that know how many bytes their labels stand for."""
+    assert held.labels is not None
+    return replace(held, bytes=bytes_of(known, held.labels))
 
 
 def words_of(text: str, kind: str) -> Words:
