@@ -215,5 +215,7 @@ def test_words_are_saved_restored_and_pickled_with_their_network(net, joined, tm
     (tmp_path / "net/words.json").write_text('{"words": "bytes"}')
     with pytest.raises(UnrollError, match="words.json is not what it was"):
         unroll.restore(tmp_path / "net")
+    net.save(tmp_path / "net")
+    assert unroll.words(tmp_path / "net/words.json") == net.words  # another text in the same characters
     plain = unroll.compile("crate_text", overrides=TINY)
     assert unroll.restore(plain.save(tmp_path / "net")).words is None

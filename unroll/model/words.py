@@ -149,7 +149,8 @@ def _library() -> Any:
 
 
 def words(source: str | Path, pattern: str = PATTERN) -> Words:
-    """The words of a file: JSON of the library `tokenizers`, or lines `base64 rank`; or `bytes`.
+    """The words of a file: JSON of the library `tokenizers`, lines `base64 rank`, or what is kept with a network (words.json of a saved
+    one, data.json of a run); or `bytes`.
 
     pattern: where a text is cut before the pairs of a file of ranks are joined, in the regular expressions of that library.
     Raises SpecError E501 (the library is missing), E502 (no such file), E503 (neither kind).
@@ -161,6 +162,8 @@ def words(source: str | Path, pattern: str = PATTERN) -> Words:
         hint = f"a path, relative to where you run unroll, or {BYTES}"
         raise SpecError("E502", f"words: there is no file '{quote(str(source))}'", hint=hint)
     raw = path.read_bytes()
+    if (kept := _kept(raw)) is not None:
+        return kept
     ranks = None if raw.lstrip().startswith(b"{") else read_ranks(raw)
     try:
         found = Tokenizer(raw.decode() if ranks is None else of_ranks(ranks, pattern))
@@ -171,6 +174,15 @@ def words(source: str | Path, pattern: str = PATTERN) -> Words:
         hint = "a tokenizer.json of the library tokenizers, or lines `base64 rank` as tiktoken has them"
         raise SpecError("E503", f"words: '{path}' is no file of words", hint=hint) from None
     return found
+
+
+def _kept(raw: bytes) -> Words | None:
+    """What a folder keeps, if it is that."""
+    try:
+        found = json.loads(raw)
+        return read_record(found) if isinstance(found, dict) else None
+    except (ValueError, TypeError):
+        return None
 
 
 def read_ranks(raw: bytes) -> dict[bytes, int] | None:

@@ -791,7 +791,7 @@ class Characters(DataSettings):
     text: str
     """`python documentation`, `python library`, or the path of a UTF-8 file"""
     words: str = "characters"
-    """what a token is: `characters`, `bytes`, or the path of a file of words (tokenizer.json, or ranks as tiktoken has them)"""
+    """what a token is: `characters`, `bytes`, or the path of a file of words (tokenizer.json, ranks as tiktoken has them, words of a run)"""
     length: Annotated[int, Field(ge=1, le=65_536)] = 128
     """tokens in a sample"""
     characters: Count | None = None
