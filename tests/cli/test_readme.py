@@ -335,6 +335,10 @@ def _white_box(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, st
             f"Python documentation, held out: {name}, {row['parameters']:,} parameters",
             f"{row['bits per character']:.2f} bits per character after {row['steps']:,} steps",
         )
+    for row in found["generation"]:
+        kept, full = row["tokens/s, kept"], row["tokens/s, full"]
+        said = f"tokens per second after {row['tokens']:,} tokens, `{row['network']}` of width 256, 6 layers: kept; full passes"
+        yield said, f"{kept:.0f}; {full:.1f}"
     changes = found["white_box"]
     for term, tokens in dict.fromkeys((r["term"], r["tokens"]) for r in changes):
         own = [r for r in changes if (r["term"], r["tokens"]) == (term, tokens)]
