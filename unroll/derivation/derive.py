@@ -371,6 +371,7 @@ def _parameter(p: Learned, d: Derivation) -> tuple[str, ...]:
     kept += {"value": "", "data": ", worked out on data"}.get(p.init, f", starts {p.init}")
     kept += ", odd" if p.grid is not None and p.grid.odd else ""
     kept += "" if p.own_start is None or p.grid is not None else f", starts at {pretty(p.own_start)}"
+    kept += ", stays as it starts" if p.held else ""
     what = f"for {pretty(p.replaces)}{_place(p, d)}"
     each = "one per layer" if d.free is None else f"one for each of {counted(d.free, 'layer')}, one for those after"
     return p.name, what, f"{each if p.per_layer else 'shared by layers'}{kept}", shape

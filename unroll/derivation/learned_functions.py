@@ -29,7 +29,7 @@ from unroll.language.constructors import (
 from unroll.language.nodes import Expr, Grid, Map, Prox, ProxMap, Sym, show_shape, slot
 from unroll.language.show import text
 from unroll.language.traversal import transform
-from unroll.spec.schema import Function, Learn
+from unroll.spec.schema import Function, Learn, Rank
 
 SHARE = {1: sp.Rational(1, 4), 3: sp.Rational(13, 48)}
 """By the degree: how far, in distances of two knots, a function may be from one whose slopes are between 0 and 1, and whose values at
@@ -129,6 +129,10 @@ def grid_of(f: Asked) -> Grid:
 def _symbol(f: Asked, grid: Grid, x: Expr) -> Expr:
     """Its values: a column, or a row for each row of x. Raises SpecError E306."""
     count = sp.Integer(grid.stored)
+    if isinstance(f.record.shape, Rank):
+        raise SpecError(
+            "E306", f"{f.name} is a function: it has no rank", f.where, f"shape: [{x.rows}] gives each row its own"
+        )
     if f.record.shape is None:
         return symbol(f.name, count, 1, "learned", 1)
     if [str(n) for n in f.record.shape] != [str(x.rows)]:

@@ -77,7 +77,7 @@ from unroll.language.problem import Problem, place_of
 from unroll.language.show import text
 from unroll.language.traversal import expand, substitute, substitute_scalars, transform
 from unroll.spec import Spec
-from unroll.spec.schema import Learn
+from unroll.spec.schema import Learn, Rank
 
 PLACES = ("gradient", "prox", "output")
 """Where an occurrence may be: in the gradient step (all that is fed to the prox), in the prox itself, or first of all factors."""
@@ -121,6 +121,11 @@ class Wanted:
             case _:
                 return self if value is self.value else replace(self, value=value)
 
+    @property
+    def low_rank(self) -> int | None:
+        """Of the change that is learned, where the rest stays."""
+        return self.record.shape.rank if isinstance(self.record.shape, Rank) else None
+
     def at(self, index: str, frequency: str) -> Expr:
         """The pattern for other names of its indices."""
         assert isinstance(self.value, Expr)
@@ -130,6 +135,9 @@ class Wanted:
     def parameter(self, s: Sym, index: str, frequency: str) -> Expr:
         """What takes its place, s the parameter."""
         own = member(s, index) if self.index else s
+        if self.low_rank is not None:
+            factors = (f if f.family is None else member(f, index) for f in _factors(self, s))
+            own = add(own, matmul(*factors))
         block = circulant_block(operator("shifts", own, sizes=self.sizes), self.sizes, frequency) if self.sizes else own
         assert block is not None
         return block
@@ -204,6 +212,7 @@ def _once(wanted: list[Wanted | learned_functions.Asked], step: Step, spec: Spec
     }
     for w in wanted:
         own = {w.name, *([f"{w.name}_bias"] if w.record.bias else [])}
+        own |= {f"{w.name}_{end}" for end in UP_AND_DOWN} if isinstance(w.record.shape, Rank) else set()
         if own & taken:
             raise SpecError(
                 "E306",
@@ -316,6 +325,8 @@ def _indices(e: Expr) -> list[str]:
 def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where) -> None:
     """A scalar may be repeated over the entries of the variable of its block, and over nothing else."""
     sizes = {**{d.name: d for d in problem.dims}, **{str(d): d for d in z.shape}}
+    if isinstance(record.shape, Rank):
+        return
     shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape or ()]
     if shape and shape != [z.rows]:
         raise SpecError(
@@ -412,7 +423,32 @@ def read(
         )
     at_value = spec.origin(*path, "replaces").where()
     rows = None if record.shape is None else z.rows
-    return Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start, rows=rows)
+    found = Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start, rows=rows)
+    if found.low_rank is not None:
+        _refuse_rank(found, spec.key_where(*path, "shape"))
+    return found
+
+
+UP_AND_DOWN = ("up", "down")
+NOT_OF_A_RANK = ("positive", "bounds", "symmetric", "columns", "fixed")
+
+
+def _refuse_rank(w: Wanted, where: Where) -> None:
+    """Raises SpecError E306 for what has no change of low rank: numbers, vectors, and what is kept within bounds."""
+    if not isinstance(w.value, Expr) or 1 in w.value.shape:
+        raise SpecError("E306", f"{w.name} is no matrix: it has no rank", where, "leave out shape")
+    said = [word for word in NOT_OF_A_RANK if getattr(w.record, word)]
+    said += ["init"] if w.record.init == "data" else []
+    if said:
+        message = f"a change of low rank keeps nothing of what '{said[0]}' says of {w.name}"
+        raise SpecError("E306", message, where, f"leave out shape, or {said[0]}")
+
+
+def _factors(w: Wanted, s: Sym) -> tuple[Sym, Sym]:
+    """Up and down: (rows, r) and (r, columns), of each member of a family."""
+    r = sp.Integer(w.low_rank or 0)
+    up, down = (f"{w.name}_{end}" for end in UP_AND_DOWN)
+    return symbol(up, s.rows, r, "learned", 2, w.size), symbol(down, r, s.cols, "learned", 2, w.size)
 
 
 NOT_OF_FUNCTIONS = (
@@ -657,7 +693,7 @@ def _learned(w: Wanted) -> tuple[Learned, ...]:
                 limits=_limits(w),
             ),
         )
-    if record.shape is not None:
+    if record.shape is not None and w.low_rank is None:
         raise SpecError(
             "E306", f"{w.name} takes the place of a matrix; its shape is that matrix's", w.where, "leave out 'shape'"
         )
@@ -680,11 +716,34 @@ def _learned(w: Wanted) -> tuple[Learned, ...]:
         record.where or record.in_ or "",
         w.start,
         _limits(w),
+        held=w.low_rank is not None,
     )
+    if w.low_rank is not None:
+        if w.kernel is not None:
+            raise SpecError("E306", f"{w.name} is one filter: it has no rank", w.where, "leave out shape")
+        up, down = _factors(w, s)
+        about = f"a change of rank {w.low_rank} of {w.name}"
+        found = (
+            found,
+            Learned(
+                up.name, up, zeros(*up.shape), up.shape, per_layer, text=f"{about}, its first factor", init="zeros"
+            ),
+            Learned(
+                down.name,
+                down,
+                zeros(*down.shape),
+                down.shape,
+                per_layer,
+                text=f"{about}, its second factor",
+                init="gaussian",
+            ),
+        )
+    else:
+        found = (found,)
     if not record.bias:
-        return (found,)
+        return found
     n = value.rows
-    return found, Learned(
+    return *found, Learned(
         f"{w.name}_bias", symbol(f"{w.name}_bias", n, 1, "learned"), zeros(n), (n,), per_layer, text=f"zeros({n})"
     )
 

@@ -91,7 +91,9 @@ def _init(m: Module, methods: Sequence[Method]) -> str:
         )
         if p.constraint in ("sigmoid", "clamp"):
             kind = f", kept from {p.limits[0]:g} to {p.limits[1]:g} by {p.constraint}"
-        lines.append(commented(f"self.{name} = nn.Parameter(torch.empty({shape}))", f"{of}, {where}{kind}"))
+        held = ", requires_grad=False" if p.held else ""
+        kind += ", stays as it is" if p.held else ""
+        lines.append(commented(f"self.{name} = nn.Parameter(torch.empty({shape}){held})", f"{of}, {where}{kind}"))
     for i, name in m.buffers.items():
         lines.append(f'self.register_buffer("{name}", torch.empty({_shape(m, m.graph.nodes[i], [])}))')
     sizes = [(m.attributes("dim", d), m.locals("dim", d)) for d in m.dims]

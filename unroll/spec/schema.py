@@ -256,6 +256,13 @@ class Function(Record):
     """slopes between 0 and 1: it is then the proximal step of a convex penalty"""
 
 
+class Rank(Record):
+    """Of a change that is learned: a product of two factors."""
+
+    rank: Count
+    """columns of the first factor, rows of the second"""
+
+
 class Learn(Given):
     """A free parameter in place of a derived sub-expression; it starts at the value that it replaces."""
 
@@ -273,8 +280,8 @@ class Learn(Given):
     """not learned: `start` stands in its place for good"""
     scale: Positive = 1.0
     """factor of a drawn start, and of ones"""
-    shape: Shape | None = None
-    """expand a scalar to this shape"""
+    shape: Shape | Rank | None = None
+    """expand a scalar to this shape; of a matrix, {rank: r}: what it starts at stays, and a change of this rank is learned, W + W_up @ W_down, from 0"""
     symmetric: bool = False
     columns: Literal["unit"] | None = None
     bias: bool = False

@@ -101,6 +101,9 @@ def shares(net: Net, settings: Train) -> dict[str, Tensor]:
                 found[name][rows] = value
     for name, depth in from_the_end(net).items() if settings.layer_decay != 1 else ():
         found[name] = found[name] * settings.layer_decay ** torch.tensor(depth)
+    for name, p in losses.module(net).named_parameters():
+        if not p.requires_grad:  # low-rank changes are learned beside it
+            found[name].zero_()
     if names and not any(bool(share.any()) for share in found.values()):
         raise SpecError("E511", "train: freeze: nothing is left to learn", hint="leave something out of it")
     return found
