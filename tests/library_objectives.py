@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import sympy as sp
@@ -11,12 +10,14 @@ from torch import Tensor
 
 from unroll.language.nodes import Sym
 from unroll.language.problem import Problem, from_spec
-from unroll.spec import load
+from unroll.spec import Spec, library, load
 
-FOLDER = Path(__file__).parents[1] / "objectives"
-NAMES = tuple(
-    sorted(p.stem for p in FOLDER.glob("*.yaml") if all(v.family is None for v in load(p).variables.values()))
-)
+
+def loaded(name: str) -> Spec:
+    return load(library.find(name, ("objectives",)))
+
+
+NAMES = tuple(n for n in library.names("objectives") if all(v.family is None for v in loaded(n).variables.values()))
 """Those in matrices: an objective in families of them is for losses alone (test_losses.py)."""
 SIZES = (5, 4, 3, 2, 6)
 """Sizes of dims, in the order in which an objective declares them."""
@@ -24,7 +25,7 @@ SIZES_OF = {"subspace_mixture": (2, 3, 5, 4)}
 
 
 def objective(name: str) -> Problem:
-    spec = load(FOLDER / f"{name}.yaml")
+    spec = loaded(name)
     return from_spec(spec, dict(zip(spec.dims, SIZES_OF.get(name, SIZES), strict=False)))
 
 

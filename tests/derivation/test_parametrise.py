@@ -22,7 +22,7 @@ SMALL = {"m": 6, "n": 8, "N": 3}
 
 def drawn(name: str) -> bool:
     """Has a network a parameter that starts at a draw, at what data say, or at a formula of its own?"""
-    unrolled = load(FOLDER / f"{name}.yaml").unroll
+    unrolled = load(name).unroll
     assert unrolled is not None
     learned = [p for scheme in (unrolled, *unrolled.blocks) for p in scheme.learn.values()]
     return any(p.init != "value" or p.start is not None for p in learned)
@@ -79,7 +79,7 @@ def same_iterates(spec: Spec, tolerance: float = 1e-10) -> Any:
 
 
 def small(name: str) -> Spec:
-    spec = load(FOLDER / f"{name}.yaml").to_dict()
+    spec = load(name).to_dict()
     dims = {d: min(n, SMALL.get(d, 6)) if isinstance(n, int) else n for d, n in spec["dims"].items()}
     scalars = spec.get("scalars", {}) | (
         {"eps2": 100, "lam": 0.001}

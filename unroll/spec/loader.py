@@ -47,7 +47,7 @@ WRITE_OUT = "write the value out where it is needed; a formula that starts with 
 QUOTE_IT = 'put the formula in double quotes, or on the next line after "|"'
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def parse(data: str | bytes, file: str, shown: Source | None = None) -> Node:
     """The tree of one YAML document; places are cited from `shown`. Raises SpecError E006, E010 to E026.
 
