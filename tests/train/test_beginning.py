@@ -13,16 +13,17 @@ from torch import nn
 import unroll
 from unroll.errors import UnrollError
 from unroll.model.module import Model
+from unroll.model.words import Characters
 from unroll.network.network import Network
 from unroll.spec import load
 from unroll.train import Interrupted, evaluate, resume, train, trained
-from unroll.train.beginning import begin, inherited
+from unroll.train.beginning import Beginning, begin, inherited, start
 from unroll.train.data import make_data
 from unroll.train.engine import fit
 from unroll.train.groups import record, shares
 from unroll.train.job import DTYPES
 from unroll.train.run import _finished
-from unroll.train.samples import Shapes
+from unroll.train.samples import Data, Shapes, Split
 
 torch.set_num_threads(1)
 
@@ -315,6 +316,38 @@ def test_what_is_no_start_is_refused_and_leaves_no_folder(first, tmp_path, start
     with pytest.raises(UnrollError, match=f"(?s){says}"):
         train(SPEC, overrides=[f"train.from={start}"], out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_words_go_by_their_characters_and_words_of_another_kind_by_nothing():
+    tiny = ["dims.d=8", "dims.K=2", "dims.p=4", "unroll.layers=1", "model.embed.length=9"]
+    there = unroll.compile("crate_text", overrides=[*tiny, "model.embed.vocabulary=3"], seed=1)
+    there.words = Characters(("\ufffd", "a", "b"))
+    here = unroll.compile("crate_text", overrides=[*tiny, "model.embed.vocabulary=4"], seed=2)
+    own = here.embed.weight.detach().clone()
+    found = Beginning("", "", there, {})
+
+    def data(words):
+        return Data("text", Split({}), Split({}), words=words)
+
+    taken = start(here, found, data(Characters(("\ufffd", "b", "c", "d"))), ())
+    assert dict(taken.changed)["embed.weight"] == "2 of 3 classes or words taken, 2 of ours left"
+    assert torch.equal(here.embed.weight[:2], there.embed.weight[[0, 2]]) and torch.equal(
+        here.embed.weight[2:], own[2:]
+    )
+    same = unroll.compile("crate_text", overrides=[*tiny, "model.embed.vocabulary=3"], seed=2)
+    left = dict(start(same, found, data(Other(3)), ()).left)
+    assert left["embed.weight"] == "it is of other classes or words"
+    assert "embed.weight" in start(same, found, data(there.words), ()).taken
+
+
+class Other:
+    """Words that are no list of characters."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def record(self):
+        return {"tokenizer": {}}
 
 
 def test_a_problem_keeps_the_matrix_that_its_network_was_trained_for(tmp_path):
