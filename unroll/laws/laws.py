@@ -38,6 +38,8 @@ from unroll.network.trace import Trace
 from unroll.spec import Spec, load
 
 DRAWS = 8
+POINTS = 4
+"""Of these draws, so many are points beside the same inputs, evaluated at once."""
 EXACT = 1e-10
 """Largest relative difference that rounding explains in float64."""
 OPEN = 64
@@ -164,12 +166,12 @@ class Sample:
             net.construct(**{name: value[0] for name, value in self.inputs.items()})
         return {name: self.inputs[name] for name in net.inputs}
 
-    def values(self, half: Half) -> dict[Sym, Tensor]:
-        """One sample of everything in a block, rows and columns as in the formulas; its variable is made feasible."""
+    def values(self, half: Half, points: int | None = None) -> dict[Sym, Tensor]:
+        """One sample of everything in a block, rows and columns as in the formulas; its variable, so many points of it, is made feasible."""
         known = {s: as_matrix(self.parameters[s.name], s) for s in self.d.problem.parameters}
         z = half.variable
-        read = {s for e in half.problem.terms.values() for s in e.symbols} | {z}
-        out = known | {s: as_matrix(self.tensor(s), s) for s in sorted(read, key=lambda s: s.name) if s not in known}
+        read = sorted({s for e in half.problem.terms.values() for s in e.symbols} | {z}, key=lambda s: s.name)
+        out = known | {s: as_matrix(self.tensor(s, points if s is z else None), s) for s in read if s not in known}
         if any(h.use == "prox" and h.variable is z for h in half.hands):
             out[z] = self.feasible(half, out)
         return out
@@ -183,8 +185,9 @@ class Sample:
         return self.at(node, {**values, start: values[half.variable]}, {**held, step: 0.1})
 
     def held(self, parts: Iterable[Part], values: dict[Sym, Tensor]) -> dict[sp.Symbol, Any]:
-        """What stands before terms that have a prox with a name in its place."""
-        return {p.weight[0]: float(self.at(p.weight[1], values)) for p in parts if p.weight is not None}
+        """What stands before terms that have a prox with a name in its place; of several points, at the first."""
+        weights = (p.weight for p in parts if p.weight is not None)
+        return {name: float(self.at(e, values).flatten()[0]) for name, e in weights}
 
     def at(self, e: Expr, values: dict[Sym, Tensor], extra: dict[sp.Symbol, Any] | None = None) -> Tensor:
         return evaluate(e, values, {**self.numbers, **self.sizes, **(extra or {})})
@@ -198,6 +201,10 @@ def _gap(a: Tensor, b: Tensor) -> float:
         return 0.0
     size = b[b.isfinite()].abs().max().clamp_min(1) if b.isfinite().any() else 0.0
     return float(torch.where(same, 0, (a - b).abs()).max() / size)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(x, keepdim=True)
 
 
 def _verdict(holds: bool) -> str:
@@ -230,10 +237,11 @@ def gradients(d: Derivation, sample: Sample) -> Iterator[Row]:
     for half in d.halves:
         for p in (p for p in half.parts if p.smooth is not None):
             worst, z = 0.0, half.variable
-            for _ in range(DRAWS):
-                values = sample.values(half)
+            for _ in range(DRAWS // POINTS):
+                values = sample.values(half, POINTS)
                 at = values[z].clone().requires_grad_()
-                (truth,) = torch.autograd.grad(sample.at(p.e, {**values, z: at}).sum(), at)
+                value = sample.at(p.e, {**values, z: at})
+                (truth,) = torch.autograd.grad(value.expand(POINTS, 1, 1).sum(), at)
                 worst = max(worst, _gap(sample.at(gradient(p.e, z), values).expand_as(truth), truth))
             yield Row(
                 f"gradient of {p.term} == autograd{_in(half)}",
@@ -250,17 +258,16 @@ def lipschitz(d: Derivation, sample: Sample) -> Iterator[Row]:
             assert p.smooth is not None
             worst, z = 0.0, half.variable
             slope = gradient(p.e, z)
-            for _ in range(DRAWS):
-                values = sample.values(half)
-                bound = float(sample.at(p.smooth.lipschitz, values))
+            for _ in range(DRAWS // POINTS):
+                values = sample.values(half, POINTS)
+                bound = sample.at(p.smooth.lipschitz, values)
                 v = torch.randn(values[z].shape, generator=sample.generator, dtype=torch.float64)
                 for _ in range(20):
-                    v = v / v.norm()
+                    size = _norm(v)
+                    v = torch.where(size < 1e-12, 0, v / size)
                     ends = sample.at(slope, {**values, z: torch.stack([values[z] + 1e-5 * v, values[z] - 1e-5 * v])})
                     v = ends.expand(2, *v.shape).diff(dim=0)[0] / -2e-5
-                    if v.norm() < 1e-12:
-                        break
-                worst = max(worst, float(v.norm()) / bound if bound else float(v.norm() > 1e-8))
+                worst = max(worst, float(torch.where(bound == 0, (_norm(v) > 1e-8).double(), _norm(v) / bound).max()))
             yield Row(
                 f"L of {p.term} bounds the Hessian{_in(half)}",
                 f"largest / L = {worst:.3f}",
@@ -295,7 +302,7 @@ def _excess(half: Half, hand: Hand, sample: Sample, t: float) -> float:
     def draw_like(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=sample.generator, dtype=torch.float64)
 
-    for _ in range(DRAWS // 4):
+    for _ in range(DRAWS // POINTS):
         values = sample.values(half)
         like = values[z] if z is half.variable else sample.at(cast(Expr, hand.operator), values)
         v, held = draw_like(like) * 2, sample.held(rest, values)

@@ -72,7 +72,7 @@ class Optimised:
 
 
 def optimise(graph: Graph, sizes: Sizes, check: Callable[[Graph, Graph], None] | None = None) -> Optimised:
-    """All passes in order. check(before, after) is called after each, to compare values."""
+    """All passes in order. check(before, after) is called after each that changed it, to compare values."""
     verify(graph)
     log = [f"value numbering: {len(graph.nodes)} distinct values"]
     for name, run in PASSES:
@@ -745,8 +745,9 @@ def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        known = {slot(i): _signed(b, r) for i, r in enumerate(inputs)}
-        found = {p: power(p.base, p.exp) for p in node.attrs[0].atoms(sp.Pow) if _ends_at_zero(p, known)}
+        under = [p for p in node.attrs[0].atoms(sp.Pow) if p.exp.is_Rational and 0 < p.exp < 1]
+        known = {slot(i): _signed(b, r) for i, r in enumerate(inputs)} if under else {}
+        found = {p: power(p.base, p.exp) for p in under if _ends_at_zero(p, known)}
         if not found:
             return None
         count += len(found)
@@ -757,9 +758,9 @@ def roots(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
 
 def _ends_at_zero(p: sp.Pow, known: Mapping[sp.Symbol, sp.Dummy]) -> bool:
-    """Is it a root of what can be 0 but not less, within the values that its symbols may have?"""
+    """Is it of what can be 0 but not less, within the values that its symbols may have?"""
     base = _finite(swap(p.base, known))
-    return bool(p.exp.is_Rational and 0 < p.exp < 1 and base.is_nonnegative and not base.is_positive)
+    return bool(base.is_nonnegative and not base.is_positive)
 
 
 def _finite(e: sp.Expr) -> sp.Expr:
