@@ -355,7 +355,7 @@ class Network(nn.Module):
             same_samples(batches, [first, *starts])
         if self.shared_sizes:
             self._check_shared_sizes(out)
-        if self.program.masks and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.program.masks:  # its cache has a lock, which cannot be traced
             refuse_empty_masks(
                 self.program.problem.inputs, {n: out[w] for n, (w, *_) in self.takes.items() if w in out}
             )
