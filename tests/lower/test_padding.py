@@ -190,3 +190,21 @@ def test_what_has_no_meaning_with_padding_is_refused(change: dict[str, Any], sai
     }  # fmt: skip
     with pytest.raises(unroll.UnrollError, match=said):
         unroll.compile(spec)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("constraint", ["Z in sphere", "Z in simplex", "Z >= 0"])
+def test_columns_that_are_padding_are_in_every_set_of_columns(constraint: str) -> None:
+    spec = {
+        "objective": "own", "dims": {"d": 12, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]},
+        "minimize": {"fit": "1/(2*N) * sumsq(Z - X)"}, "constraints": [constraint],
+        "unroll": {"algorithm": "projected_gradient", "layers": 2, "step": "N / 2"},
+    }  # fmt: skip
+    masked, plain = pair(spec)
+    alone, whole, there = batch(False)
+    out = masked(whole, there=there)
+    (held,) = (t for t in masked.derivation.problem.terms if t != "fit")
+    assert (masked.objective(whole.nan_to_num(3.0), there, Z=out)[held] == 0).all()
+    assert masked.objective(whole.nan_to_num(3.0), there, Z=out - 2)[held].isinf().all()
+    for i, x in enumerate(alone):
+        torch.testing.assert_close(out[i][there[i] > 0], plain(x), rtol=1e-11, atol=1e-12)

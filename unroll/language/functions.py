@@ -264,13 +264,12 @@ FUNCTIONS: tuple[Function, ...] = (
 
 @dataclass(frozen=True)
 class Set:
-    """A constraint set: `kinds` of its parameters; the last `optional` ones may be left out. by_column: each column of a matrix is in it or not."""
+    """A constraint set: `kinds` of its parameters; the last `optional` ones may be left out."""
 
     name: str
     kinds: tuple[Kind, ...]
     about: str
     optional: int = 0
-    by_column: bool = False
 
     def indicator(self, x: Expr, *params: Any) -> Expr:
         """Raises ShapeError where A, x and b of A @ x = b do not fit."""
@@ -282,23 +281,17 @@ class Set:
 
 
 SETS: tuple[Set, ...] = (
-    Set("nonneg", (), "all entries >= 0", by_column=True),
-    Set("box", ("number", "number"), "all entries between a and b", by_column=True),
-    Set(
-        "simplex",
-        ("number",),
-        "entries >= 0 that sum to a, or to 1: `simplex` (each column of a matrix)",
-        optional=1,
-        by_column=True,
-    ),
+    Set("nonneg", (), "all entries >= 0"),
+    Set("box", ("number", "number"), "all entries between a and b"),
+    Set("simplex", ("number",), "entries >= 0 that sum to a, or to 1: `simplex` (each column of a matrix)", optional=1),
     Set("ball1", ("number",), "sum of absolute values at most r"),
     Set("ball2", ("number",), "Euclidean (Frobenius) norm at most r"),
-    Set("ball_inf", ("number",), "every entry at most r in absolute value", by_column=True),
-    Set("sphere", (), "Euclidean norm 1 (each column of a matrix)", by_column=True),
+    Set("ball_inf", ("number",), "every entry at most r in absolute value"),
+    Set("sphere", (), "Euclidean norm 1 (each column of a matrix)"),
     Set("psd", (), "symmetric positive semidefinite"),
     Set("orthogonal", (), "square with M.T @ M = I"),
     Set("stiefel", (), "M.T @ M = I"),
-    Set("unit_columns", (), "every column of norm at most 1", by_column=True),
+    Set("unit_columns", (), "every column of norm at most 1"),
     Set("affine", ("matrix", "matrix"), "A @ x = b"),
     Set("sparse", ("size",), "at most s nonzero entries"),
     Set("rank_at_most", ("size",), "rank at most r"),

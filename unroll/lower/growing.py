@@ -19,12 +19,11 @@ import sympy as sp
 
 from unroll.language.nodes import same, slot
 from unroll.lower.graph import ALONG, Builder, Graph
-from unroll.lower.operations import COLUMNWISE, Node, Ref
+from unroll.lower.operations import COLUMNWISE, SETS_OF_ENTRIES, Node, Ref
 
 POINTWISE = ("map", "add", "scale", "prox", "detach", "dropout", "drop_path", "conjugate", "curve")
 OVER_FAMILIES = ("family_sum", "family_logsumexp", "family_softmax")
 OF_COLUMNS = ("first", "repeat", "difference", "shifts", "energy")
-SETS_OF_ENTRIES = ("nonneg", "box", "ball_inf")
 ABOUT = {
     "dim": "the number of tokens",
     "matmul": "a sum over all tokens",

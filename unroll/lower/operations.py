@@ -699,6 +699,7 @@ WHOLE = ("ball1", "ball2", "sparse")
 """Sets that take a matrix as one long vector; the others take each column, or the matrix."""
 COLUMNWISE = ("nonneg", "box", "ball_inf", "simplex", "sphere", "unit_columns", "tv", "sorted_l1", "columns_ball1")
 """Sets that a matrix is in if each of its columns is, and functions that are a sum over columns."""
+SETS_OF_ENTRIES = ("nonneg", "box", "ball_inf")
 
 
 def _nearest(out: Node, args: Sequence[Operand], name: str) -> Text:

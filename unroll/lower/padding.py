@@ -19,11 +19,10 @@ import sympy as sp
 
 from unroll.calculus.torch_text import log_of_mass
 from unroll.errors import DeriveError
-from unroll.language.functions import SETS_BY_NAME
 from unroll.language.nodes import ONE, Sym, same, slot
 from unroll.language.problem import Problem
 from unroll.lower.graph import Builder, Graph
-from unroll.lower.operations import Node, Ref, Stage
+from unroll.lower.operations import COLUMNWISE, SETS_OF_ENTRIES, Node, Ref, Stage
 
 PRODUCTS = ("product", "matmul", "contract", "weighed_product", "trace_product")
 ALONG = ("sum", "length", "unit", "max", "logsumexp", "softmax", "running_sum", "norm")
@@ -142,16 +141,20 @@ class _Padding:
         return node.op in ("spectral_prox", "spectral_norm") or node.attrs[0].subs(slot(0), 0) == 0
 
     def _by_column(self, node: Node, inputs: tuple[Ref, ...]) -> bool:
-        """Is each column of its own in the set, tokens being the columns?"""
-        known = SETS_BY_NAME.get(node.attrs[0])
-        return known is not None and known.by_column and self._axes(inputs[0]) == [1]
+        """Is each entry of its own in the set, or each column, tokens being the columns?"""
+        name, axes = node.attrs[0], self._axes(inputs[0])
+        return name in SETS_OF_ENTRIES or (name in COLUMNWISE and axes == [1])
 
     def _in_set(self, node: Node, inputs: tuple[Ref, ...]) -> Ref:
         """Columns that are padding are in it."""
         if node.op == "indicator":
-            nearest = self.b.add("project", inputs, *node.attrs)
-            there = sp.Piecewise((slot(0), slot(1) > 0), (slot(2), True))
-            inputs = (self.b.map(there, (inputs[0], self.b.flip(self.mask), nearest)), *inputs[1:])
+            b, x, params = self.b, inputs[0], inputs[1:]
+            there = self.mask if self._axes(x) == [0] else b.flip(self.mask)
+            ones = b.map(
+                sp.Piecewise((slot(0), slot(1) > 0), (1, True)), (x, there)
+            )  # of 0 some sets have no nearest point
+            nearest = b.add("project", (ones, *params), *node.attrs)
+            inputs = (b.map(sp.Piecewise((slot(0), slot(1) > 0), (slot(2), True)), (x, there, nearest)), *params)
         return self.b.add(node.op, inputs, *node.attrs)
 
     def _axes(self, ref: Ref) -> list[int]:
