@@ -131,6 +131,27 @@ def test_objectives_that_nobody_has_seen(term: str) -> None:
         torch.testing.assert_close(terms["all"][i], plain.objective(x, Z=wanted)["all"], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "term",
+    [
+        "nuclear(Z.T @ Z)", "spectral(inv(I(N) + Z.T @ Z))", "logdet(2 * I(N) + Z.T @ Z)", "sum(log(Z))", "sum(1 / Z)", "kl(ones(d, N), Z)",
+        "sum(1 / sqrt(sum(Z**2, axis=0)))", "sumsq(log(Z) @ ones(N, N))", "sum(log(Z.T @ Z))",
+    ],
+)  # fmt: skip
+def test_terms_and_slopes_where_zeros_at_padding_would_count(term: str) -> None:
+    """Singular values of a matrix with tokens along both axes, and what has no value at 0."""
+    spec = {"objective": "own", "dims": {"d": 12, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "minimize": term}
+    masked, plain = unroll.loss({**spec, "inputs": MASK}), unroll.loss(spec)
+    alone, whole, there = batch(False, filled=-1.0)
+    alone, whole = [(x.abs() + 0.1).requires_grad_() for x in alone], (whole.abs() + 0.1).requires_grad_()
+    found, wanted = masked(whole, there), torch.stack([plain(x) for x in alone]).mean()
+    torch.testing.assert_close(found, wanted)
+    found.backward(), wanted.backward()
+    for i, x in enumerate(alone):
+        torch.testing.assert_close(whole.grad[i][there[i] > 0], x.grad)  # type: ignore[index]
+    assert (whole.grad[there == 0] == 0).all()  # type: ignore[index]
+
+
 def test_a_loss_leaves_padding_out() -> None:
     spec = load("sparse_rate_reduction").to_dict()
     U = torch.randn(3, 12, 4, dtype=D)
@@ -179,6 +200,7 @@ def test_masks_that_are_none_are_refused(there: Tensor | None, said: str) -> Non
     [
         ({"inputs": {"X": ["d", "N"], "there": {"shape": ["d", "N"], "mask": True}}}, "there is a mask"),
         ({"inputs": {"X": ["d", "N"], "there": {"shape": [4], "mask": True}}}, "there is a mask"),
+        ({"inputs": {"X": ["d", "N"], "Y": ["d", "2*N"], **MASK}, "minimize": "1/2 * sumsq(Z - X) + sumsq(Y)"}, "not which of 2\\*N"),
         ({"variables": {"Z": {"shape": ["d", "N"], "mask": True}}}, "Z is a mask"),
         ({"minimize": "1/2 * sumsq(Z - X)", "constraints": ["Z in ball1(1)"], "unroll": {"algorithm": "projected_gradient", "layers": 1}}, "has no rule for padding"),
     ],
@@ -208,3 +230,17 @@ def test_columns_that_are_padding_are_in_every_set_of_columns(constraint: str) -
     assert masked.objective(whole.nan_to_num(3.0), there, Z=out - 2)[held].isinf().all()
     for i, x in enumerate(alone):
         torch.testing.assert_close(out[i][there[i] > 0], plain(x), rtol=1e-11, atol=1e-12)
+
+
+@torch.no_grad()
+def test_entries_that_are_padding_on_either_axis_are_in_every_set_of_entries() -> None:
+    spec = {
+        "objective": "own", "dims": {"N": "dynamic"}, "variables": {"C": ["N", "N"]}, "inputs": {"X": ["N", "N"], **MASK},
+        "minimize": {"fit": "sumsq(C - X)"}, "constraints": ["C in box(1, 2)"],
+        "unroll": {"algorithm": "projected_gradient", "layers": 1},
+    }  # fmt: skip
+    net = unroll.compile(spec)
+    there, X = torch.tensor([[1.0, 1, 0]]), torch.zeros(1, 3, 3)
+    C = torch.tensor([[[1.0, 2, 0], [1, 1, 7], [0, 0, 0]]])
+    assert float(net.objective(X, there, C=C)["total"]) == 7
+    assert net.objective(X, there, C=C - 0.5)["total"].isinf()

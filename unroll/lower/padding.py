@@ -5,6 +5,7 @@
     the size itself                    the count of each sample
     inverses and determinants          the rows and columns of padding are those of the identity
     singular values                    of a matrix that is 0 at padding
+    what has no value or slope at 0    of what is 1 at padding
     what a layer leaves                is 0 there
 
 An operation along the size without a rule is refused.
@@ -28,7 +29,7 @@ PRODUCTS = ("product", "matmul", "contract", "weighed_product", "trace_product")
 ALONG = ("sum", "length", "unit", "max", "logsumexp", "softmax", "running_sum", "norm")
 """attrs[0], or of a norm attrs[1], is the axis."""
 LOGS = ("softmax", "max", "logsumexp")
-SQUARE = ("inverse", "cholesky", "logdet_hermitian", "spectral_sum", "spectral_norm")
+SQUARE = ("inverse", "cholesky", "logdet_hermitian", "spectral_sum")
 """Of a matrix whose rows and columns are both those of the size: padding is the identity."""
 SPECTRAL = ("spectral_sum", "spectral_map", "spectral_prox", "spectral_norm")
 FACTORED = ("cholesky_inverse", "cholesky_solve", "logdet_cholesky")
@@ -38,6 +39,7 @@ EACH = (
     "energy", "frequency_sum", "diagonal",
 )  # fmt: skip
 """What is done entry by entry, or along other axes."""
+HINT = "leave out the mask, and give samples of one length together"
 
 
 def padded(graph: Graph, problem: Problem) -> Graph:
@@ -51,7 +53,7 @@ class _Padding:
     """Rebuilds a graph for one mask. clean: (node, axis) that is 0 at padding already; axis 0 is that of rows, as stored."""
 
     def __init__(self, graph: Graph, mask: Sym) -> None:
-        self.old, self.size = graph, mask.nrows
+        self.old, self.size, self.mask_name = graph, mask.nrows, mask.name
         self.b, self.clean = Builder(graph.open), set[tuple[int, int]]()
         self.mask = self.b.leaf("input", mask.name, (mask.nrows, ONE), Stage.PROLOGUE, batched=True)
         self.clean.add((self.mask.node, 0))
@@ -86,18 +88,20 @@ class _Padding:
             if node.op == "softmax" and along:
                 self._now_clean(out, along)
             return out
-        if node.op in SQUARE and {*self._axes(inputs[0])} == {0, 1}:
+        if node.op in SPECTRAL and self._axes(inputs[0]) and self._nothing_of(0, node):
+            return b.add(node.op, (self._zeroed(inputs[0]), *inputs[1:]), *node.attrs)
+        if node.op in SQUARE and {*self._axes(inputs[0])} == {0, 1} and self._nothing_of(1, node):
             return b.add(node.op, (self._beside_identity(inputs[0]), *inputs[1:]), *node.attrs)
         if node.op == "trace":
             return b.add(node.op, (self._zeroed(inputs[0], (0,)),), *node.attrs)
         if node.op in EACH:
+            if node.op == "map" and self._breaks_at_zero(node.attrs[0], inputs):
+                inputs = tuple(self._filled(r) for r in inputs)
             out = b.add(node.op, inputs, *node.attrs)
             self._now_clean(out, [a for a in self._axes(out) if self._stays_zero(node, inputs, a)])
             return out
         if node.op == "solve" and {*self._axes(inputs[0])} == {0, 1}:
             return b.add(node.op, (self._beside_identity(inputs[0]), *inputs[1:]), *node.attrs)
-        if node.op in SPECTRAL and len(self._axes(inputs[0])) == 1 and self._nothing_of_nothing(node):
-            return b.add(node.op, (self._zeroed(inputs[0]), *inputs[1:]), *node.attrs)
         if node.op in FACTORED or (node.op == "solve" and not self._axes(inputs[0])):
             return b.add(node.op, inputs, *node.attrs)
         if node.op in ("project", "indicator") and self._by_column(node, inputs):
@@ -109,6 +113,9 @@ class _Padding:
         b = self.b
         if node.op == "dim" and node.attrs[0] == str(self.size):
             return b.add("sum", (self.mask,), None)
+        if other := [n for n in node.shape if not same(n, self.size) and self.size in n.free_symbols]:
+            what = f"the mask {self.mask_name} says which of {self.size} are there, and not which of {other[0]}"
+            raise DeriveError("E311", what, hint=HINT)
         ref = b.copy(node)
         if node.op not in ("input", "start", "state") or ref == self.mask:
             return ref
@@ -136,9 +143,23 @@ class _Padding:
         self._now_clean(out, [a for a in ends if a in self._axes(out)])
         return out
 
-    def _nothing_of_nothing(self, node: Node) -> bool:
-        """Are singular values of 0 worth 0? A column of zeros adds nothing else; a proximal step of singular values leaves them at 0."""
-        return node.op in ("spectral_prox", "spectral_norm") or node.attrs[0].subs(slot(0), 0) == 0
+    def _nothing_of(self, value: int, node: Node) -> bool:
+        """Are singular values of 0, or those of an identity, worth 0? A proximal step of singular values leaves them at 0."""
+        return node.op not in ("spectral_sum", "spectral_map") or node.attrs[0].subs(slot(0), value) == 0
+
+    def _breaks_at_zero(self, formula: sp.Expr, inputs: tuple[Ref, ...]) -> bool:
+        """Is a formula, or its slope, without a number where what has the size is 0, as log and 1/z are?"""
+        sized = [slot(i) for i, r in enumerate(inputs) if self._axes(r)]
+        found = (f.subs(dict.fromkeys(sized, 0)) for f in (formula, *map(formula.diff, sized)))
+        return any(f.has(sp.nan, sp.zoo, sp.oo, -sp.oo) for f in found)
+
+    def _filled(self, ref: Ref, other: Ref | None = None) -> Ref:
+        """The value, at padding that of another, or 1."""
+        by, more = (sp.Integer(1), ()) if other is None else (slot(2), (other,))
+        for a in self._axes(ref):
+            there = self.mask if a == 0 else self.b.flip(self.mask)
+            ref = self.b.map(sp.Piecewise((slot(0), slot(1) > 0), (by, True)), (ref, there, *more))
+        return ref
 
     def _by_column(self, node: Node, inputs: tuple[Ref, ...]) -> bool:
         """Is each entry of its own in the set, or each column, tokens being the columns?"""
@@ -148,13 +169,9 @@ class _Padding:
     def _in_set(self, node: Node, inputs: tuple[Ref, ...]) -> Ref:
         """Columns that are padding are in it."""
         if node.op == "indicator":
-            b, x, params = self.b, inputs[0], inputs[1:]
-            there = self.mask if self._axes(x) == [0] else b.flip(self.mask)
-            ones = b.map(
-                sp.Piecewise((slot(0), slot(1) > 0), (1, True)), (x, there)
-            )  # of 0 some sets have no nearest point
-            nearest = b.add("project", (ones, *params), *node.attrs)
-            inputs = (b.map(sp.Piecewise((slot(0), slot(1) > 0), (slot(2), True)), (x, there, nearest)), *params)
+            b, (x, *params) = self.b, inputs
+            nearest = b.add("project", (self._filled(x), *params), *node.attrs)  # of 0 some sets have no nearest point
+            inputs = (self._filled(x, nearest), *params)
         return self.b.add(node.op, inputs, *node.attrs)
 
     def _axes(self, ref: Ref) -> list[int]:
@@ -205,5 +222,4 @@ class _Padding:
 
     def _refused(self, node: Node) -> DeriveError:
         what = f"{node.op.replace('_', ' ')} works along {self.size}, and has no rule for padding"
-        hint = "leave out the mask, and give samples of one length together"
-        return DeriveError("E311", what, hint=hint)
+        return DeriveError("E311", what, hint=HINT)
