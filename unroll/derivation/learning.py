@@ -51,6 +51,7 @@ from unroll.language.constructors import (
 )
 from unroll.language.functions import Value, as_expr
 from unroll.language.nodes import (
+    ONE,
     STEP_OF_ENTRY,
     Add,
     Expr,
@@ -93,7 +94,7 @@ class Wanted:
 
     rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
     commutes with cyclic shifts: its axes of places. The parameter is then `kernel`, the first columns of that matrix, real.
-    start: what it starts at instead.  rows: how many there are of a number that is repeated.
+    start: what it starts at instead.  rows: how many there are of a number that is repeated.  variable: of its block.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Wanted:
     kernel: Expr | None = None
     start: Value | None = None
     rows: sp.Expr | None = None
+    variable: Sym | None = None
 
     def rewritten(self) -> Wanted:
         """The entry as the exact rewrites of its block make it, if they do."""
@@ -322,19 +324,21 @@ def _indices(e: Expr) -> list[str]:
     return sorted(bound_indices(e) | free_indices(e))
 
 
-def _shape_fits(name: str, record: Learn, problem: Problem, z: Sym, where: Where) -> None:
-    """A scalar may be repeated over the entries of the variable of its block, and over nothing else."""
+def _repeated(name: str, record: Learn, problem: Problem, z: Sym, where: Where) -> sp.Expr | None:
+    """How often a number is repeated, over the entries of the variable of its block or over groups of them. Raises SpecError E306."""
     sizes = {**{d.name: d for d in problem.dims}, **{str(d): d for d in z.shape}}
-    if isinstance(record.shape, Rank):
-        return
-    shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape or ()]
-    if shape and shape != [z.rows]:
-        raise SpecError(
-            "E306",
-            f"the shape of {name} is not that of {z.name}",
-            where,
-            f"shape: [{z.rows}] gives every {'entry' if z.cols == 1 else 'row'} of {z.name} its own",
-        )
+    if isinstance(record.shape, Rank) or not record.shape:
+        return None
+    shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape]
+    if len(shape) != 1 or shape[0] is None:
+        raise _another_shape(name, z, where)
+    return shape[0]
+
+
+def _another_shape(name: str, z: Sym, where: Where) -> SpecError:
+    entry = "entry" if z.cols == 1 else "row"
+    hint = f"shape: [{z.rows}] gives every {entry} of {z.name} its own; the number of groups, where it weighs the lengths of groups, each group"
+    return SpecError("E306", f"the shape of {name} is not that of {z.name}", where, hint)
 
 
 def names_in(step: Step, problem: Problem, block: str) -> dict[str, Value]:
@@ -365,7 +369,7 @@ def read(
     names = names_in(step, problem, block)
     where = spec.key_where(*path)
     z = next((p.variables[0] for b, p in step.subproblems if b == block), problem.variables[0])
-    _shape_fits(name, record, problem, z, where)
+    rows = _repeated(name, record, problem, z, where)
     if name in names:
         raise SpecError(
             "E306", f"'{name}' is already the name of something else", where, "choose another name for the parameter"
@@ -422,8 +426,9 @@ def read(
             "add where: output, or put a vector into the objective",
         )
     at_value = spec.origin(*path, "replaces").where()
-    rows = None if record.shape is None else z.rows
-    found = Wanted(name, record, value, at_value, block, index, size, _exact(step, block), start=start, rows=rows)
+    found = Wanted(
+        name, record, value, at_value, block, index, size, _exact(step, block), start=start, rows=rows, variable=z
+    )
     if found.low_rank is not None:
         _refuse_rank(found, spec.key_where(*path, "shape"))
     return found
@@ -560,19 +565,43 @@ def _replaced(step: Step, w: Wanted) -> Step | None:
             )
         found = _swapped(step, replace(w, record=w.record.model_copy(update={"positive": True})))
     if found is not None and w.rows is not None and not w.record.fixed:
-        _refuse_shared(found, w)
+        return _placed(found, w)
     return found
 
 
-def _refuse_shared(step: Step, w: Wanted) -> None:
-    """Raises SpecError E306 where a number of each entry would be that of what several entries share, as the length of a group."""
+def _placed(step: Step, w: Wanted) -> Step:
+    """The step, a repeated number being one of each entry, or of each group where it stands before lengths of groups alone.
+
+    Raises SpecError E306 where a number of each entry would be that of what several entries share, or one of each group would stand elsewhere.
+    """
+    assert w.variable is not None and w.rows is not None
     s = step.learned[-1].symbol
     steps = [e for a in step.assigns if isinstance(a.value, Expr) for e in walk(a.value) if isinstance(e, Prox)]
-    for e in steps:
-        for x in walk(_derived(e)):
-            if isinstance(x, ProxMap) and s in x.prox.scalars and x.rows != w.rows:
-                what = f"in the proximal step of {text(e.term)} several entries share one"
-                raise SpecError("E306", f"{w.name} cannot be of each entry: {what}", w.where, "leave out shape")
+    found = [(e, x) for e in steps for x in walk(_derived(e)) if isinstance(x, ProxMap) and s in x.prox.scalars]
+    shared = [e for e, x in found if x.rows != w.rows]
+    if shared and len(shared) == len(found) and all(x.shape == (ONE, w.rows) for _, x in found):
+        if any(s in _numbers_outside(a.value) for a in step.assigns):
+            hint = "leave out shape, or name the update of the proximal step: in"
+            raise SpecError(
+                "E306", f"{w.name} cannot be of each group: it stands outside a proximal step too", w.where, hint
+            )
+        return replace(step, learned=(*step.learned[:-1], replace(step.learned[-1], across=True)))
+    if w.rows != w.variable.rows:
+        raise _another_shape(w.name, w.variable, w.where)
+    if shared:
+        what = f"in the proximal step of {text(shared[0].term)} several entries share one"
+        raise SpecError(
+            "E306", f"{w.name} cannot be of each entry: {what}", w.where, "leave out shape, or give each group its own"
+        )
+    return step
+
+
+def _numbers_outside(value: Expr | sp.Expr) -> set[sp.Basic]:
+    """The numbers that a value reads, but for those that only proximal steps in it read."""
+    if not isinstance(value, Expr):
+        return {*value.free_symbols}
+    plain = transform(value, lambda e: e.at if isinstance(e, Prox) else None)
+    return {s for x in walk(plain) for s in _scalars(x)}
 
 
 def _swapped(step: Step, w: Wanted) -> Step | None:

@@ -97,6 +97,7 @@ class Learned:
     matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
     where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.  limits: of sigmoid and clamp; of rising, how much a value may be above the one before it.
     cell: of a weight of a controller, what is said of all of these.  grid: of the values of a function, their places.
+    across: of a number that is repeated, whether over the groups that are columns of a matrix, not over its rows.
     held: it stays as it starts, or as it is loaded, and a change of low rank is learned beside it.
     """
 
@@ -116,6 +117,7 @@ class Learned:
     cell: str = ""
     grid: Grid | None = None
     held: bool = False
+    across: bool = False
 
     @property
     def starts_at(self) -> Expr | sp.Expr:

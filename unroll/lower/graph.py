@@ -799,7 +799,7 @@ def _learned(b: Builder, p: Learned) -> Ref:
             return b.leaf("learned", p.name, s.shape, stage, families=_family(s), symmetric=p.constraint == "symmetric")
         case _:
             rows = p.shape[0] if p.shape else ONE
-            return b.leaf("learned", p.name, (rows, ONE), stage)
+            return b.leaf("learned", p.name, (ONE, rows) if p.across else (rows, ONE), stage)
 
 
 def _state(b: Builder, symbol: Sym | sp.Symbol, start: bool = False) -> Ref:

@@ -104,6 +104,7 @@ class State:
         if isinstance(p.symbol, Sym):
             self.values[p.symbol] = as_matrix(value, p.symbol)
         else:
+            value = value[None] if p.across else value
             self.numbers[p.symbol] = value.reshape(*value.shape, *[1] * (2 - value.ndim)) if value.ndim else value
 
 

@@ -281,7 +281,7 @@ class Learn(Given):
     scale: Positive = 1.0
     """factor of a drawn start, and of ones"""
     shape: Shape | Rank | None = None
-    """expand a scalar to this shape; of a matrix, {rank: r}: what it starts at stays, and a change of this rank is learned, W + W_up @ W_down, from 0"""
+    """[n]: a number for each entry, row or group in the place of one; of a matrix, {rank: r}: what it starts at stays, and a change of this rank is learned, W + W_up @ W_down, from 0"""
     symmetric: bool = False
     columns: Literal["unit"] | None = None
     bias: bool = False
