@@ -232,3 +232,52 @@ def test_what_does_not_fit_is_said(pair: tuple[Crate, unroll.Network], change: d
         unroll.audit(pair[0], "sparse_rate_reduction", **asked)
     assert said in str(error.value)
     assert listeners(pair[0]) == 0
+
+
+class Backwards(nn.Module):
+    """Its last layer runs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2))
+
+    def forward(self, z: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            z = layer(z)
+        return z
+
+
+OWN = {
+    "objective": "own", "dims": {"n": 3}, "variables": {"z": ["n"]}, "parameters": {"A": ["n", "n"]}, "minimize": "sumsq(A @ z)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", ["layers.*.weight", lambda m, k: m.layers[k].weight])
+def test_weights_are_those_of_the_layer_that_ran(weight: Any) -> None:
+    net, z = Backwards(), torch.randn(4, 3)
+    found = unroll.audit(net, OWN, [z], at={"before": "layers.*", "after": "layers.*"}, parameters={"A": weight})
+    with torch.no_grad():
+        after = net.layers[1](z)
+        wanted = net.layers[1](after).square().sum(-1) - after.square().sum(-1)
+    torch.testing.assert_close(found.actual["objective"].mean[0].float(), wanted.mean())
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ({"before": "layers.0", "after": "layers.1"}, "sooner than at its place before"),
+        ({"before": 1, "after": "layers.1"}, "needs two places"),
+        ("layers.*", "needs two places"),
+    ],
+)  # fmt: skip
+def test_places_that_are_no_step(at: Any, said: str) -> None:
+    with pytest.raises(unroll.UnrollError, match=said):
+        unroll.audit(Backwards(), OWN, [torch.randn(4, 3)], at=at, parameters={"A": torch.eye(3)})
+
+
+def test_a_step_that_changes_the_shape() -> None:
+    """A tuple whose first tensor is something else."""
+    net, at = Backwards(), {"before": "layers.*", "after": "layers.*"}
+    with pytest.raises(unroll.UnrollError, match=r"has shape \(4, 3\) before and \(1, 3\) after"):
+        read = iter([torch.ones(4, 3)] * 2 + [torch.ones(1, 3)] * 2)
+        unroll.audit(net, OWN, [torch.randn(4, 3)], at=at, parameters={"A": torch.eye(3)}, read=lambda z: next(read))

@@ -50,7 +50,8 @@ def audit(
 
     module: run on each batch as `white_box` takes them: one tensor, a tuple, or by name. It stays as it is, in its own mode and precision.
     at: what enters the module `before` and what leaves the module `after`, or {step: {before, after}} of several steps
-    of a layer, in their order; `*` stands for the number of the layer, `name:in` and `name:out` say otherwise. A module that runs several times
+    of a layer, in their order; `*` stands for the number of the layer, there and in the weights' names and what functions of a layer are given,
+    `name:in` and `name:out` say otherwise. A module that runs several times
     (an unrolled solver with one set of weights) is a layer each time. Of a tuple the first tensor counts.
     What stands there are the variables of the objective as they are stored, tokens before features: (..., N, d) for Z: [d, N].
     read: from what stands there to the variables, such as `lambda z: z[:, 1:]` without a class token.
@@ -70,8 +71,8 @@ def audit(
     _refuse_missing(problem, taken, weights, inputs or {})
 
     @cache
-    def of_layer(layer: int) -> dict[str, Tensor]:
-        given = {n: _weight(module, n, w, layer) for n, w in weights.items() if n in taken}
+    def of_layer(layer: int, stars: tuple[str, ...]) -> dict[str, Tensor]:
+        given = {n: _weight(module, n, w, layer, stars) for n, w in weights.items() if n in taken}
         values.refuse_undeclared(problem.parameters, given)
         return given
 
@@ -87,17 +88,23 @@ def audit(
         with torch.no_grad(), hooks.listening() as heard:
             _run(module, batch)
         here = {n: heard.once(p) if isinstance(p, str) else p(batch) for n, p in (inputs or {}).items() if n in taken}
-        entered, left, layers = _heard(problem, plan, heard, read)
+        entered, left, stars = _heard(problem, plan, heard, read)
 
         def evaluate(
-            now: dict[str, Tensor], place: str, layer: int, here: dict[str, Tensor] = here
+            now: dict[str, Tensor],
+            place: str,
+            layer: int,
+            here: dict[str, Tensor] = here,
+            stars: list[tuple[str, ...]] = stars,
         ) -> dict[str, Tensor]:
-            out = loss.terms(**{n: v for n, v in {**now, **here, **of_layer(layer)}.items() if n in taken})
+            out = loss.terms(
+                **{n: v for n, v in {**now, **here, **of_layer(layer, stars[layer])}.items() if n in taken}
+            )
             return {**out, "total": sum(out.values())}  # type: ignore[dict-item]
 
         steps = {n: [*states, left[n][-1]] for n, states in entered.items()}
         trace = Trace(steps, tuple(plan), evaluate, tuple, own, bool(layered), left)
-        assert len(trace.labels) == layers * len(plan)
+        assert len(trace.labels) == len(stars) * len(plan)
         with torch.no_grad():
             count(trace, list(recipe.problem.terms), [], found)
         labels = trace.labels
@@ -109,11 +116,11 @@ def audit(
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
-def _steps(at: Pair | Mapping[str, Pair]) -> dict[str, Pair]:
+def _steps(at: Any) -> dict[str, Pair]:
     """Step -> its two places. Raises UnrollError E404."""
-    plan: dict[str, Any] = {"step": at} if {*at} & {"before", "after"} else dict(at)
+    plan: dict[str, Any] = {"step": at} if not isinstance(at, Mapping) or {*at} & {"before", "after"} else dict(at)
     for name, pair in plan.items():
-        if not isinstance(pair, Mapping) or {*pair} != {"before", "after"}:
+        if not isinstance(pair, Mapping) or {*pair} != {"before", "after"} or not all(map(_is_place, pair.values())):
             hint = (
                 'at={"before": "blocks.*.attn", "after": "blocks.*.mlp"}, or {step: that} of several steps of a layer'
             )
@@ -121,6 +128,11 @@ def _steps(at: Pair | Mapping[str, Pair]) -> dict[str, Pair]:
     if not plan:
         raise UnrollError("E404", "at= names no place", hint='at={"before": "blocks.*.attn", "after": "blocks.*.mlp"}')
     return plan
+
+
+def _is_place(found: object) -> bool:
+    places = found.values() if isinstance(found, Mapping) else (found,)
+    return all(isinstance(p, str) for p in places)
 
 
 def _places(pair: Pair) -> Iterator[str]:
@@ -135,52 +147,64 @@ def _end(place: str, side: str) -> str:
     return place if place.endswith((":in", ":out")) else f"{place}:{'in' if side == 'before' else 'out'}"
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What stood at a place; what * was there; how much had been seen before."""
+
+    value: Tensor
+    stars: tuple[str, ...]
+    when: int
+
+
 @dataclass
 class _Heard:
     """place -> what stood there, in the order in which it did."""
 
-    states: dict[str, list[Tensor]]
+    states: dict[str, list[_Seen]]
+
+    def add(self, place: str, found: Any, stars: tuple[str, ...]) -> None:
+        self.states[place].append(_Seen(_tensor(found, place), stars, sum(map(len, self.states.values()))))
 
     def once(self, place: str) -> Tensor:
         """What stands there first. Raises UnrollError E404."""
         found = self.states[_end(place, "after")]
         if not found:
             raise UnrollError("E404", f"'{place}' did not run")
-        return found[0]
+        return found[0].value
 
 
 class _Hooks:
     """Listens at places of a module. Raises UnrollError E404 for a place that it does not have."""
 
     def __init__(self, module: nn.Module, places: Iterable[str]) -> None:
-        self.at: list[tuple[str, nn.Module]] = []
+        self.at: list[tuple[str, nn.Module, tuple[str, ...]]] = []
         names = dict(module.named_modules())
         self.places = sorted({_end(p, "after") for p in places})
         for place in self.places:
             pattern = place.rpartition(":")[0]
             like = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-            there = [m for n, m in names.items() if like.fullmatch(n)]
+            there = [(m, found.groups()) for n, m in names.items() if (found := like.fullmatch(n))]
             if not there:
                 hint = did_you_mean(pattern, list(names)) or "its modules: " + ", ".join(_starred(names)[:20])
                 raise UnrollError("E404", f"the module has no '{pattern}'", hint=hint)
-            self.at += [(place, m) for m in there]
+            self.at += [(place, m, stars) for m, stars in there]
 
     @contextmanager
     def listening(self) -> Generator[_Heard]:
         heard = _Heard({place: [] for place in self.places})
-        handles = [self._listen(heard, place, m) for place, m in self.at]
+        handles = [self._listen(heard, *at) for at in self.at]
         try:
             yield heard
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _listen(self, heard: _Heard, place: str, module: nn.Module) -> Any:
+    def _listen(self, heard: _Heard, place: str, module: nn.Module, stars: tuple[str, ...]) -> Any:
         if place.endswith(":out"):
-            return module.register_forward_hook(lambda m, args, out: heard.states[place].append(_tensor(out, place)))
+            return module.register_forward_hook(lambda m, args, out: heard.add(place, out, stars))
 
         def before(m: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            heard.states[place].append(_tensor((*args, *named.values()), place))
+            heard.add(place, (*args, *named.values()), stars)
 
         return module.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -209,9 +233,9 @@ def _run(module: nn.Module, batch: Batch) -> None:
 
 def _heard(
     problem: Problem, plan: Mapping[str, Pair], heard: _Heard, read: Callable[[Tensor], Tensor] | None
-) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], int]:
-    """(what entered each step, what it left) by variable, layer by layer, and the number of layers. Raises UnrollError E404."""
-    sides: dict[str, dict[str, dict[str, list[Tensor]]]] = {}
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], list[tuple[str, ...]]]:
+    """(what entered each step, what it left) by variable, layer by layer, and what * was in each layer. Raises UnrollError E404."""
+    sides: dict[str, dict[str, dict[str, list[_Seen]]]] = {}
     for step, pair in plan.items():
         for side in ("before", "after"):
             for name, place in _of_variables(problem, pair[side]).items():
@@ -225,12 +249,29 @@ def _heard(
             f"the places do not run equally often: {said}",
             hint="a step is what lies between two places of one layer",
         )
-    look = read or (lambda z: z)
-    out = {
-        side: {name: [look(steps[step][k]) for k in range(layers) for step in plan] for name, steps in by.items()}
+    seen = {
+        side: {name: [steps[step][k] for k in range(layers) for step in plan] for name, steps in by.items()}
         for side, by in sides.items()
     }
-    return out["before"], out["after"], layers
+    look = read or (lambda z: z)
+    out = {side: {name: [look(s.value) for s in row] for name, row in by.items()} for side, by in seen.items()}
+    for name, entered in seen["before"].items():
+        for i, (first, last) in enumerate(zip(entered, seen["after"][name], strict=True)):
+            _refuse_pair(f"{name} of layer {i // len(plan) + 1}", first, last, *(out[s][name][i] for s in out))
+    starred = next(
+        (row for by in seen.values() for row in by.values() if row[0].stars), next(iter(seen["before"].values()))
+    )
+    return out["before"], out["after"], [s.stars for s in starred[:: len(plan)]]
+
+
+def _refuse_pair(what: str, first: _Seen, last: _Seen, before: Tensor, after: Tensor) -> None:
+    """Raises UnrollError E404 for two places that are no step: what comes after is there first, or has another shape."""
+    if last.when < first.when:
+        raise UnrollError(
+            "E404", f"{what} is there at its place after sooner than at its place before", hint="change them"
+        )
+    if getattr(before, "shape", None) != getattr(after, "shape", None):
+        raise UnrollError("E404", f"{what} has shape {tuple(before.shape)} before and {tuple(after.shape)} after", hint="read= takes what is meant from what stands there")  # fmt: skip
 
 
 def _of_variables(problem: Problem, place: Place) -> dict[str, str]:
@@ -247,14 +288,17 @@ def _of_variables(problem: Problem, place: Place) -> dict[str, str]:
     return {names[0]: place}
 
 
-def _weight(module: nn.Module, name: str, weight: Weight, layer: int) -> Tensor:
+def _weight(module: nn.Module, name: str, weight: Weight, layer: int, stars: tuple[str, ...]) -> Tensor:
     """The tensor that stands for a parameter in a layer. Raises UnrollError E404."""
     if isinstance(weight, Tensor):
         return weight.detach()
+    number = int(stars[0]) if len(stars) == 1 else layer
     try:
-        found = (
-            attrgetter(weight.replace("*", str(layer)))(module) if isinstance(weight, str) else weight(module, layer)
-        )
+        if isinstance(weight, str):
+            of = stars if weight.count("*") == len(stars) else (str(number),) * weight.count("*")
+            found = attrgetter(weight.replace("*", "{}").format(*of))(module)
+        else:
+            found = weight(module, number)
     except (AttributeError, IndexError) as e:
         raise UnrollError("E404", f"the module has nothing for {name} in layer {layer + 1}: {e}") from e
     if not isinstance(found, Tensor):
