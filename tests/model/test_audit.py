@@ -213,7 +213,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"inputs": {"x": lambda b: b}}, "'x' is no input of the objective"),
     ({"normalised": "sphere_"}, "cannot be taken at 'sphere_'"),
     ({"scalars": {"lambda": 1.0}}, "lambda"),
-    ({"batches": []}, "no batch"),
+    ({"batches": []}, "no sample"),
     ({"read": lambda z: z[..., :5]}, "d = 12"),
     ({"at": {"before": {"Y": "layers.*.attend"}, "after": "layers.*.ista"}}, "places are needed for Z"),
 ]
@@ -281,3 +281,12 @@ def test_a_step_that_changes_the_shape() -> None:
     with pytest.raises(unroll.UnrollError, match=r"has shape \(4, 3\) before and \(1, 3\) after"):
         read = iter([torch.ones(4, 3)] * 2 + [torch.ones(1, 3)] * 2)
         unroll.audit(net, OWN, [torch.randn(4, 3)], at=at, parameters={"A": torch.eye(3)}, read=lambda z: next(read))
+
+
+def test_a_batch_without_samples_counts_for_nothing() -> None:
+    net, at = Backwards(), {"before": "layers.*", "after": "layers.*"}
+    x = torch.randn(4, 3)
+    ask = lambda batches: unroll.audit(net, OWN, batches, at=at, parameters={"A": torch.eye(3)})
+    assert str(ask([x[:0], x, x[:0]])) == str(ask([x]))
+    with pytest.raises(unroll.UnrollError, match="no sample to measure on"):
+        ask([x[:0]])

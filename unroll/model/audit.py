@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unroll.errors import UnrollError, did_you_mean
 from unroll.language.problem import Problem, from_spec
-from unroll.model.whitebox import Batch, Measured, count, nothing
+from unroll.model.whitebox import Batch, Measured, count, measured, nothing
 from unroll.network import loss as losses
 from unroll.network import values
 from unroll.network.trace import Trace, check_form, seen
@@ -108,8 +108,8 @@ def audit(
         with torch.no_grad():
             count(trace, list(recipe.problem.terms), [], found)
         labels = trace.labels
-    if not labels:
-        raise UnrollError("E404", "there is no batch to measure on", hint="a list of tensors, or of {name: tensor}")
+    if not measured(found):
+        raise UnrollError("E404", "there is no sample to measure on", hint="a list of tensors, or of {name: tensor}")
     return Measured(labels, problem.sign, {}, own, normalised, found)
 
 

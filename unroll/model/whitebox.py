@@ -31,6 +31,8 @@ class Moments:
         """Source: Chan, Golub & LeVeque 1979, doi:10.1007/978-3-642-51461-6_3."""
         values = values.detach().double().cpu()
         n, mean = values.shape[1], values.mean(1)
+        if not n:  # 0/0 would be all that is left
+            return
         both, off = self.count + n, mean - self.mean
         self.spread = self.spread + (values - mean[:, None]).square().sum(1) + off.square() * self.count * n / both
         self.mean = self.mean + off * n / both
@@ -141,8 +143,8 @@ def white_box(
         with torch.no_grad():
             trace = traced(net, batch, at=at, parameters=parameters, terms=terms)
             count(trace, names, list(terms or {}), found)
-    if trace is None:
-        raise UnrollError("E404", "there is no batch to measure on", hint="a list of tensors, or of {name: tensor}")
+    if trace is None or not measured(found):
+        raise UnrollError("E404", "there is no sample to measure on", hint="a list of tensors, or of {name: tensor}")
     return Measured(trace.labels, problem.sign, claims(body), trace.own, at, found)
 
 
@@ -164,6 +166,11 @@ def traced(net: Network | Model, batch: Batch, **asked: Any) -> Trace:
 def nothing() -> dict[str, dict[str, Moments]]:
     """Of each kind of number, before the first batch."""
     return {kind: {} for kind in KINDS}
+
+
+def measured(found: Mapping[str, Mapping[str, Moments]]) -> bool:
+    """Was there a sample?"""
+    return any(m.count for m in found["actual"].values())
 
 
 def count(trace: Trace, names: list[str], extra: list[str], found: dict[str, dict[str, Moments]]) -> None:
