@@ -107,3 +107,12 @@ def test_the_smallest_and_the_largest_sets_are_no_special_case(constraint: str, 
     net = unroll.compile(spec(constraint), dtype=D)
     found = net(torch.ones(2, 4, dtype=D))
     assert int((found != 0).sum()) == 2 * kept
+
+
+def test_equations_over_a_size_that_only_the_samples_say() -> None:
+    spec = {
+        "objective": "own", "dims": {"N": "dynamic"}, "variables": {"w": ["N"]}, "inputs": {"y": ["N"]},
+        "minimize": "1/2 * sumsq(w - y)", "constraints": ["sum(w) == 1"], "unroll": {"algorithm": "projected_gradient", "layers": 1},
+    }  # fmt: skip
+    y = torch.randn(2, 5)
+    torch.testing.assert_close(unroll.compile(spec)(y), y + (1 - y.sum(-1, keepdim=True)) / 5)

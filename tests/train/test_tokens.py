@@ -120,6 +120,8 @@ def test_files_that_hold_no_tokens_are_refused(tmp_path):
     assert refused(files=[str(path)]) == "E505"
     np.save(path, np.arange(4))
     assert refused(files=[str(path)]) == "E504"
+    np.save(path, np.zeros(0, np.uint16))
+    assert refused(files=[str(path)]) == refused(files=[str(path)], separator=0) == "E504"
     path.write_bytes(b"no array")
     assert refused(files=[str(path)]) == "E503"
     (tmp_path / "x.bin").write_bytes(b"odd")

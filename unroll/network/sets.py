@@ -133,9 +133,10 @@ def _empty(x: Indicator, known: dict[sp.Symbol, Any], problem: Problem, given: M
 def _inconsistent(
     x: Indicator, known: dict[sp.Symbol, Any], problem: Problem, given: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """Is b no A z, of an A and b made of parameters?"""
+    """Is b no A z, of an A and b made of parameters, and of sizes that are known?"""
     parts = [p for p in x.params if isinstance(p, Expr)]
-    if any(s.name not in given for p in parts for s in p.symbols):
+    sizes = {n for p in parts for e in walk(p) for side in (e.rows, e.cols) for n in side.free_symbols}
+    if any(s.name not in given for p in parts for s in p.symbols) or not sizes <= {*known}:
         return
     values = {s: _columns(given[s.name]) for s in problem.parameters if s.name in given}
     scalars = {s: v if isinstance(v, int) else float(v) for s, v in known.items()}

@@ -216,6 +216,8 @@ def parted(
     begins: Numbers, ends: Numbers, share: float, *, whole: bool
 ) -> tuple[tuple[Numbers, Numbers], tuple[Numbers, Numbers]]:
     """What is before and what is after this share of all tokens; or, of whole stretches, those that end before it, one at least."""
+    if not len(begins):
+        return (begins, ends), (begins, ends)
     cut = int(begins[0] + round(share * (ends[-1] - begins[0])))
     if whole:
         own = int(np.searchsorted(begins, cut, side="right")) - 1
