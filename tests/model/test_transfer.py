@@ -249,3 +249,25 @@ def test_of_another_width_nothing_fits_and_nothing_is_changed():
         transfer(net, source, leave=["embed_norm", "head"])
     with pytest.raises(UnrollError, match="(?s)no parameter 'hed' to leave.*did you mean 'head'"):
         transfer(net, source, leave=["hed"])
+
+
+@pytest.mark.parametrize("shape", [{}, {"shape": {"rank": 2}}, {"shape": {"rank": 1}}])
+@pytest.mark.parametrize("share", [{}, {"share": "layers"}])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_what_was_learned_at_low_rank_goes_along(shape, share, rank):
+    """Into a network that learns all of the matrix, or a change of another rank."""
+    made = lambda more, seed: unroll.compile(
+        {
+            "dims": {"m": 4, "n": 5}, "variables": {"z": ["n"]}, "inputs": {"x": ["m"]}, "parameters": {"A": ["m", "n"]},
+            "minimize": {"fit": "1/2*sumsq(x - A @ z)", "sparsity": "0.1*norm1(z)"},
+            "unroll": {"algorithm": "proximal_gradient", "layers": 2, "step": 0.3, "learn": {"W": {"replaces": "step * A.T", **share, **more}}},
+        },
+        parameters={"A": torch.arange(20.0).view(4, 5).sin()}, seed=seed,
+    )  # fmt: skip
+    source, net = made({"shape": {"rank": rank}}, 0), made(shape, 1)
+    with torch.no_grad():
+        for p in source.parameters():
+            p += 0.1 * torch.randn_like(p)
+    unroll.transfer(net, source)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(net(x), source(x))

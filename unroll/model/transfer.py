@@ -172,11 +172,24 @@ class _Moving:
         self.theirs = {n: t.detach().cpu() for n, t in self.source.state_dict().items()}
         self.axes = (axes_of(self.source), axes_of(self.net))
         self.learned = (_learned(self.source), _learned(self.net))
-        self.folded: set[str] = set()
+        self.folded, self.merged = set[str](), set[str]()
+        for name, item in self.learned[0].items():
+            if item.held:
+                self._merge(name)
         for h in _held(self.source):
             weight = f"{h.name}.weight"
             if h.before and weight in self.axes[1] and self.axes[0][weight] != self.axes[1][weight]:
                 self._fold(h.name, h.before)
+
+    def _merge(self, name: str) -> None:
+        """W + W_up @ W_down in the place of W, where our network has no change of that rank beside it."""
+        up, down = f"{name}_up", f"{name}_down"
+        if all(self.learned[1].get(n) is not None and not _unlike(*(of[n] for of in self.learned)) for n in (up, down)):
+            return
+        w = self.theirs[name]
+        left = self.theirs[up].reshape(*w.shape[:-1], -1)
+        self.theirs[name] = w + left @ self.theirs[down].reshape(*w.shape[:-2], -1, w.shape[-1])
+        self.merged.add(name)
 
     def _fold(self, norm: str, after: str) -> None:
         """W (g x + b) + c = (W diag g) x + (W b + c): the norm is then the same for every number of a patch."""
@@ -198,7 +211,7 @@ class _Moving:
         theirs, ours = (axes.get(name, (None,) * t.ndim) for axes, t in zip(self.axes, (value, here), strict=True))
         if len(theirs) != len(ours):
             raise _Unfit(f"{_shape(value)} there, {_shape(here)} here")
-        hows: list[str] = []
+        hows = ["with its change of low rank"] if name in self.merged else []
         for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
             if type(a) is not type(b) or (b is None and value.shape[i] != here.shape[i]):
                 raise _Unfit(f"{_shape(value)} there, {_shape(here)} here")
