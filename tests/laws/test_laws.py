@@ -88,8 +88,8 @@ ENDS = {
 """Where degenerate inputs are not answered by finite numbers, and why."""
 
 
-def assert_holds(found: laws.Check) -> None:
-    assert len(found.rows) >= 3
+def assert_holds(found: laws.Check, least: int = 3) -> None:
+    assert len(found.rows) >= least
     assert found.ok, str(found)
     assert max(map(len, str(found).splitlines())) <= WIDTH, str(found)
     noted = [r for r in found.rows if r.law == laws.ANSWERED and r.verdict != "holds"]
@@ -171,7 +171,7 @@ def test_laws_hold_for_every_objective(name, monkeypatch):
     assert_holds(unroll.check(one_network(name, algorithm)))
     if name not in STEPS and name not in SMOOTH:
         without_terms(monkeypatch)
-        assert_holds(unroll.check(one_network(name, "fista", momentum="chambolle_dossal(4)")))
+        assert_holds(unroll.check(one_network(name, "fista", momentum="chambolle_dossal(4)")), least=1)
 
 
 OF_ONE_ALGORITHM = [n for n in library.names("presets") if "updates:" in library.find(n, ("presets",)).read_text()]
