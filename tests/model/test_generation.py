@@ -13,6 +13,7 @@ import unroll
 from unroll.errors import SpecError, UnrollError
 from unroll.model.generation import Draw
 from unroll.model.words import UNKNOWN, Bytes, Characters, Tokenizer, _letters, of_ranks, pieces
+from unroll.network.kept import Kept
 
 TINY = ["dims.d=16", "dims.K=2", "dims.p=8", "unroll.layers=2", "model.embed.length=24"]
 TEXT = "the cat sat on the mat, the dog on the log; über 10 000 naïve cafés, 日本語 too. " * 3
@@ -219,3 +220,12 @@ def test_words_are_saved_restored_and_pickled_with_their_network(net, joined, tm
     assert unroll.words(tmp_path / "net/words.json") == net.words  # another text in the same characters
     plain = unroll.compile("crate_text", overrides=TINY)
     assert unroll.restore(plain.save(tmp_path / "net")).words is None
+
+
+@pytest.mark.parametrize(("first", "then"), [((1, 3), (2, 3)), ((2, 3), (1, 3)), ((2, 3), (3,))])
+def test_texts_go_on_as_many_as_they_were(net, first, then):
+    """One text that goes on as two was repeated, where room had just been made."""
+    kept = Kept()
+    net.extend(torch.ones(first, dtype=torch.int64), kept)
+    with pytest.raises(UnrollError, match=f"expected .{first[0]}, n"):
+        net.extend(torch.ones(then, dtype=torch.int64), kept)

@@ -226,6 +226,10 @@ class Model(nn.Module):
         most, _ = self._readable()
         if why := self._unkept:
             raise UnrollError("E423", f"{why} keeps nothing from token to token", hint="the whole text in each call")
+        if tokens.ndim != 2 or (kept.seen and len(tokens) != kept.texts):
+            expected = f"({kept.texts if kept.seen else 'B'}, n)"
+            raise UnrollError("E404", f"tokens has shape {tuple(tokens.shape)}, expected {expected}")
+        kept.texts = len(tokens)
         if kept.seen + tokens.shape[-1] > most:
             message = f"{kept.seen} tokens and {tokens.shape[-1]} more are longer than the longest text, {most}"
             raise UnrollError("E404", message)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Kept:
-    """seen: how many tokens were read. Without derivatives: what is held is written over."""
+    """seen: how many tokens were read, of so many texts. Without derivatives: what is held is written over."""
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.seen = self.texts = 0
         self._held: list[Tensor] = []
         self._place = 0
 
