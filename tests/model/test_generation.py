@@ -103,6 +103,17 @@ def test_a_stream_is_told_what_is_returned_and_the_mode_of_the_network_stays(net
     net.eval()
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"length": 2.0}, {"length": True}, {"seed": 1.5}, {"seed": 2**70}, {"top_k": "3"}, {"top_k": 1.5}, {"window": 2.0}, {"tokens": [1, 2]}, {"tokens": None}],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_said(net, asked):
+    given = {"tokens": torch.tensor([1, 2]), "length": 2, **asked}
+    with pytest.raises(UnrollError, match="whole number") as caught:
+        net.generate(given.pop("tokens"), given.pop("length"), **given)
+    assert caught.value.code == "E404"
+
+
 def test_a_text_that_is_too_long_is_refused_and_a_window_goes_on(net):
     begun = torch.ones(1, 4, dtype=torch.int64)
     assert net.generate(begun, 21).shape == (1, 25)  # the last one is never read

@@ -248,7 +248,7 @@ def test_of_another_width_nothing_fits_and_nothing_is_changed():
     with pytest.raises(UnrollError, match="nothing of it fits"):
         transfer(net, source, leave=["embed_norm", "head"])
     with pytest.raises(UnrollError, match="(?s)no parameter 'hed' to leave.*did you mean 'head'"):
-        transfer(net, source, leave=["hed"])
+        transfer(net, source, leave="hed")
 
 
 @pytest.mark.parametrize("shape", [{}, {"shape": {"rank": 2}}, {"shape": {"rank": 1}}])

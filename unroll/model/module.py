@@ -30,7 +30,7 @@ from unroll.model.parts import Held
 from unroll.model.source import Wrapped, wrap
 from unroll.model.words import Words, agree, pieces, read_record
 from unroll.network.kept import Kept
-from unroll.network.kinds import check_kind, check_place
+from unroll.network.kinds import check_kind, check_place, check_whole
 from unroll.network.network import Network, load
 from unroll.network.saved import SOURCE, WAY_OUT, WORDS, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
@@ -172,6 +172,7 @@ class Model(nn.Module):
         Raises UnrollError E404 (what is asked for), E422 (no network that says which token comes next, or no words for a str), E423
         (kept=True where nothing can be kept). Warns where kept=None has to read the whole text for each token.
         """
+        check_whole(length=length, top_k=top_k, seed=seed, window=window)
         draw = Draw(temperature, top_k, top_p)
         if isinstance(tokens, str):
             words, begun = self._begun(tokens)
@@ -182,6 +183,9 @@ class Model(nn.Module):
                 if stream is not None:
                     stream(piece)
             return text
+        if not isinstance(tokens, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            self._readable()
+            self._check_words("tokens", tokens)
         texts = torch.atleast_2d(tokens)
         found = [texts]
         for new in self._following(texts, length, draw, seed, window, kept):

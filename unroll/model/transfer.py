@@ -73,7 +73,7 @@ def transfer(
     net: Net,
     source: Net,
     *,
-    leave: Sequence[str] = (),
+    leave: str | Sequence[str] = (),
     names: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> Taken:
     """Give a network the weights of another one of the same objective, tensor by tensor by its name, in place.
@@ -85,6 +85,7 @@ def transfer(
     Raises UnrollError E515 for another objective, a name to leave that is not there, or where nothing fits.
     """
     _refuse_other_objective(net, source)
+    leave = (leave,) if isinstance(leave, str) else leave
     ours, constants = net.state_dict(), constants_of(net)
     for entry in leave:
         if not matching(entry, ours):

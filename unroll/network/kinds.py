@@ -74,6 +74,13 @@ def as_number(name: str, value: Any) -> float:
     return found
 
 
+def check_whole(**given: Any) -> None:
+    """Whole numbers that 64 bits hold, or None. Raises UnrollError E404."""
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63):
+            raise UnrollError("E404", f"{name} is a whole number, not {value!r}")
+
+
 def check_making(seed: Any, dtype: Any, device: Any) -> None:
     """What a network is made with besides its spec. Raises UnrollError E404."""
     if isinstance(seed, bool) or not isinstance(seed, int):
