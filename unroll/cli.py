@@ -326,7 +326,11 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
 @cli.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--prompt", required=True, metavar="TEXT", help="How the text begins.")
-@click.option("--length", default=300, show_default=True, type=click.IntRange(min=0), help="How many tokens follow.")
+@click.option(
+    "--length",
+    type=click.IntRange(min=0),
+    help="How many tokens follow; if left out, as many as the longest text has room for, 300 at most.",
+)
 @click.option("--temperature", default=1.0, show_default=True, help="Of the draw; 0: the likeliest token each time.")
 @click.option("--top-k", type=int, help="Draw from so many of the likeliest.")
 @click.option("--top-p", type=float, help="Draw from the likeliest that have this share together.")
@@ -335,7 +339,7 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
 def generate(
     run: Path,
     prompt: str,
-    length: int,
+    length: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -350,12 +354,16 @@ def generate(
     if not isinstance(net, Model):
         hint = "a run on text: unroll train crate_text"
         raise UnrollError("E422", f"{run} holds layers alone, which write no text", hint=hint)
-    click.echo(prompt, nl=False)
-    show = lambda piece: click.echo(piece, nl=False)
+    unsaid = [prompt]  # until it is known that something follows
+
+    def show(piece: str) -> None:
+        click.echo("".join([*unsaid, piece]), nl=False)
+        unsaid.clear()
+
     net.generate(
         prompt, length, temperature=temperature, top_k=top_k, top_p=top_p, window=window, seed=seed, stream=show
     )
-    click.echo()
+    click.echo("".join(unsaid))
 
 
 @cli.command()

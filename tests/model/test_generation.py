@@ -114,6 +114,11 @@ def test_what_is_of_another_kind_is_said(net, asked):
     assert caught.value.code == "E404"
 
 
+def test_a_text_is_as_long_as_the_longest_where_nobody_says_how_long(net):
+    assert len(net.generate("abc", seed=3)) == 25 and net.generate("abc", seed=3) == net.generate("abc", 22, seed=3)
+    assert net.generate(torch.tensor([1, 2]), window=8).shape == (302,)
+
+
 def test_a_text_that_is_too_long_is_refused_and_a_window_goes_on(net):
     begun = torch.ones(1, 4, dtype=torch.int64)
     assert net.generate(begun, 21).shape == (1, 25)  # the last one is never read

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from unroll.errors import UnrollError
 
+WRITTEN = 300
+"""Tokens that follow where nobody says how many, at most."""
+
 
 @dataclass(frozen=True)
 class Draw:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from unroll.derivation.step import Learned
 from unroll.errors import SpecError, UnrollError
-from unroll.model.generation import Draw, at_rest, check_length, continued
+from unroll.model.generation import WRITTEN, Draw, at_rest, check_length, continued
 from unroll.model.parts import Held
 from unroll.model.source import Wrapped, wrap
 from unroll.model.words import Words, agree, pieces, read_record
@@ -153,7 +153,7 @@ class Model(nn.Module):
     def generate(
         self,
         tokens: Tensor | str,
-        length: int,
+        length: int | None = None,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -165,6 +165,7 @@ class Model(nn.Module):
     ) -> Any:
         """A text that goes on: (B, T) or (T,) tokens and `length` more, each drawn from what the network says comes next; or a str.
 
+        length: if left out, as many as the longest text has room for, or a window makes room for, 300 at most.
         temperature: what logits are divided by; 0 takes the likeliest.  top_k, top_p: of so many of the likeliest; of those that
         have this share together.  window: go on beyond the longest text, each time from the last `window` tokens as from a new one.
         kept: read each new token alone, with what the layers keep of those before (True, False; None: where that can be).
@@ -195,11 +196,13 @@ class Model(nn.Module):
         return torch.cat(found, 1).reshape(*tokens.shape[:-1], -1)
 
     def _following(
-        self, texts: Tensor, length: int, draw: Draw, seed: int, window: int | None, kept: bool | None
+        self, texts: Tensor, length: int | None, draw: Draw, seed: int, window: int | None, kept: bool | None
     ) -> Iterator[Tensor]:
         """New tokens (B,) after (B, T), one after another."""
         most, known = self._readable()
         self._check_words("tokens", texts)
+        room = WRITTEN if window is not None else most + 1 - texts.shape[-1]
+        length = min(WRITTEN, max(room, 0)) if length is None else length
         check_length(texts, length, most, window)
         self._refuse_unknown_words(texts)
         answer = self._by_what_is_kept() if self._keeps(kept) else self._by_the_whole_text
