@@ -25,9 +25,9 @@ MASK = {"there": {"shape": ["N"], "mask": True}}
 def pair(spec: str | dict[str, Any], dtype: torch.dtype = D, layers: int = 2) -> tuple[Any, Any]:
     """The network with a mask and the one without."""
     plain = load(spec).to_dict()
-    plain["unroll"]["layers"] = layers  # type: ignore[index]
-    plain["dims"].update({k: v for k, v in SIZES.items() if k in plain["dims"]})  # type: ignore[union-attr, operator]
-    masked = {**plain, "inputs": {**plain.get("inputs", {}), **MASK}}  # type: ignore[dict-item]
+    plain["unroll"]["layers"] = layers
+    plain["dims"].update({k: v for k, v in SIZES.items() if k in plain["dims"]})
+    masked = {**plain, "inputs": {**plain.get("inputs", {}), **MASK}}
     return unroll.compile(masked, seed=0, dtype=dtype), unroll.compile(plain, seed=0, dtype=dtype)
 
 
@@ -78,12 +78,24 @@ def test_terms_are_those_of_the_samples_alone(name: str) -> None:
         torch.testing.assert_close(table.actual[term].mean, mean, rtol=1e-9, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention_only", "crate", "tost", "energy_transformer"])
+def test_a_start_that_is_given_may_have_anything_at_padding(name: str) -> None:
+    masked, plain = pair(name)
+    alone, whole, there = batch(False)
+    start = torch.where(there[..., None] > 0, torch.roll(whole.nan_to_num(0.5), 1, -1), torch.nan)
+    out = masked(whole, there=there, Z=start)
+    for i, x in enumerate(alone):
+        torch.testing.assert_close(out[i][there[i] > 0], plain(x, Z=start[i][there[i] > 0]), rtol=0, atol=1e-11)
+    assert (out[there == 0] == 0).all()
+
+
 def test_gradients_are_those_of_the_samples_alone() -> None:
     masked, plain = pair("crate")
     alone, whole, there = batch(False)
     whole = whole.requires_grad_()
     masked(whole, there=there).square().sum().backward()
-    sum(plain(x).square().sum() for x in alone).backward()  # type: ignore[union-attr]
+    sum(plain(x).square().sum() for x in alone).backward()
     for mine, yours in zip(masked.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-9, atol=1e-10)
     assert whole.grad is not None and (whole.grad[there == 0] == 0).all()
@@ -148,8 +160,8 @@ def test_terms_and_slopes_where_zeros_at_padding_would_count(term: str) -> None:
     torch.testing.assert_close(found, wanted)
     found.backward(), wanted.backward()
     for i, x in enumerate(alone):
-        torch.testing.assert_close(whole.grad[i][there[i] > 0], x.grad)  # type: ignore[index]
-    assert (whole.grad[there == 0] == 0).all()  # type: ignore[index]
+        torch.testing.assert_close(whole.grad[i][there[i] > 0], x.grad)
+    assert (whole.grad[there == 0] == 0).all()
 
 
 def test_a_loss_leaves_padding_out() -> None:

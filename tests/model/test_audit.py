@@ -46,7 +46,7 @@ class Crate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer["ista"](layer["attend"](x))  # type: ignore[index]
+            x = layer["ista"](layer["attend"](x))
         return x
 
 
@@ -92,7 +92,7 @@ def pair() -> tuple[Crate, unroll.Network]:
     assert isinstance(ours, unroll.Network)
     with torch.no_grad():
         for k, layer in enumerate(theirs.layers):
-            attend, ista = layer["attend"], layer["ista"]  # type: ignore[index]
+            attend, ista = layer["attend"], layer["ista"]
             ours.get_parameter("W")[k] = attend.qkv.weight.unflatten(0, (K, P)).mT
             ours.get_parameter("W_out")[k] = attend.out.weight.unflatten(1, (K, P)).transpose(0, 1)
             ours.get_parameter("W_out_bias")[k] = attend.out.bias

@@ -109,7 +109,7 @@ class _Padding:
         raise self._refused(node)
 
     def _leaf(self, node: Node) -> Ref:
-        """What comes in is 0 at padding, whatever stands there; the size is the count of the sample."""
+        """What comes in is 0 at padding, whatever stands there, a start that a call gives too; the size is the count of the sample."""
         b = self.b
         if node.op == "dim" and node.attrs[0] == str(self.size):
             return b.add("sum", (self.mask,), None)
@@ -118,9 +118,6 @@ class _Padding:
             raise DeriveError("E311", what, hint=HINT)
         ref = b.copy(node)
         if node.op not in ("input", "start", "state") or ref == self.mask:
-            return ref
-        if node.op == "state":  # a layer left it, or the start, which are
-            self._now_clean(ref, self._axes(ref))
             return ref
         for a in self._axes(ref):
             there = self.mask if a == 0 else b.flip(self.mask)

@@ -83,7 +83,7 @@ def audit(
         | {p for p in (inputs or {}).values() if isinstance(p, str)},
     )
     found, labels = nothing(), tuple[tuple[int, str], ...]()
-    own = {n: w if isinstance(w, str) else w.__name__ for n, w in layered.items()}
+    own = {n: w if isinstance(w, str) else getattr(w, "__name__", type(w).__name__) for n, w in layered.items()}
     for batch in batches:
         with torch.no_grad(), hooks.listening() as heard:
             _run(module, batch)
@@ -249,17 +249,17 @@ def _heard(
             f"the places do not run equally often: {said}",
             hint="a step is what lies between two places of one layer",
         )
-    seen = {
+    stood = {
         side: {name: [steps[step][k] for k in range(layers) for step in plan] for name, steps in by.items()}
         for side, by in sides.items()
     }
     look = read or (lambda z: z)
-    out = {side: {name: [look(s.value) for s in row] for name, row in by.items()} for side, by in seen.items()}
-    for name, entered in seen["before"].items():
-        for i, (first, last) in enumerate(zip(entered, seen["after"][name], strict=True)):
+    out = {side: {name: [look(s.value) for s in row] for name, row in by.items()} for side, by in stood.items()}
+    for name, entered in stood["before"].items():
+        for i, (first, last) in enumerate(zip(entered, stood["after"][name], strict=True)):
             _refuse_pair(f"{name} of layer {i // len(plan) + 1}", first, last, *(out[s][name][i] for s in out))
     starred = next(
-        (row for by in seen.values() for row in by.values() if row[0].stars), next(iter(seen["before"].values()))
+        (row for by in stood.values() for row in by.values() if row[0].stars), next(iter(stood["before"].values()))
     )
     return out["before"], out["after"], [s.stars for s in starred[:: len(plan)]]
 
