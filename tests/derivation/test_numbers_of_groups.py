@@ -97,3 +97,10 @@ def test_untrained_it_is_the_algorithm() -> None:
 def test_what_is_not_of_each_group_is_refused(penalty: str, shape: list[str], said: str) -> None:
     with pytest.raises(unroll.UnrollError, match=said):
         unroll.compile(spec(penalty, {"theta": {"replaces": "lam", "shape": shape}}))
+
+
+def test_a_number_that_is_fixed_has_no_shape_of_another_kind() -> None:
+    with pytest.raises(unroll.UnrollError, match="shape of theta is not that of z"):
+        unroll.compile(
+            spec("lam * norm1(z)", {"theta": {"replaces": "lam", "shape": ["m"], "fixed": True, "start": "0.2"}})
+        )

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import unroll
@@ -53,13 +54,12 @@ def tokens(net, image):
 
 
 def test_positions_are_resized_as_pillow_resizes_pictures():
-    image = pytest.importorskip("PIL.Image")
     for (rows, columns), (up, across) in (((4, 6), (9, 5)), ((7, 7), (3, 14)), ((2, 3), (2, 9))):
         table = draw(rows * columns, 2)
         moved, how = along(table, Grid(rows, columns, False), Grid(up, across, False))
         for k in range(2):
-            picture = image.fromarray(table[:, k].view(rows, columns).float().numpy(), mode=None)
-            theirs = np.asarray(picture.resize((across, up), image.Resampling.BICUBIC))
+            picture = Image.fromarray(table[:, k].view(rows, columns).float().numpy(), mode=None)
+            theirs = np.asarray(picture.resize((across, up), Image.Resampling.BICUBIC))
             assert np.abs(moved[:, k].view(up, across).numpy() - theirs).max() < 1e-5
         assert how == f"interpolated from {rows} x {columns} places to {up} x {across}"
 

@@ -330,7 +330,7 @@ def _repeated(name: str, record: Learn, problem: Problem, z: Sym, where: Where) 
     if isinstance(record.shape, Rank) or not record.shape:
         return None
     shape = [sizes.get(str(n), sp.Integer(n) if isinstance(n, int) else None) for n in record.shape]
-    if len(shape) != 1 or shape[0] is None:
+    if len(shape) != 1 or shape[0] is None or (record.fixed and shape != [z.rows]):
         raise _another_shape(name, z, where)
     return shape[0]
 
