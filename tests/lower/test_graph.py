@@ -226,14 +226,15 @@ def test_a_diagonal_matrix_is_never_built_beside_a_product() -> None:
     assert ops(graph, "diag") == 0
 
 
+@pytest.mark.parametrize("v", [Z, matmul(A, Z), matmul(transpose(A), A, Z)], ids=["Z", "A Z", "A' A Z"])
 @pytest.mark.parametrize("weight", [ONE, LAM, sp.Integer(3)])
 @pytest.mark.parametrize(("axis", "turned", "fused"), [(0, False, 1), (1, True, 1), (1, False, 0), (0, True, 0)])
 def test_attention_is_fused_where_the_weights_of_each_column_sum_to_one_and_nowhere_else(
-    weight: sp.Expr, axis: int, turned: bool, fused: int
+    v: Expr, weight: sp.Expr, axis: int, turned: bool, fused: int
 ) -> None:
     """V' V is symmetric, so shares along the other axis are the transposed matrix: another product."""
-    weights = softmax(scale(weight, matmul(transpose(Z), Z)), axis)
-    e = matmul(Z, transpose(weights) if turned else weights)
+    weights = softmax(scale(weight, matmul(transpose(v), v)), axis)
+    e = matmul(v, transpose(weights) if turned else weights)
     given = values(SHAPES[0], (3,), 0)
     assert ops(compiled(e, SHAPES[0]).graph, "attention") == fused
     assert torch.allclose(emitted(e, SHAPES[0], given), exact(e, SHAPES[0], given), atol=1e-12)

@@ -98,13 +98,13 @@ def test_a_running_mean_is_kept_with_its_count():
 
 
 @pytest.mark.parametrize("p", [2, 16])
-def test_attention_is_kept_fused_and_written_out(p):
+def test_attention_is_kept_however_wide_its_heads_are(p):
     net = moved(
         unroll.compile(
             "crate_causal", overrides=["dims.d=16", "dims.K=1", f"dims.p={p}", "unroll.layers=2"], dtype=torch.float64
         )
     )
-    assert ("scaled_dot_product" in net.source) == (p == 2)
+    assert "scaled_dot_product" in net.source
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     agree(in_parts(net.extend, x, [1, 3, 1, 4]), net(x))
 

@@ -2,10 +2,10 @@
 
 smaller     inv(a I + c M' M) @ B is worked out by the inverse of a I + c M M' where M has few rows
 solves      inv(S) @ B becomes a solve; by Cholesky where S is positive definite
+attention   V softmax(scale V' V) is one fused operation
 gram        products distribute over sums where that is cheaper: A'(A z - x) -> (A'A) z - A'x
 order       the order of multiplication with the least work, given sizes, depth and what can be done once
 collect     what stands in front of several terms of a sum is applied once: c x + c D' y -> c (x + D' y)
-attention   V softmax(scale V' V) is one fused operation
 contract    a sum over a family of products is one contraction
 parseval    lengths of signals, and their weighed sums over a family, are taken per frequency: no signal is needed then
 outer       a column times a row is an elementwise product, each repeated along the other
@@ -473,23 +473,30 @@ def contract(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
 
 
 def attention(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
-    """V softmax(scale V' V) -> one fused operation, which never holds the scores."""
+    """V softmax(scale V' V) -> one fused operation, which never holds the scores, however V is a product."""
     count = 0
 
     def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
         nonlocal count
-        v, weights = inputs
-        shares = b.nodes[weights.node]
-        if shares.op != "softmax" or shares.attrs[0] != (1 if weights.flip else 0):
-            return None
-        scores, keep = _without_padding(b, shares.inputs[0])
-        found = _scores(b, scores, v)
-        if found is None or not b.nodes[v.node].batched or (keep and shares.attrs[1]):
-            return None
-        count += 1
-        return b.add("attention", (v, found, *keep), shares.attrs[1])
+        coef, *factors = inputs
+        for turned in (False, True):
+            *before, weights = [b.flip(f) for f in reversed(factors)] if turned else factors
+            shares = b.nodes[weights.node]
+            if shares.op != "softmax" or shares.attrs[0] != (1 if weights.flip else 0):
+                continue
+            scores, keep = _without_padding(b, shares.inputs[0])
+            scale, half = _scores(b, scores)
+            before, after = before[: -len(half)], before[-len(half) :]
+            if not half or after != half or (keep and shares.attrs[1]):
+                continue
+            v = half[0] if len(half) == 1 else b.product(b.number(ONE), half)
+            if b.nodes[v.node].batched:
+                count += 1
+                out = b.product(coef, (*before, b.add("attention", (v, scale, *keep), shares.attrs[1])))
+                return b.flip(out) if turned else out
+        return None
 
-    out = rewrite(graph, rule, "matmul", needs="softmax")
+    out = rewrite(graph, rule, "product", needs="softmax")
     return out, f"{count} products V softmax(V'V) fused"
 
 
@@ -504,16 +511,21 @@ def _without_padding(b: Builder, scores: Ref) -> tuple[Ref, tuple[Ref, ...]]:
     return scores, ()
 
 
-def _scores(b: Builder, scores: Ref, v: Ref) -> Ref | None:
-    """The scale of scores = scale * V' V."""
+def _scores(b: Builder, scores: Ref) -> tuple[Ref, list[Ref]]:
+    """(scale, the factors of V) of scores = scale * V' V; no factors where they are none."""
     node = b.nodes[scores.node]
-    if node.op == "matmul":
-        return b.number(ONE) if node.inputs == (b.flip(v), v) else None
-    if node.op == "scale":
-        return node.inputs[0] if _scores(b, node.inputs[1], v) is not None else None
-    if node.op == "add" and len(node.inputs) == 1:
-        return b.number(node.attrs[0][0]) if _scores(b, node.inputs[0], v) is not None else None
-    return None
+    if node.op == "scale" or (node.op == "add" and len(node.inputs) == 1):
+        scale, half = _scores(b, node.inputs[-1])
+        return (
+            b.map(slot(0) * slot(1), (node.inputs[0], scale))
+            if node.op == "scale"
+            else b.scaled(b.number(node.attrs[0][0]), scale)
+        ), half
+    if node.op != "product" or len(node.inputs) % 2 == 0:
+        return b.number(ONE), []
+    scale, *factors = node.inputs
+    half = factors[len(factors) // 2 :]
+    return scale, half if factors == [b.flip(f) for f in reversed(factors)] else []
 
 
 def parseval(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
@@ -799,10 +811,10 @@ Pass = Callable[[Graph, Sizes], tuple[Graph, str]]
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("smaller", smaller),
     ("solves", solves),
+    ("attention", attention),
     ("gram", gram),
     ("order", order),
     ("collect", collect),
-    ("attention", attention),
     ("contract", contract),
     ("parseval", parseval),
     ("weighed", weighed),
