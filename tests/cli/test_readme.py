@@ -217,7 +217,7 @@ def specs() -> str:
         schemes = (spec.unroll, *spec.unroll.blocks)
         learned = ", ".join(f"`{n}`" for s in schemes for n in s.learn) or "nothing"
         algorithm = spec.unroll.algorithm or ", ".join(
-            dict.fromkeys(b.algorithm for b in spec.unroll.blocks if b.algorithm)
+            dict.fromkeys(b.algorithm or "declared" for b in spec.unroll.blocks)
         )
         link = f"[{name}](specs/{name}.yaml)"
         return link, spec.objective or "its own", algorithm, str(spec.unroll.layers), learned, spec.source

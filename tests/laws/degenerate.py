@@ -115,6 +115,7 @@ SUBJECTS = (
     shipped("crate", (4, 8), d=8, K=2, p=4),
     shipped("crate_exact", (4, 8), d=8, K=2, p=4),
     shipped("tost_layers", (4, 8), d=8, K=2, p=4),
+    shipped("transformer", (4, 8), d=8, K=2, p=4, s=12),
     constructed(),
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ LENGTHS, LONGEST = (5, 3, 1, 7), 7
 SIZES = {"d": 12, "K": 3, "p": 4}
 FAMILY = [
     "attention_only", "crate", "crate_causal", "crate_exact", "crate_neumann", "crate_paper", "crate_alpha", "crate_decoder",
-    "tost", "tost_causal", "tost_layers", "energy_transformer",
+    "tost", "tost_causal", "tost_layers", "energy_transformer", "transformer", "transformer_causal",
 ]  # fmt: skip
 MASK = {"there": {"shape": ["N"], "mask": True}}
 
