@@ -208,6 +208,15 @@ def test_a_positive_definite_inverse_becomes_a_cholesky_solve(side: str) -> None
     assert (ops(graph, "cholesky"), ops(graph, "cholesky_solve"), ops(graph, "inverse")) == (1, 1, 0)
 
 
+@pytest.mark.parametrize(("of", "known"), [(eye(M), True), (G, False)])
+def test_the_matrix_of_second_differences_is_known_to_be_symmetric(of: Expr, known: bool) -> None:
+    """Second differences of the rows of a matrix are symmetric where that is the identity, not where it is any symmetric one."""
+    b = Builder(frozenset())
+    g = b.leaf("given", "G", (M, M), Stage.SETUP, symmetric=True) if of == G else b.constant("eye", M, M)
+    twice = b.add("difference", (b.add("difference", (g,), "difference", False),), "difference", True)
+    assert b.nodes[twice.node].symmetric == known
+
+
 def test_an_inverse_that_may_be_indefinite_is_solved_without_cholesky() -> None:
     graph = compiled(matmul(inverse(add(eye(N), scale(-LAM, matmul(Z, transpose(Z))))), Q), SHAPES[0]).graph
     assert (ops(graph, "cholesky"), ops(graph, "solve")) == (0, 1)

@@ -440,7 +440,12 @@ def _chain(prox: Pieces, values: list[sp.Expr], at_knot: Callable[[Knot], sp.Exp
     def text(e: sp.Expr) -> str:
         return _times(grad, e.xreplace({prox.u: y}))
 
+    knots = [at_knot(k) for k in prox.knots if k is not None]
+    finite = all(v.is_number for v in (*values, *knots))  # then 0 times it is 0, and a product is faster than a choice
+
     def choice(condition: str, yes: str, no: str) -> str:
+        if finite and no == "0" != yes:
+            return f"{yes} * ({condition})"
         return yes if yes == no else f"torch.where({condition}, {yes}, {no})"
 
     first, last = prox.knots[0], prox.knots[-1]  # at an end of the domain z may have arrived by rounding
@@ -464,8 +469,10 @@ def _times(grad: str, e: sp.Expr) -> str:
     """grad * e, read as a person would write it."""
     if e == 0:
         return "0"
-    minus = "-" if e.could_extract_minus_sign() else ""
+    minus = "-" if e.could_extract_minus_sign() else ""  # at what is small: each sign of a tensor is a pass over it
     top, bottom = sp.fraction(-e if minus else e)
-    over = "" if bottom == 1 else f" / {_grouped(torch_text(bottom))}"
-    by = "" if top == 1 else f" * {_grouped(torch_text(top))}"
-    return f"{minus}{grad}{by}{over}"
+    if top != 1:
+        grad, minus = f"{grad} * {minus}{_grouped(torch_text(top))}", ""
+    if bottom != 1:
+        grad, minus = f"{grad} / {minus}{_grouped(torch_text(bottom))}", ""
+    return f"{minus}{grad}"

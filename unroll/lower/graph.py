@@ -259,6 +259,7 @@ class Builder:
         keeps = op in ELEMENTWISE or op in ("inverse", "detach")
         even = all(v.node.symmetric or v.shape == (ONE, ONE) for v in views)
         symmetric = symmetric or op in OPAQUE or (keeps and even) or attrs[:1] == ("symmetric",)
+        symmetric = symmetric or (op == "difference" and attrs[1] and self._is_difference_matrix(refs[0]))
         return self._intern(
             Node(
                 op,
@@ -271,6 +272,15 @@ class Builder:
                 shape == (ONE, ONE) and bool(views) and all(v.node.plain for v in views),
                 symmetric,
             )
+        )
+
+    def _is_difference_matrix(self, ref: Ref) -> bool:
+        node = self.nodes[ref.node]
+        return (
+            not ref.flip
+            and node.op == "difference"
+            and not node.attrs[1]
+            and self.nodes[node.inputs[0].node].op == "eye"
         )
 
     def _intern(self, node: Node) -> Ref:
