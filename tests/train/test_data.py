@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Augment, Characters, Digits, Files, Images, Patches, Synthetic
+from unroll.spec.schema import Augment, Characters, Digits, Files, Patches, Synthetic
 from unroll.train.data import SOURCES, make_data, whitening
-from unroll.train.pictures import read_picture
 from unroll.train.samples import Shapes, Split, package
 
 SHAPES = Shapes({"x": (64,)}, {"z": (128,)}, {"A": (64, 128)})
@@ -297,141 +295,6 @@ def test_numbers_keep_their_kind_where_the_rest_changes_dtype():
         moved = split.to(like)
         assert moved.inputs["t"].dtype == moved.labels.dtype == torch.int64
     assert split.to(torch.float32).inputs["x"].dtype == torch.float32 == split.to(torch.zeros(1)).inputs["x"].dtype
-
-
-# --- a folder of pictures --------------------------------------------------------------------------------------------
-
-
-def paint(path, pixels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-
-
-def pets(folder, names=("cats", "dogs"), count=5, size=6):
-    """{name of a class: pictures in the order of their files}."""
-    draw, made = np.random.default_rng(0), {}
-    for name in names:
-        made[name] = draw.integers(256, size=(count, size, size, 3), dtype=np.uint8)
-        for k, pixels in enumerate(made[name]):
-            paint(folder / name / f"{k}.png", pixels)
-    return made
-
-
-def images(folder, **changes):
-    return make_data(Images(source="images", folder=str(folder), **{"size": 6, "validation": 3.0, **changes}), NONE)
-
-
-def test_pictures_come_back_pixel_by_pixel_with_the_class_of_their_folder(tmp_path):
-    made = pets(tmp_path)
-    data = images(tmp_path)
-    assert (len(data.train), len(data.validation)) == (7, 3) and data.kept == {"classes": ["cats", "dogs"]}
-    assert data.sizes == {"classes": 2, "channels": 3, "height": 6, "width": 6}
-    seen = set()
-    for split in (data.train, data.validation):
-        for image, label in zip(split.inputs["image"], split.labels.tolist(), strict=True):
-            pixels = (image.permute(1, 2, 0).double().numpy() * 255).round().astype(np.uint8)
-            (k,) = [k for k, own in enumerate(made[("cats", "dogs")[label]]) if (own == pixels).all()]
-            seen.add((label, k))
-    assert len(seen) == 10
-    assert torch.equal(images(tmp_path).train.inputs["image"], data.train.inputs["image"])
-    assert not torch.equal(images(tmp_path, seed=1).train.inputs["image"], data.train.inputs["image"])
-
-
-def test_train_and_val_folders_are_the_split(tmp_path):
-    made = pets(tmp_path / "train"), pets(tmp_path / "val", count=2)
-    data = images(tmp_path)
-    for split, part in zip((data.train, data.validation), made, strict=True):
-        own = np.concatenate([part["cats"], part["dogs"]]).transpose(0, 3, 1, 2)
-        assert np.array_equal((split.inputs["image"].double().numpy() * 255).round(), own)
-        assert split.labels.tolist() == [0] * len(part["cats"]) + [1] * len(part["dogs"])
-
-
-def test_grey_is_the_luma_of_the_colours(tmp_path):
-    made = pets(tmp_path)
-    data = images(tmp_path, channels=1)
-    grey = np.concatenate([made["cats"], made["dogs"]]) @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
-    found = torch.cat([data.train.inputs["image"], data.validation.inputs["image"]])[:, 0].double().numpy() * 255
-    for image in found:
-        assert min(abs(image - own).max() for own in grey) <= 1
-
-
-def test_a_palette_with_transparent_colours_is_a_picture(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
-    Image.fromarray(colours).convert("P").save(tmp_path / "p.png", transparency=bytes([0] * 10 + [255] * 246))
-    found = read_picture(tmp_path / "p.png", 8, 1)[0]
-    assert torch.allclose(found * 255, torch.from_numpy(colours).float(), atol=1.01)
-
-
-def test_the_middle_square_of_an_upright_picture_is_scaled(tmp_path):
-    wide = np.zeros((20, 60, 3), dtype=np.uint8)
-    wide[:, 20:40] = (200, 100, 50)
-    paint(tmp_path / "wide.png", wide)
-    expected = torch.tensor([200.0, 100, 50])[:, None, None].expand(3, 5, 5) / 255
-    assert torch.allclose(read_picture(tmp_path / "wide.png", 5, 3), expected)
-    half = np.zeros((8, 8, 3), dtype=np.uint8)
-    half[:4] = 255  # the upper half is white; the file says: turn by 90 degrees clockwise
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    paint(tmp_path / "turned.png", half, exif=tags)
-    turned = read_picture(tmp_path / "turned.png", 8, 1)[0]
-    assert (turned[:, 4:] == 1).all() and (turned[:, :4] == 0).all()
-
-
-def spoil(folder, kind):
-    path = folder / "dogs" / "bad.png"
-    match kind:
-        case "words":
-            path.write_text("no picture")
-        case "cut short":
-            path.write_bytes((folder / "dogs" / "0.png").read_bytes()[:60])
-        case "sixteen bits":
-            paint(path, np.zeros((6, 6), dtype=np.uint16))
-        case "empty":
-            path.write_bytes(b"")
-        case "huge":
-            paint(path, np.zeros((40, 40, 3), dtype=np.uint8))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["words", "cut short", "sixteen bits", "empty", "huge"])
-def test_a_file_that_is_no_picture_is_named(tmp_path, monkeypatch, kind):
-    pets(tmp_path)
-    path = spoil(tmp_path, kind)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(SpecError) as caught:
-        images(tmp_path)
-    assert caught.value.code == "E513" and str(path) in caught.value.message
-
-
-def test_files_that_are_no_pictures_by_name_are_counted_and_hidden_ones_are_not(tmp_path):
-    pets(tmp_path)
-    (tmp_path / "cats" / "labels.txt").write_text("cats")
-    (tmp_path / "cats" / ".hidden.txt").write_text("")
-    (note,) = images(tmp_path).notes
-    assert note.startswith("1 files are no pictures") and "labels.txt" in note
-
-
-@pytest.mark.parametrize(
-    ("make", "code", "message"),
-    [
-        (lambda p: None, "E507", "holds 0 folders, one per class is needed"),
-        (lambda p: pets(p, ("cats",)), "E507", "holds 1 folders"),
-        (lambda p: (pets(p), (p / "birds").mkdir()), "E504", "birds' holds no picture"),
-        (lambda p: (pets(p / "train"), pets(p / "val", ("cats", "birds"))), "E507", "classes: birds, dogs"),
-        (lambda p: pets(p, count=1), "E504", "cannot hold out 3 of 2"),
-    ],
-)
-def test_a_folder_without_classes_or_pictures_says_so(tmp_path, make, code, message):
-    make(tmp_path)
-    with pytest.raises(SpecError, match=message) as caught:
-        images(tmp_path)
-    assert caught.value.code == code
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SpecError, match="there is no folder") as caught:
-        images(tmp_path / "nowhere")
-    assert caught.value.code == "E502"
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

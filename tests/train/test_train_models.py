@@ -19,11 +19,11 @@ from unroll.errors import SpecError
 from unroll.spec import load
 from unroll.spec.schema import Augment, Characters, Digits, Rates, Train
 from unroll.train import Interrupted, evaluate, labels, losses, masked, resume, run, train
+from unroll.train.augment import change_of, flipped, shifted
 from unroll.train.data import make_data
 from unroll.train.engine import Average, Batches, fit, rate, read_rows
 from unroll.train.engine import Stage as Span
 from unroll.train.groups import by_kind, parameter_groups, record
-from unroll.train.pictures import change_of, flipped, shifted
 from unroll.train.samples import Data, Shapes, Split, Windows
 from unroll.train.tasks import TASKS, find_task
 

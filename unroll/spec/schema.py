@@ -750,6 +750,9 @@ class Patches(DataSettings):
     seed: Seed = 0
 
 
+Side = Annotated[int, Field(ge=2, le=4096)]
+
+
 class Augment(Record):
     """Training pictures are changed at random, anew in every step."""
 
@@ -777,16 +780,27 @@ class Digits(DataSettings):
 
 
 class Images(DataSettings):
-    """A folder of pictures, FOLDER/CLASS/FILE; or FOLDER/train/CLASS/FILE and FOLDER/val/CLASS/FILE."""
+    """Pictures that stay where they are, with a class each: in folders, in tar files, or in an array."""
 
     source: Literal["images"]
-    folder: str
-    size: Annotated[int, Field(ge=2, le=1024)]
-    """pixels of a side: the middle square of a picture is scaled to it"""
-    channels: Literal[1, 3] = 3
-    """1 grey, 3 colour"""
+    folder: str | None = None
+    """FOLDER/CLASS/FILE; or FOLDER/train/CLASS/FILE and FOLDER/val/CLASS/FILE"""
+    shards: tuple[str, ...] = ()
+    """tar files of NAME.png and NAME.cls, the number of its class, or of CLASS/NAME.png; * stands for any part of a path"""
+    arrays: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)] | None = None
+    """images, N x H x W or with channels, and labels: .npy, which stays on disk, or .npz, which is read"""
+    held: tuple[str, ...] = ()
+    """what is held out, in the same form: [FOLDER], shards, or [IMAGES, LABELS]; without it, val beside train, or a share"""
+    order: Literal["channels_last", "channels_first"] = "channels_last"
+    """of an array"""
+    size: Side | tuple[Side, Side] | None = None
+    """pixels of a side, or [height, width]: the middle of a picture is scaled to it; an array stays as it is"""
+    channels: Literal[1, 3] | None = None
+    """1 grey, 3 colour, which is what files of pictures are read as if it is left out; an array has its own"""
     validation: Positive = 0.1
-    """how many are held out where there are no train and val; below 1, a share of all"""
+    """how many are held out where nothing is set apart; below 1, a share of all"""
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """processes that read batches ahead of the training; what they read does not depend on how many there are"""
     augment: Augment | None = None
     seed: Seed = 0
 

@@ -22,7 +22,7 @@ from unroll.train.data import make_data
 from unroll.train.job import Job, build, first_rank, plain_spec, shapes_of
 from unroll.train.losses import Net
 from unroll.train.metrics import flat, nmse
-from unroll.train.samples import Data, Split, Tensors, generator
+from unroll.train.samples import Data, Held, Split, Tensors, generator
 from unroll.train.stored import read_tensors
 from unroll.train.table import AGAINST, CODES, Closing, Reference, Row, errors_by_layer, measure, score
 
@@ -32,15 +32,16 @@ ELSEWHERE = 7919
 
 
 @torch.no_grad()
-def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
+def held_out(net: Net, held: Held, settings: Train) -> dict[str, float]:
     """Loss of the last iterate and NMSE (sum ratio; nan without targets) over all held-out samples."""
     loss = losses.find_loss(settings.loss)
     parts = [losses.run(net, batch.inputs) for batch in held.batches(settings.batch)]
     z = {name: torch.cat([part[name] for part in parts]) for name in net.variables}
-    value = float(loss.value(net, held, z, settings))
+    every = held.whole()
+    value = float(loss.value(net, every, z, settings))
     return {
         "held_out": value,
-        "nmse": float(nmse(flat(losses.known(z, held.targets)), flat(held.targets))) if held.targets else math.nan,
+        "nmse": float(nmse(flat(losses.known(z, every.targets)), flat(every.targets))) if every.targets else math.nan,
     }
 
 
@@ -56,7 +57,7 @@ def with_targets(job: Job, data: Data) -> Data:
         raise SpecError("E508", f"train: target: truth, but source '{data.source}' does not know it", hint=hint)
     if target == "truth":
         return data
-    held = _solved(job, data.validation, data.parameters, "validation")
+    held = _solved(job, data.validation.whole(), data.parameters, "validation")
     supervised = losses.find_loss(job.settings.loss).needs == "targets"
     train = _solved(job, samples, data.parameters, "train") if supervised else replace(samples, targets={})
     return replace(data, train=train, validation=held)
@@ -64,12 +65,15 @@ def with_targets(job: Job, data: Data) -> Data:
 
 def _check_inputs(job: Job, data: Data) -> None:
     """Raises SpecError E512 for samples of a model, whose layers compute no codes of them."""
-    fed = data.validation.inputs
+    fed = data.validation.whole().inputs
     if missing := [name for name in job.spec.inputs if name not in fed]:
         message = (
             f"train: loss: {job.settings.loss} compares codes of {', '.join(missing)}, the data are {', '.join(fed)}"
         )
         raise SpecError("E512", message, hint="a model learns by loss: cross_entropy or masked_mse")
+    if not isinstance(data.validation, Split):
+        message = f"train: loss: {job.settings.loss} compares codes of arrays in memory, source '{data.source}' leaves them on disk"
+        raise SpecError("E512", message, hint="source: file")
 
 
 def _solved(job: Job, samples: Split, parameters: Tensors, part: str) -> Split:
@@ -107,7 +111,7 @@ def _values(packed: Tensors) -> Tensors:
 
 def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
     """Untrained, plain algorithms of the same depth, trained, and the converged optimum."""
-    spec, held = job.spec, data.validation
+    spec, held = job.spec, data.validation.whole()
     truth = held.targets if job.settings.target != "optimum" else {}
     kind = "truth" if truth else "optimum"
     solved, unsolved = (
@@ -164,7 +168,7 @@ def elsewhere(job: Job, data: Data, name: str) -> Split:
             hint = did_you_mean(parameter, given) or f"there are {', '.join(given) or 'none'}"
             raise SpecError("E511", f"evaluate: {name}: perturb: '{parameter}' is no parameter", where, hint)
         given[parameter] = _perturbed(given[parameter], size, job.spec.parameters[parameter], asked.seed)
-    return make_data(asked, shapes_of(job.spec, job.dims), given).validation.to(job.dtype)
+    return make_data(asked, shapes_of(job.spec, job.dims), given).validation.whole().to(job.dtype)
 
 
 def _perturbed(value: Tensor, size: float, declared: Parameter, seed: int) -> Tensor:

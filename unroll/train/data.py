@@ -21,7 +21,8 @@ from torch import Tensor
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.spec import schema
 from unroll.spec.schema import DataSettings, Digits, Files, LowRank, Patches, Synthetic
-from unroll.train.pictures import change_of, image_sizes, read_folder
+from unroll.train.augment import change_of
+from unroll.train.pictures import image_sizes, read_pictures
 from unroll.train.samples import Data, Shape, Shapes, Split, Tensors, divide, generator, package
 from unroll.train.sources import ABOUT
 from unroll.train.text import read_text
@@ -239,7 +240,7 @@ def _whole(name: str, value: Tensor) -> Tensor:
 SOURCES: tuple[Source, ...] = (
     Source("patches", patches, ABOUT["patches"]),
     Source("digits", digits, ABOUT["digits"]),
-    Source("images", read_folder, ABOUT["images"]),
+    Source("images", read_pictures, ABOUT["images"]),
     Source("text", read_text, ABOUT["text"]),
     Source("tokens", read_tokens, ABOUT["tokens"]),
     Source("synthetic", synthetic, ABOUT["synthetic"]),
@@ -408,7 +409,7 @@ def check(data: Data, shapes: Shapes) -> None:
 
     What only a model around the problem declares (image, tokens) meets the network before the first step.
     """
-    for split in (data.train.whole(), data.validation):
+    for split in (data.train.whole(), data.validation.whole()):
         for names, tensors in ((shapes.inputs, split.inputs), (shapes.variables, split.targets)):
             for name, value in tensors.items():
                 if name in names:

@@ -35,10 +35,11 @@ from unroll.errors import SpecError, did_you_mean, quote
 from unroll.network.network import Network
 from unroll.spec.schema import Train
 from unroll.train import losses, search
+from unroll.train.ahead import ahead
 from unroll.train.groups import by_rows, learning, parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
 from unroll.train.masked import as_in_training
-from unroll.train.samples import Change, Data, Samples, Split, generator, package
+from unroll.train.samples import Change, Data, Held, Samples, Split, generator, package
 from unroll.train.stored import reading
 from unroll.train.table import evaluating
 from unroll.train.tasks import Task as Purpose
@@ -110,8 +111,35 @@ def noisy(batch: Split, ratios: Mapping[str, tuple[float, float]], share: float,
     return replace(batch, inputs=inputs)
 
 
+@dataclass
+class Drawing:
+    """Batch k of the training, k = 0, 1, ..: a pure function of (seed, k); of several ranks, the part of one."""
+
+    samples: Samples
+    change: Change | None
+    size: int
+    seed: int
+    steps: int
+    noise: Mapping[str, tuple[float, float]]
+    mine: slice
+    order: tuple[int, Tensor] = (-1, torch.empty(0))
+    """of the epoch that was asked for last"""
+
+    def __call__(self, step: int) -> Split:
+        epoch, k = divmod(step, len(self.samples) // self.size)
+        if self.order[0] != epoch:
+            self.order = epoch, self.samples.order(generator(self.seed + epoch))
+        places = self.order[1][k * self.size : (k + 1) * self.size]
+        if self.change is None and not self.noise:
+            return self.samples[places[self.mine]]
+        batch, draw = self.samples[places], generator((self.seed + 1) * FOREVER + step)
+        batch = batch if self.change is None else self.change(batch, draw)
+        # all ranks change the whole batch, so that it does not depend on their number
+        return noisy(batch, self.noise, step / max(self.steps - 1, 1), draw)[self.mine]
+
+
 class Batches:
-    """Batch k of the training, k = 0, 1, ..: a pure function of (seed, k). It starts where the trainer stands."""
+    """The batches of a training, from where the trainer stands; read ahead by so many other processes."""
 
     def __init__(
         self,
@@ -122,31 +150,18 @@ class Batches:
         steps: int,
         trainer: L.Trainer,
         noise: Mapping[str, tuple[float, float]] | None = None,
+        workers: int = 0,
     ) -> None:
-        self.samples, self.change, self.noise = samples, change, noise or {}
-        self.size, self.seed, self.steps, self.trainer = size, seed, steps, trainer
+        self.drawing = Drawing(samples, change, size, seed, steps, noise or {}, slice(None))
+        self.trainer, self.workers = trainer, workers
 
     def __len__(self) -> int:
-        return self.steps
+        return self.drawing.steps
 
     def __iter__(self) -> Iterator[Split]:
         start = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         mine = slice(self.trainer.global_rank, None, self.trainer.world_size)
-        epoch, order = -1, torch.empty(0)
-        per_epoch = len(self.samples) // self.size
-        for step in range(start, self.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = self.samples.order(generator(self.seed + epoch))
-            first = step % per_epoch * self.size
-            places = order[first : first + self.size]
-            if self.change is None and not self.noise:
-                yield self.samples[places[mine]]
-                continue
-            batch, draw = self.samples[places], generator((self.seed + 1) * FOREVER + step)
-            batch = batch if self.change is None else self.change(batch, draw)
-            # all ranks change the whole batch, so that it does not depend on their number
-            yield noisy(batch, self.noise, step / max(self.steps - 1, 1), draw)[mine]
+        return ahead(replace(self.drawing, mine=mine), range(start, self.drawing.steps), self.workers)
 
 
 class Task(L.LightningModule):
@@ -419,7 +434,7 @@ class Journal(L.Callback):
     def __init__(
         self,
         folder: Path,
-        held: Split,
+        held: Held,
         purpose: Purpose,
         settings: Train,
         every: int,
@@ -596,7 +611,7 @@ def _board(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def evaluate(net: Net, held: Split, purpose: Purpose, settings: Train) -> dict[str, float]:
+def evaluate(net: Net, held: Held, purpose: Purpose, settings: Train) -> dict[str, float]:
     """What the task measures on all held-out samples, "held_out" among it: the loss."""
     with evaluating(net):
         return purpose.measure(net, held.to(next(losses.module(net).parameters())), settings)
@@ -644,7 +659,7 @@ def fit(
         task = Task(net, settings, plan(settings, net.layers, steps, free), clock)
         like = next(losses.module(net).parameters())
         samples = data.train.to(like.dtype)
-        batches = Batches(samples, data.change, size, settings.seed, steps, trainer, settings.noise)
+        batches = Batches(samples, data.change, size, settings.seed, steps, trainer, settings.noise, data.workers)
         if resume:
             with reading(last, "without this file, --resume trains from the start"):
                 torch.load(last, map_location="cpu", weights_only=True)
@@ -693,7 +708,7 @@ def _check(net: Net, data: Data, settings: Train) -> None:
     if loss.needs == "targets" and not data.train.whole().targets:
         hint = "set train: target: optimum, or train: loss: objective"
         raise SpecError("E508", f"train: loss: {settings.loss} needs the true {', '.join(net.variables)}", hint=hint)
-    fed = data.validation.inputs
+    fed = data.validation.whole().inputs
     if missing := [name for name in net.inputs if name not in fed]:
         message = f"the network takes {', '.join(missing)}, source '{data.source}' has {', '.join(fed)}"
         raise SpecError("E507", message, hint="data: input: names what the samples are; digits have form: images")
@@ -718,7 +733,7 @@ def _check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
         most = max(int(v.max()) for v in few.inputs.values())
         hint = f"the data have {', '.join(f'{name}: {n}' for name, n in data.sizes.items())}"
         raise SpecError("E512", f"train: the network has no row for token {most}", hint=hint) from error
-    labels = [part.labels for part in (data.train.whole(), data.validation)]
+    labels = [part.labels for part in (data.train, data.validation)]
     most = max(-1 if part is None else int(part.max()) for part in labels)
     if reason := loss.misfit(few, answer, most):
         raise SpecError("E512", f"train: {reason}", hint="change loss:, the data, or the head of the model")
@@ -732,7 +747,7 @@ def _highest(data: Data) -> Split:
         if not value.is_floating_point():
             inputs[name] = value.clone()
             inputs[name].view(-1)[0] = max(
-                int(part.inputs[name].max()) for part in (data.train.whole(), data.validation)
+                int(part.inputs[name].max()) for part in (data.train.whole(), data.validation.whole())
             )
     return replace(few, inputs=inputs)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from unroll.spec.schema import Train
 from unroll.train import losses
 from unroll.train.losses import Net
-from unroll.train.samples import Data, Split
+from unroll.train.samples import Data, Held, Samples, Split
 from unroll.train.table import Score
 
 
 @torch.no_grad()
-def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
+def held_out(net: Net, held: Held, settings: Train) -> dict[str, float]:
     """nats and bits per label, and the share of labels that are the likeliest answer; no label smoothing."""
     nats = hits = count = 0.0
     for batch in held.batches(settings.batch):
@@ -33,7 +33,7 @@ def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
     return _measured(nats / count, hits / count, per_byte(held))
 
 
-def per_byte(held: Split) -> float:
+def per_byte(held: Held) -> float:
     """Labels for each byte of the text that they stand for; nan where that is not known."""
     return math.nan if held.bytes is None else len(labels_of(held)) / held.bytes
 
@@ -44,7 +44,7 @@ def _measured(nats: float, accuracy: float, rate: float = math.nan) -> dict[str,
     return {"held_out": nats, "nats": nats, "bits": bits, **shown, "accuracy": accuracy}
 
 
-def labels_of(samples: Split) -> Tensor:
+def labels_of(samples: Samples | Held) -> Tensor:
     """All labels that count, in one row."""
     assert samples.labels is not None, "internal error, please report: samples without labels"
     return samples.labels[samples.labels >= 0]
@@ -53,7 +53,7 @@ def labels_of(samples: Split) -> Tensor:
 def classes(net: Net, data: Data, settings: Train) -> list[Score]:
     """The most frequent class of the training samples."""
     del net, settings
-    train, held = labels_of(data.train.whole()), labels_of(data.validation)
+    train, held = labels_of(data.train), labels_of(data.validation)
     p = frequencies(train, _size(train, held))
     return [Score("most frequent class", _measured(float(-p[held].log().mean()), _share(held, p.argmax())))]
 
@@ -64,7 +64,7 @@ def characters(net: Net, data: Data, settings: Train) -> list[Score]:
     Source: Shannon 1951, doi:10.1002/j.1538-7305.1951.tb01366.x.
     """
     del net, settings
-    (before, label), (seen, after) = map(_known, (data.train.whole(), data.validation))
+    (before, label), (seen, after) = map(_known, (data.train.whole(), data.validation.whole()))
     size, rate = _size(label, after, before, seen), per_byte(data.validation)
     p = frequencies(label, size)
     rows = [Score("unigram", _measured(float(-p[after].log().mean()), _share(after, p.argmax()), rate))]

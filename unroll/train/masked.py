@@ -15,7 +15,7 @@ from torch import Tensor
 from unroll.spec.schema import Train
 from unroll.train import losses
 from unroll.train.losses import Net
-from unroll.train.samples import Data, Split
+from unroll.train.samples import Data, Held, Split
 from unroll.train.table import Score, evaluating
 
 
@@ -43,7 +43,7 @@ def as_in_training(net: Net, device: torch.device, seed: int) -> Generator[None]
 
 
 @torch.no_grad()
-def masks(net: Net, held: Split, settings: Train) -> Iterator[tuple[Split, Tensor]]:
+def masks(net: Net, held: Held, settings: Train) -> Iterator[tuple[Split, Tensor]]:
     """Batches with the mask (B, N) that the network draws for each in training; the same ones every time."""
     module: Any = losses.module(net)
     for k, batch in enumerate(held.batches(settings.batch)):
@@ -58,7 +58,7 @@ def predict(net: Net, batch: Split, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(net: Net, held: Split, settings: Train) -> dict[str, float]:
+def held_out(net: Net, held: Held, settings: Train) -> dict[str, float]:
     """Mean over hidden patches and their entries of (predicted − patch)²."""
 
     def guess(batch: Split, mask: Tensor) -> Tensor:

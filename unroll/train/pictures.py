@@ -1,154 +1,199 @@
-"""Pictures as samples: a folder of them, read with Pillow, and what training may change about an image.
+"""Pictures as samples: they stay where they are, and each is read when a batch needs it.
 
 Legend: B batch, C channels, H height, W width.  image: (B, C, H, W), 0 .. 1.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from os.path import isdir
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Augment, Images
-from unroll.train.samples import Change, Data, Shapes, Split, Tensors, divide, package
+from unroll.spec.schema import Images
+from unroll.train.ahead import ahead
+from unroll.train.augment import change_of
+from unroll.train.samples import Data, Place, Shapes, Split, Tensors, moved, shuffled
+from unroll.train.shelves import (
+    Arrays,
+    Shards,
+    Shelf,
+    Size,
+    folders,
+    left_out,
+    middle,
+    open_arrays,
+    open_folder,
+    open_shards,
+)
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel: others lose values in `convert`
+AXES = ("channels", "height", "width")
 PARTS = ("train", "val")
+SHOWN = 1 << 20
+"""Numbers that `whole` answers with at most."""
 
 
-def read_folder(settings: Images, shapes: Shapes, given: Tensors) -> Data:
-    """image: (B, C, size, size) of every picture in FOLDER/CLASS; classes are numbered in the order of their names.
+@dataclass(frozen=True)
+class Pictures:
+    """Some pictures of a shelf, by their places on it (N,), scaled to (height, width)."""
 
-    Raises SpecError E502 (no such folder), E504 (no pictures), E507 (classes), E513 (a file that is no picture).
+    name: str
+    shelf: Shelf
+    places: Tensor
+    size: Size
+    workers: int
+    bytes: None = None
+    like: tuple[Place, ...] = ()
+
+    @property
+    def labels(self) -> Tensor:
+        return self._at(torch.from_numpy(self.shelf.labels)[self.places])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def order(self, draw: torch.Generator) -> Tensor:
+        return torch.randperm(len(self), generator=draw)
+
+    def __getitem__(self, index: Tensor | slice) -> Split:
+        places = self.places[index]
+        images = torch.stack([self.shelf.read(int(k), self.size, middle(self.size)) for k in places])
+        return self._moved(Split({self.name: images}, labels=torch.from_numpy(self.shelf.labels)[places]))
+
+    def whole(self) -> Split:
+        """All that memory has room for, at equal distances."""
+        one = self[:1].inputs[self.name].numel()
+        most = min(max(SHOWN // one, 2), len(self))
+        return self[torch.from_numpy(np.linspace(0, len(self) - 1, most).round().astype(np.int64))]
+
+    def to(self, like: Place) -> Pictures:
+        return replace(self, like=(*self.like, like))
+
+    def batches(self, size: int) -> Iterator[Split]:
+        make = _Slices(replace(self, like=()), size)
+        return map(self._moved, ahead(make, range(-(-len(self) // size)), self.workers))
+
+    def _moved(self, batch: Split) -> Split:
+        for like in self.like:
+            batch = batch.to(like)
+        return batch
+
+    def _at(self, labels: Tensor) -> Tensor:
+        for like in self.like:
+            labels = moved(labels, like)
+        return labels
+
+
+@dataclass(frozen=True)
+class _Slices:
+    pictures: Pictures
+    size: int
+
+    def __call__(self, k: int) -> Split:
+        return self.pictures[slice(k * self.size, (k + 1) * self.size)]
+
+
+def read_pictures(settings: Images, shapes: Shapes, given: Tensors) -> Data:
+    """image: (B, C, height, width) and labels of pictures in folders, tar files or arrays.
+
+    Raises SpecError E502 (nothing there), E503 (a damaged file), E504 (no pictures), E505, E506 (labels, numbers), E507 (classes),
+    E511 (settings), E513 (a file that is no picture).
     """
     del shapes, given
-    top = Path(settings.folder)
-    if not isdir(top):
-        raise SpecError("E502", f"there is no folder '{top}'", hint="paths are relative to where you run unroll")
-    parts = tuple(p.name for p in _folders(top)) == PARTS and all(map(_folders, (top / part for part in PARTS)))
-    tops = [top / part for part in PARTS] if parts else [top]
-    classes = _classes(tops)
-    read = [_labelled(place, classes, settings) for place in tops]
-    train, held = read if parts else divide(read[0], settings.validation, settings.seed)
+    shelves, notes = _shelves(settings)
+    sizes, size = _sizes(settings, shelves)
+    classes = _classes(shelves)
+    if len(shelves) == 2:
+        parts = [(shelf, torch.arange(len(shelf.labels))) for shelf in shelves]
+    else:
+        places = shuffled(len(shelves[0].labels), settings.validation, settings.seed)
+        parts = [(shelves[0], p) for p in places]
     name = settings.input or "image"
+    train, held = (Pictures(name, shelf, places, size, settings.workers) for shelf, places in parts)
+    seals = "".join(shelf.seal for shelf in shelves)
     return Data(
         "images",
         train,
         held,
-        notes=_left_out(tops),
-        sizes=image_sizes(train.inputs[name], len(classes)),
-        kept={"classes": classes},
+        notes=notes,
+        sizes={"classes": len(classes), **sizes},
+        kept={"classes": classes, "pictures": hashlib.sha256(seals.encode()).hexdigest()},
         change=change_of(settings.augment, name),
+        workers=settings.workers,
     )
+
+
+def _shelves(settings: Images) -> tuple[list[Shelf], tuple[str, ...]]:
+    """One shelf, or one to train on and one held out; and what to say of them."""
+    given = {"folder": settings.folder, "shards": settings.shards, "arrays": settings.arrays}
+    named = [name for name, value in given.items() if value]
+    if len(named) != 1:
+        message = (
+            f"data: source: images needs one of folder:, shards: and arrays:, and has {' and '.join(named) or 'none'}"
+        )
+        raise SpecError("E511", message)
+    channels = settings.channels or 3
+    if settings.folder is not None:
+        tops = _tops(Path(settings.folder), settings.held)
+        return [open_folder(top, channels) for top in tops], left_out(tops)
+    if settings.shards:
+        groups = [settings.shards, *([settings.held] if settings.held else [])]
+        return [open_shards(paths, channels) for paths in groups], ()
+    assert settings.arrays is not None
+    if settings.held and len(settings.held) != 2:
+        raise SpecError("E511", f"data: held: {len(settings.held)} files", hint="of arrays: [IMAGES, LABELS]")
+    first = settings.order == "channels_first"
+    pairs = [settings.arrays, *([settings.held] if settings.held else [])]
+    return [open_arrays(pair[0], pair[1], first=first) for pair in pairs], ()
+
+
+def _tops(top: Path, held: Sequence[str]) -> list[Path]:
+    """Folders of classes: TOP, or TOP/train and TOP/val; or TOP and what is held out."""
+    parts = isdir(top) and tuple(p.name for p in folders(top)) == PARTS and all(folders(top / part) for part in PARTS)
+    if parts and held:
+        raise SpecError("E511", f"data: held: '{top}' has a folder val already", hint=f"data.folder={top / PARTS[0]}")
+    if len(held) > 1:
+        raise SpecError("E511", f"data: held: {len(held)} folders", hint="of pictures in folders: [FOLDER]")
+    return [top / part for part in PARTS] if parts else [top, *map(Path, held)]
+
+
+def _sizes(settings: Images, shelves: Sequence[Shelf]) -> tuple[dict[str, int], Size]:
+    """Channels, height and width. Raises SpecError E511 for settings that do not fit where pictures lie, E504."""
+    arrays = [shelf for shelf in shelves if isinstance(shelf, Arrays)]
+    if not arrays:
+        if settings.size is None or settings.order != "channels_last":
+            word, hint = (
+                ("size", "size: 64, or [height, width]") if settings.size is None else ("order", "leave it out")
+            )
+            raise SpecError("E511", f"data: {word}: {'is needed' if word == 'size' else 'is for arrays'}", hint=hint)
+        size = (settings.size, settings.size) if isinstance(settings.size, int) else settings.size
+        return dict(zip(AXES, (settings.channels or 3, *size), strict=True)), size
+    for word in ("size", "channels"):
+        if getattr(settings, word) is not None:
+            raise SpecError("E511", f"data: {word}: arrays are as they are", hint="leave it out")
+    if arrays[-1].sizes != arrays[0].sizes:
+        raise SpecError("E504", f"data: '{arrays[0].path}' and '{arrays[-1].path}' differ in the shape of their images")
+    return dict(zip(AXES, arrays[0].sizes, strict=True)), arrays[0].sizes[1:]
+
+
+def _classes(shelves: Sequence[Shelf]) -> list[str]:
+    """What classes are called, the same in both parts. Raises SpecError E507."""
+    first, *others = (list(shelf.classes) for shelf in shelves)
+    numbers = all(name.isdigit() for names in (first, *others) for name in names)
+    for found in others:
+        odd = sorted(set(found) ^ set(first))
+        if odd and not (numbers and all(isinstance(shelf, Arrays | Shards) for shelf in shelves)):
+            raise SpecError("E507", f"data: what is held out differs in its classes: {', '.join(odd)}")
+        first = max(first, found, key=len)
+    return first
 
 
 def image_sizes(image: Tensor, classes: int) -> dict[str, int]:
     """What images say about a model."""
-    return {"classes": classes, **dict(zip(("channels", "height", "width"), image.shape[1:], strict=True))}
-
-
-def _folders(top: Path) -> list[Path]:
-    return sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _classes(tops: Sequence[Path]) -> list[str]:
-    """The names of the classes, the same in every part. Raises SpecError E507."""
-    names = [[p.name for p in _folders(top)] for top in tops]
-    for top, found in zip(tops, names, strict=True):
-        if len(found) < 2:
-            hint = "pictures lie in a folder per class: FOLDER/cats/1.png, FOLDER/dogs/1.png"
-            raise SpecError("E507", f"data: '{top}' holds {len(found)} folders, one per class is needed", hint=hint)
-        if odd := sorted(set(found) ^ set(names[0])):
-            raise SpecError("E507", f"data: '{tops[0]}' and '{top}' differ in their classes: {', '.join(odd)}")
-    return names[0]
-
-
-def _files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(pictures, other files) of a folder, in the order of their names; hidden files do not count."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return [p for p in files if p.suffix.lower() in SUFFIXES], [p for p in files if p.suffix.lower() not in SUFFIXES]
-
-
-def _left_out(tops: Sequence[Path]) -> tuple[str, ...]:
-    others = [p for top in tops for folder in _folders(top) for p in _files(folder)[1]]
-    if not others:
-        return ()
-    return (f"{len(others):,} files are no pictures by their names and were left out, the first is {others[0]}",)
-
-
-def _labelled(top: Path, classes: Sequence[str], settings: Images) -> Split:
-    """The pictures of all classes. Raises SpecError E504 for a class without any."""
-    images, labels = list[Tensor](), list[int]()
-    for number, name in enumerate(classes):
-        pictures = _files(top / name)[0]
-        if not pictures:
-            raise SpecError("E504", f"data: '{top / name}' holds no picture", hint=f"pictures are {' '.join(SUFFIXES)}")
-        images += [read_picture(path, settings.size, settings.channels) for path in pictures]
-        labels += [number] * len(pictures)
-    return Split({settings.input or "image": torch.stack(images)}, labels=torch.tensor(labels))
-
-
-def read_picture(path: Path, size: int, channels: int) -> Tensor:
-    """The middle square of a picture, scaled: (channels, size, size), float32, 0 .. 1. Raises SpecError E513."""
-    pillow: Any = package("PIL.Image", "data: source: images")
-    ops: Any = package("PIL.ImageOps", "data: source: images")
-    try:
-        with warnings.catch_warnings(), pillow.open(path) as opened:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            if opened.mode not in MODES:
-                hint = "save it with 8 bits per channel"
-                raise SpecError("E513", f"data: '{path}' is a picture of mode {opened.mode}", hint=hint)
-            upright = ops.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-            square = _middle(upright).resize((size, size), pillow.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
-        raise SpecError("E513", f"data: '{path}' cannot be read as a picture: {error}") from error
-    pixels = torch.from_numpy(np.array(square)).reshape(size, size, channels)
-    return pixels.permute(2, 0, 1).float() / 255
-
-
-def _middle(picture: Any) -> Any:
-    """The largest square in the middle of a picture."""
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
-
-
-# --- changes in training -------------------------------------------------------------------------------------------
-
-
-def change_of(settings: Augment | None, name: str) -> Change | None:
-    """What `augment:` does to the input `name` of a batch; None if nothing."""
-    if settings is None:
-        return None
-
-    def change(batch: Split, draw: torch.Generator) -> Split:
-        image = shifted(batch.inputs[name], settings.shift, draw)
-        image = flipped(image, draw) if settings.flip else image
-        return Split({**batch.inputs, name: image}, batch.targets, batch.labels)
-
-    return change
-
-
-def shifted(image: Tensor, most: int, draw: torch.Generator) -> Tensor:
-    """Every image of (B, C, H, W) moved by -most .. most pixels along each axis; zeros come in."""
-    padded = torch.nn.functional.pad(image, (most, most, most, most)).permute(0, 2, 3, 1)
-    b, _, h, w = image.shape
-    top, left = torch.randint(2 * most + 1, (2, b, 1), generator=draw)
-    rows, columns = top + torch.arange(h), left + torch.arange(w)
-    return padded[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def flipped(image: Tensor, draw: torch.Generator) -> Tensor:
-    """Every image of (B, C, H, W) with probability 1/2 left to right."""
-    turn = torch.rand(len(image), generator=draw) < 0.5
-    return torch.where(turn[:, None, None, None], image.flip(-1), image)
+    return {"classes": classes, **dict(zip(AXES, image.shape[1:], strict=True))}

@@ -163,8 +163,16 @@ def _installed(spec: Spec) -> None:
     package("lightning", "unroll train")
 
 
-MAY_CHANGE = ("train.steps", "train.epochs", "train.minutes", "train.patience", "train.baselines", "train.evaluate")
-"""When a run ends, and what its table compares with: all else would make it another run."""
+MAY_CHANGE = (
+    "train.steps",
+    "train.epochs",
+    "train.minutes",
+    "train.patience",
+    "train.baselines",
+    "train.evaluate",
+    "data.workers",
+)
+"""When a run ends, what its table compares with, and who reads: all else would make it another run."""
 
 
 def resume(
@@ -431,7 +439,7 @@ def prepare(job: Job) -> tuple[Data, Tensors]:
         names = "patches, digits, images, text, tokens, synthetic, low_rank or file"
         raise SpecError("E507", f"{spec.title} has no section 'data:'", hint=f"data: {{source: ..}} with {names}")
     made = make_data(spec.data, shapes_of(spec, job.dims), given)
-    for samples in (made.train.whole(), made.validation):
+    for samples in (made.train.whole(), made.validation.whole()):
         refuse_undeclared(from_spec(spec, job.dims).inputs, samples.inputs)
     exact = {**made.parameters, **given}
     parameters = {k: v.to(job.dtype) for k, v in exact.items()}

@@ -37,14 +37,30 @@ class Shapes:
 class Samples(Protocol):
     """What can be trained on: batches are `samples[places]` for some of the places that `order` puts in a row.
 
-    whole: all of it, each sample once; of what is larger than memory a part.
+    whole: all of it, each sample once; of what is larger than memory a part.  labels: all of them, in the same order; or of that part.
     """
 
+    @property
+    def labels(self) -> Tensor | None: ...
     def __len__(self) -> int: ...
     def order(self, draw: torch.Generator) -> Tensor: ...
     def __getitem__(self, index: Tensor) -> Split: ...
     def whole(self) -> Split: ...
     def to(self, like: Place) -> Samples: ...
+
+
+class Held(Protocol):
+    """What can be measured on, as it lies: `batches` of all of it. bytes: see Split."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def bytes(self) -> int | None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: slice) -> Split: ...
+    def whole(self) -> Split: ...
+    def to(self, like: Place) -> Held: ...
+    def batches(self, size: int) -> Iterator[Split]: ...
 
 
 @dataclass(frozen=True)
@@ -123,9 +139,13 @@ class Windows:
         rows = self.codes[index[:, None] + torch.arange(self.length + 1)]
         return Split({self.name: rows[:, :-1]}, labels=rows[:, 1:])
 
+    @property
+    def labels(self) -> Tensor:
+        return self.codes[None, 1:]
+
     def whole(self) -> Split:
         """All tokens as one long sample."""
-        return Split({self.name: self.codes[None, :-1]}, labels=self.codes[None, 1:])
+        return Split({self.name: self.codes[None, :-1]}, labels=self.labels)
 
     def to(self, like: Place) -> Windows:
         return Windows(self.name, moved(self.codes, like), self.length)
@@ -142,22 +162,23 @@ class Data:
     sizes: what the data say about a model, such as classes or vocabulary.
     kept: what the samples mean (names of classes, the characters): a run can go on only while it stays the same.
     change: applied to every batch in training, with random numbers of that step alone.
-    words: what tokens stand for.
+    words: what tokens stand for.  workers: processes that read batches ahead of the training.
     """
 
     source: str
     train: Samples
-    validation: Split
+    validation: Held
     parameters: Tensors = field(default_factory=dict[str, Tensor])
     notes: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     kept: Mapping[str, Any] = field(default_factory=dict[str, Any])
     change: Change | None = None
     words: Words | None = None
+    workers: int = 0
 
     def summary(self) -> list[tuple[str, str, str, str, str]]:
         """Rows to print before training: what, name, shape, range, dtype."""
-        train, held = self.train.whole(), self.validation
+        train, held = self.train.whole(), self.validation.whole()
         parts = [
             ("train", train.inputs),
             ("train target", train.targets),
@@ -182,11 +203,17 @@ def _describe(value: Tensor) -> tuple[str, str, str]:
 
 def divide(samples: Split, validation: float, seed: int) -> tuple[Split, Split]:
     """(train, held out): shuffled, the last `validation` samples held out; below 1 it is a share."""
-    held = round(validation * len(samples)) if validation < 1 else int(validation)
-    if not 0 < held < len(samples):
-        raise SpecError("E504", f"cannot hold out {held:,} of {len(samples):,} samples", hint="set data: validation:")
-    order = torch.randperm(len(samples), generator=generator(seed))
-    return samples[order[:-held]], samples[order[-held:]]
+    train, held = shuffled(len(samples), validation, seed)
+    return samples[train], samples[held]
+
+
+def shuffled(count: int, validation: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers below count in two parts, of which the second has `validation`. Raises SpecError E504."""
+    held = round(validation * count) if validation < 1 else int(validation)
+    if not 0 < held < count:
+        raise SpecError("E504", f"cannot hold out {held:,} of {count:,} samples", hint="set data: validation:")
+    order = torch.randperm(count, generator=generator(seed))
+    return order[:-held], order[-held:]
 
 
 def generator(seed: int) -> torch.Generator:

@@ -3,7 +3,7 @@
 ABOUT = {
     "patches": "whitened patches of scikit-learn's sample photographs",
     "digits": "scikit-learn's 8 x 8 handwritten digits",
-    "images": "a folder of pictures, one folder inside it per class",
+    "images": "pictures that stay on disk: a folder for each class, tar files, or an array with labels",
     "text": "characters of Python's documentation, of its library, or of your own file",
     "tokens": "arrays of tokens that a tokenizer made, which stay on disk; whole documents or any stretch",
     "synthetic": "x = A z + noise with a sparse z that is known",

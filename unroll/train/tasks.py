@@ -15,10 +15,10 @@ from unroll.spec.schema import Train
 from unroll.train import codes, labels, losses, masked, table
 from unroll.train.job import Job
 from unroll.train.losses import Net
-from unroll.train.samples import Data, Split
+from unroll.train.samples import Data, Held, Split
 from unroll.train.table import MICROS, Closing, Column, Score
 
-Measure = Callable[[Net, Split, Train], dict[str, float]]
+Measure = Callable[[Net, Held, Train], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def comparison(
         return Closing(rows, shown, len(held), notes=(chosen,) if settings.keep == "best" else ())
 
     @torch.no_grad()
-    def _row(name: str, net: Net, held: Split, settings: Train) -> Score:
-        batch = next(held.batches(settings.batch))
+    def _row(name: str, net: Net, held: Held, settings: Train) -> Score:
+        batch = held[: settings.batch]
         _, seconds = table.timed(net, batch.inputs, forward(net, batch, settings))
         with table.evaluating(net):
             return Score(name, {**measure(net, held, settings), "micros": 1e6 * seconds / len(batch)})

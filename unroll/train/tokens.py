@@ -95,6 +95,10 @@ class TokenWindows:
         chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(np.int64))
         return self[torch.from_numpy(places[chosen])]
 
+    @property
+    def labels(self) -> Tensor | None:
+        return self.whole().labels
+
     def whole(self) -> Split:
         """Windows at equal distances, as many as memory has room for."""
         return self.spread(max(SHOWN // self.length, 2))
@@ -141,7 +145,7 @@ def read_tokens(settings: TokenArrays, shapes: Shapes, given: Tensors) -> Data:
         kept={
             **({} if known is None else known.record()),
             "tokens": {
-                path: _digest(array) for path, array in zip(settings.files + settings.held, arrays + own, strict=True)
+                path: digest(array) for path, array in zip(settings.files + settings.held, arrays + own, strict=True)
             },
         },
         words=known,
@@ -231,7 +235,7 @@ def bytes_of(known: Words, labels: Tensor) -> int:
     return sum(len(known.decode([t for t in row if t >= 0]).encode()) for row in labels.tolist())
 
 
-def _digest(array: Numbers) -> str:
+def digest(array: Numbers) -> str:
     """Of the size, and of 64 parts at equal distances: a file may be larger than one wants to read."""
     found = hashlib.sha256(f"{array.dtype} {len(array)}".encode())
     for k in np.linspace(0, max(len(array) - 1024, 0), 64).astype(np.int64):
