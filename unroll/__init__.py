@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unroll.from_files import restore
     from unroll.laws.laws import check
     from unroll.model.audit import audit
+    from unroll.model.inside import active_atoms, attention_maps, components, jaccard, segment
     from unroll.model.module import Model
     from unroll.model.transfer import transfer
     from unroll.model.weights import release_weights, restore_weights
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "audit", "check", "compile", "derive", "load", "loss", "prox",
-    "release_weights", "report", "restore", "restore_weights", "save", "solve", "transfer", "white_box", "words",
+    "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "active_atoms", "attention_maps", "audit",
+    "check", "compile", "components", "derive", "jaccard", "load", "loss", "prox", "release_weights", "report",
+    "restore", "restore_weights", "save", "segment", "solve", "transfer", "white_box", "words",
 ]  # fmt: skip
 
 _HOME = {
@@ -40,6 +42,7 @@ _HOME = {
     "check": "laws.laws", "solve": "solver.solve", "white_box": "model.whitebox", "report": "pages.page",
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "from_files", "save": "api",
     "transfer": "model.transfer", "words": "model.words",
+    **dict.fromkeys(("active_atoms", "attention_maps", "components", "jaccard", "segment"), "model.inside"),
 }  # fmt: skip
 
 

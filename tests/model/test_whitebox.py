@@ -15,6 +15,7 @@ from torch import Tensor
 import unroll
 from unroll import html
 from unroll.errors import UnrollError
+from unroll.model.inside import grid
 from unroll.pages import page
 
 SIZES = {"d": 24, "K": 3, "p": 8}
@@ -241,7 +242,7 @@ def test_the_page_draws_the_softmax_of_each_head_and_what_the_class_token_takes(
     net = unroll.compile("crate_digits", overrides=["unroll.layers=2"], dtype=torch.float64)
     assert isinstance(net, unroll.Model)
     image = torch.rand(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    text = page._attention(net.trace(image).maps, page._grid(net))
+    text = page._attention(net.trace(image).maps, grid(net))
     figures = re.findall("<figure>.*?</figure>", text)
     assert len(figures) == 2 * 2 * 4 and "layers 1, 2 of 2" in text
     z = net.embedding(image)  # type: ignore[operator]

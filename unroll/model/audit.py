@@ -103,7 +103,7 @@ def audit(
             return {**out, "total": sum(out.values())}  # type: ignore[dict-item]
 
         steps = {n: [*states, left[n][-1]] for n, states in entered.items()}
-        trace = Trace(steps, tuple(plan), evaluate, tuple, own, bool(layered), left)
+        trace = Trace(steps, tuple(plan), evaluate, lambda _: (), own, bool(layered), left)
         assert len(trace.labels) == len(stars) * len(plan)
         with torch.no_grad():
             count(trace, list(recipe.problem.terms), [], found)

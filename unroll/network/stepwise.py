@@ -1,6 +1,6 @@
 """A step run as it is written, assignment by assignment: the slow twin of the emitted module, for what only it can see.
 
-Values are in mathematical layout, (..., rows, cols), a family (K, ..., rows, cols); float64.
+Values are in mathematical layout, (..., rows, cols), a family (K, ..., rows, cols).
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 from unroll.derivation.step import LAYER, Assign, Learned, Step
 from unroll.language.nodes import Expr, FamilySoftmax, FamilySum, Softmax, Sym, free_indices, walk
 from unroll.language.problem import Problem
-from unroll.network.evaluate import Evaluator, evaluate
+from unroll.network.evaluate import Evaluator
+
+Names = set[Sym | sp.Symbol]
+"""Of tensors and of numbers."""
 
 
 class Holder(Protocol):
@@ -86,17 +89,19 @@ def rising(p: Learned, value: Tensor) -> Tensor:
 class State:
     """Values of symbols while a step is run by hand."""
 
-    def __init__(self, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any]) -> None:
-        self.values, self.numbers = values, numbers
+    def __init__(
+        self, values: dict[Sym, Tensor], numbers: dict[sp.Symbol, Any], dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.values, self.numbers, self.dtype = values, numbers, dtype
 
     def assign(self, a: Assign) -> None:
         if isinstance(a.value, Expr):
-            value: Any = evaluate(a.value, self.values, self.numbers)
+            value: Any = Evaluator(self.values, self.numbers, {}, self.dtype)(a.value)
         else:
             value = _number(a.value, self.numbers)
         if isinstance(a.target, Sym):
             whole = isinstance(value, Tensor)
-            self.values[a.target] = value if whole else torch.as_tensor(float(value), dtype=torch.float64)
+            self.values[a.target] = value if whole else torch.as_tensor(float(value), dtype=self.dtype)
         else:
             self.numbers[a.target] = value
 
@@ -148,42 +153,81 @@ class Replay:
     scalars: Mapping[str, float]
     steps: Mapping[str, list[Tensor]]
 
-    def maps(self) -> Iterator[AttentionMap]:
-        """Every softmax in every layer, at the values that the network's own blocks left."""
-        state, step = self._opening(), self.step
-        learned = [p for p in step.learned if ("learned", p.name) in self.words]
-        blocks = step.blocks or ("step",)
-        for k in range(len(next(iter(self.steps.values()))) - 1):
-            layer, block = divmod(k, len(blocks))
-            state.numbers[LAYER] = layer
-            for p in learned:
-                state.put(p, _wide(learned_value(self.net, self.words, p, layer)))
-            for z in step.output:
-                state.values[z] = as_matrix(_wide(self.steps[z.name][k]), z)
-            for a in (a for a in step.assigns if not a.block or a.block == blocks[block]):
-                for node in _softmaxes(a.value):
-                    yield AttentionMap(layer + 1, blocks[block], *self._weights(node, state))
-                state.assign(a)
+    def maps(self, layer: int | None = None) -> Iterator[AttentionMap]:
+        """Every softmax in a layer (from 0; None: in all), at the values that the network's own blocks left, in their precision.
 
-    def _opening(self) -> State:
-        """Everything before the first layer."""
+        Only what these softmaxes read is worked out.
+        """
+        blocks = self.step.blocks or ("step",)
+        count = len(next(iter(self.steps.values()))) - 1
+        runs = [
+            (
+                *divmod(k, len(blocks)),
+                [a for a in self.step.assigns if not a.block or a.block == blocks[k % len(blocks)]],
+            )
+            for k in range(count)
+        ]
+        seen = [layer in (None, run[0]) for run in runs]
+        opening, read = self._read([run[2] for run in runs], seen)
+        with torch.device(next(iter(self.steps.values()))[0].device):
+            state = self._opening(opening)
+            for k, (at, block, assigns) in enumerate(runs):
+                self._enter(state, k, at)
+                for a, needed in zip(assigns, read[k], strict=True):
+                    for node in _softmaxes(a.value) if seen[k] else ():
+                        yield AttentionMap(at + 1, blocks[block], *self._weights(node, state))
+                    if needed:
+                        state.assign(a)
+
+    def _read(self, runs: list[list[Assign]], seen: list[bool]) -> tuple[Names, list[list[bool]]]:
+        """(what the softmaxes of the runs that are seen read from before the first layer, whether each assignment is needed)."""
+        given = {*self.step.output, *(p.symbol for p in self.step.learned)}
+        names: Names = set()
+        needed: list[list[bool]] = []
+        for assigns, wanted in zip(reversed(runs), reversed(seen), strict=True):
+            row: list[bool] = []
+            for a in reversed(assigns):
+                row.append(a.target in names)
+                names = _before(a, names)
+                for node in _softmaxes(a.value) if wanted else ():
+                    names |= _names(node)
+            names -= given
+            needed.append(row[::-1])
+        return names, needed[::-1]
+
+    def _enter(self, state: State, k: int, layer: int) -> None:
+        """What block k takes, and the parameters of its layer."""
+        state.numbers[LAYER] = layer
+        for p in self.step.learned:
+            if ("learned", p.name) in self.words:
+                state.put(p, learned_value(self.net, self.words, p, layer))
+        for z in self.step.output:
+            state.values[z] = as_matrix(self.steps[z.name][k].detach(), z)
+
+    def _opening(self, names: Names) -> State:
+        """Everything before the first layer that is read by these names."""
         p = self.problem
-        values = {s: as_matrix(_wide(self.parameters[s.name]), s) for s in p.parameters}
+        values = {s: as_matrix(self.parameters[s.name].detach(), s) for s in p.parameters}
         values |= {s: self._input(s) for s in p.inputs if s.name in self.inputs}
         numbers: dict[sp.Symbol, Any] = {s: self.scalars[s.name] for s in p.scalars}
-        state = State(values, numbers | self._sizes())
+        like = next(iter(self.steps.values()))[0]
+        state = State(values, numbers | self._sizes(), like.dtype)
         for q in self.step.learned:  # of the start, too
             if not q.per_layer and ("learned", q.name) in self.words:
-                state.put(q, _wide(learned_value(self.net, self.words, q, 0)))
-        for a in self.step.definitions:
-            state.assign(a)
-        for s in self.step.states:
-            state.assign(Assign(s.symbol, s.start, ""))
+                state.put(q, learned_value(self.net, self.words, q, 0))
+        said = [*self.step.definitions, *(Assign(s.symbol, s.start, "") for s in self.step.states)]
+        row: list[bool] = []
+        for a in reversed(said):
+            row.append(a.target in names)
+            names = _before(a, names)
+        for a, needed in zip(said, row[::-1], strict=True):
+            if needed:
+                state.assign(a)
         return state
 
     def _input(self, s: Sym) -> Tensor:
         """In mathematical layout; the axis of a family goes before those of the batch."""
-        value = as_matrix(_wide(self.inputs[s.name]), s)
+        value = as_matrix(self.inputs[s.name].detach(), s)
         return value if s.family is None else value.movedim(-3, 0)
 
     def _sizes(self) -> dict[sp.Symbol, int]:
@@ -203,15 +247,26 @@ class Replay:
         places = (
             torch.cartesian_prod(*(torch.arange(n) for n in counts)).reshape(-1, len(free)).tolist() if free else [[]]
         )
-        found = [Evaluator(state.values, state.numbers, dict(zip(free, place, strict=True)))(node) for place in places]
+        found = [
+            Evaluator(state.values, state.numbers, dict(zip(free, place, strict=True)), state.dtype)(node)
+            for place in places
+        ]
         weights = torch.stack(torch.broadcast_tensors(*found), -3)
         if isinstance(node, FamilySoftmax):
             return "members", weights
         return "tokens", weights.mT if node.axis == 0 else weights
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float64)
+def _names(value: Expr | sp.Expr) -> Names:
+    """What a formula reads."""
+    if isinstance(value, Expr):
+        return {*value.symbols, *value.scalars}
+    return {s for s in value.free_symbols if isinstance(s, sp.Symbol)}
+
+
+def _before(a: Assign, names: Names) -> Names:
+    """What has to be known before an assignment so that these are known after it."""
+    return (names - {a.target}) | _names(a.value) if a.target in names else names
 
 
 def _softmaxes(value: Expr | sp.Expr) -> list[Softmax | FamilySoftmax]:

@@ -132,7 +132,7 @@ class Trace:
     blocks: tuple[str, ...]
     evaluate: Callable[[dict[str, Tensor], str, int], dict[str, Tensor]] = field(repr=False)
     """(values, place in words, layer from 0) -> every term."""
-    replay: Callable[[], tuple[AttentionMap, ...]] = field(repr=False)
+    replay: Callable[[int | None], tuple[AttentionMap, ...]] = field(repr=False)
     own: dict[str, str] = field(default_factory=dict[str, str])
     by_layer: bool = False
     """Do the terms read parameters of the layers?"""
@@ -198,8 +198,26 @@ class Trace:
 
     @cached_property
     def maps(self) -> tuple[AttentionMap, ...]:
-        """Every softmax of every step, evaluated from the step as it was derived, in float64: for a few samples."""
-        return self.replay()
+        """Every softmax of every step, worked out from the step as it was derived, in the network's own precision: for a few samples."""
+        return self.replay(None)
+
+    def maps_of(self, layer: int) -> tuple[AttentionMap, ...]:
+        """Those of one layer (from 1, or from the last: -1), and nothing else. Raises UnrollError E404."""
+        return self.replay(self._layer(layer))
+
+    def step_of(self, layer: int, block: str | None = None) -> int:
+        """Where in `steps` stands what a layer, or a block of it, left. Raises UnrollError E404."""
+        if block is not None and block not in self.blocks:
+            raise UnrollError("E404", f"a layer has no block '{block}'", hint=f"its blocks: {', '.join(self.blocks)}")
+        within = len(self.blocks) if block is None else self.blocks.index(block) + 1
+        return self._layer(layer) * len(self.blocks) + within
+
+    def _layer(self, layer: int) -> int:
+        """From 0."""
+        count = len(self.labels) // len(self.blocks)
+        if type(layer) is not int or not (1 <= layer <= count or -count <= layer <= -1):
+            raise UnrollError("E404", f"there is no layer {layer!r}", hint=f"layers are 1 to {count}; -1 is the last")
+        return layer - 1 if layer > 0 else layer + count
 
     # Values of the terms.
 

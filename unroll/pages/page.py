@@ -131,6 +131,7 @@ def _of_trained(folder: Path, asked: Asked) -> Iterator[Section]:
 
 def _did(net: Network | Model, batches: Sequence[Batch], note: str, asked: Asked) -> Iterator[Section]:
     """Every term over the steps, and where every softmax looks; where one cannot be measured, why."""
+    from unroll.model.inside import grid
     from unroll.model.whitebox import traced, white_box
 
     head = "What each layer does"
@@ -142,7 +143,7 @@ def _did(net: Network | Model, batches: Sequence[Batch], note: str, asked: Asked
         yield head, f"<p>{note}</p>{html.preformatted(str(e))}"
         return
     yield head, f"<p>{note} Means over {found.samples:,} samples.</p>" + _changes(found)
-    yield "Attention", _attention(traced(net, _first(batches[0])).maps, _grid(net))
+    yield "Attention", _attention(traced(net, _first(batches[0])).maps, grid(net))
 
 
 def _first(batch: Batch) -> Batch:
@@ -185,17 +186,6 @@ def _course(found: Measured, term: str) -> html.Course:
 
 
 # --- where it looks ---------------------------------------------------------------------------------------------------
-
-
-def _grid(net: Network | Model) -> tuple[int, int] | None:
-    """Rows and columns of patches behind a class token, if that is what the tokens are."""
-    from unroll.model import parts
-    from unroll.model.module import Model
-
-    if not isinstance(net, Model) or net.wrapped.model.class_token is None:
-        return None
-    found = parts.places(net.wrapped.model)
-    return found if isinstance(found, tuple) else None
 
 
 def _attention(found: Sequence[AttentionMap], grid: tuple[int, int] | None) -> str:
