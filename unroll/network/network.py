@@ -236,7 +236,12 @@ class Network(nn.Module):
         replay = Replay(program.problem, program.step, self, program.words, self.given, inputs, self.numbers, steps)
         values = self._terms_at(asked, inputs)
         return Trace(
-            steps, program.step.blocks or ("step",), values, lambda layer: tuple(replay.maps(layer)), asked.own, bool(asked.reads)
+            steps,
+            program.step.blocks or ("step",),
+            values,
+            lambda layer: tuple(replay.maps(layer)),
+            asked.own,
+            bool(asked.reads),
         )
 
     def _terms_at(

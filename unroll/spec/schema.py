@@ -940,6 +940,25 @@ def _short_from(value: object) -> object:
 FromField = Annotated[From, BeforeValidator(_short_from, json_schema_input_type=str | From)]
 
 
+class Probes(Record):
+    """Simple classifiers of the features of a network, which are fitted to training samples with their labels and train nothing of it."""
+
+    kinds: tuple[Literal["neighbours", "linear", "subspaces"], ...] = ("neighbours", "linear", "subspaces")
+    """the nearest training samples, logistic regression, the nearest of one affine subspace for each class"""
+    at: Literal["features", "answer"] = "features"
+    """what the linear map of the head reads, or what the network answers; the mean over tokens, where there are several"""
+    on_the_way: bool = False
+    """with each measurement, and in metrics.csv; else in the closing table alone"""
+    neighbours: Count = 10
+    """of which the most frequent class counts; near by their cosine"""
+    components: Count = 10
+    """dimensions of a subspace"""
+    samples: Count = 5_000
+    """of the training data, drawn once, that they are fitted to at most"""
+    eps2: Positive = 0.5
+    """of the coding rate of features"""
+
+
 class Train(Record):
     """How the free parameters are fitted."""
 
@@ -998,6 +1017,8 @@ class Train(Record):
     """input -> signal-to-noise ratios in dB of noise that is added in training, anew in each step: at the first and at the last one, even in between"""
     evaluate: dict[Name, Elsewhere] = {}
     """name -> other held-out samples that the closing table has rows for"""
+    probes: Probes | None = None
+    """classifiers of the features of the network, and the room that these take"""
     tensorboard: bool = False
     seed: Seed = 0
     patience: Count | None = None

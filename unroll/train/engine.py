@@ -36,6 +36,7 @@ from unroll.network.network import Network
 from unroll.spec.schema import Train
 from unroll.train import losses, search
 from unroll.train.ahead import ahead
+from unroll.train.features import hides
 from unroll.train.groups import by_rows, learning, parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
 from unroll.train.masked import as_in_training
@@ -444,7 +445,7 @@ class Journal(L.Callback):
     ) -> None:
         self.folder, self.held, self.purpose, self.settings = folder, held, purpose, settings
         self.every, self.per_epoch, self.clock, self.shown = every, per_epoch, clock, shown
-        self.best, self.stale = math.inf, 0
+        self.best, self.stale, self.alarmed = math.inf, 0, False
         self.sum, self.count = 0.0, 0
         self.row: dict[str, float] = {}
         self.board = _board(folder) if settings.tensorboard else None
@@ -461,10 +462,21 @@ class Journal(L.Callback):
     def _record(self, trainer: L.Trainer, task: Task) -> None:
         with self.shown(task.net):
             measured = evaluate(cast(Net, task.net), self.held, self.purpose, self.settings)
+            if trainer.is_global_zero:
+                self._warn(task, trainer.global_step)
             better = self._judge(trainer, task, measured)
             if trainer.is_global_zero:
                 self._write(task, better)
         self._save(trainer)
+
+    def _warn(self, task: Task, step: int) -> None:
+        """Say what the task has to say, and not again while it stays the same."""
+        with torch.no_grad(), evaluating(cast(Net, task.net)):
+            held = self.held.to(next(task.net.parameters()))
+            alarm = self.purpose.alarm(cast(Net, task.net), held, self.settings)
+        if alarm and not self.alarmed:
+            warnings.warn(f"step {step:,}: {alarm}", stacklevel=2)
+        self.alarmed = bool(alarm)
 
     def _judge(self, trainer: L.Trainer, task: Task, measured: dict[str, float]) -> bool:
         """Make the row; is it the best one?"""
@@ -716,6 +728,9 @@ def _check(net: Net, data: Data, settings: Train) -> None:
         raise SpecError(
             "E511", "train: the network has nothing to learn", hint="give it a learn: section or a parametrisation:"
         )
+    if settings.probes is not None and settings.probes.at == "answer" and hides(losses.module(net)):
+        hint = "at: features reads the tokens as they leave the layers"
+        raise SpecError("E511", "train: probes: at: answer: this network answers with patches", hint=hint)
     if not loss.by_layer:
         _check_answer(net, loss, data)
 

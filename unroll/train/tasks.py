@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Train
-from unroll.train import codes, labels, losses, masked, table
+from unroll.spec.schema import Probes, Train
+from unroll.train import codes, labels, losses, masked, probes, table
 from unroll.train.job import Job
 from unroll.train.losses import Net
 from unroll.train.samples import Data, Held, Split
 from unroll.train.table import MICROS, Closing, Column, Score
 
-Measure = Callable[[Net, Held, Train], dict[str, float]]
+T = TypeVar("T")
+Measure = Callable[[Net, Held, Train], T]
+Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,22 @@ class Task:
     columns: what is written to metrics.csv beside the loss.  prepare: what the data get before training.
     close: the closing table from (job, data, untrained, trained).
     without: settings of `train:` that mean nothing here; set to other values they are refused.
+    alarm: what is to be said at once of a network in evaluation, "" if nothing.
     """
 
     name: str
     losses: tuple[str, ...]
     axes: int | None
-    measure: Measure
+    measure: Measure[Numbers]
     columns: tuple[Column, ...]
     close: Callable[[Job, Data, nn.Module, nn.Module], Closing]
     prepare: Callable[[Job, Data], Data] = field(default=lambda job, data: data)
     without: tuple[str, ...] = ()
+    alarm: Measure[str] = field(default=lambda net, held, settings: "")
 
 
 def comparison(
-    measure: Measure,
+    measure: Measure[Numbers],
     trivial: Callable[[Net, Data, Train], list[Score]],
     columns: tuple[Column, ...],
     forward: Callable[[Net, Split, Train], Callable[[], Any]],
@@ -151,4 +155,25 @@ def find_task(settings: Train, data: Data) -> Task:
         if getattr(settings, name) != Train.model_fields[name].default:
             hint = "leave it out"
             raise SpecError("E511", f"train: {name}: means nothing for loss: {loss.name}", hint=hint)
-    return task
+    return task if settings.probes is None else _probed(task, settings.probes, data)
+
+
+def _probed(task: Task, wanted: Probes, data: Data) -> Task:
+    """The task with rank and rate of features in each measurement, and probes in the closing table, or in both. Raises SpecError E508."""
+    if wanted.kinds:
+        probes.check(wanted, data)
+    meanwhile = wanted if wanted.on_the_way else wanted.model_copy(update={"kinds": ()})
+
+    def measure(net: Net, held: Held, settings: Train) -> Numbers:
+        return {**task.measure(net, held, settings), **probes.measured(net, data, held, meanwhile, settings)}
+
+    def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
+        start = "untrained" if job.settings.from_ is None else "as it started"
+        nets = [(start, cast(Net, initial)), (f"{job.spec.title}, trained", cast(Net, net))]
+        return probes.added(task.close(job, data, initial, net), wanted, data, job.settings, nets)
+
+    def alarm(net: Net, held: Held, settings: Train) -> str:
+        return probes.collapsed(net, held, wanted, settings)
+
+    own = probes.columns(meanwhile, probes.labelled(data))
+    return replace(task, measure=measure, columns=(*own, *task.columns), close=close, alarm=alarm)
