@@ -21,6 +21,7 @@ from unroll.derivation.rewrites.frequencies import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
 from unroll.language.constructors import as_constant, eye, is_symmetric, matmul, operator, scale, split, swap
+from unroll.language.naming import in_parts
 from unroll.language.nodes import (
     ONE,
     STEP_OF_ENTRY,
@@ -75,6 +76,7 @@ from unroll.language.nodes import (
 )
 from unroll.language.nodes import Node as Formula
 from unroll.language.problem import Problem
+from unroll.language.show import text
 from unroll.lower.operations import Node, Ref, Stage, View, shape_of
 
 Root = tuple[str, str]
@@ -764,9 +766,10 @@ def lower_step(problem: Problem, step: Step) -> Graph:
     for s in step.states:
         low.bind(s.symbol, _state(b, s.symbol))
     roots |= {("learned", p.name): low.value(p.starts_at) for p in step.learned if p.constructed}
-    for a in step.assigns:
+    for a, shown in zip(step.assigns, in_parts(tuple(a.value for a in step.assigns)), strict=True):
         ref = low.value(a.value)
-        _name(b, ref, a.target.name, a.note)
+        says = f"{a.target.name} <- "  # what it is, in names of parts where that is long
+        _name(b, ref, a.target.name, says + text(shown.whole) if a.note.startswith(says) else a.note)
         low.bind(a.target, ref)
         if a.block and isinstance(a.target, Sym) and a.target in step.output:
             roots["block", a.block] = _turned(b, a.target, ref)
