@@ -19,7 +19,7 @@ import unroll.train.pictures as module
 import unroll.train.shelves as shelves
 from unroll.errors import SpecError
 from unroll.model.module import Model
-from unroll.spec.schema import Augment, Images
+from unroll.spec.schema import Augment, Images, RandAugment
 from unroll.train import Interrupted, evaluate, resume, train
 from unroll.train.data import make_data
 from unroll.train.engine import Batches
@@ -412,7 +412,11 @@ def test_a_part_of_an_array_is_what_pillow_makes_of_it():
     assert torch.equal(part_of(image, (12, 20), lambda w, h: (0, 0, w, h)), image)
     found = part_of(image, (4, 6), lambda w, h: (3, 1, 15, 9))
     own = Image.fromarray(image[0, 1:9, 3:15].numpy()).resize((6, 4), Image.Resampling.BICUBIC)
-    assert torch.allclose(found[0], torch.from_numpy(np.array(own)), atol=1e-5)
+    part = image[0, 1:9, 3:15]
+    assert torch.allclose(found[0], torch.from_numpy(np.array(own)).clamp(part.min(), part.max()), atol=1e-5)
+
+
+EVERYTHING = Augment(crop=(0.3, 1.0), shift=2, flip=True, rand_augment=RandAugment(), erase=0.5, mixup=0.8, cutmix=1.0)
 
 
 # --- by other processes ----------------------------------------------------------------------------------------------
@@ -420,12 +424,13 @@ def test_a_part_of_an_array_is_what_pillow_makes_of_it():
 
 @pytest.mark.parametrize("form", ["folder", "numbers", "channels_last"])
 def test_batches_are_the_same_whoever_reads_them(tmp_path, form):
-    data = read(**written(tmp_path, form, pixels(10), np.arange(10) % 2), augment=Augment(shift=2, flip=True))
+    data = read(**written(tmp_path, form, pixels(10), np.arange(10) % 2), augment=EVERYTHING, normalise="data")
     before = torch.get_rng_state()
     alone, others = (list(Batches(data.train, data.change, 3, 5, 5, stand(1), workers=n)) for n in (0, 2))
     assert torch.equal(before, torch.get_rng_state()) and len(alone) == 4
     for a, b in zip(alone, others, strict=True):
         assert torch.equal(a.inputs["image"], b.inputs["image"]) and torch.equal(a.labels, b.labels)
+        assert all(torch.equal(*pair) for pair in zip(a.mixed, b.mixed, strict=True))
     held = [replace(data.validation, workers=n).to(torch.float64) for n in (0, 2)]
     for a, b in zip(*(h.batches(1) for h in held), strict=True):
         assert torch.equal(a.inputs["image"], b.inputs["image"]) and a.inputs["image"].dtype == torch.float64
@@ -449,7 +454,7 @@ unroll: {layers: 1}
 model:
   embed: {kind: patches, image: [3, 6, 6], patch: 3, norm: after}
   head: {kind: mean, classes: 2}
-data: {source: images, folder: FOLDER, size: 6, augment: {shift: 1, flip: true}, workers: 2}
+data: {source: images, folder: FOLDER, size: 6, augment: {crop: [0.3, 1.0], rand_augment: {}, mixup: 0.2, cutmix: 1.0}, workers: 2}
 train: {loss: cross_entropy, steps: 9, batch: 4, validate_every: 4, keep: last}
 """
 

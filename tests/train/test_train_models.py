@@ -19,11 +19,12 @@ from unroll.errors import SpecError
 from unroll.spec import load
 from unroll.spec.schema import Augment, Characters, Digits, Rates, Train
 from unroll.train import Interrupted, evaluate, labels, losses, masked, resume, run, train
-from unroll.train.augment import change_of, flipped, shifted
+from unroll.train.augment import flipped, shifted
 from unroll.train.data import make_data
 from unroll.train.engine import Average, Batches, fit, rate, read_rows
 from unroll.train.engine import Stage as Span
 from unroll.train.groups import by_kind, parameter_groups, record
+from unroll.train.pictures import change_of
 from unroll.train.samples import Data, Shapes, Split, Windows
 from unroll.train.tasks import TASKS, find_task
 
@@ -485,7 +486,7 @@ def test_every_epoch_has_each_sample_once_in_an_order_of_its_own():
 
 def test_every_step_changes_images_anew():
     same = Split({"image": torch.rand(1, 1, 8, 8).expand(40, 1, 8, 8)}, labels=torch.zeros(40).long())
-    batches = [b.inputs["image"] for b in Batches(same, change_of(Augment(shift=3), "image"), 20, 0, 4, stand(0))]
+    batches = [b.inputs["image"] for b in Batches(same, change_of(Augment(shift=3), "image", 1), 20, 0, 4, stand(0))]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
 
 

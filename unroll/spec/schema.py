@@ -753,13 +753,37 @@ class Patches(DataSettings):
 Side = Annotated[int, Field(ge=2, le=4096)]
 
 
-class Augment(Record):
-    """Training pictures are changed at random, anew in every step."""
+class RandAugment(Record):
+    """Some of fourteen operations on a picture, drawn anew for each: turns, shears, shifts, colours, contrast."""
 
+    operations: Annotated[int, Field(ge=1, le=14)] = 2
+    strength: Share = 0.3
+    """of all of them: 1 is a turn by 30 degrees, 0.3 what the papers call 9 of 30"""
+
+
+class Augment(Record):
+    """Training pictures are changed at random, anew in every step, in this order."""
+
+    crop: tuple[Share, Share] | None = None
+    """a part of the picture, of an area between these shares of it, scaled: [0.08, 1.0]"""
     shift: Annotated[int, Field(ge=0, le=64)] = 0
     """largest shift in pixels, up, down, left and right; zeros come in at the border"""
     flip: bool = False
     """left and right swapped, every second time"""
+    rand_augment: RandAugment | None = None
+    erase: Share | None = None
+    """the probability that a rectangle becomes 0, after `normalise`"""
+    mixup: Positive | None = None
+    """alpha of Beta(alpha, alpha), of which the share of a picture is in a mixture with another one, labels too; for loss: cross_entropy"""
+    cutmix: Positive | None = None
+    """alpha of the same for a rectangle of another picture; with mixup, every second step at random"""
+
+
+class Scaling(Record):
+    """(value - mean) / std for each channel, or for all."""
+
+    mean: Annotated[tuple[float, ...], Field(min_length=1)]
+    std: Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Digits(DataSettings):
@@ -801,6 +825,8 @@ class Images(DataSettings):
     """how many are held out where nothing is set apart; below 1, a share of all"""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """processes that read batches ahead of the training; what they read does not depend on how many there are"""
+    normalise: Scaling | Literal["data"] | None = None
+    """mean and standard deviation of each channel, as numbers, or those of the training pictures; kept with the run"""
     augment: Augment | None = None
     seed: Seed = 0
 

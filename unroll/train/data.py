@@ -21,8 +21,7 @@ from torch import Tensor
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.spec import schema
 from unroll.spec.schema import DataSettings, Digits, Files, LowRank, Patches, Synthetic
-from unroll.train.augment import change_of
-from unroll.train.pictures import image_sizes, read_pictures
+from unroll.train.pictures import change_of, image_sizes, mixes, read_pictures
 from unroll.train.samples import Data, Shape, Shapes, Split, Tensors, divide, generator, package
 from unroll.train.sources import ABOUT
 from unroll.train.text import read_text
@@ -112,8 +111,8 @@ def digits(settings: Digits, shapes: Shapes, given: Tensors) -> Data:
     if settings.size != 8:
         image = torch.nn.functional.interpolate(image, size=2 * (settings.size,), mode="bilinear", align_corners=False)
     train, held = divide(Split({name: image}, labels=labels), settings.validation, settings.seed)
-    sizes, change = image_sizes(image, count), change_of(settings.augment, name)
-    return Data("digits", train, held, sizes=sizes, kept=kept, change=change)
+    sizes, change = image_sizes(image, count), change_of(settings.augment, name, 1)
+    return Data("digits", train, held, sizes=sizes, kept=kept, change=change, mixes=mixes(settings.augment))
 
 
 def _of_classes(x: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:

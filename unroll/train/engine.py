@@ -133,8 +133,8 @@ class Drawing:
         places = self.order[1][k * self.size : (k + 1) * self.size]
         if self.change is None and not self.noise:
             return self.samples[places[self.mine]]
-        batch, draw = self.samples[places], generator((self.seed + 1) * FOREVER + step)
-        batch = batch if self.change is None else self.change(batch, draw)
+        draw = generator((self.seed + 1) * FOREVER + step)
+        batch = self.samples[places] if self.change is None else self.change(self.samples, places, draw)
         # all ranks change the whole batch, so that it does not depend on their number
         return noisy(batch, self.noise, step / max(self.steps - 1, 1), draw)[self.mine]
 
@@ -720,6 +720,11 @@ def _check(net: Net, data: Data, settings: Train) -> None:
     if loss.needs == "targets" and not data.train.whole().targets:
         hint = "set train: target: optimum, or train: loss: objective"
         raise SpecError("E508", f"train: loss: {settings.loss} needs the true {', '.join(net.variables)}", hint=hint)
+    if data.mixes and not loss.mixes:
+        hint = "leave mixup: and cutmix: out"
+        raise SpecError(
+            "E511", f"data: augment: mixtures have labels in shares, which loss: {loss.name} does not know", hint=hint
+        )
     fed = data.validation.whole().inputs
     if missing := [name for name in net.inputs if name not in fed]:
         message = f"the network takes {', '.join(missing)}, source '{data.source}' has {', '.join(fed)}"

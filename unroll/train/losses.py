@@ -65,6 +65,7 @@ class Loss:
     needs: what the batch must hold beside inputs, "" if nothing.
     misfit(samples, answer, most): why the answer to a few samples cannot be compared with them, "" if it can; most: the
     highest label of all samples, -1 without labels.
+    mixes: does it know labels in shares, `batch.mixed`?
     """
 
     name: str
@@ -72,6 +73,7 @@ class Loss:
     needs: Literal["", "targets", "labels"]
     value: Callable[[Net, Split, Any, Train], Tensor]
     misfit: Callable[[Split, Any, int], str]
+    mixes: bool = False
 
 
 def arguments(net: Net, inputs: Tensors) -> list[Tensor]:
@@ -136,7 +138,16 @@ def _cross_entropy(net: Net, batch: Split, logits: Tensor, settings: Train) -> T
     """mean over labels y ≥ 0 of −Σₖ qₖ log softmax(logits)ₖ, q = (1 − s)·[k = y] + s/K with s = label_smoothing; 0 if there are none."""
     del net
     assert batch.labels is not None
-    return cross_entropy(logits, batch.labels, settings.label_smoothing) / (batch.labels >= 0).sum().clamp_min(1)
+    if batch.mixed is None:
+        return cross_entropy(logits, batch.labels, settings.label_smoothing) / (batch.labels >= 0).sum().clamp_min(1)
+    other, share = batch.mixed  # −Σ (s·q + (1 − s)·q')ₖ log pₖ
+    value = weight = torch.zeros(()).to(logits)
+    for labels, s in ((batch.labels, share.to(logits)), (other, 1 - share.to(logits))):
+        each = nn.functional.cross_entropy(
+            logits, labels.clamp_min(-1), reduction="none", ignore_index=-1, label_smoothing=settings.label_smoothing
+        )
+        value, weight = value + (s * each).sum(), weight + (s * (labels >= 0)).sum()
+    return value / torch.where(weight > 0, weight, 1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -199,7 +210,7 @@ LOSSES: tuple[Loss, ...] = (
     Loss("objective", True, "", _objective, _fits),
     Loss("mse", True, "targets", _mse, _fits),
     Loss("nmse", True, "targets", _nmse, _fits),
-    Loss("cross_entropy", False, "labels", _cross_entropy, _no_logits),
+    Loss("cross_entropy", False, "labels", _cross_entropy, _no_logits, mixes=True),
     Loss("masked_mse", False, "", _masked_mse, _no_patches),
 )
 

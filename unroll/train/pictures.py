@@ -10,38 +10,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os.path import isdir
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Images
+from unroll.spec.schema import Augment, Images, Scaling
 from unroll.train.ahead import ahead
-from unroll.train.augment import change_of
-from unroll.train.samples import Data, Place, Shapes, Split, Tensors, moved, shuffled
+from unroll.train.augment import crops, erased, flipped, mixed, pasted, rand_augmented, shifted
+from unroll.train.samples import Change, Data, Place, Samples, Shapes, Split, Tensors, moved, shuffled
 from unroll.train.shelves import (
     Arrays,
     Shards,
     Shelf,
     Size,
+    View,
     folders,
     left_out,
     middle,
     open_arrays,
     open_folder,
     open_shards,
+    part_of,
 )
 
 AXES = ("channels", "height", "width")
 PARTS = ("train", "val")
 SHOWN = 1 << 20
 """Numbers that `whole` answers with at most."""
+MEASURED = 4096
+"""Pictures of which mean and standard deviation are taken."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """(x - mean) / std; each () or (C,)."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, dtype=image.dtype)[:, None, None] for v in (self.mean, self.std))
+        return (image - mean) / std
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some pictures of a shelf, by their places on it (N,), scaled to (height, width)."""
+    """Some pictures of a shelf, by their places on it (N,), scaled to (height, width), then in the scale of the network."""
 
     name: str
     shelf: Shelf
@@ -49,6 +66,7 @@ class Pictures:
     size: Size
     workers: int
     bytes: None = None
+    scale: Scale | None = None
     like: tuple[Place, ...] = ()
 
     @property
@@ -63,14 +81,20 @@ class Pictures:
 
     def __getitem__(self, index: Tensor | slice) -> Split:
         places = self.places[index]
-        images = torch.stack([self.shelf.read(int(k), self.size, middle(self.size)) for k in places])
-        return self._moved(Split({self.name: images}, labels=torch.from_numpy(self.shelf.labels)[places]))
+        return self.finished(self.seen(places, [middle(self.size)] * len(places)), places)
+
+    def seen(self, places: Tensor, views: Sequence[View]) -> Tensor:
+        """Parts of pictures as they lie there: (B, C, H, W), float32."""
+        return torch.stack([self.shelf.read(int(k), self.size, v) for k, v in zip(places, views, strict=True)])
+
+    def finished(self, image: Tensor, places: Tensor) -> Split:
+        """Images in the scale of the network, with their labels."""
+        image = image if self.scale is None else self.scale(image)
+        return self._moved(Split({self.name: image}, labels=torch.from_numpy(self.shelf.labels)[places]))
 
     def whole(self) -> Split:
         """All that memory has room for, at equal distances."""
-        one = self[:1].inputs[self.name].numel()
-        most = min(max(SHOWN // one, 2), len(self))
-        return self[torch.from_numpy(np.linspace(0, len(self) - 1, most).round().astype(np.int64))]
+        return self[_spread(len(self), max(SHOWN // self[:1].inputs[self.name].numel(), 2))]
 
     def to(self, like: Place) -> Pictures:
         return replace(self, like=(*self.like, like))
@@ -99,6 +123,97 @@ class _Slices:
         return self.pictures[slice(k * self.size, (k + 1) * self.size)]
 
 
+@dataclass(frozen=True)
+class Changed:
+    """What `augment:` does to the input `name` of a batch."""
+
+    settings: Augment
+    name: str
+
+    def __call__(self, samples: Samples, places: Tensor, draw: torch.Generator) -> Split:
+        do = self.settings
+        if isinstance(samples, Pictures):
+            own = samples.places[places]
+            image = self._image(samples.seen(own, crops(do, samples.size, len(own), draw)), draw)
+            batch = samples.finished(image, own)
+        else:
+            batch = samples[places]
+            image = batch.inputs[self.name]
+            if do.crop is not None:
+                size = (image.shape[2], image.shape[3])
+                views = crops(do, size, len(image), draw)
+                image = torch.stack([part_of(x, size, view) for x, view in zip(image, views, strict=True)])
+            batch = self._with(batch, self._image(image, draw))
+        if do.erase is not None:
+            batch = self._with(batch, erased(batch.inputs[self.name], do.erase, draw))
+        return self._mixed(batch, draw) if mixes(do) else batch
+
+    def _image(self, image: Tensor, draw: torch.Generator) -> Tensor:
+        image = shifted(image, self.settings.shift, draw)
+        image = flipped(image, draw) if self.settings.flip else image
+        return image if self.settings.rand_augment is None else rand_augmented(image, self.settings.rand_augment, draw)
+
+    def _mixed(self, batch: Split, draw: torch.Generator) -> Split:
+        ways = [(way, alpha) for way, alpha in ((mixed, self.settings.mixup), (pasted, self.settings.cutmix)) if alpha]
+        way, alpha = ways[int(torch.randint(len(ways), (), generator=draw))]
+        image, other, share = way(batch.inputs[self.name], alpha, draw)
+        assert batch.labels is not None
+        return replace(self._with(batch, image), mixed=(batch.labels[other], share.float()))
+
+    def _with(self, batch: Split, image: Tensor) -> Split:
+        return replace(batch, inputs={**batch.inputs, self.name: image})
+
+
+def change_of(settings: Augment | None, name: str, channels: int) -> Change | None:
+    """None if nothing is changed. Raises SpecError E511 for settings that do not fit."""
+    if settings is None:
+        return None
+    if settings.rand_augment is not None and channels not in (1, 3):
+        message = f"data: augment: rand_augment: is for images of 1 or 3 channels, these have {channels}"
+        raise SpecError("E511", message, hint="leave it out")
+    if settings.crop is not None and settings.crop[0] > settings.crop[1]:
+        raise SpecError("E511", "data: augment: crop: the smaller share comes first", hint="crop: [0.08, 1.0]")
+    return Changed(settings, name)
+
+
+def mixes(settings: Augment | None) -> bool:
+    return settings is not None and bool(settings.mixup or settings.cutmix)
+
+
+def scale_of(settings: Scaling | Literal["data"] | None, train: Pictures, channels: int) -> Scale | None:
+    """What `normalise:` says, or what the training pictures have. Raises SpecError E504, E511."""
+    if settings is None:
+        return None
+    if settings == "data":
+        return _measured(train)
+    for word, values in (("mean", settings.mean), ("std", settings.std)):
+        if len(values) not in (1, channels):
+            message = f"data: normalise: {word}: {len(values)} numbers for {channels} channels"
+            raise SpecError("E511", message, hint="one for each channel, or one for all")
+    return Scale(settings.mean, settings.std)
+
+
+def _measured(train: Pictures) -> Scale:
+    """Mean and standard deviation of each channel, of at most MEASURED training pictures at equal distances."""
+    chosen, sums, count = replace(train, places=train.places[_spread(len(train), MEASURED)]), torch.zeros(()), 0
+    for batch in chosen.batches(64):
+        image = batch.inputs[train.name].double()
+        sums = sums + torch.stack([image.sum((0, 2, 3)), image.square().sum((0, 2, 3))])
+        count += image[:, 0].numel()
+    mean, square = sums / count
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    if bool((std <= 1e-6 * mean.abs().clamp_min(1e-30)).any()):
+        channel = int(std.argmin())
+        message = f"data: normalise: data: all pictures have the same value in channel {channel}"
+        raise SpecError("E504", message, hint="normalise: {mean: [..], std: [..]}")
+    return Scale(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """At most so many of the numbers below count, at equal distances."""
+    return torch.from_numpy(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
+
+
 def read_pictures(settings: Images, shapes: Shapes, given: Tensors) -> Data:
     """image: (B, C, height, width) and labels of pictures in folders, tar files or arrays.
 
@@ -116,6 +231,8 @@ def read_pictures(settings: Images, shapes: Shapes, given: Tensors) -> Data:
         parts = [(shelves[0], p) for p in places]
     name = settings.input or "image"
     train, held = (Pictures(name, shelf, places, size, settings.workers) for shelf, places in parts)
+    scale = scale_of(settings.normalise, train, sizes["channels"])
+    train, held = replace(train, scale=scale), replace(held, scale=scale)
     seals = "".join(shelf.seal for shelf in shelves)
     return Data(
         "images",
@@ -123,9 +240,14 @@ def read_pictures(settings: Images, shapes: Shapes, given: Tensors) -> Data:
         held,
         notes=notes,
         sizes={"classes": len(classes), **sizes},
-        kept={"classes": classes, "pictures": hashlib.sha256(seals.encode()).hexdigest()},
-        change=change_of(settings.augment, name),
+        kept={
+            "classes": classes,
+            "pictures": hashlib.sha256(seals.encode()).hexdigest(),
+            **({} if scale is None else {"normalise": {"mean": list(scale.mean), "std": list(scale.std)}}),
+        },
+        change=change_of(settings.augment, name, sizes["channels"]),
         workers=settings.workers,
+        mixes=mixes(settings.augment),
     )
 
 

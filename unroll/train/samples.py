@@ -69,21 +69,23 @@ class Split:
 
     labels: (B,) the class of each sample, or (B, T) the answer at each token; whole numbers, below 0 where there is none.
     bytes: of the text that all labels stand for, where that is known.
+    mixed: (labels of other samples that are mixed in, share of the sample itself), both (B,).
     """
 
     inputs: Tensors
     targets: Tensors = field(default_factory=dict[str, Tensor])
     labels: Tensor | None = None
     bytes: int | None = None
+    mixed: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, index: Tensor | slice) -> Split:
         labels = None if self.labels is None else self.labels[index]
-        return Split(
-            {k: v[index] for k, v in self.inputs.items()}, {k: v[index] for k, v in self.targets.items()}, labels
-        )
+        mixed = None if self.mixed is None else (self.mixed[0][index], self.mixed[1][index])
+        inputs, targets = ({k: v[index] for k, v in part.items()} for part in (self.inputs, self.targets))
+        return Split(inputs, targets, labels, mixed=mixed)
 
     def order(self, draw: torch.Generator) -> Tensor:
         """The samples of one epoch, shuffled."""
@@ -101,6 +103,7 @@ class Split:
             {k: moved(v, like) for k, v in self.targets.items()},
             labels,
             self.bytes,
+            None if self.mixed is None else (moved(self.mixed[0], like), moved(self.mixed[1], like)),
         )
 
     def batches(self, size: int) -> Iterator[Split]:
@@ -151,7 +154,8 @@ class Windows:
         return Windows(self.name, moved(self.codes, like), self.length)
 
 
-Change = Callable[[Split, torch.Generator], Split]
+Change = Callable[[Samples, Tensor, torch.Generator], Split]
+"""(samples, places of a batch, random numbers of its step) -> the batch as training sees it."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class Data:
     parameters: values of the problem's parameters.  notes: lines for the reader.
     sizes: what the data say about a model, such as classes or vocabulary.
     kept: what the samples mean (names of classes, the characters): a run can go on only while it stays the same.
-    change: applied to every batch in training, with random numbers of that step alone.
+    change: takes every batch in training from `train`, with random numbers of that step alone.  mixes: in mixtures of samples.
     words: what tokens stand for.  workers: processes that read batches ahead of the training.
     """
 
@@ -175,6 +179,7 @@ class Data:
     change: Change | None = None
     words: Words | None = None
     workers: int = 0
+    mixes: bool = False
 
     def summary(self) -> list[tuple[str, str, str, str, str]]:
         """Rows to print before training: what, name, shape, range, dtype."""

@@ -372,4 +372,5 @@ def part_of(image: Tensor, size: Size, view: View) -> Tensor:
     shown = image[:, top:bottom, left:right]
     if shown.shape[1:] == size:
         return shown.contiguous()
-    return torch.nn.functional.interpolate(shown[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
+    scaled = torch.nn.functional.interpolate(shown[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
+    return scaled.clamp(shown.amin(), shown.amax())  # the polynomials go beyond
