@@ -293,12 +293,23 @@ def _finite(value: Any) -> Any:
 
 @cli.command("eval")
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--white-box", is_flag=True, help="What each step of each layer does to each term of the objective.")
 @_measuring
 @click.option("--json", "as_json", is_flag=True, help="For programs; null where a number is not finite.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def eval_(
+    run: Path,
+    overrides: tuple[str, ...],
+    white_box: bool,
+    at: str,
+    terms: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Measure a finished run again on its held-out data: its closing table, or, with --white-box, what its layers do.
+
+    Other settings of its data, as data.folder=FOLDER, measure it on those; the run stays as it is.
 
     \b
     One row per layer, block and term, means over all held-out samples:
@@ -311,6 +322,8 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
     """
     if not white_box and (terms or as_json or at != "iterate"):
         raise click.UsageError("--at, --term and --json are about --white-box: add it")
+    if white_box and overrides:
+        raise click.UsageError("--white-box is of the run's own samples: leave KEY=VALUE out")
     if white_box:
         from unroll.train.run import measure
 
@@ -320,7 +333,7 @@ def eval_(run: Path, white_box: bool, at: str, terms: tuple[str, ...], as_json: 
     else:
         from unroll.train import evaluate
 
-        click.echo(str(evaluate(run, quiet=quiet)))
+        click.echo(str(evaluate(run, overrides=overrides, quiet=quiet)))
 
 
 @cli.command()

@@ -737,11 +737,11 @@ def _check(net: Net, data: Data, settings: Train) -> None:
         hint = "at: features reads the tokens as they leave the layers"
         raise SpecError("E511", "train: probes: at: answer: this network answers with patches", hint=hint)
     if not loss.by_layer:
-        _check_answer(net, loss, data)
+        check_answer(net, loss, data)
 
 
 @torch.no_grad()
-def _check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
+def check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
     """Ask the network, as it is in training, about two samples. Raises SpecError E512."""
     module = losses.module(net)
     like = next(module.parameters())

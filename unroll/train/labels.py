@@ -21,16 +21,19 @@ from unroll.train.table import Score
 @torch.no_grad()
 def held_out(net: Net, held: Held, settings: Train) -> dict[str, float]:
     """nats and bits per label, and the share of labels that are the likeliest answer; no label smoothing."""
-    nats = hits = count = 0.0
+    nats = hits = near = count = 0.0
+    few = False
     for batch in held.batches(settings.batch):
         assert batch.labels is not None
         answer: Tensor = net(*losses.arguments(net, batch.inputs))
         logits = answer.double()
         nats += float(losses.cross_entropy(logits, batch.labels))
         hits += float((logits.argmax(-1) == batch.labels).sum())
+        few = logits.shape[-1] <= TOP
+        near += 0 if few else float((logits.topk(TOP).indices == batch.labels[..., None]).sum())
         count += int((batch.labels >= 0).sum())
     count = max(count, 1)
-    return _measured(nats / count, hits / count, per_byte(held))
+    return {**_measured(nats / count, hits / count, per_byte(held)), **({} if few else {"top5": near / count})}
 
 
 def per_byte(held: Held) -> float:
@@ -55,7 +58,24 @@ def classes(net: Net, data: Data, settings: Train) -> list[Score]:
     del net, settings
     train, held = labels_of(data.train), labels_of(data.validation)
     p = frequencies(train, _size(train, held))
-    return [Score("most frequent class", _measured(float(-p[held].log().mean()), _share(held, p.argmax())))]
+    near = float(torch.isin(held, p.topk(min(TOP, len(p))).indices).double().mean())
+    told = _measured(float(-p[held].log().mean()), _share(held, p.argmax()))
+    return [Score("most frequent class", {**told, "top5": near})]
+
+
+@torch.no_grad()
+def confusion(net: Net, held: Held, settings: Train) -> Tensor:
+    """How many samples of each class (row) get each answer (column): (K, K)."""
+    counts: Tensor | None = None
+    for batch in held.batches(settings.batch):
+        assert batch.labels is not None
+        logits: Tensor = net(*losses.arguments(net, batch.inputs))
+        size, known = logits.shape[-1], batch.labels >= 0
+        pairs = batch.labels[known] * size + logits.argmax(-1)[known]
+        found = torch.bincount(pairs, minlength=size * size).reshape(size, size).cpu()
+        counts = found if counts is None else counts + found
+    assert counts is not None, "internal error, please report: no held-out samples"
+    return counts
 
 
 def characters(net: Net, data: Data, settings: Train) -> list[Score]:
@@ -75,6 +95,8 @@ def characters(net: Net, data: Data, settings: Train) -> list[Score]:
     return rows
 
 
+TOP = 5
+"""Answers among which a label is looked for, where there are more classes."""
 LARGEST = 4096
 """Words, of which all pairs are counted."""
 

@@ -6,17 +6,17 @@ Legend: B batch, C channels, H height, W width.  image: (B, C, H, W), 0 .. 1.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import isdir
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unroll.errors import SpecError
+from unroll.errors import SpecError, quote
 from unroll.spec.schema import Augment, Images, Scaling
 from unroll.train.ahead import ahead
 from unroll.train.augment import crops, erased, flipped, mixed, pasted, rand_augmented, shifted
@@ -314,6 +314,51 @@ def _classes(shelves: Sequence[Shelf]) -> list[str]:
             raise SpecError("E507", f"data: what is held out differs in its classes: {', '.join(odd)}")
         first = max(first, found, key=len)
     return first
+
+
+WHERE = ("folder", "shards", "arrays")
+
+
+def asked_for(settings: Mapping[str, Any], asked: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Settings of a run without what does not hold for pictures elsewhere, if these are asked for. sizes: what its network takes."""
+    places = [word for word in WHERE if word in asked]
+    if not places:
+        return dict(settings)
+    gone = {*WHERE, "held", "order"} - set(asked)
+    kept = {word: value for word, value in settings.items() if word not in gone}
+    if "arrays" in places:
+        return {word: value for word, value in kept.items() if word not in ("size", "channels")}
+    return {"size": [sizes["height"], sizes["width"]], "channels": sizes["channels"], **kept}
+
+
+def read_elsewhere(settings: Images, means: Mapping[str, Any]) -> Data:
+    """What is held out of other pictures, or all of them where nothing is set apart; numbered, and in the scale, as in a run.
+
+    means: data.json of the run.  Raises SpecError as `read_pictures` does, and E507 for classes that the run does not know.
+    """
+    shelves, notes = _shelves(settings)
+    sizes, size = _sizes(settings, shelves)
+    shelf, known = shelves[-1], list[str](means["classes"])
+    scale = Scale(*(tuple(means["normalise"][word]) for word in ("mean", "std"))) if "normalise" in means else None
+    shelf = _numbered(shelf, known)
+    name = settings.input or "image"
+    held = Pictures(name, shelf, torch.arange(len(shelf.labels)), size, settings.workers, scale=scale)
+    sizes = {"classes": len(known), **sizes}
+    return Data("images", held, held, notes=notes, sizes=sizes, kept={"classes": known}, workers=settings.workers)
+
+
+def _numbered(shelf: Shelf, known: Sequence[str]) -> Shelf:
+    """The same pictures, their classes numbered as these names are; numbers without names are what they are."""
+    names = list(shelf.classes)
+    if not set(names) <= set(known):
+        if names == list(map(str, range(len(names)))) and len(names) <= len(known):
+            return shelf
+        odd = [name for name in names if name not in known]
+        message = f"data: the network knows no class {', '.join(map(quote, odd[:5]))}"
+        raise SpecError("E507", message, hint=f"it tells apart: {', '.join(known[:20])}")
+    place = np.array([known.index(name) for name in names], dtype=np.int64)
+    labels = np.where(shelf.labels >= 0, place[shelf.labels], shelf.labels) if len(place) else shelf.labels
+    return replace(cast(Any, shelf), labels=labels)
 
 
 def image_sizes(image: Tensor, classes: int) -> dict[str, int]:

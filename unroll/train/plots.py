@@ -1,7 +1,8 @@
-"""Pictures of a run as PNG files: the course of the training, the error layer by layer, the atoms of a dictionary."""
+"""Pictures of a run as PNG files: the course of the training, the error layer by layer, the atoms of a dictionary, which classes are mistaken for which."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from unroll.errors import printable
 from unroll.train.samples import package
 from unroll.train.table import Closing, Column
+
+NAMED = 30
+"""Classes whose names there is room for."""
 
 
 def curves(rows: Sequence[Mapping[str, float]], closing: Closing, column: Column, path: Path) -> None:
@@ -50,6 +55,23 @@ def _by_epoch(axis: Any, rows: Sequence[Mapping[str, float]], closing: Closing, 
         if value is not None:
             axis.axhline(float(value), color=f"C{line}", linestyle="--", linewidth=1, label=row.name)
     axis.set(xlabel="epoch", ylabel=column.head)
+
+
+def confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
+    """How many samples of each class (row) get each answer (column): a picture of shares of each row, and numbers as CSV beside it."""
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", *names])
+        writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    figure, (axis,) = _figure(1)
+    shares = (counts.double() / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
+    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xlabel="answer", ylabel="label")
+    if len(names) <= NAMED:
+        axis.set_xticks(range(len(names)), [printable(name) for name in names], rotation=90)
+        axis.set_yticks(range(len(names)), [printable(name) for name in names])
+    figure.colorbar(picture, label="share of the samples of a label")
+    _save(figure, path)
 
 
 def atoms(dictionary: Tensor, path: Path) -> bool:

@@ -5,12 +5,13 @@
 A run folder holds all that another session needs: spec.yaml, run.json (command, versions, seed, sizes, which parameters
 decay, what it started from), start.safetensors (the weights that it started with, if `from:` says so), given.safetensors
 (values of parameters, a learned dictionary among them), data.json (names of classes, the characters of a text), optimum_*.safetensors, checkpoints/, metrics.csv, and in the end weights.safetensors, table.json,
-curves.png. What is done with codes, labels or hidden patches is in the record of the task.
+curves.png, confusion.png and .csv of classes; evaluations/ on other data. What is done with codes, labels or hidden patches is in the record of the task.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from unroll.network.network import Network, network
 from unroll.network.saved import Value, differences, seal
 from unroll.network.values import refuse_undeclared
 from unroll.spec import Spec, load
-from unroll.spec.schema import Characters, Dictionary, Files, From, TokenArrays, TokenEmbed
+from unroll.spec.schema import Characters, Dictionary, Files, From, Images, TokenArrays, TokenEmbed
 from unroll.train import losses, plots
 from unroll.train.beginning import Beginning, begin, inherited, start
 from unroll.train.data import make_data
@@ -52,6 +53,7 @@ from unroll.train.groups import record
 from unroll.train.job import Job, build, first_rank, plain_spec, shapes_of
 from unroll.train.losses import Net, Outcome
 from unroll.train.masked import masks
+from unroll.train.pictures import asked_for, read_elsewhere
 from unroll.train.samples import NEEDED, Data, Split, Tensors, package
 from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
@@ -59,6 +61,8 @@ from unroll.train.tasks import find_task
 
 PACKAGES = ("unroll-compiler", "torch", "lightning", "numpy", "sympy", "scikit-learn", "safetensors")
 SHARED = "UNROLL_RUN_FOLDER"
+PLACES = ("pictures", "tokens")
+"""What data.json says of files, not of what they mean."""
 CODING = 30  # iterations per code while a dictionary is learned
 
 
@@ -76,6 +80,8 @@ class Run:
     steps: int
     seconds: float
     closing: Closing
+    elsewhere: tuple[str, ...] = ()
+    """other settings of the data that it was measured on"""
 
     @property
     def table(self) -> tuple[Line, ...]:
@@ -84,6 +90,8 @@ class Run:
 
     def __str__(self) -> str:
         title = f"at depth {cast(Net, self.net).layers} on {self.closing.samples:,} held-out samples"
+        if self.elsewhere:
+            return f"{self.closing.text(title)}\n\nmeasured with {' '.join(self.elsewhere)}: {self.folder}"
         files = "spec, weights.safetensors, metrics.csv, curves.png"
         lines = [self.closing.text(title), "", f"run folder   {self.folder}   {files}"]
         return "\n".join([*lines, f"again        unroll train --resume {self.folder}"])
@@ -224,17 +232,90 @@ def _changed(job: Job, overrides: Sequence[str]) -> Job:
     return replace(job, spec=spec)
 
 
-def evaluate(folder: str | Path, *, quiet: bool = False) -> Run:
-    """The closing table of a finished run, measured again. Raises SpecError E510 if the folder holds none."""
+def evaluate(folder: str | Path, *, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
+    """The closing table of a finished run, measured again; or, with other settings of its data, on those.
+
+    overrides: "data.folder=other" and the like. Of other pictures all are measured, or those that are set apart as held out. What is measured is in
+    a folder of its own, within that of the run: evaluations/...
+    Raises SpecError E510 if the folder holds no run, E511 for settings that are none of its data, E507, E512, E514 for data that are not for its network.
+    """
     package("lightning", "a run of unroll train")
     job = _read_finished(Path(folder), None if quiet else Console(stderr=True), "weights.safetensors", "table.json")
     with reading(job.folder / "table.json"):
         ended = read_json(job.folder / "table.json")
         outcome = Outcome(ended["status"], ended["steps"], ended["seconds"], math.nan)
+    if overrides:
+        return _evaluate_elsewhere(job, overrides, outcome)
     data, net = ready(job)
     initial = copy.deepcopy(net)
     _read_trained(job, net)
     return _close(job, data, initial, net, outcome)
+
+
+def _evaluate_elsewhere(job: Job, overrides: Sequence[str], outcome: Outcome) -> Run:
+    from unroll.train.engine import check_answer, read_weights
+
+    spec, means = _spec_elsewhere(job, overrides), _meaning(job)
+    other = replace(job, spec=spec)
+    data = _data_elsewhere(other, means)
+    task, net = find_task(other.settings, data), _untrained(job, means)
+    initial = copy.deepcopy(net)
+    if job.settings.from_ is not None:
+        read_weights(initial, job.folder / "start.safetensors")
+    _read_trained(job, net)
+    loss = losses.find_loss(other.settings.loss)
+    if not loss.by_layer:
+        check_answer(cast(Net, net), loss, data)
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
+    other = replace(other, folder=job.folder / "evaluations" / digest)
+    shutil.rmtree(other.folder, ignore_errors=True)
+    other.folder.mkdir(parents=True)
+    closing = task.close(other, data, initial, net)
+    _write_closing(other.folder, closing, {"overrides": list(overrides)}, means)
+    return Run(other.folder, net, outcome.status, outcome.steps, outcome.seconds, closing, tuple(overrides))
+
+
+def _spec_elsewhere(job: Job, overrides: Sequence[str]) -> Spec:
+    """The spec with other settings of its data, and none about its own. Raises SpecError E511."""
+    names = [text.partition("=")[0].strip() for text in overrides]
+    for name in names:
+        if not name.startswith("data.") or name in ("data.source", "data.input", "data.dictionary"):
+            hint = "settings of data: as data.folder=FOLDER; the network is that of the run"
+            raise SpecError("E511", f"a run cannot be measured with another {quote(name)}", hint=hint)
+    document: dict[str, Any] = job.spec.to_dict()
+    if isinstance(job.spec.data, Images):
+        with reading(job.folder / "run.json"):
+            sizes: dict[str, int] = read_json(job.folder / "run.json")["sizes"]
+        document["data"] = asked_for(document["data"], {name.split(".")[1] for name in names}, sizes)
+    if "train" in document:  # probes are fitted to samples of the training
+        document["train"] = {k: v for k, v in document["train"].items() if k not in ("probes", "evaluate", "keep")}
+        document["train"]["keep"] = "last"
+    return load(document, overrides)
+
+
+def _data_elsewhere(job: Job, means: Mapping[str, Any]) -> Data:
+    """Other data for the network of a run. Raises SpecError E514 where what they mean is not what it was trained on."""
+    assert job.spec.data is not None
+    if isinstance(job.spec.data, Images):
+        data = read_elsewhere(job.spec.data, means)
+    else:
+        data = make_data(job.spec.data, shapes_of(job.spec, job.dims), job.given)
+        wanted, found = ({k: v for k, v in kept.items() if k not in PLACES} for kept in (means, data.kept))
+        if odd := _differences(wanted, found):
+            hint = f"data.words={job.folder / 'data.json'}" if "vocabulary" in odd else ""
+            raise SpecError("E514", f"the data mean something else than those of the run: {', '.join(odd)}", hint=hint)
+    parameters = {k: v.to(job.dtype) for k, v in job.given.items()}
+    if job.console is not None:
+        _show_data(data, job.console)
+    return replace(
+        data, train=data.train.to(job.dtype), validation=data.validation.to(job.dtype), parameters=parameters
+    )
+
+
+def _meaning(job: Job) -> dict[str, Any]:
+    """data.json, which says what samples mean; empty where there is nothing to say."""
+    path = job.folder / "data.json"
+    return read_json(path) if path.exists() else {}
 
 
 def measure(
@@ -262,17 +343,24 @@ def trained(folder: str | Path) -> Any:
     """
     job = _read_finished(Path(folder), None, "weights.safetensors")
     with reading(job.folder / "run.json"):
-        sizes: dict[str, int] | None = read_json(job.folder / "run.json").get("sizes")
-    if sizes is None:  # a run of before
+        old = "sizes" not in read_json(job.folder / "run.json")
+    if old:  # a run of before
         return _restored(folder)[2]
-    kept = read_json(job.folder / "data.json") if (job.folder / "data.json").exists() else {}
-    with reading(job.folder / "data.json"):
-        words = read_record(kept)
-    data = Data("", Split({}), Split({}), dict(job.given), sizes=sizes, words=words)
-    net = build(job, data, job.spec)
-    _refuse_others(job.folder, "manifest", _manifest(job, {**cast(Net, net).given, **job.given}))
+    net = _untrained(job, _meaning(job))
     _read_trained(job, net)
     return net.eval()
+
+
+def _untrained(job: Job, means: Mapping[str, Any]) -> nn.Module:
+    """The network of a run before training, without its data. means: data.json. Raises SpecError E510."""
+    with reading(job.folder / "run.json"):
+        sizes: dict[str, int] = read_json(job.folder / "run.json")["sizes"]
+    with reading(job.folder / "data.json"):
+        words = read_record(means)
+    given = {name: value.to(job.dtype) for name, value in job.given.items()}
+    net = build(job, Data("", Split({}), Split({}), given, sizes=sizes, words=words), job.spec)
+    _refuse_others(job.folder, "manifest", _manifest(job, {**cast(Net, net).given, **job.given}))
+    return net
 
 
 def trained_on(folder: str | Path) -> tuple[Any, list[Batch]]:
@@ -506,12 +594,21 @@ def _close(job: Job, data: Data, initial: nn.Module, net: nn.Module, outcome: Ou
             raise
         again = f"the weights are saved; unroll eval {job.folder} tries again"
         closing = Closing((), (), len(data.validation), notes=(f"no closing table: {error.message}", again))
+    _write_closing(job.folder, closing, ended, data.kept)
+    plots.curves(read_rows(job.folder / "metrics.csv"), closing, task.columns[-1], job.folder / "curves.png")
+    return Run(job.folder, net, outcome.status, outcome.steps, outcome.seconds, closing)
+
+
+def _write_closing(folder: Path, closing: Closing, ended: Mapping[str, Any], means: Mapping[str, Any]) -> None:
+    """table.json; confusion.png and confusion.csv of classes."""
     layers = {name: [v if math.isfinite(v) else None for v in row] for name, row in closing.layers.items()}
     table = {"reference": closing.reference, "samples": closing.samples, "notes": closing.notes}
     rows = [row.to_dict() for row in closing.rows]
-    _write_json(job.folder / "table.json", {**ended, **table, "rows": rows, "layers": layers})
-    plots.curves(read_rows(job.folder / "metrics.csv"), closing, task.columns[-1], job.folder / "curves.png")
-    return Run(job.folder, net, outcome.status, outcome.steps, outcome.seconds, closing)
+    _write_json(folder / "table.json", {**ended, **table, "rows": rows, "layers": layers})
+    if closing.confusion is not None:
+        own: list[str] = means.get("classes", [])
+        names = [*own, *map(str, range(len(own), len(closing.confusion)))][: len(closing.confusion)]
+        plots.confusion(closing.confusion, names, folder / "confusion.png")
 
 
 def _show_data(data: Data, console: Console) -> None:

@@ -54,6 +54,7 @@ class Closing:
 
     reference: what rows are compared with, "truth" or "optimum"; "" where they need no comparison.
     footer: what the table must say below itself.  layers: errors of iterates 0 .. layers by row, where there are any.
+    confusion: how many samples of each class (row) get each answer (column), where there are classes.
     """
 
     rows: Sequence[Line]
@@ -63,6 +64,7 @@ class Closing:
     footer: str = ""
     notes: tuple[str, ...] = ()
     layers: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    confusion: Tensor | None = None
 
     def text(self, title: str) -> str:
         lines = [render(self.rows, self.columns, title), self.footer, *self.notes]

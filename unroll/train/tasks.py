@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unroll.errors import SpecError
 from unroll.spec.schema import Probes, Train
@@ -50,8 +50,9 @@ def comparison(
     trivial: Callable[[Net, Data, Train], list[Score]],
     columns: tuple[Column, ...],
     forward: Callable[[Net, Split, Train], Callable[[], Any]],
+    confusion: Measure[Tensor] | None = None,
 ) -> Callable[[Job, Data, nn.Module, nn.Module], Closing]:
-    """The table of answers that need no network, the untrained network, and the trained one."""
+    """The table of answers that need no network, the untrained network, and the trained one; columns that the trained one has."""
 
     def close(job: Job, data: Data, initial: nn.Module, net: nn.Module) -> Closing:
         settings, held = job.settings, data.validation
@@ -59,10 +60,13 @@ def comparison(
         start = "untrained" if settings.from_ is None else "as it started"
         for name, item in ((start, initial), (f"{job.spec.title}, trained", net)):
             rows.append(_row(name, cast(Net, item), held, settings))
-        shown = (*columns, MICROS)
+        shown = tuple(c for c in (*columns, MICROS) if c.key in rows[-1].values)
         rows = [Score(row.name, {c.key: row.values.get(c.key, math.nan) for c in shown}) for row in rows]
         chosen = "the weights were chosen by their loss on these samples: train: keep: last does not"
-        return Closing(rows, shown, len(held), notes=(chosen,) if settings.keep == "best" else ())
+        with table.evaluating(cast(Net, net)):
+            counts = None if confusion is None else confusion(cast(Net, net), held, settings)
+        notes = (chosen,) if settings.keep == "best" else ()
+        return Closing(rows, shown, len(held), notes=notes, confusion=counts)
 
     @torch.no_grad()
     def _row(name: str, net: Net, held: Held, settings: Train) -> Score:
@@ -94,6 +98,7 @@ def _four(value: float) -> str:
 
 BY_LAYER = ("target", "layer_weights", "stages", "refine", "falls", "baselines", "evaluate")
 CLASSES = (Column("nats", "nats per label", _four), Column("accuracy", "accuracy", _percent))
+TOP5 = Column("top5", "among five", _percent)
 TOKENS = (
     Column("nats", "nats per token", _four),
     Column("perplexity", "perplexity", _four),
@@ -119,7 +124,7 @@ TASKS: tuple[Task, ...] = (
         1,
         labels.held_out,
         CLASSES,
-        comparison(labels.held_out, labels.classes, CLASSES, _answer),
+        comparison(labels.held_out, labels.classes, (*CLASSES, TOP5), _answer, labels.confusion),
         without=BY_LAYER,
     ),
     Task(
