@@ -273,6 +273,30 @@ def test_draws_have_the_deviation_that_is_asked_for(init: str) -> None:
     assert not torch.equal(w[0], w[1])
 
 
+@pytest.mark.parametrize("init", ["gaussian", "uniform"])
+def test_a_draw_over_the_inputs_that_are_said(init: str) -> None:
+    """Where a map is one of several that are added, its own rows are not what each output adds."""
+    wide = {**BASE, "dims": {"m": 80, "n": 100}}
+    spec = on({"W": {"replaces": "step * A.T", "init": init, "fan_in": "3*m + n", "scale": 2}}, objective=wide)
+    (w,) = unroll.compile(spec, dtype=torch.float64, seed=2).parameters()
+    assert abs(float(w.detach().square().mean()) * 340 / 4 - 1) < 6 * (2 / w.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("learn", "message"),
+    [
+        ({"init": "uniform", "fan_in": "lam"}, "a formula of sizes"),
+        ({"init": "uniform", "fan_in": "-3"}, "a formula of sizes"),
+        ({"init": "uniform", "fan_in": "m - n"}, "a formula of sizes"),
+        ({"fan_in": "n"}, "is not drawn"),
+        ({"init": "zeros", "fan_in": "n"}, "is not drawn"),
+    ],
+)
+def test_inputs_that_no_draw_can_count(learn: Spec, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        unroll.compile(on({"W": {"replaces": "step * A.T", **learn}}))
+
+
 # --- not found --------------------------------------------------------------------------------------------------------
 
 MISSING: dict[str, tuple[Spec, str]] = {

@@ -497,6 +497,7 @@ def test_a_seed_says_every_parameter_and_nothing_else_does(name: str) -> None:
     [
         ("torch", 1 / math.sqrt(3 * 4), 1 / math.sqrt(4)),  # uniform within 1/sqrt(inputs)
         ("xavier", math.sqrt(2 / 204), math.sqrt(6 / 204)),  # Glorot & Bengio 2010, eq. 16
+        ("kaiming", math.sqrt(2 / 4), math.sqrt(6 / 4)),  # He et al. 2015, eq. 10
         ("normal", 0.02, 0.1),
     ],
 )
@@ -506,6 +507,20 @@ def test_linear_maps_start_as_stated(init: str, std: float, most: float) -> None
     weight, bias = net.embed.weight.detach(), net.embed.bias.detach()
     assert abs(float(weight.std()) / std - 1) < 0.1 and float(weight.abs().max()) <= most
     assert bool(bias.any()) == (init == "torch")
+
+
+def test_the_map_of_patches_may_start_in_another_way_than_the_rest() -> None:
+    def drawn(**own: str) -> Any:
+        embed = {"kind": "patches", "image": [1, 32, 32], "patch": 8, "norm": "none", **own}
+        around = {"embed": embed, "head": {"kind": "mean", "classes": 9}, "init": "normal"}
+        return model(around, dims={"d": 200}, overrides=["dims.d=wide", "unroll.layers=1"])
+
+    net = drawn(init="kaiming")
+    assert (
+        abs(float(net.embed.weight.detach().std()) / math.sqrt(2 / 64) - 1) < 0.1 and not net.embed.bias.detach().any()
+    )
+    assert abs(float(net.head.weight.detach().std()) / 0.02 - 1) < 0.1
+    assert abs(float(drawn().embed.weight.detach().std()) / 0.02 - 1) < 0.1
 
 
 def test_drawn_tokens_have_the_stated_deviation() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import released as theirs
 import torch
 from safetensors.torch import save_file
 from test_model import LAYERS, VIT, close, images
@@ -497,3 +498,64 @@ def test_the_map_is_read_with_the_spec() -> None:
     spec = load({**LAYERS, "weights": {"names": {"layers.{layer}.w": "W"}}})
     assert spec.weights is not None and spec.weights.names["layers.{layer}.w"][0].to == "W"
     assert load(spec.to_yaml()) == spec
+
+
+# --- numbers of theirs that are multiples of one another, and members of a family ------------------------------------------------
+
+
+def redunet(**options: Any) -> Any:
+    return unroll.compile(
+        "redunet",
+        dims={"d": 8, "K": 3},
+        overrides=["unroll.layers=2", "scalars.sharpness=3.0"],
+        dtype=torch.float64,
+        **options,
+    )
+
+
+def of_classes(empty: bool = False) -> tuple[Tensor, dict[str, Tensor], list[tuple[Tensor, ...]]]:
+    """Unit vectors, and the operators of two layers under the names of the released module, C_k without gamma_k."""
+    g = torch.Generator().manual_seed(0)
+    z = theirs.unit_rows(torch.randn(30, 8, dtype=torch.float64, generator=g))
+    labels = torch.arange(30) % 3
+    pi, found, layers = torch.nn.functional.one_hot(labels, 3).double(), dict[str, Tensor](), []
+    for i in range(2):
+        E, C, gamma = theirs.redunet_operators(z, pi, 0.1 + i)
+        gamma = torch.where(torch.arange(3) == 1, 0, gamma) if empty else gamma
+        layers.append((E, C, gamma))
+        found |= {f"{i}.Cs.{k}.weight": C[k] for k in range(3)} | {f"{i}.E.weight": E, f"{i}.gam": gamma}
+    return z, found, layers
+
+
+def test_operators_of_released_layers_are_taken_with_the_factor_of_their_class_whatever_comes_first() -> None:
+    z, found, layers = of_classes()
+    for order in (found, dict(reversed(found.items()))):
+        net = redunet()
+        assert restore_weights(net, order).ok
+        want = z
+        for E, C, gamma in layers:
+            want = theirs.redunet_layer(want, E, C, gamma, eta=0.5, sharpness=3.0)
+        assert (net(z) - want).abs().max() < 1e-13
+        back = release_weights(net)
+        assert back.keys() == found.keys()
+        assert all(torch.allclose(back[n], t, rtol=1e-14, atol=0) for n, t in found.items())
+
+
+def test_a_factor_of_0_is_no_way_back_and_a_member_too_many_is_said() -> None:
+    _, found, _ = of_classes(empty=True)
+    net = redunet()
+    restore_weights(net, found)
+    with pytest.raises(UnrollError, match="Cs.1.weight cannot be told: it is C over gamma, which is 0"):
+        release_weights(net)
+    with pytest.raises(UnrollError, match=r"is of member 3 \(from 0\), but C has 3 members"):
+        restore_weights(net, {**found, "0.Cs.3.weight": found["0.Cs.0.weight"]})
+    with pytest.raises(UnrollError, match="1 missing") as e:
+        restore_weights(net, {n: t for n, t in found.items() if n != "1.Cs.2.weight"})
+    assert "C (1 of its first axis)" in str(e.value)
+
+
+def test_a_factor_that_is_no_parameter_is_said() -> None:
+    names = {**NAMES, "mlp_head.1.bias": {"to": "head.bias", "factor": "head.wait"}}
+    with pytest.raises(SpecError, match=r"'head.wait' is not a parameter") as e:
+        restore_weights(model(names), released())
+    assert "head.weight" in str(e.value)

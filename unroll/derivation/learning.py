@@ -25,7 +25,7 @@ from unroll.derivation.rewrites.frequencies import circulant_block
 from unroll.derivation.rewrites.record import Applied
 from unroll.derivation.rewrites.rewriting import rewritten
 from unroll.derivation.signs import needs_sign
-from unroll.derivation.step import LAYER, Assign, Constraint, Departure, Learned, Step
+from unroll.derivation.step import DRAWN, LAYER, Assign, Constraint, Departure, Learned, Step
 from unroll.errors import DeriveError, SpecError, Where, did_you_mean
 from unroll.language.constructors import (
     add,
@@ -94,7 +94,7 @@ class Wanted:
 
     rewrites: the exact ones of its block.  sizes: where `value` is the block at one frequency, an index of its own, of a matrix that
     commutes with cyclic shifts: its axes of places. The parameter is then `kernel`, the first columns of that matrix, real.
-    start: what it starts at instead.  rows: how many there are of a number that is repeated.  variable: of its block.
+    start: what it starts at instead.  fan_in: of a draw.  rows: how many there are of a number that is repeated.  variable: of its block.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Wanted:
     sizes: tuple[sp.Expr, ...] = ()
     kernel: Expr | None = None
     start: Value | None = None
+    fan_in: sp.Expr | None = None
     rows: sp.Expr | None = None
     variable: Sym | None = None
 
@@ -418,6 +419,7 @@ def read(
             "say its start",
         )
     start = _own_start(name, record, as_expr(value), scope, place_of(spec, *path, "start"))
+    fan_in = _fan_in(name, record, problem, place_of(spec, *path, "fan_in"), where)
     if record.bias and record.where != "output":
         raise SpecError(
             "E306",
@@ -427,7 +429,18 @@ def read(
         )
     at_value = spec.origin(*path, "replaces").where()
     found = Wanted(
-        name, record, value, at_value, block, index, size, _exact(step, block), start=start, rows=rows, variable=z
+        name,
+        record,
+        value,
+        at_value,
+        block,
+        index,
+        size,
+        _exact(step, block),
+        start=start,
+        fan_in=fan_in,
+        rows=rows,
+        variable=z,
     )
     if found.low_rank is not None:
         _refuse_rank(found, spec.key_where(*path, "shape"))
@@ -517,6 +530,25 @@ def _own_start(name: str, record: Learn, value: Expr, scope: Scope, place: Place
             place(0, len(record.start)),
         )
     return c if c is not None else found
+
+
+def _fan_in(name: str, record: Learn, problem: Problem, place: Place, where: Where) -> sp.Expr | None:
+    """How many numbers an output of a drawn map adds: a formula of sizes. Raises SpecError E306."""
+    if record.fan_in is None:
+        return None
+    if record.init not in DRAWN:
+        raise SpecError("E306", f"fan_in is of a draw, and {name} is not drawn", where, "init: uniform, or gaussian")
+    sizes = {d.name: d for d, n in problem.dims.items() if n != "dynamic"}
+    found = as_constant(as_expr(parse(record.fan_in, problem.scope, place)))
+    numbers = {d: sp.Integer(n) for d, n in problem.dims.items() if isinstance(n, int)}
+    if (
+        found is None
+        or not {str(s) for s in found.free_symbols} <= sizes.keys()
+        or found.xreplace(numbers).is_positive is False
+    ):
+        hint = f"sizes: {', '.join(sizes)}" if sizes else "there is no size that is a number"
+        raise SpecError("E306", f"the fan_in of {name} is a number of entries: a formula of sizes", place(0, 1), hint)
+    return found
 
 
 def _exact(step: Step, block: str) -> tuple[Applied, ...]:
@@ -720,6 +752,7 @@ def _learned(w: Wanted) -> tuple[Learned, ...]:
                 where=record.where or record.in_ or "",
                 own_start=w.start,
                 limits=_limits(w),
+                fan_in=w.fan_in,
             ),
         )
     if record.shape is not None and w.low_rank is None:
@@ -746,6 +779,7 @@ def _learned(w: Wanted) -> tuple[Learned, ...]:
         w.start,
         _limits(w),
         held=w.low_rank is not None,
+        fan_in=w.fan_in,
     )
     if w.low_rank is not None:
         if w.kernel is not None:

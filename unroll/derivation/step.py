@@ -89,12 +89,15 @@ class Hand:
     block: str = ""
 
 
+DRAWN = ("gaussian", "uniform")
+
+
 @dataclass(frozen=True)
 class Learned:
     """A free parameter in the place of a derived sub-expression; it starts at the value of `replaces`.
 
     symbol: a matrix symbol (or a family), or a SymPy scalar.  shape: () for a scalar, one axis to repeat it per entry, or that of the
-    matrix.  init, scale: "value", or how its start is drawn.  constructed: its value depends on the state, and is computed from data.
+    matrix.  init, scale, fan_in: "value", or how its start is drawn, of variance scale^2 / fan_in.  constructed: its value depends on the state, and is computed from data.
     where: "output", "gradient" or "prox" if it was asked for at such places only, or the update.  own_start: what it starts at instead.  limits: of sigmoid and clamp; of rising, how much a value may be above the one before it.
     cell: of a weight of a controller, what is said of all of these.  grid: of the values of a function, their places.
     across: of a number that is repeated, whether over the groups that are columns of a matrix, not over its rows.
@@ -118,6 +121,7 @@ class Learned:
     grid: Grid | None = None
     held: bool = False
     across: bool = False
+    fan_in: sp.Expr | None = None
 
     @property
     def starts_at(self) -> Expr | sp.Expr:

@@ -8,17 +8,15 @@ from collections.abc import Iterable
 
 import sympy as sp
 
-from unroll.derivation.step import Learned
+from unroll.derivation.step import DRAWN, Learned
 from unroll.emit.axes import unit_axes
 from unroll.emit.layer import axes_tuple, some_tensor
 from unroll.emit.module import Method, Module
 from unroll.emit.section import Section
 from unroll.errors import UnrollError
-from unroll.language.nodes import Sym
+from unroll.language.nodes import ONE, Sym
 from unroll.lower.operations import Ref, Stage
-from unroll.lower.scalar_text import Text, number
-
-DRAWN = ("gaussian", "uniform")
+from unroll.lower.scalar_text import UNARY, Text, number
 
 
 def initialise(m: Module) -> Method:
@@ -88,7 +86,7 @@ def _goals(m: Module) -> dict[str, Ref]:
 
 
 def _drawn(m: Module, p: Learned) -> str:
-    """The start of a parameter that is drawn (its variance is scale^2 / rows), or worked out on data later."""
+    """The start of a parameter that is drawn (its variance is scale^2 over its rows or fan_in), or worked out on data later."""
     name = f"self.{m.attributes('learned', p.name)}"
     match p.init:
         case "zeros":
@@ -100,10 +98,11 @@ def _drawn(m: Module, p: Learned) -> str:
         case "data":
             return f"{name}.fill_(math.nan)  # until construct has worked it out"
         case _:
-            rows = m.size(p.shape[0]).code if p.shape else "1"
+            each = p.fan_in or (p.shape[0] if p.shape else ONE)
+            rows = m.size(each)
             if p.init == "gaussian":
-                return f"{name}.normal_(0, {p.scale!r} / math.sqrt({rows}), generator=generator)"
-            return f"{name}.uniform_(-1, 1, generator=generator).mul_({p.scale!r} * math.sqrt(3 / {rows}))"
+                return f"{name}.normal_(0, {p.scale!r} / math.sqrt({rows.code}), generator=generator)"
+            return f"{name}.uniform_(-1, 1, generator=generator).mul_({p.scale!r} * math.sqrt(3 / {rows.at(UNARY)}))"
 
 
 def _scalar_args(m: Module, scalars: list[sp.Symbol]) -> list[str]:

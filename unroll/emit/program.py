@@ -8,10 +8,10 @@ from functools import cached_property
 
 import sympy as sp
 
-from unroll.derivation.step import Step
+from unroll.derivation.step import DRAWN, Step
 from unroll.emit.axes import stored_axes, stored_sizes
 from unroll.emit.growing import Growth, growth
-from unroll.emit.initialise import DRAWN, initialise_arguments
+from unroll.emit.initialise import initialise_arguments
 from unroll.emit.module import Module
 from unroll.emit.objective import term_source
 from unroll.emit.text import source

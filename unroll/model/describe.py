@@ -29,6 +29,7 @@ NORMS = {"both": "norm, linear, norm", "before": "norm, linear", "after": "linea
 INITS = {
     "torch": "uniform within 1/sqrt(inputs)",
     "xavier": "Glorot-uniform, biases 0",
+    "kaiming": "He-uniform, biases 0",
     "normal": "normal with standard deviation 0.02, biases 0",
 }
 
@@ -37,7 +38,10 @@ def describe(spec: Spec) -> list[str]:
     """Lines to print; none for a spec without a model."""
     if spec.model is None:
         return []
-    rows = [("", ""), *_rows(spec, spec.model), ("linear maps", f"start {INITS[spec.model.init]}")]
+    model = spec.model
+    own = model.embed.init if isinstance(model.embed, PatchEmbed) else None
+    starts = f"start {INITS[model.init]}" + (f"; that of patches {INITS[own]}" if own else "")
+    rows = [("", ""), *_rows(spec, model), ("linear maps", starts)]
     return [f"{head:15}   {body}".rstrip() for head, body in rows]
 
 

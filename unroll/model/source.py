@@ -17,6 +17,7 @@ from unroll.model.parts import Held, Part
 from unroll.spec import Spec
 from unroll.spec.schema import (
     ClassAttentionHead,
+    Drawn,
     LinearEmbed,
     Model,
     PatchEmbed,
@@ -40,6 +41,11 @@ DRAWS: dict[str, tuple[str, ...]] = {
         "nn.init.xavier_uniform_(layer.weight.flatten(1), generator=generator)",
         *ZERO,
     ),
+    "kaiming": (
+        "uniform within sqrt(6 / inputs), He et al. 2015; biases 0",
+        'nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)',
+        *ZERO,
+    ),
     "normal": (
         "normal with standard deviation 0.02; biases 0",
         "layer.weight.normal_(0, 0.02, generator=generator)",
@@ -47,7 +53,7 @@ DRAWS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What is drawn, in words; then its lines."""
-DRAW = '''def draw(module, generator):
+DRAW = '''def {name}(module, generator):
     """Start linear maps and convolutions: {about}. Norms start as the identity."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -305,9 +311,17 @@ def _module(spec: Spec, inner: _Text, body: Program, own: list[str]) -> str:
 
 
 def _functions(model: Model, around: Part) -> list[str]:
-    about, *lines = DRAWS[model.init]
-    code = textwrap.indent("\n".join(lines), " " * 12)
-    return [*(FUNCTIONS[name] for name in around.needs), DRAW.format(about=about, lines=code)]
+    starts = {"draw": model.init, **({"draw_embed": own} if (own := _own_start(model)) else {})}
+    found = [FUNCTIONS[name] for name in around.needs]
+    for name, init in starts.items():
+        about, *lines = DRAWS[init]
+        found.append(DRAW.format(name=name, about=about, lines=textwrap.indent("\n".join(lines), " " * 12)))
+    return found
+
+
+def _own_start(model: Model) -> Drawn | None:
+    """How the map of patches starts, where it does not start as the others."""
+    return model.embed.init if isinstance(model.embed, PatchEmbed) else None
 
 
 # --- the class --------------------------------------------------------------------------------------------------------
@@ -386,11 +400,13 @@ class _Writer:
 
     def _initialise(self) -> str:
         held = (*self.before.held, *self.after.held)
-        drawn = [f"self.{h.name}" for h in held if h.start in ("linear", "norm")]
+        own = ["self.embed"] if _own_start(self.model) else []
+        drawn = [name for h in held if h.start in ("linear", "norm") and (name := f"self.{h.name}") not in own]
         lines = ['"""Draw what stands around the layers; they have an `initialise` of their own."""']
         if drawn:
             over = f"({', '.join(drawn)})" if len(drawn) > 1 else f"({drawn[0]},)"
             lines += [f"for module in {over}:", "    draw(module, generator)"]
+        lines += [f"draw_embed({name}, generator)" for name in own]
         for h in held:
             if isinstance(h.start, float):
                 weight = f"self.{h.name}{'.weight' if 'Embedding' in h.code else ''}"

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from unroll.derivation.step import Learned
 from unroll.errors import SpecError, UnrollError, did_you_mean, quote
 from unroll.model.module import Model
-from unroll.network.network import Network, draw
+from unroll.network.network import Network, draw, finite
 from unroll.spec import Spec
 from unroll.spec.schema import Move, Weights
 
-LAYER = "{layer}"
+LAYER, MEMBER = "{layer}", "{member}"
 STATISTICS = ("running_mean", "running_var")
 """Buffers that are learned: they come with the weights, as parameters do."""
 SHOWN = 40
@@ -100,8 +100,9 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
         raise UnrollError("E421", f"weights are not read from a {type(source).__name__}", hint=hint)
     found = _unwrapped(source if isinstance(source, Mapping) else read_file(Path(source)), weights)
     filling = _Filling(spec, net, strict)
-    for name, value in found.items():
-        filling.take(_stripped(name, weights), value, found)
+    theirs = {name: _stripped(name, weights) for name in found}
+    for name in sorted(found, key=lambda name: filling.is_late(theirs[name])):
+        filling.take(theirs[name], found[name], found)
     report = filling.report(weights)
     if not report.ok:
         counts = f"{len(report.missing)} missing, {len(report.unused)} not used"
@@ -128,12 +129,15 @@ def release_weights(net: Net) -> dict[str, Tensor]:
             if not isinstance(move.to, str):
                 continue
             for name, ours, at in _expanded(pattern, move.to, values, spec, i):
-                value = values[ours][at] if at is not None else values[ours]
-                piece = _cut(ours, value, move.into)
+                piece = _cut(ours, values[ours][at], move.into)
                 if move.axes:
                     left, right = move.axes.split("->")
                     piece = rearrange(piece, f"{right} -> {left}", _sizes(net))
-                piece = piece / move.factor if move.factor != 1 else piece
+                if move.factor != 1:
+                    factor = _factor(spec, pattern, i, move, values, at, piece)
+                    if not bool(torch.as_tensor(factor).all()):
+                        raise UnrollError("E421", f"{name} cannot be told: it is {ours} over {move.factor}, which is 0")
+                    piece = piece / factor
                 pieces.setdefault(name, []).append((move, piece))
     return {name: _assembled(found, _numbers(weights, name)) for name, found in pieces.items()}
 
@@ -288,6 +292,10 @@ class _Filling:
         assert self.spec.weights is not None
         self.moves = [(_regex(pattern), pattern, moves) for pattern, moves in self.spec.weights.names.items()]
 
+    def is_late(self, name: str) -> bool:
+        """Does a tensor of theirs wait for others, which say its factor?"""
+        return any(isinstance(m.factor, str) for regex, _, moves in self.moves if regex.fullmatch(name) for m in moves)
+
     def take(self, name: str, value: Any, beside: Mapping[str, Any]) -> None:
         """Put a tensor of theirs where it goes. Raises UnrollError E421 where it does not fit."""
         assert self.spec.weights is not None
@@ -302,10 +310,10 @@ class _Filling:
         used, known = torch.zeros(tensor.shape, dtype=torch.bool), False
         for regex, pattern, moves in self.moves:
             if match := regex.fullmatch(name):
-                layer, known = match.groupdict().get("layer"), True
+                places, known = match.groupdict(), True
                 for i, move in enumerate(moves):
                     with self._fitting(name):
-                        self._put(name, tensor, pattern, move, i, layer)
+                        self._put(name, tensor, pattern, move, i, places)
                     used[_place(slices(move.part), used)] = True
         if not known or not used.all():
             some = f"{name} ({int((~used).sum()):,} of {used.numel():,} numbers)"
@@ -323,16 +331,18 @@ class _Filling:
                 raise
             self.refused.append(e.message if name in e.message else f"{name}: {e.message}")
 
-    def _put(self, name: str, tensor: Tensor, pattern: str, move: Move, i: int, layer: str | None) -> None:
+    def _put(self, name: str, tensor: Tensor, pattern: str, move: Move, i: int, places: dict[str, str]) -> None:
         if not isinstance(move.to, str):
             _refuse_other_number(name, tensor[_place(slices(move.part), tensor)], move.to)
             self.compared.append((name, f"{move.to:g}"))
             return
-        ours = _target(self.spec, pattern, i, move.to, layer, self.values)
-        into = _row(ours, move.to, layer, self.values[ours], name)
+        ours = _target(self.spec, pattern, i, move.to, places.get("layer"), self.values)
+        into = _row(ours, move.to, places, self.values[ours], name)
         target, filled = self.values[ours][into], self.filled[ours][into]
         value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
-        value = _converted(name, ours, value, target) * move.factor
+        value = _converted(name, ours, value, target)
+        if move.factor != 1:
+            value = value * _factor(self.spec, pattern, i, move, self.values, into, value)
         place = slices(move.into)
         if ours in constants_of(self.net):
             self._refuse_other_constant(name, ours, tensor.dtype, value, target[place])
@@ -411,6 +421,8 @@ class _Filling:
         for name, value in self.values.items():
             if self.filled[name].any():
                 state[name].copy_(_inside(self.net, name, value))
+        for net in networks_of(self.net).values():
+            net.built = net.built or all(map(finite, net.parameters()))
 
 
 def _refuse_other_number(name: str, value: Tensor, number: float) -> None:
@@ -448,29 +460,58 @@ def _target(spec: Spec, pattern: str, i: int, to: str, layer: str | None, values
     return ours
 
 
-def _row(ours: str, to: str, layer: str | None, value: Tensor, name: str) -> Any:
-    """The part of ours that belongs to a layer."""
-    if layer is None or LAYER in to:
-        return ...
-    if not value.ndim or int(layer) >= value.shape[0]:
-        depth = f"{value.shape[0]} layers" if value.ndim else "no layers"
-        hint = f"unroll: {{layers: {int(layer) + 1}}}, or as many as the file has"
-        raise UnrollError("E421", f"{name} is of layer {layer} (from 0), but {ours} has {depth}", hint=hint)
-    return int(layer)
+def _row(ours: str, to: str, places: Mapping[str, str], value: Tensor, name: str) -> tuple[int, ...]:
+    """The part of ours that belongs to a layer, and to a member of a family."""
+    found = list[int]()
+    for kind in ("layer", "member"):
+        if kind not in places or (kind == "layer" and LAYER in to):
+            continue
+        there, i = value.shape[len(found)] if len(found) < value.ndim else 0, int(places[kind])
+        if i >= there:
+            hint = f"unroll: {{layers: {i + 1}}}, or as many as the file has" if kind == "layer" else SIZES
+            count = f"{there} {kind}s" if there else f"no {kind}s"
+            raise UnrollError("E421", f"{name} is of {kind} {i} (from 0), but {ours} has {count}", hint=hint)
+        found.append(i)
+    return tuple(found)
+
+
+def _factor(
+    spec: Spec, pattern: str, i: int, move: Move, values: Mapping[str, Tensor], at: tuple[int, ...], like: Tensor
+) -> Tensor | float:
+    """What theirs are multiplied by: a number, or numbers of ours at the same layer and member."""
+    if not isinstance(move.factor, str):
+        return move.factor
+    if move.factor not in values:
+        where = spec.origin(*_path(spec, pattern, i)[:-1], "factor").where()
+        message = f"'{quote(move.factor)}' is not a parameter of {spec.title}"
+        raise SpecError("E421", message, where, did_you_mean(move.factor, values))
+    found = values[move.factor]
+    found = found[at[: found.ndim]]
+    return found.reshape(*found.shape, *[1] * (like.ndim - found.ndim))
 
 
 def _expanded(
     pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int
-) -> Iterator[tuple[str, str, int | None]]:
-    """(theirs, ours, index of ours) for every layer."""
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(theirs, ours, index of ours) for every layer, and for every member."""
+    for theirs, ours, at in _each_layer(pattern, to, values, spec, i):
+        members = range(values[ours].shape[len(at)]) if MEMBER in theirs else ()
+        yield from ((theirs.replace(MEMBER, str(k)), ours, (*at, k)) for k in members)
+        if MEMBER not in theirs:
+            yield theirs, ours, at
+
+
+def _each_layer(
+    pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if LAYER not in pattern:
-        yield pattern, _target(spec, pattern, i, to, None, values), None
+        yield pattern, _target(spec, pattern, i, to, None, values), ()
     elif LAYER not in to:
         ours = _target(spec, pattern, i, to, None, values)
-        yield from ((pattern.replace(LAYER, str(n)), ours, n) for n in range(values[ours].shape[0]))
+        yield from ((pattern.replace(LAYER, str(n)), ours, (n,)) for n in range(values[ours].shape[0]))
     else:
         names = [(n, m["layer"]) for n in values if (m := _regex(to).fullmatch(n))]
-        yield from ((pattern.replace(LAYER, n), ours, None) for ours, n in names)
+        yield from ((pattern.replace(LAYER, n), ours, ()) for ours, n in names)
 
 
 # --- their side -------------------------------------------------------------------------------------------------------
@@ -602,7 +643,10 @@ def _stripped(name: str, weights: Weights) -> str:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(re.escape(LAYER), r"(?P<layer>0|[1-9]\d*)", 1))
+    found = re.escape(pattern)
+    for place in (LAYER, MEMBER):
+        found = found.replace(re.escape(place), rf"(?P<{place[1:-1]}>0|[1-9]\d*)", 1)
+    return re.compile(found)
 
 
 # --- axes and parts ---------------------------------------------------------------------------------------------------

@@ -158,6 +158,7 @@ Shape = Annotated[tuple[Size, ...], Field(max_length=3)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0)]
+Drawn = Literal["torch", "xavier", "kaiming", "normal"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Spread = Annotated[float, Field(ge=0)]
 Image = Annotated[tuple[Count, ...], AfterValidator(_image)]
@@ -272,7 +273,7 @@ class Learn(Given):
     """its transpose too; false: as it is written alone, so that A.T is learned and A is not"""
     init: Literal["value", "data", "gaussian", "uniform", "zeros", "ones"] = "value"
     """what it starts at: the value that it replaces; the same, worked out on data layer by layer (`net.construct`), where that
-    depends on the variable; or a draw of its own in each layer, of variance 1/rows"""
+    depends on the variable; or a draw of its own in each layer, of variance 1 over its rows, or over fan_in"""
     function: Function | None = None
     """a function of each entry is learned, in the place of a proximal step (`replaces: prox`) or of a formula of one number, `tanh(u)`, u any entry;
     `shape: [n]`: another one for each row"""
@@ -280,6 +281,8 @@ class Learn(Given):
     """not learned: `start` stands in its place for good"""
     scale: Positive = 1.0
     """factor of a drawn start, and of ones"""
+    fan_in: Formula | None = None
+    """of a drawn start: how many numbers each of its outputs adds, as K*p where all K maps into the output are drawn as one; its rows, if left out"""
     shape: Shape | Rank | None = None
     """[n]: a number for each entry, row or group in the place of one; of a matrix, {rank: r}: what it starts at stays, and a change of this rank is learned, W + W_up @ W_down, from 0"""
     symmetric: bool = False
@@ -514,6 +517,8 @@ class PatchEmbed(Record):
     image: Image
     patch: Count
     """side of a patch, in pixels"""
+    init: Drawn | None = None
+    """how its map starts; as all linear maps, if left out"""
     order: Literal["channels_last", "channels_first"] = "channels_last"
     """of the numbers of a patch: (row, column, channel), or (channel, row, column) as in a convolution"""
     norm: Literal["both", "before", "after", "none"] = "both"
@@ -667,8 +672,8 @@ class Model(Record):
     """tokens as they leave the layers, if left out"""
     decoder: Decoder | None = None
     """in place of a head"""
-    init: Literal["torch", "xavier", "normal"] = "torch"
-    """linear maps start uniform within 1/sqrt(inputs), Glorot-uniform with bias 0, or normal (0.02) with bias 0"""
+    init: Drawn = "torch"
+    """linear maps start uniform within 1/sqrt(inputs), Glorot-uniform, He-uniform (kaiming) or normal (0.02), the last three with bias 0"""
 
 
 # --- weights from elsewhere ----------------------------------------------------------------------------------------
@@ -685,8 +690,8 @@ class Move(Record):
     """"0:384, :": which part of theirs, before `axes`"""
     into: Part = ""
     """which part of ours"""
-    factor: Factor = 1.0
-    """ours are so many times theirs: -1 where what they add is taken away here"""
+    factor: Factor | Text = 1.0
+    """ours are so many times theirs: -1 where what they add is taken away here; or the numbers of ours that have this name, of the same layer and member"""
 
 
 def _moves(value: object) -> object:
@@ -708,7 +713,7 @@ class Weights(Record):
     sizes: dict[Name, Count | str] = {}
     """of axes that no shape says: those of one tensor of ours that are several of theirs. A number, or where the spec has it: model.embed.patch"""
     names: dict[str, Moves]
-    """their name -> ours; {layer} stands for the number of a layer, and is the first axis of ours. A / in a name goes into nested dicts."""
+    """their name -> ours; {layer} stands for the number of a layer, the first axis of ours, and {member} for that of a member of a family, the next. A / in a name goes into nested dicts."""
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
