@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from unroll.model.words import words
     from unroll.network.loss import Loss
     from unroll.network.network import Network
-    from unroll.pages.inside import draw_atoms, draw_components, draw_segments
+    from unroll.pages.inside import draw_atoms, draw_components, draw_curves, draw_segments
     from unroll.pages.page import report
     from unroll.solver.solve import solve
     from unroll.spec import load
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DeriveError", "Loss", "Model", "Network", "SpecError", "UnrollError", "active_atoms", "attention_maps", "audit",
-    "check", "compile", "components", "derive", "draw_atoms", "draw_components", "draw_segments", "jaccard", "load",
-    "loss", "prox", "release_weights", "report", "restore", "restore_weights", "save", "segment", "solve", "transfer",
-    "white_box", "words",
+    "check", "compile", "components", "derive", "draw_atoms", "draw_components", "draw_curves", "draw_segments",
+    "jaccard", "load", "loss", "prox", "release_weights", "report", "restore", "restore_weights", "save", "segment",
+    "solve", "transfer", "white_box", "words",
 ]  # fmt: skip
 
 _HOME = {
@@ -45,7 +45,7 @@ _HOME = {
     "compile": "api", "derive": "api", "loss": "api", "prox": "api", "restore": "from_files", "save": "api",
     "transfer": "model.transfer", "words": "model.words",
     **dict.fromkeys(("active_atoms", "attention_maps", "components", "jaccard", "segment"), "model.inside"),
-    **dict.fromkeys(("draw_atoms", "draw_components", "draw_segments"), "pages.inside"),
+    **dict.fromkeys(("draw_atoms", "draw_components", "draw_curves", "draw_segments"), "pages.inside"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +291,18 @@ def test_a_batch_without_samples_counts_for_nothing() -> None:
     assert str(ask([x[:0], x, x[:0]])) == str(ask([x]))
     with pytest.raises(unroll.UnrollError, match="no sample to measure on"):
         ask([x[:0]])
+
+
+def test_an_audit_is_a_page(pair: tuple[Crate, unroll.Network], tmp_path: Path) -> None:
+    theirs, _ = pair
+    found = unroll.audit(
+        theirs, "sparse_rate_reduction", [tokens()], at=PLACES, parameters={"U": subspaces}, dims=SIZES
+    )
+    text = unroll.report(found, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"{LAYERS} layers, 4 samples, terms of the variables as they are" in text and "subspaces" in text
+    for row in found.rows():
+        assert "".join(f"<td>{cell}</td>" for cell in row) in text.replace(' class="good"', "").replace(
+            ' class="bad"', ""
+        )
+    with pytest.raises(unroll.UnrollError, match="takes no overrides"):
+        unroll.report(found, tmp_path / "other.html", at="sphere")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,30 @@ def test_a_file_comes_out(tmp_path: Path) -> None:
         unroll.draw_segments(made, x[:0], tmp_path / "d.png")
     with pytest.raises(UnrollError, match="no patches of an image"):
         unroll.draw_components(unroll.compile("ista", dims={"m": 8, "n": 12}), torch.randn(5, 8), tmp_path / "e.png")
+
+
+@torch.no_grad()
+def test_curves_are_what_enters_each_block_and_zeros_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = net(), images()
+    found = unroll.white_box(made, [x])
+    figures: list[Any] = []
+    with monkeypatch.context() as m:
+        m.setattr(inside, "_saved", lambda figure, path: figures.append(figure))
+        unroll.draw_curves(found, "none.png", terms=["sparsity"])
+    rates, zeros = figures[0].axes
+    assert [line.get_ydata().tolist() for line in rates.lines] == [
+        found.entering["sparsity"].mean[k::2].tolist() for k in (0, 1)
+    ]
+    assert zeros.lines[1].get_ydata().tolist() == found.zeros["Z"].mean[2::2].tolist()
+    for (layers, means, stds, block), at in zip(
+        inside._by_block(found, found.entering["compression"], 0), ([0, 2], [1, 3]), strict=True
+    ):
+        assert layers == [1, 2] and block == found.labels[at[0]][1]
+        assert means.tolist() == [float(found.entering["compression"].mean[k]) for k in at]
+        assert stds.tolist() == [float(found.entering["compression"].std[k]) for k in at]
+    after = [row[1].tolist() for row in inside._by_block(found, found.zeros["Z"], 1)]
+    zeros = made.trace(x).all_zeros["Z"].double().mean(1).tolist()
+    assert after == [[zeros[1], zeros[3]], [zeros[2], zeros[4]]]
+    assert unroll.draw_curves(found, tmp_path / "c.png", terms=["compression"]).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UnrollError, match="'compresion' was not measured"):
+        unroll.draw_curves(found, tmp_path / "d.png", terms=["compresion"])

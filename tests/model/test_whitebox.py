@@ -65,6 +65,73 @@ def test_the_published_measurement_is_a_formula() -> None:
     assert float((trace.all_terms["published"][0] - rate(heads, 0.01).sum(-1)).abs().max()) < 1e-6
 
 
+RELEASED = "1/2 * sum(logdet(I(p) + p/(N*0.01) * {v} @ {v}.T) for k in K)".format(
+    v="unit_norm(W[k].T @ layer_norm(Z, 0, 1e-5, compress_norm_weight, compress_norm_bias), 0)"
+)
+"""R^c as the released hook of CRATE has it, whose eps = 0.01 is the eps^2 of the paper."""
+
+
+class Released(torch.nn.Module):
+    """A CRATE as released: its layers' modules under the names at which the measuring hooks listen."""
+
+    def __init__(self, net: unroll.Network) -> None:
+        super().__init__()
+        self.qkv, self.ista = torch.nn.ModuleList(), torch.nn.ModuleList()
+        for k in range(net.layers):
+            qkv, ista = torch.nn.Linear(24, 24, bias=False), torch.nn.Linear(24, 24, bias=False)
+            qkv.weight.data, ista.weight.data = net.W[k].mT.flatten(0, 1), net.Q[k]
+            self.qkv.append(qkv)
+            self.ista.append(Ista(ista.weight))
+        self.net = net
+
+    def forward(self, z: Tensor) -> Tensor:
+        n, norm = self.net, torch.nn.functional.layer_norm
+        for k in range(n.layers):
+            v = self.qkv[k](norm(z, (24,), n.compress_norm_weight[k], n.compress_norm_bias[k])).unflatten(-1, (3, 8))
+            v = v.transpose(1, 2)
+            read = ((v @ v.mT) * 8**-0.5).softmax(-1) @ v
+            z = z + torch.einsum("bknp,kdp->bnd", read, n.W_out[k]) + n.W_out_bias[k]
+            z = self.ista[k](norm(z, (24,), n.sparsify_norm_weight[k], n.sparsify_norm_bias[k]))
+        return z
+
+
+class Ista(torch.nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        grad = (x - x @ self.weight.mT) @ self.weight
+        return torch.relu(x + 0.1 * grad - 0.1 * 0.1)
+
+
+@torch.no_grad()
+def test_curves_of_layers_are_those_of_the_released_hooks() -> None:
+    """Rates at the output of qkv, each token of each head at length one, on the side of the tokens; zeros at the output of ISTA."""
+    net, x = crate(), tokens(6)
+    g = torch.Generator().manual_seed(3)
+    for p in net.parameters():
+        p.add_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.1)
+    module, rates, zeros = Released(net), list[Tensor](), list[Tensor]()
+
+    def coding_rate(module: object, given: object, out: Tensor) -> None:
+        y = torch.nn.functional.normalize(out.unflatten(-1, (3, 8)).transpose(1, 2), dim=-1)  # (B, heads, N, p)
+        gram = torch.eye(5, dtype=y.dtype) + 8 / (5 * 0.01) * y @ y.mT
+        rates.append(torch.logdet(gram).sum(-1) / 2)
+
+    for qkv, ista in zip(module.qkv, module.ista, strict=True):
+        qkv.register_forward_hook(coding_rate)
+        ista.register_forward_hook(lambda m, i, out: zeros.append((out == 0).double().mean((1, 2))))
+    torch.testing.assert_close(module(x), net(x), rtol=1e-10, atol=1e-10)
+    table = unroll.white_box(net, x.split(4), terms={"released": RELEASED})
+    compress, sparsify = [0, 2], [1, 3]
+    for k in range(2):
+        assert float(table.entering["released"].mean[compress[k]]) == pytest.approx(float(rates[k].mean()), abs=1e-8)
+        assert float(table.entering["released"].std[compress[k]]) == pytest.approx(float(rates[k].std(correction=0)), abs=1e-8)  # fmt: skip
+        assert float(table.zeros["Z"].mean[sparsify[k] + 1]) == pytest.approx(float(zeros[k].mean()), abs=1e-12)
+    assert 0 < float(zeros[0].mean()) < 1
+
+
 @torch.no_grad()
 def test_a_layer_is_measured_at_what_enters_it_by_its_own_matrices() -> None:
     """The figure of the literature. The terms between layers have the matrices of the layer before: another number."""

@@ -1,4 +1,4 @@
-"""Pictures of what is inside a network, as PNG files: what each layer looks at, its tokens as colours, what excites its atoms."""
+"""Pictures of what is inside a network, as PNG files: what each layer looks at, its tokens as colours, what excites its atoms, curves over layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unroll.errors import UnrollError
+from unroll.errors import UnrollError, did_you_mean
 from unroll.model.inside import active_atoms, attention_maps, components, enlarged, grid, heaviest, jaccard, segment
 
 if TYPE_CHECKING:
     from unroll.model.module import Model
+    from unroll.model.whitebox import Measured, Moments
     from unroll.network.network import Network
 
 Cell = tuple[Tensor, str, Tensor | None]
@@ -93,6 +94,40 @@ def draw_atoms(
     return _drawn(rows, path)
 
 
+def draw_curves(found: Measured, path: str | os.PathLike[str], *, terms: Sequence[str] | None = None) -> Path:
+    """A panel for each term, of what enters each block by the parameters of its own layer, over the layers; and one for shares of zeros after each block.
+
+    Means over the samples, and one standard deviation around them.  found: of `white_box` or `audit`.  terms: of those of `found`; all if left out.
+    Raises UnrollError E404 for a term that is not there.
+    """
+    shown = found.terms if terms is None else tuple(terms)
+    for name in shown:
+        if name not in found.terms:
+            hint = did_you_mean(name, found.terms) or f"terms: {', '.join(found.terms)}"
+            raise UnrollError("E404", f"'{name}' was not measured", hint=hint)
+    panels = [(name, found.entering[name], 0) for name in shown] + [
+        (f"zeros of {name}", of, 1) for name, of in found.zeros.items()
+    ]
+    figure = _figure(4.2 * len(panels), 3.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, moments, late) in zip(axes, panels, strict=True):
+        for x, mean, std, block in _by_block(found, moments, late):
+            (line,) = axis.plot(x, mean, marker="o", markersize=3, label=block)
+            axis.fill_between(x, mean - std, mean + std, alpha=0.2, color=line.get_color())
+        axis.set(xlabel="layer", title=name)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    return _saved(figure, path)
+
+
+def _by_block(found: Measured, of: Moments, late: int) -> Iterable[tuple[list[int], Any, Any, str]]:
+    """(layers, means, standard deviations, block) of moments with a row for each step; late: of zeros, whose first row is the start."""
+    for block in dict.fromkeys(b for _, b in found.labels):
+        rows = [k for k, (_, b) in enumerate(found.labels) if b == block]
+        at = [k + late for k in rows]
+        yield [found.labels[k][0] for k in rows], of.mean[at].numpy(), of.std[at].numpy(), block
+
+
 def _squares(net: Network | Model, samples: Tensor) -> Tensor:
     """(B, N, C, P, P) patches in the order of tokens, or (B, side, side) of vectors."""
     if (of := grid(net)) is not None:
@@ -117,20 +152,27 @@ def _grid(net: Network | Model) -> tuple[int, int]:
 
 
 def _drawn(rows: Sequence[Sequence[Cell]], path: str | os.PathLike[str]) -> Path:
-    from unroll.train.samples import package
-
     if not rows:
         raise UnrollError("E404", "there is no image to draw")
-    figure_module = package("matplotlib.figure", "a picture")
-    package("matplotlib.backends.backend_agg", "a picture")
-    size = (1.6 * len(rows[0]), 1.75 * len(rows))
-    figure: Any = figure_module.Figure(figsize=size, dpi=110, layout="constrained")
+    figure = _figure(1.6 * len(rows[0]), 1.75 * len(rows))
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for cells, row in zip(rows, axes, strict=True):
         for cell, axis in zip(cells, row, strict=True):
             _one(axis, *cell)
-    target = Path(path)
-    figure.savefig(target, format="png")
+    return _saved(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure that never opens a window."""
+    from unroll.train.samples import package
+
+    figure_module = package("matplotlib.figure", "a picture")
+    package("matplotlib.backends.backend_agg", "a picture")
+    return figure_module.Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _saved(figure: Any, path: str | os.PathLike[str]) -> Path:
+    figure.savefig(target := Path(path), format="png")
     return target
 
 

@@ -29,19 +29,26 @@ Section = tuple[str, str]
 
 
 def report(
-    source: Source,
+    source: Source | Measured,
     path: str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
     at: str = "iterate",
     terms: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the page of a spec, or of the run in a folder.
+    """Write the page of a spec, of the run in a folder, or of what `audit` or `white_box` measured.
 
     at, terms: what is measured of each layer, as `Network.trace` takes them.
-    Raises SpecError for a spec that does not compile or a formula, UnrollError E404 for another `at`.
+    Raises SpecError for a spec that does not compile or a formula, UnrollError E404 for another `at`, or for these with what is measured already.
     """
+    from unroll.model.whitebox import Measured
+
     target, asked = Path(path), Asked(at, dict(terms or {}))
+    if isinstance(source, Measured):
+        if overrides or asked != Asked():
+            raise UnrollError("E404", "what is measured already takes no overrides, at or terms")
+        target.write_text(_of_measured(source), encoding="utf-8")
+        return target
     run = _run_folder(source)
     if run is not None and overrides:
         raise SpecError(
@@ -65,6 +72,16 @@ def _run_folder(source: Source) -> Path | None:
     if not isinstance(source, str | Path) or "\n" in str(source):
         return None
     return Path(source) if isfile(Path(source) / "run.json") else None
+
+
+def _of_measured(found: Measured) -> str:
+    """One page of what was measured, of any network."""
+    where = "as they are" if found.at == "iterate" else f"at their {found.at}"
+    count = len(dict.fromkeys(layer for layer, _ in found.labels))
+    about = f"{count} layers, {found.samples:,} samples, terms of the variables {where}"
+    stand = [(name, place) for name, place in found.own.items()]
+    weights = html.table(("parameter of the objective", "what stands in its place"), stand) if stand else ""
+    return html.page("What each layer does", about, [("Terms", _changes(found)), ("Weights", weights)])
 
 
 def _of_spec(spec: Spec, derivation: Derivation) -> Iterator[Section]:
