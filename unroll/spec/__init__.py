@@ -48,6 +48,7 @@ __all__ = ["Origin", "Spec", "load"]
 MAX_USE = 8
 AROUND = ("model", "weights", "data", "train")  # sections that are not about the layers
 DECODER = ("model", "decoder", "layers")
+LOSS = ("train", "loss", "objective")
 NAMED = ("dims", "variables", "inputs", "parameters", "scalars")  # sections that declare the names of formulas
 OVERRIDE = re.compile(r"\s*([^\s=]+)\s*=(.*)", re.DOTALL)
 ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029\ufeff"}  # text to JSON, line breaks to YAML
@@ -184,6 +185,8 @@ class Spec(Document):
         spec._root, spec._preset, spec._left = root, preset, left
         if isinstance(layers := node_at(root, DECODER), Entries) and spec.model and spec.model.decoder:
             spec._decoder = cls.check(layers, None)
+        if isinstance(loss := _within(root, LOSS), Entries):
+            cls.check(loss, None)
         return spec
 
 
@@ -194,7 +197,7 @@ def load(source: str | bytes | FilePath | Mapping[str, Any], overrides: Sequence
     """
     root, folder = _read(source)
     root, left = _use(root, folder, ())
-    whole = reduce(_override, overrides, root)
+    whole = _with_loss(reduce(_override, overrides, root), folder, ())
     left = (*left, *_not_taken(str(plain(_named(root).entries["name"][1])), root, whole))
     root, preset = _expand(_named(_around(whole)))
     root = _with_texts(root)
@@ -259,8 +262,9 @@ def _as_text(source: Mapping[str, Any]) -> str:
 
 def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> tuple[Entries, tuple[Left, ...]]:
     """The tree laid on the one that it uses, and what it does not take of it."""
-    if isinstance(layers := _decoder(root), Entries):
-        root = _with_decoder(root, _use(layers, folder, chain)[0])
+    if isinstance(layers := _within(root), Entries):
+        root = _with(root, _use(layers, folder, chain)[0])
+    root = _with_loss(root, folder, chain)
     match root.get("use"):
         case Scalar(str(name), origin):
             path = library.find(name, ("objectives", "specs"), origin.where(), folder)
@@ -272,6 +276,12 @@ def _use(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> tuple[
             return joined, (*left, *_not_taken(path.stem, under, joined))
         case _:
             return root, ()
+
+
+def _with_loss(root: Entries, folder: FilePath, chain: tuple[FilePath, ...]) -> Entries:
+    """The tree with the objective that it trains by made whole."""
+    loss = _within(root, LOSS)
+    return _with(root, _use(loss, folder, chain)[0], LOSS) if isinstance(loss, Entries) else root
 
 
 def _not_taken(of: str, under: Entries, joined: Entries) -> Iterator[Left]:
@@ -333,23 +343,23 @@ def _named(root: Entries) -> Entries:
     )
 
 
-def _decoder(root: Entries) -> Node | None:
-    """What `model.decoder.layers` says."""
-    return reduce(lambda node, key: node and child(node, key), DECODER, cast("Node | None", root))
+def _within(root: Entries, path: Sequence[str] = DECODER) -> Node | None:
+    """A spec within a spec: the layers of a decoder, or the objective of a training."""
+    return reduce(lambda node, key: node and child(node, key), path, cast("Node | None", root))
 
 
-def _with_decoder(node: Node, layers: Entries, path: Sequence[str] = DECODER) -> Entries:
+def _with(node: Node, layers: Entries, path: Sequence[str] = DECODER) -> Entries:
     """The tree with `layers` in that place, and nothing of what was there."""
     if not path:
         return layers
     assert isinstance(node, Entries)
     key, value = node.entries[path[0]]
-    return entries({**node.entries, path[0]: (key, _with_decoder(value, layers, path[1:]))}, node.origin)
+    return entries({**node.entries, path[0]: (key, _with(value, layers, path[1:]))}, node.origin)
 
 
 def _around(root: Entries) -> Entries:
     """The tree with the spec of its decoder made whole: without an objective, it is that of the layers before it."""
-    layers = _decoder(root)
+    layers = _within(root)
     if not isinstance(layers, Entries):
         return root
     if not {"minimize", "maximize"} & set(layers.entries):
@@ -359,7 +369,7 @@ def _around(root: Entries) -> Entries:
         name = f"{plain(_named(root).entries['name'][1])}_decoder"
         named = Scalar(name, layers.origin.saying(name))
         layers = entries({"name": (layers.origin, named), **layers.entries}, layers.origin)
-    return _with_decoder(root, _expand(layers)[0])
+    return _with(root, _expand(layers)[0])
 
 
 def _override(root: Entries, text: str) -> Entries:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.spec import around
 from unroll.spec.nodes import Entries, Scalar, follow, key_origin, node_at
-from unroll.spec.schema import Document, Number, Unroll
+from unroll.spec.schema import Declared, Document, Number, Train, Unroll
 
 SECTIONS = ("dims", "variables", "inputs", "parameters", "scalars")
 
@@ -77,10 +77,31 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
             for key in ("freeze", "only", "layer_decay")
             if train.search is not None
         },
+        **_of_declared_losses(train),
     }
     for key, (odd, why, hint) in idle.items():
         if key in said and odd:
             yield SpecError("E511", f"train: {key}: {why}", key_origin(root, ("train", key)).where(), hint)
+
+
+def _of_declared_losses(train: Train) -> dict[str, tuple[bool, str, str]]:
+    """Settings of a loss that is declared, without one, or that nothing of it reads."""
+    loss = train.loss
+    if not isinstance(loss, Declared):
+        why, hint = "a loss that takes them is declared", "loss: {objective: {use: ..}, takes: {..}}"
+        return {key: (True, f"is for a declared loss: {why}", hint) for key in ("views", "teacher")}
+    asked = {taken.views for taken in loss.takes.values() if taken.views is not None}
+    every = any(taken.views is None and taken.of != "labels" for taken in loss.takes.values())
+    unread = sorted({*train.views} - asked) if not every else []
+    taught = any(taken.of == "teacher" for taken in loss.takes.values())
+    unknown = sorted(asked - {*train.views})
+    return {
+        "views": (bool(unread), f"nothing takes {', '.join(unread)}", "takes: {NAME: {of: network, views: ..}}"),
+        "teacher": (not taught, "nothing is taken of a teacher", "takes: {NAME: {of: teacher}}"),
+        "ema": (taught, "the teacher is the mean of the weights", "teacher: {momentum: ..}"),
+        "loss": (bool(unknown), f"there are no views {', '.join(unknown)}", "views: {NAME: {count: 2, ..}}"),
+        "search": (True, "a declared loss is of all samples of a batch, and learns by slopes", "leave it out"),
+    }
 
 
 def _open_sizes(spec: Document, root: Entries) -> Iterator[SpecError]:

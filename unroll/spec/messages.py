@@ -50,7 +50,9 @@ def to_spec_error(e: ValidationError, root: Entries, model: type[BaseModel]) -> 
     kept = [
         (path, error)
         for path, error in zip(paths, errors, strict=True)
-        if not (path in deeper and error["type"] in EXPECTED)  # the branches of a union that the value did not mean
+        if not (
+            path in deeper and error["type"] in (*EXPECTED, "literal_error")
+        )  # the branches of a union that the value did not mean
         and not (error["type"] == "missing" and _misspelt(path, str(error["loc"][-1]), errors, paths))
     ]
     groups: dict[object, tuple[Path, list[ErrorDetails]]] = {}

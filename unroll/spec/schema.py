@@ -971,6 +971,66 @@ def _short_from(value: object) -> object:
 FromField = Annotated[From, BeforeValidator(_short_from, json_schema_input_type=str | From)]
 
 
+class View(Record):
+    """Copies of samples, each changed at random, anew in each step."""
+
+    count: Annotated[int, Field(ge=0, le=1000)] = 1
+    """copies of each sample"""
+    area: tuple[Share, Share] = (1.0, 1.0)
+    """of images: the share of the area that is cut out, from one to the other, and scaled to the whole size"""
+    aspect: tuple[Positive, Positive] = (1.0, 1.0)
+    """of images: width by height of what is cut out, from one to the other"""
+    turn: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """of images: by so many degrees at most, to both sides"""
+    flip: bool = False
+    """of images: left and right swapped, every second time"""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """differences from the mean of a sample grow or shrink by this share at most"""
+    brightness: Spread = 0.0
+    """what is added to all of a sample, at most, or taken away"""
+    noise: Spread = 0.0
+    """standard deviation of Gaussian noise on every entry"""
+    hide: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """the share of entries that are set to zero"""
+
+    @property
+    def of_images(self) -> bool:
+        """Does it cut, turn or mirror?"""
+        return self.area != (1.0, 1.0) or self.aspect != (1.0, 1.0) or self.turn > 0 or self.flip
+
+
+class Taken(Record):
+    """What an argument of a declared loss is made of."""
+
+    of: Literal["network", "teacher", "labels", "samples"]
+    """features of views by the network, or by its teacher, which takes no gradient; the classes that views belong to: by their labels,
+    or a class for each sample"""
+    views: Name | None = None
+    """which of `views:`; all of them, one after another, if left out"""
+    at: Literal["answer", "features"] = "answer"
+    """what the network answers, or what the linear map of its head reads; the mean over tokens, where there are several"""
+
+
+class Declared(Record):
+    """A declared objective as a loss, over all samples of a batch together."""
+
+    objective: dict[str, Any]
+    """a spec: {use: NAME, scalars: {..}}, or sections of its own; constraints to the sphere are kept by what is given to it"""
+    takes: Annotated[dict[Name, Taken], Field(min_length=1)]
+    """variable or input of the objective -> what it is"""
+
+
+class Teacher(Record):
+    """A network whose weights follow those that are trained: m times its own and 1 - m times these, after each step."""
+
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996
+    """m at the first step"""
+    end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """m at the last step, with a cosine between them"""
+    kept: Literal["teacher", "network"] = "teacher"
+    """whose weights are measured and kept"""
+
+
 class Probes(Record):
     """Simple classifiers of the features of a network, which are fitted to training samples with their labels and train nothing of it."""
 
@@ -993,9 +1053,13 @@ class Probes(Record):
 class Train(Record):
     """How the free parameters are fitted."""
 
-    loss: Literal["mse", "nmse", "objective", "cross_entropy", "masked_mse"] = "nmse"
+    loss: Literal["mse", "nmse", "objective", "cross_entropy", "masked_mse"] | Declared = "nmse"
     """mse, nmse: against the true or converged value; objective: no target needed; of a model, cross_entropy: against
-    labels or the next character, masked_mse: of the patches that were hidden"""
+    labels or the next character, masked_mse: of the patches that were hidden; or an objective that is declared"""
+    views: dict[Name, View] = {}
+    """of a declared objective: the views of a sample that networks see, by name; one as it is, if left out"""
+    teacher: Teacher | None = None
+    """of a declared objective that takes what a teacher answers"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """cross_entropy: this share of each label is spread over all classes; not in what is measured on held-out data"""
     target: Literal["truth", "optimum"] | None = None

@@ -7,6 +7,7 @@ clock, journal. Learning rates and stages are pure functions of the step.
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import math
@@ -33,9 +34,10 @@ from torch import Tensor, nn
 
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.network.network import Network
-from unroll.spec.schema import Train
+from unroll.spec.schema import Declared, Teacher, Train
 from unroll.train import losses, search
 from unroll.train.ahead import ahead
+from unroll.train.declared import objective
 from unroll.train.features import hides
 from unroll.train.groups import by_rows, learning, parameter_groups, rates
 from unroll.train.losses import Net, Outcome, Status
@@ -45,6 +47,7 @@ from unroll.train.stored import reading
 from unroll.train.table import evaluating
 from unroll.train.tasks import Task as Purpose
 from unroll.train.tasks import find_task
+from unroll.train.views import draws
 
 EPOCHS = 20  # where neither epochs, steps nor minutes are given
 FOREVER = 2**31  # steps, where only the clock ends the training
@@ -96,6 +99,20 @@ def rate(settings: Train, stage: Stage, step: int, share: float) -> float:
     cosine = settings.schedule == "cosine" and stage.anneals
     left = settings.final_lr
     return stage.share * warm * (left + (1 - left) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) if cosine else 1.0)
+
+
+def momentum(settings: Train, share: float) -> float:
+    """m of the teacher: end − (end − start)(1 + cos(pi share))/2. Source: Caron et al. 2021, arXiv:2104.14294, section 3.1."""
+    wanted = settings.teacher or Teacher()
+    return wanted.end - (wanted.end - wanted.momentum) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def follow(teacher: nn.Module, net: nn.Module, kept: float) -> None:
+    """θ' ← m θ' + (1 − m) θ; what is not learned is that of the network."""
+    for own, p in zip(teacher.parameters(), net.parameters(), strict=True):
+        own.lerp_(p, 1 - kept)
+    for own, b in zip(teacher.buffers(), net.buffers(), strict=True):
+        own.copy_(b)
 
 
 # --- what Lightning drives -------------------------------------------------------------------------------------------
@@ -168,10 +185,13 @@ class Batches:
 class Task(L.LightningModule):
     """The network with its loss and optimiser; the place where a value that is not finite is named."""
 
-    def __init__(self, net: Net, settings: Train, stages: Sequence[Stage], clock: Clock) -> None:
+    def __init__(
+        self, net: Net, settings: Train, stages: Sequence[Stage], clock: Clock, teacher: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.net = losses.module(net)
+        self.net, self.teacher = losses.module(net), teacher
         self.settings, self.stages, self.clock = settings, stages, clock
+        self.declared = objective(settings) if isinstance(settings.loss, Declared) else None
         self.loss = losses.find_loss(settings.loss)
         self.weights = losses.layer_weights(settings.layer_weights, net.layers)
         self.by_rows = by_rows(net, settings)
@@ -181,13 +201,17 @@ class Task(L.LightningModule):
         return next((s for s in self.stages if s.start <= self.global_step < s.stop), self.stages[-1])
 
     @property
-    def factor(self) -> float:
-        """What the learning rates are multiplied with at this step."""
+    def share(self) -> float:
+        """Share of the stage that has passed."""
         known = self.stage.stop < FOREVER
-        share = (
+        return (
             (self.global_step - self.stage.start) / (self.stage.stop - self.stage.start) if known else self.clock.share
         )
-        return rate(self.settings, self.stage, self.global_step, share)
+
+    @property
+    def factor(self) -> float:
+        """What the learning rates are multiplied with at this step."""
+        return rate(self.settings, self.stage, self.global_step, self.share)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(cast(Net, self.net), self.settings)
@@ -204,7 +228,11 @@ class Task(L.LightningModule):
         _still(self.net)
         depth = self.stage.depth
         weights = self.weights if depth == len(self.weights) else (0.0,) * (depth - 1) + (1.0,)
-        value = losses.total(self.loss, cast(Net, self.net), batch, weights, self.settings)
+        if self.declared is not None:
+            draw = draws(self.settings.seed, self.global_step)
+            value = self.declared.value(cast(Net, self.net), cast(Net, self.teacher or self.net), batch, draw)
+        else:
+            value = losses.total(self.loss, cast(Net, self.net), batch, weights, self.settings)
         if not bool(value.isfinite()):
             raise blame(cast(Net, self.net), batch, self.global_step)
         return value
@@ -227,10 +255,15 @@ class Task(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step in which every layer moves by its share: the update of each optimizer here is entry by entry."""
         before = [(p, p.detach().clone(), share.to(p)) for p, share in self.by_rows]
+        if self.teacher is not None:
+            self.teacher.eval()
+        kept = momentum(self.settings, self.share)  # of this step: the number of steps grows within the next line
         optimizer.step(closure=optimizer_closure)
         with torch.no_grad():
             for p, was, share in before:
                 p.copy_(torch.lerp(was, p, share))
+            if self.teacher is not None:
+                follow(self.teacher, self.net, kept)
 
     def transfer_batch_to_device(self, batch: Split, device: torch.device, dataloader_idx: int) -> Split:
         del dataloader_idx
@@ -658,6 +691,9 @@ def fit(
     clock = Clock(settings.minutes)
     average = None if settings.ema is None else Average(settings.ema)
     shown = _as_it_is if average is None else average.shown
+    teacher = _teacher(net, settings)
+    if teacher is not None and (settings.teacher or Teacher()).kept == "teacher":
+        shown = lambda own, teacher=teacher: _as(teacher, own)
     journal = Journal(folder, data.validation, purpose, settings, every, per_epoch, clock, shown)
     callbacks: list[L.Callback] = [Randomness(), *([average] if average else []), clock, journal]
     if console is not None:
@@ -668,7 +704,10 @@ def fit(
         if not resume:
             torch.manual_seed(settings.seed)
         free = net.program.free if isinstance(net, Network) else None
-        task = Task(net, settings, plan(settings, net.layers, steps, free), clock)
+        if isinstance(settings.loss, Declared) and trainer.world_size > 1:
+            message = "train: a declared loss is over the whole batch, and each of several devices sees a part of it"
+            raise SpecError("E511", message, hint="--devices 1")
+        task = Task(net, settings, plan(settings, net.layers, steps, free), clock, teacher)
         like = next(losses.module(net).parameters())
         samples = data.train.to(like.dtype)
         batches = Batches(samples, data.change, size, settings.seed, steps, trainer, settings.noise, data.workers)
@@ -681,7 +720,26 @@ def fit(
         read_weights(losses.module(net), best)
     elif average is not None:
         average.put(losses.module(net))
+    elif teacher is not None and shown is not _as_it_is:
+        losses.module(net).load_state_dict(teacher.state_dict())
     return Outcome(_status(clock, journal, settings), trainer.global_step, clock.seconds, journal.best)
+
+
+def _teacher(net: Net, settings: Train) -> nn.Module | None:
+    """A copy of the network that learns nothing by itself, where the loss takes what one answers."""
+    taken = settings.loss.takes.values() if isinstance(settings.loss, Declared) else ()
+    return copy.deepcopy(losses.module(net)).requires_grad_(False) if any(t.of == "teacher" for t in taken) else None
+
+
+@contextmanager
+def _as(teacher: nn.Module, net: nn.Module) -> Generator[None]:
+    """Inside, the network has the weights of its teacher."""
+    own = [p.detach().clone() for p in net.parameters()]
+    _set(net, list(teacher.parameters()))
+    try:
+        yield
+    finally:
+        _set(net, own)
 
 
 def _as_it_is(net: nn.Module) -> AbstractContextManager[None]:
@@ -737,17 +795,20 @@ def _check(net: Net, data: Data, settings: Train) -> None:
         hint = "at: features reads the tokens as they leave the layers"
         raise SpecError("E511", "train: probes: at: answer: this network answers with patches", hint=hint)
     if not loss.by_layer:
-        check_answer(net, loss, data)
+        check_answer(net, loss, data, settings)
 
 
 @torch.no_grad()
-def check_answer(net: Net, loss: losses.Loss, data: Data) -> None:
+def check_answer(net: Net, loss: losses.Loss, data: Data, settings: Train) -> None:
     """Ask the network, as it is in training, about two samples. Raises SpecError E512."""
     module = losses.module(net)
     like = next(module.parameters())
     few = _highest(data).to(like)
     try:
         with as_in_training(net, like.device, 0):
+            if isinstance(settings.loss, Declared):
+                objective(settings).terms(net, net, few, draws(settings.seed, 0))
+                return
             answer = module(*losses.arguments(net, few.inputs))
     except IndexError as error:
         most = max(int(v.max()) for v in few.inputs.values())

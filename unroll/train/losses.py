@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll.errors import SpecError, did_you_mean, quote
-from unroll.spec.schema import Train
+from unroll.spec.schema import Declared, Train
 from unroll.train.metrics import flat, nmse
 from unroll.train.samples import Split, Tensors
 
@@ -206,6 +206,8 @@ def _kind(answer: Any) -> str:
     return f"{len(answer)} values" if isinstance(answer, tuple | list | Mapping) else type(answer).__name__
 
 
+DECLARED = "{objective: ..}"
+"""The name of a loss that is declared."""
 LOSSES: tuple[Loss, ...] = (
     Loss("objective", True, "", _objective, _fits),
     Loss("mse", True, "targets", _mse, _fits),
@@ -215,8 +217,15 @@ LOSSES: tuple[Loss, ...] = (
 )
 
 
-def find_loss(name: str) -> Loss:
+def _of_a_batch(net: Net, batch: Split, answer: Any, settings: Train) -> Tensor:
+    raise AssertionError("internal error, please report: a declared loss is of all views of a batch")
+
+
+def find_loss(name: str | Declared) -> Loss:
     """The record of a loss. Raises SpecError E511."""
+    if isinstance(name, Declared):
+        needs = "labels" if any(taken.of == "labels" for taken in name.takes.values()) else ""
+        return Loss(DECLARED, False, needs, _of_a_batch, _fits)
     for record in LOSSES:
         if record.name == name:
             return record

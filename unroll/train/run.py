@@ -265,7 +265,7 @@ def _evaluate_elsewhere(job: Job, overrides: Sequence[str], outcome: Outcome) ->
     _read_trained(job, net)
     loss = losses.find_loss(other.settings.loss)
     if not loss.by_layer:
-        check_answer(cast(Net, net), loss, data)
+        check_answer(cast(Net, net), loss, data, other.settings)
     digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
     other = replace(other, folder=job.folder / "evaluations" / digest)
     shutil.rmtree(other.folder, ignore_errors=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Probes, Train
-from unroll.train import codes, labels, losses, masked, probes, table
+from unroll.spec.schema import Declared, Probes, Train
+from unroll.train import codes, declared, labels, losses, masked, probes, table
 from unroll.train.job import Job
 from unroll.train.losses import Net
 from unroll.train.samples import Data, Held, Split
@@ -155,12 +155,33 @@ def find_task(settings: Train, data: Data) -> Task:
         hint = "source: digits, images, text and tokens have labels, and file may"
         raise SpecError("E508", f"train: loss: {loss.name} needs labels, source '{data.source}' has none", hint=hint)
     axes = 0 if given is None else given.ndim
-    task = next(t for t in TASKS if loss.name in t.losses and t.axes in (None, axes))
+    if loss.name == losses.DECLARED and loss.needs == "labels" and axes != 1:
+        raise SpecError("E508", "train: loss: takes: labels are the classes of samples, here they are of tokens")
+    known = (*TASKS, _declared(settings)) if isinstance(settings.loss, Declared) else TASKS
+    task = next(t for t in known if loss.name in t.losses and t.axes in (None, axes))
     for name in task.without:
         if getattr(settings, name) != Train.model_fields[name].default:
             hint = "leave it out"
             raise SpecError("E511", f"train: {name}: means nothing for loss: {loss.name}", hint=hint)
-    return task if settings.probes is None else _probed(task, settings.probes, data)
+    wanted = settings.probes
+    if wanted is None and isinstance(settings.loss, Declared):  # nothing else says whether it learned anything
+        wanted = Probes() if probes.labelled(data) else Probes(kinds=())
+    return task if wanted is None else _probed(task, wanted, data)
+
+
+def _declared(settings: Train) -> Task:
+    """The task of a declared objective: its terms. Raises SpecError E511."""
+    shown = declared.columns(settings)
+    close = comparison(declared.held_out, lambda net, data, settings: [], shown, _answer)
+    return Task(
+        "a declared objective",
+        (losses.DECLARED,),
+        None,
+        declared.held_out,
+        shown,
+        close,
+        without=(*BY_LAYER, "label_smoothing"),
+    )
 
 
 def _probed(task: Task, wanted: Probes, data: Data) -> Task:
