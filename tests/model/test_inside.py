@@ -237,3 +237,27 @@ def test_atoms_of_a_code_of_vectors_are_excited_by_samples() -> None:
     assert found.places.shape == (2, 5, 1)
     assert torch.equal(z[found.places[0, :, 0], found.entries[0]], found.values[0])
     assert int(found.places[0, 0]) == int(z[:, found.entries[0]].abs().argmax())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["crate", "transformer", "transformer_causal", "tost"])
+def test_maps_of_a_padded_batch_are_those_of_its_samples_alone(name: str) -> None:
+    spec = unroll.load(name).to_dict()
+    spec["inputs"]["there"] = {"shape": ["N"], "mask": True}
+    spec["unroll"]["layers"] = 2
+    net = unroll.compile(spec, dims={"d": 12, "K": 3, "p": 4} | ({"s": 8} if "s" in spec["dims"] else {}), dtype=D)
+    x = torch.randn(2, 2, 6, 12, dtype=D, generator=torch.Generator().manual_seed(0))
+    there = torch.ones(2, 2, 6, dtype=D)
+    there[1, 0, [0, 3]] = 0
+    x[1, 0, 3] = torch.nan
+    found = net.trace(x, there=there).maps_of(2)
+    assert found
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        at = there[place].nonzero().flatten()
+        alone = net.trace(x[place][at], there=there[place][at]).maps_of(2)
+        for m, a in zip(found, alone, strict=True):
+            w = m.weights[place]
+            rows = at if w.shape[-2] == 6 else slice(None)
+            columns = at if w.shape[-1] == 6 else slice(None)
+            torch.testing.assert_close(w[:, rows][:, :, columns], a.weights, rtol=1e-10, atol=1e-12)
+            assert w.sum() == pytest.approx(float(a.weights.sum())) and w.isfinite().all()

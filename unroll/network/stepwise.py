@@ -6,14 +6,16 @@ Values are in mathematical layout, (..., rows, cols), a family (K, ..., rows, co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal, Protocol, cast
 
 import sympy as sp
 import torch
 from torch import Tensor
 
 from unroll.derivation.step import LAYER, Assign, Learned, Step
+from unroll.emit.axes import axes_of, stored_axes
 from unroll.language.nodes import Expr, FamilySoftmax, FamilySum, Softmax, Sym, free_indices, walk
 from unroll.language.problem import Problem
 from unroll.network.evaluate import Evaluator
@@ -156,8 +158,45 @@ class Replay:
     def maps(self, layer: int | None = None) -> Iterator[AttentionMap]:
         """Every softmax in a layer (from 0; None: in all), at the values that the network's own blocks left, in their precision.
 
-        Only what these softmaxes read is worked out.
+        Only what these softmaxes read is worked out. Padding has no share: a padded batch is its samples alone, 0 where nothing is.
         """
+        masks = [s for s in self.problem.inputs if "mask" in s.props and s.name in self.inputs]
+        if all(bool(self.inputs[s.name].all()) for s in masks):
+            yield from (m for m, _ in self._maps(layer))
+            return
+        lead = self._lead()
+        alone = [self._alone(place, masks, lead) for place in product(*map(range, lead))]
+        for parts in zip(*(list(replay._maps(layer)) for replay, _ in alone), strict=True):
+            whole = torch.stack([_placed(m.weights, shape, there) for (m, shape), (_, there) in zip(parts, alone, strict=True)])  # fmt: skip
+            yield replace(parts[0][0], weights=whole.unflatten(0, lead))
+
+    def _lead(self) -> torch.Size:
+        """The batch axes."""
+        s = self.problem.variables[0]
+        x = self.steps[s.name][0]
+        return x.shape[: x.ndim - len(stored_axes(s))]
+
+    def _alone(
+        self, place: tuple[int, ...], masks: list[Sym], lead: torch.Size
+    ) -> tuple[Replay, dict[sp.Expr, Tensor]]:
+        """One sample without its padding, and by size which of its columns are there."""
+        own = lambda s, x: x[place] if x.ndim > len(stored_axes(s)) else x
+        there = {s.nrows: own(s, self.inputs[s.name].expand(*lead, -1)) != 0 for s in masks}
+
+        def cut(s: Sym, x: Tensor) -> Tensor:
+            x = own(s, x)
+            for size, marks in there.items():
+                for axis in axes_of(s, cast(sp.Symbol, size)):
+                    x = x.index_select(axis, marks.nonzero().flatten())
+            return x
+
+        symbols = self.problem.symbols
+        inputs = {n: cut(symbols[n], x) for n, x in self.inputs.items()}
+        steps = {n: [cut(symbols[n], x) for x in found] for n, found in self.steps.items()}
+        return replace(self, inputs=inputs, steps=steps), there
+
+    def _maps(self, layer: int | None) -> Iterator[tuple[AttentionMap, tuple[sp.Expr, sp.Expr]]]:
+        """The maps, and the sizes of their rows and columns, where nothing is padding."""
         blocks = self.step.blocks or ("step",)
         count = len(next(iter(self.steps.values()))) - 1
         runs = [
@@ -175,7 +214,9 @@ class Replay:
                 self._enter(state, k, at)
                 for a, needed in zip(assigns, read[k], strict=True):
                     for node in _softmaxes(a.value) if seen[k] else ():
-                        yield AttentionMap(at + 1, blocks[block], *self._weights(node, state))
+                        turned = isinstance(node, Softmax) and node.axis == 0
+                        shape = (node.cols, node.rows) if turned else (node.rows, node.cols)
+                        yield AttentionMap(at + 1, blocks[block], *self._weights(node, state)), shape
                     if needed:
                         state.assign(a)
 
@@ -267,6 +308,17 @@ def _names(value: Expr | sp.Expr) -> Names:
 def _before(a: Assign, names: Names) -> Names:
     """What has to be known before an assignment so that these are known after it."""
     return (names - {a.target}) | _names(a.value) if a.target in names else names
+
+
+def _placed(weights: Tensor, shape: tuple[sp.Expr, sp.Expr], there: Mapping[sp.Expr, Tensor]) -> Tensor:
+    """(..., rows, columns) of what is there -> of all, 0 elsewhere."""
+    for axis, size in zip((-2, -1), shape, strict=True):
+        if size in there:
+            marks = there[size]
+            wide = list(weights.shape)
+            wide[axis] = len(marks)
+            weights = weights.new_zeros(wide).index_copy(axis, marks.nonzero().flatten(), weights)
+    return weights
 
 
 def _softmaxes(value: Expr | sp.Expr) -> list[Softmax | FamilySoftmax]:
