@@ -495,6 +495,13 @@ def _weighed_product_text(out: Node, args: Sequence[Operand], c: Context) -> Tex
     return Text(f"weighed_product({x.ordered('cr').code}, {w.text.code}, {y.ordered('cr').code})")
 
 
+def _identity_and_members_text(out: Node, args: Sequence[Operand], c: Context) -> Text:
+    """I + t X diag(w) X' for every member w, or a matrix of the same determinant."""
+    x, w, t = args
+    t_text = t.aligned(tuple(k for k, _ in out.families)).code
+    return Text(f"identity_and_members({x.ordered('cr').code}, {w.text.code}, {t_text})")
+
+
 def _solve_text(name: str) -> Callable[[Node, Sequence[Operand], Context], Text]:
     """inv(S) @ B for the factor or matrix args[0] and B = args[1]."""
 
@@ -859,6 +866,13 @@ OPERATIONS: tuple[Operation, ...] = (
         _weighed_product_cost,
         ("weighed_product",),
     ),
+    Operation(
+        "identity_and_members",
+        lambda args, attrs: (args[0][0], args[0][0]),
+        _identity_and_members_text,
+        _weighed_product_cost,
+        ("identity_and_members",),
+    ),
     Operation("contract", _product_axes, lambda out, args, c: einsum(out, args[0], args[1]), _product_cost),
     Operation("prox", _broadcast, _prox_text, _pointwise),
     Operation("detach", _same, lambda out, args, c: args[0].text.then(".detach()"), _free),
@@ -1041,6 +1055,25 @@ HELPERS: dict[str, Helper] = {
             pass
     return x.mT.unsqueeze(-3) @ (weights.unsqueeze(-1) * y.unsqueeze(-3))
 '''
+    ),
+    "identity_and_members": Helper(
+        '''def identity_and_members(x, weights, t):
+    """I + t X' diag(w) X for every row w of weights; or, where fewer samples than columns weigh anything, the matrix over these samples
+    that has the same determinant. Not in batches, where code is compiled or mapped, and for a derivative in w."""
+    constant = not weights.requires_grad and torch.autograd.forward_ad.unpack_dual(weights).tangent is None
+    t = t[..., None, None] if torch.is_tensor(t) else t
+    if constant and x.ndim == weights.ndim == 2 and not torch.compiler.is_compiling():
+        try:
+            most = int((weights != 0).sum(-1).max())
+            if most < x.shape[-1] and bool((weights >= 0).all()):
+                w, i = weights.topk(most)
+                y = w.sqrt()[..., None] * x[i]
+                return torch.eye(most, dtype=x.dtype, device=x.device) + t * (y @ y.mT)
+        except RuntimeError:  # of torch.func.vmap
+            pass
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) + t * weighed_product(x, weights, x)
+''',
+        ("weighed_product",),
     ),
     "exact": Helper(_EXACT),
     "inverse": _exact("inverse", "m", "inv(m).", "return torch.linalg.inv(m)"),

@@ -609,8 +609,51 @@ def weighed(graph: Graph, sizes: Sizes) -> tuple[Graph, str]:
                 return b.add("weighed_product", (x, w, other) if ref is left else (other, w, x))
         return None
 
-    out = rewrite(graph, rule, "matmul")
+    out = _determinants_of_members(rewrite(graph, rule, "matmul"))
     return out, f"{count} products over data leave out what weighs nothing"
+
+
+def _determinants_of_members(graph: Graph) -> Graph:
+    """log det(I + t X diag(w) X') for all members w: of the side of the samples that weigh something, where that is the smaller one."""
+    read = {i for i, node in graph.nodes.items() if node.op == "logdet_cholesky"}
+    alone = {id(graph.nodes[i]) for i, users in graph.users.items() if users and read >= {*users}}
+
+    def rule(b: Builder, node: Node, inputs: tuple[Ref, ...]) -> Ref | None:
+        whole = b.nodes[inputs[0].node]
+        if id(node) not in alone or whole.op != "add" or whole.attrs[0] != (1, 1):
+            return None
+        for one, rest in (whole.inputs, whole.inputs[::-1]):
+            found = _times_weighed(b, rest) if b.nodes[one.node].op == "eye" else None
+            if found is not None:
+                return b.add("cholesky", (b.add("identity_and_members", found),))
+        return None
+
+    return rewrite(graph, rule, "cholesky", needs="weighed_product")
+
+
+def _times_weighed(b: Builder, ref: Ref) -> tuple[Ref, Ref, Ref] | None:
+    """(X, w, t) of t X diag(w) X'."""
+    node = b.nodes[ref.node]
+    match node.op:
+        case "weighed_product":
+            x, w, y = node.inputs
+            return (x, w, b.number(ONE)) if x == y else None
+        case "add" if len(node.inputs) == 1:
+            coef, inner = b.number(node.attrs[0][0]), node.inputs[0]
+        case "scale":
+            coef, inner = node.inputs
+        case "map":
+            matrices = [i for i, r in enumerate(node.inputs) if b.view(r).shape != (ONE, ONE)]
+            factor = sp.cancel(node.attrs[0] / slot(matrices[0])) if len(matrices) == 1 else slot(0)
+            if not matrices or factor.has(slot(matrices[0])):
+                return None
+            rest = [i for i in range(len(node.inputs)) if i != matrices[0]]
+            coef = b.map(swap(factor, {slot(i): slot(j) for j, i in enumerate(rest)}), [node.inputs[i] for i in rest])
+            inner = node.inputs[matrices[0]]
+        case _:
+            return None
+    found = _times_weighed(b, inner)
+    return None if found is None else (found[0], found[1], b.map(slot(0) * slot(1), (coef, found[2])))
 
 
 def _weighed(b: Builder, ref: Ref) -> tuple[Ref, Ref] | None:
