@@ -63,6 +63,7 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
             f"optimizer: {train.optimizer} has no momentum to set",
             "optimizer: sgd",
         ),
+        "betas": (train.optimizer == "sgd", "optimizer: sgd has none", "momentum, or another optimizer"),
         "final_lr": (train.schedule != "cosine", "a constant learning rate does not fall", "schedule: cosine"),
         "refine": (train.stages != "layerwise", "it is a share of layerwise stages", "stages: layerwise"),
         "epochs": ("steps" in said and train.steps is not None, "the number of steps is given", "one of the two"),
@@ -74,7 +75,7 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
         "freeze": (bool(train.freeze and train.only), "only: says what learns", "one of the two"),
         **{
             key: (True, "search: sets what it names, and takes no step", "leave it out")
-            for key in ("freeze", "only", "layer_decay")
+            for key in ("freeze", "only", "layer_decay", "betas", "final_weight_decay", "accumulate")
             if train.search is not None
         },
         **_of_declared_losses(train),

@@ -1066,7 +1066,9 @@ class Train(Record):
     """what mse and nmse compare with; if left out, the truth where the data have it, else the converged optimum"""
     layer_weights: Literal["last", "uniform", "linear"] | tuple[Annotated[float, Field(ge=0)], ...] = "last"
     """what the loss of each layer counts"""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "lion", "sgd"] = "adam"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """of adam and adamw, (0.9, 0.999) if left out, and of lion, (0.9, 0.99)"""
     lr: Positive | Rates = Rates()
     """one number is for matrices; learned step sizes and thresholds then learn ten times as fast"""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -1079,6 +1081,8 @@ class Train(Record):
     """of sgd"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """of matrices alone; run.json lists which parameters those are"""
+    final_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """the weight decay goes to this by a cosine over the whole training"""
     stages: Literal["end_to_end", "layerwise"] = "end_to_end"
     refine: Share = 0.5
     """layerwise: the share of the steps in which, at the end, all layers are trained together"""
@@ -1090,6 +1094,8 @@ class Train(Record):
     """in place of epochs"""
     batch: Count = 256
     """samples per step, over all devices together"""
+    accumulate: Count = 1
+    """so many batches make one step, one after another: as one that is so many times as large, in the memory of one"""
     validate_every: Count | None = None
     """steps between two measurements on held-out data; an epoch, but at most 500, if left out"""
     keep: Literal["best", "last"] = "best"

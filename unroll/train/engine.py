@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from unroll.errors import SpecError, did_you_mean, quote
 from unroll.network.network import Network
 from unroll.spec.schema import Declared, Teacher, Train
-from unroll.train import losses, search
+from unroll.train import losses, recipes, search
 from unroll.train.ahead import ahead
 from unroll.train.declared import objective
 from unroll.train.features import hides
@@ -201,6 +201,12 @@ class Task(L.LightningModule):
         return next((s for s in self.stages if s.start <= self.global_step < s.stop), self.stages[-1])
 
     @property
+    def passed(self) -> float:
+        """The share of the whole training that is over."""
+        end = self.stages[-1].stop
+        return self.global_step / end if end < FOREVER else self.clock.share
+
+    @property
     def share(self) -> float:
         """Share of the stage that has passed."""
         known = self.stage.stop < FOREVER
@@ -214,25 +220,22 @@ class Task(L.LightningModule):
         return rate(self.settings, self.stage, self.global_step, self.share)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(cast(Net, self.net), self.settings)
-        match self.settings.optimizer:
-            case "adam":
-                return torch.optim.Adam(groups, fused=True)
-            case "adamw":
-                return torch.optim.AdamW(groups, fused=True)
-            case "sgd":
-                return torch.optim.SGD(groups, momentum=self.settings.momentum)
+        return recipes.optimizer(parameter_groups(cast(Net, self.net), self.settings), self.settings)
 
     def training_step(self, batch: Split, index: int) -> Tensor:
         del index
         _still(self.net)
         depth = self.stage.depth
         weights = self.weights if depth == len(self.weights) else (0.0,) * (depth - 1) + (1.0,)
+        of = lambda part: losses.total(self.loss, cast(Net, self.net), part, weights, self.settings)
         if self.declared is not None:
             draw = draws(self.settings.seed, self.global_step)
             value = self.declared.value(cast(Net, self.net), cast(Net, self.teacher or self.net), batch, draw)
+        elif self.settings.accumulate > 1:
+            assert self.loss.weight is not None
+            value = recipes.in_parts(of, self.loss.weight, batch, self.settings.accumulate, self.net.parameters())
         else:
-            value = losses.total(self.loss, cast(Net, self.net), batch, weights, self.settings)
+            value = of(batch)
         if not bool(value.isfinite()):
             raise blame(cast(Net, self.net), batch, self.global_step)
         return value
@@ -251,6 +254,8 @@ class Task(L.LightningModule):
             nn.utils.clip_grads_with_norm_(learned, self.settings.clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor
+            if group["kind"] == "matrix":
+                group["weight_decay"] = recipes.decay(self.settings, self.passed)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step in which every layer moves by its share: the update of each optimizer here is entry by entry."""
@@ -683,7 +688,7 @@ def fit(
     _check(net, data, settings)
     if settings.search is not None:
         return search.find(net, data, settings, folder)
-    size = min(settings.batch, len(data.train))
+    size = min(settings.batch * settings.accumulate, len(data.train))
     per_epoch = len(data.train) // size
     steps = total_steps(settings, per_epoch)
     every = settings.validate_every or min(per_epoch, 500)
@@ -766,6 +771,7 @@ def total_steps(settings: Train, per_epoch: int) -> int:
 
 def _check(net: Net, data: Data, settings: Train) -> None:
     loss = losses.find_loss(settings.loss)
+    recipes.check(losses.module(net), loss, settings)
     inputs = data.train.whole().inputs
     for name in settings.noise:
         if name not in inputs or not inputs[name].is_floating_point():

@@ -74,8 +74,10 @@ def record(net: Net, settings: Train) -> dict[str, Any]:
     """What run.json says about the groups."""
     share = shares(net, settings)
     names = {kind: [name for name, _ in named] for kind, named in by_kind(net).items()}
-    decaying = [n for n in names["matrix"] if settings.weight_decay and share[n].any()]
+    last = settings.final_weight_decay
+    decaying = [n for n in names["matrix"] if (settings.weight_decay or last) and share[n].any()]
     found = {"rule": RULE, "kinds": names, "weight_decay": settings.weight_decay, "decay": decaying}
+    found |= {} if last is None else {"final_weight_decay": last}
     others = {n: value.tolist() for n, value in share.items() if bool((value != 1).any())}
     return {**found, **({"share_of_the_rate": others} if others else {})}
 

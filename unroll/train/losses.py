@@ -65,7 +65,7 @@ class Loss:
     needs: what the batch must hold beside inputs, "" if nothing.
     misfit(samples, answer, most): why the answer to a few samples cannot be compared with them, "" if it can; most: the
     highest label of all samples, -1 without labels.
-    mixes: does it know labels in shares, `batch.mixed`?
+    mixes: does it know labels in shares, `batch.mixed`?  weight: how much counts in a batch, where the value is a mean of that.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Loss:
     value: Callable[[Net, Split, Any, Train], Tensor]
     misfit: Callable[[Split, Any, int], str]
     mixes: bool = False
+    weight: Callable[[Split], float] | None = None
 
 
 def arguments(net: Net, inputs: Tensors) -> list[Tensor]:
@@ -206,14 +207,22 @@ def _kind(answer: Any) -> str:
     return f"{len(answer)} values" if isinstance(answer, tuple | list | Mapping) else type(answer).__name__
 
 
+def _labelled(batch: Split) -> float:
+    assert batch.labels is not None
+    if batch.mixed is None:
+        return float((batch.labels >= 0).sum())
+    other, share = batch.mixed
+    return float((share * (batch.labels >= 0) + (1 - share) * (other >= 0)).sum())
+
+
 DECLARED = "{objective: ..}"
 """The name of a loss that is declared."""
 LOSSES: tuple[Loss, ...] = (
-    Loss("objective", True, "", _objective, _fits),
-    Loss("mse", True, "targets", _mse, _fits),
+    Loss("objective", True, "", _objective, _fits, weight=len),
+    Loss("mse", True, "targets", _mse, _fits, weight=len),
     Loss("nmse", True, "targets", _nmse, _fits),
-    Loss("cross_entropy", False, "labels", _cross_entropy, _no_logits, mixes=True),
-    Loss("masked_mse", False, "", _masked_mse, _no_patches),
+    Loss("cross_entropy", False, "labels", _cross_entropy, _no_logits, mixes=True, weight=_labelled),
+    Loss("masked_mse", False, "", _masked_mse, _no_patches, weight=len),
 )
 
 
