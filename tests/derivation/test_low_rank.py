@@ -114,6 +114,7 @@ def test_it_is_saved_pickled_and_takes_the_weights_of_the_whole_network(name, tm
         (["unroll.learn.S.shape={rank: 2}", "unroll.learn.S.bounds=clamp(0)"], "keeps nothing of what 'bounds' says"),
         (["unroll.learn.S.shape={rank: 2}", "unroll.learn.S_up={replaces: lam}"], "'S_up' is already"),
         (["unroll.learn.S.shape={rank: 0}"], "at least 1"),
+        (["unroll.learn.S.shape={rank: 99}"], "of rank 99 is any change"),
         (["unroll.learn.f={replaces: prox, function: {knots: 5, range: [-1, 1]}, shape: {rank: 2}}"], "no rank"),
     ],
 )  # fmt: skip

@@ -204,3 +204,16 @@ def test_a_text_beyond_the_longest_is_refused_on_the_way():
     with pytest.raises(UnrollError, match="19 tokens and 2 more are longer than the longest text, 20"):
         net.extend(torch.ones(1, 2, dtype=torch.int64), kept)
     assert kept.seen == 19 and net.extend(torch.ones(1, 1, dtype=torch.int64), kept).shape == (1, 1, 50)
+
+
+def test_what_another_network_kept_is_refused_and_words_without_a_row_too():
+    one, other = (unroll.compile("crate_text", overrides=small("crate_text"), seed=s) for s in (0, 1))
+    kept, tokens = Kept(), torch.tensor([[3, 1, 4]])
+    one.extend(tokens, kept)
+    with pytest.raises(UnrollError, match="of another network"):
+        other.extend(tokens, kept)
+    with pytest.raises(UnrollError, match="whole numbers from 0 to"):
+        one.extend(tokens + 10**6, kept)
+    with pytest.raises(UnrollError, match="whole numbers below"):
+        one.extend(tokens.float(), kept)
+    agree(one.extend(tokens, kept), one(torch.cat([tokens, tokens], 1))[:, 3:])  # what was refused left nothing behind

@@ -45,6 +45,7 @@ from unroll.language.constructors import (
     rename_index,
     scale,
     split,
+    swap,
     symbol,
     transpose,
     zeros,
@@ -443,7 +444,7 @@ def read(
         variable=z,
     )
     if found.low_rank is not None:
-        _refuse_rank(found, spec.key_where(*path, "shape"))
+        _refuse_rank(found, problem, spec.key_where(*path, "shape"))
     return found
 
 
@@ -451,10 +452,15 @@ UP_AND_DOWN = ("up", "down")
 NOT_OF_A_RANK = ("positive", "bounds", "symmetric", "columns", "fixed")
 
 
-def _refuse_rank(w: Wanted, where: Where) -> None:
-    """Raises SpecError E306 for what has no change of low rank: numbers, vectors, and what is kept within bounds."""
+def _refuse_rank(w: Wanted, problem: Problem, where: Where) -> None:
+    """Raises SpecError E306 for what has no change of low rank: numbers, vectors, what is kept within bounds, and what has no more rank."""
     if not isinstance(w.value, Expr) or 1 in w.value.shape:
         raise SpecError("E306", f"{w.name} is no matrix: it has no rank", where, "leave out shape")
+    numbers = {d: sp.Integer(n) for d, n in problem.dims.items() if isinstance(n, int)}
+    most = min((int(n) for n in (swap(n, numbers) for n in w.value.shape) if n.is_Integer), default=math.inf)
+    if w.low_rank is not None and w.low_rank >= most:
+        message = f"a change of {w.name} of rank {w.low_rank} is any change: its rank is {most} at most"
+        raise SpecError("E306", message, where, "leave out shape, or say a lower rank")
     said = [word for word in NOT_OF_A_RANK if getattr(w.record, word)]
     said += ["init"] if w.record.init == "data" else []
     if said:
@@ -544,7 +550,7 @@ def _fan_in(name: str, record: Learn, problem: Problem, place: Place, where: Whe
     if (
         found is None
         or not {str(s) for s in found.free_symbols} <= sizes.keys()
-        or found.xreplace(numbers).is_positive is False
+        or swap(found, numbers).is_positive is False
     ):
         hint = f"sizes: {', '.join(sizes)}" if sizes else "there is no size that is a number"
         raise SpecError("E306", f"the fan_in of {name} is a number of entries: a formula of sizes", place(0, 1), hint)

@@ -233,6 +233,8 @@ class Model(nn.Module):
         most, _ = self._readable()
         if why := self._unkept:
             raise UnrollError("E423", f"{why} keeps nothing from token to token", hint="the whole text in each call")
+        self._check_words(self.wrapped.argument, tokens)
+        self._refuse_unknown_words(tokens)
         if tokens.ndim != 2 or (kept.seen and len(tokens) != kept.texts):
             expected = f"({kept.texts if kept.seen else 'B'}, n)"
             raise UnrollError("E404", f"tokens has shape {tuple(tokens.shape)}, expected {expected}")

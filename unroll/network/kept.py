@@ -5,10 +5,13 @@ A call asks for the same things in the same order each time, so the place in tha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from unroll.errors import UnrollError
 
 
 class Kept:
@@ -18,11 +21,15 @@ class Kept:
         self.seen = self.texts = 0
         self._held: list[Tensor] = []
         self._place = 0
+        self._by: weakref.ref[nn.Module] | None = None
 
     @contextmanager
-    def reading(self, count: int) -> Generator[None]:
-        """Inside, `count` tokens are read; if that fails, they do not count."""
+    def reading(self, count: int, by: nn.Module) -> Generator[None]:
+        """Inside, `count` tokens are read by a network; if that fails, they do not count. Raises UnrollError E404 for another network."""
+        if self.seen and (self._by is None or self._by() is not by):
+            raise UnrollError("E404", "what was kept is of another network", hint="a new Kept() begins a text")
         self._place = 0
+        self._by = weakref.ref(by)
         yield
         self.seen += count
 

@@ -123,7 +123,7 @@ class Network(nn.Module):
         if (why := self.program.growth.why) or not self.program.growth.source:
             raise UnrollError("E423", f"{why} keeps nothing from token to token", hint="the whole text in each call")
         self._bind((x,), {})
-        with torch.no_grad(), kept.reading(x.shape[-2]):
+        with torch.no_grad(), kept.reading(x.shape[-2], self):
             return _grow(self.program.growth.source, self.program.class_name)(self, x, kept)
 
     def construct(self, /, *args: Tensor, batch_size: int | None = None, **named: Tensor) -> Any:
