@@ -2,14 +2,16 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import unroll
-from unroll.errors import SpecError
+from unroll.errors import SpecError, UnrollError
 from unroll.model.module import Model
+from unroll.network.recomputed import recomputed, recomputing
 from unroll.spec import load
 from unroll.spec.schema import Digits, Rates, Synthetic, Train
 from unroll.train import losses, recipes, train
@@ -192,3 +194,115 @@ def test_what_decays_only_at_the_end_is_listed():
     settings = Train(loss="cross_entropy", final_weight_decay=0.1, lr=Rates())
     assert record(net, settings)["decay"] and not record(net, Train(loss="cross_entropy"))["decay"]
     assert all("kind" in group for group in parameter_groups(net, settings))
+
+
+# --- layers that keep nothing, and compiled ones ---------------------------------------------------------------------
+
+NETWORKS = ["crate_digits", "lista", "fista", "tost_text", "crate_mae_digits", "lista_cpss", "lrpca", "condat_vu_step"]
+
+
+def answer(net, inputs):
+    torch.manual_seed(0)  # which patches are hidden
+    found = net(*inputs)
+    found = list(found.values()) if isinstance(found, dict) else found if isinstance(found, tuple | list) else [found]
+    total = sum((v.double() ** 2).sum() for v in found if v.is_floating_point())
+    own = [p for p in net.parameters() if p.requires_grad]
+    return total, torch.autograd.grad(total, own, allow_unused=True) if own else ()
+
+
+def inputs_of(net):
+    if isinstance(net, Model):
+        kind = net.wrapped.model.embed
+        if kind.kind == "tokens":
+            return [torch.randint(kind.vocabulary, (3, 7), generator=gen(0))]
+        return [torch.rand(3, *kind.image, generator=gen(0), dtype=torch.float64)]
+    sizes = [net.program.tensor_sizes(s) for s in net.program.problem.symbols.values() if s.role == "input"]
+    return [
+        torch.randn(3, *(5 if n is None else n for n in size), generator=gen(0), dtype=torch.float64) for size in sizes
+    ]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers_that_keep_nothing_give_the_same_to_the_bit(name):
+    net = unroll.compile(name, overrides=["unroll.layers=3"], dtype=torch.float64, seed=0)
+    inputs, kind = inputs_of(net), type(net)
+    value, slopes = answer(net, inputs)
+    with recomputing(net):
+        calls = []
+        monkey = torch.utils.checkpoint.checkpoint
+        torch.utils.checkpoint.checkpoint = lambda *a, **k: (calls.append(1), monkey(*a, **k))[1]
+        try:
+            again, others = answer(net, inputs)
+        finally:
+            torch.utils.checkpoint.checkpoint = monkey
+        with torch.no_grad():
+            net(*inputs)
+    assert len(calls) >= 3 and torch.equal(value, again) and type(net) is kind
+    for a, b in zip(slopes, others, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def test_what_is_kept_between_layers_alone_is_less():
+    net = unroll.compile("crate_digits", overrides=["unroll.layers=6"], seed=0)
+    x, held = torch.rand(20, 1, 8, 8), []
+    for context in (nullcontext(), recomputing(net)):
+        kept = {}
+        pack = lambda t, kept=kept: kept.__setitem__(t.data_ptr(), t.numel()) or t
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            net(x).sum()
+        held.append(sum(kept.values()))
+    assert held[1] < held[0] / 4
+
+
+def test_a_text_that_cannot_be_split_is_refused():
+    text = "class A:\n    def forward(self, x, *, trace=None):\n        {}\n        return x\n"
+    with pytest.raises(UnrollError, match="0 loops over layers"):
+        recomputed(text.format("x = 2 * x"), "A")
+    with pytest.raises(UnrollError, match="cannot be split"):
+        recomputed(text.format("for k in range(3): return x"), "A")
+    with pytest.raises(UnrollError, match="nothing of its layers"), recomputing(nn.Linear(1, 1)):
+        pass
+
+
+def test_a_training_whose_layers_keep_nothing_ends_as_without(tmp_path):
+    options = ["train.precision=float64", "train.steps=3", "train.batch=300"]
+    one = train(DIGITS, overrides=options, out=tmp_path / "one", quiet=True)
+    two = train(DIGITS, overrides=[*options, "train.checkpoint=true"], out=tmp_path / "two", quiet=True)
+    for (name, a), b in zip(one.net.named_parameters(), two.net.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_calls_are_compiled_within_a_training_and_not_after_it(monkeypatch):
+    calls, plain = [], nn.Module.compile
+    backend = lambda graph, inputs: calls.append(graph) or graph.forward  # what comes after it is torch's
+    monkeypatch.setattr(nn.Module, "compile", lambda self: plain(self, backend=backend, fullgraph=True))
+    net, x = unroll.compile(DIGITS, seed=0), torch.rand(4, 1, 8, 8)
+    names, value = set(net.state_dict()), net(x)
+    for settings in (Train(compile=True), Train(compile=True, checkpoint=True)):
+        calls.clear()
+        with recipes.prepared(net, settings):
+            assert torch.allclose(net(x), value, atol=1e-6) and calls and set(net.state_dict()) == names
+        calls.clear()
+        net(torch.rand(5, 1, 8, 8))
+        assert not calls
+
+
+@pytest.mark.parametrize("setting", ["checkpoint", "compile"])
+def test_what_every_layer_says_is_not_worked_out_in_a_call(setting):
+    for more in ({"layer_weights": "uniform"}, {"stages": "layerwise"}):
+        with pytest.raises(SpecError, match=f"{setting}: what each layer says") as caught:
+            recipes.check(nn.Linear(1, 1), losses.find_loss("mse"), Train(loss="mse", **{setting: True}, **more))
+        assert caught.value.code == "E511"
+
+
+def test_products_in_bfloat16_leave_weights_in_float32(tmp_path):
+    seen = []
+    forward = nn.functional.linear
+    options = ["train.precision=bfloat16", "train.steps=30", "train.optimizer=adam", "train.lr=1e-2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", lambda *a: (seen.append(found := forward(*a)), found)[1])
+        run = train(DIGITS, overrides=options, out=tmp_path / "run", quiet=True)
+    assert any(v.dtype == torch.bfloat16 for v in seen)
+    assert all(p.dtype == torch.float32 for p in run.net.parameters())
+    frequent, _, trained = (row.to_dict()["nats"] for row in run.table)
+    assert trained < frequent

@@ -55,9 +55,10 @@ RECOMPOSED = '''class Recomposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        u, _, v, _, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: where layers are worked out again, they are there for one reading
+        u, _, v, _, _ = saved
         of_t = (u.mT @ grad @ v.mT).diagonal(dim1=-2, dim2=-1)
-        return Recomposed.turned(grad, *ctx.saved_tensors), None, None, None, of_t, None
+        return Recomposed.turned(grad, *saved), None, None, None, of_t, None
 '''
 
 FORWARD = '''class RecomposedForward(Recomposed):

@@ -540,7 +540,7 @@ def load(source: str, title: str) -> dict[str, Any]:
 
 
 @cache
-def _mixed(source: str, name: str) -> type[Network]:
+def mixed(source: str, name: str) -> type[Network]:
     emitted = load(source, name)[name]
     return cast(type[Network], type(name, (Network, emitted), {"__doc__": emitted.__doc__, "__module__": __name__}))
 
@@ -568,7 +568,7 @@ def network(
     """
     problem = program.problem
     numbers = values_of(problem, scalars or {})
-    made = _mixed(program.source, program.class_name)
+    made = mixed(program.source, program.class_name)
     net = made.__new__(made)
     cast(Any, super(Network, net)).__init__(**program.init_arguments)
     net.layers, net.program, net.numbers = program.layers, program, numbers

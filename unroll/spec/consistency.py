@@ -75,7 +75,16 @@ def _idle(spec: Document, root: Entries) -> Iterator[SpecError]:
         "freeze": (bool(train.freeze and train.only), "only: says what learns", "one of the two"),
         **{
             key: (True, "search: sets what it names, and takes no step", "leave it out")
-            for key in ("freeze", "only", "layer_decay", "betas", "final_weight_decay", "accumulate")
+            for key in (
+                "freeze",
+                "only",
+                "layer_decay",
+                "betas",
+                "final_weight_decay",
+                "accumulate",
+                "checkpoint",
+                "compile",
+            )
             if train.search is not None
         },
         **_of_declared_losses(train),

@@ -1129,6 +1129,11 @@ class Train(Record):
     minutes: Positive | None = None
     """stop after so much time"""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """bfloat16: products in it, weights and sums in float32"""
+    checkpoint: bool = False
+    """layers keep nothing for the derivative, and are worked out again: memory of one layer, a third more time"""
+    compile: bool = False
+    """by torch.compile, which takes a while at first"""
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------

@@ -704,7 +704,8 @@ def fit(
     if console is not None:
         callbacks.append(Bar(console, journal, steps, clock))
     last = folder / "checkpoints" / "last.ckpt"
-    with quiet(), clock.listening(), learning(net, settings):
+    module = losses.module(net)
+    with quiet(), clock.listening(), learning(net, settings), recipes.prepared(module, settings):
         trainer = _trainer(settings, steps, callbacks, folder, device, devices)
         if not resume:
             torch.manual_seed(settings.seed)

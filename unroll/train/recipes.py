@@ -1,16 +1,18 @@
-"""What papers train with beside losses and optimisers of torch: Lion, steps in parts, a weight decay that changes."""
+"""What papers train with beside losses and optimisers of torch: Lion, steps in parts, a weight decay that changes, layers that keep nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from unroll.errors import SpecError
-from unroll.spec.schema import Train
+from unroll.network.recomputed import recomputing
+from unroll.spec.schema import Declared, Train
 from unroll.train.losses import Loss
 from unroll.train.samples import Split
 
@@ -91,8 +93,29 @@ def in_parts(
     return loss + (linear - linear.detach())
 
 
+@contextmanager
+def prepared(module: nn.Module, settings: Train) -> Generator[None]:
+    """Inside, layers keep nothing for the derivative, and calls are compiled, where that is asked for."""
+    with ExitStack() as stack:
+        if settings.checkpoint:
+            stack.enter_context(recomputing(module))
+        if settings.compile:
+            module.compile()
+            stack.callback(setattr, module, "_compiled_call_impl", None)  # as it was; torch has no word for it
+        yield
+
+
 def check(module: nn.Module, loss: Loss, settings: Train) -> None:
     """Raises SpecError E511 for settings that do not fit the loss or the network."""
+    by_layer = loss.by_layer and (settings.stages != "end_to_end" or settings.layer_weights != "last")
+    for word in ("checkpoint", "compile"):
+        if getattr(settings, word) and by_layer:
+            message = f"train: {word}: what each layer says is asked for, by layer_weights: or stages:"
+            raise SpecError("E511", message, hint="leave one of them out")
+    if settings.compile and isinstance(settings.loss, Declared):
+        raise SpecError(
+            "E511", "train: compile: a declared loss reads what stands within the network", hint="leave it out"
+        )
     if settings.accumulate == 1:
         return
     if loss.weight is None:
