@@ -644,17 +644,21 @@ def mcr2_regularised(z: Tensor, members: Tensor, eps2: float, lam: float) -> Ten
     return rate_reduction(z, members, eps2) - lam / 2 * (z**2).sum()
 
 
-def simdino_loss(teacher: Tensor, student: Tensor, eps2: float, gamma: float, workers: int = 1) -> Tensor:
+def simdino_loss(
+    teacher: Tensor, student: Tensor, eps2: float, gamma: float, workers: int = 1, mean: bool = False
+) -> Tensor:
     """−(mean cosine of teacher and student over pairs of different views) − γ (p + Nm)/(pNm) mean_v R(Z_v).
 
     teacher (V, m, p): V global views, no gradient.  student (W, m, p): W ≥ V views, the first V the same global ones.
     R(Z_v) = ½logdet(I + p/(mNε²) Z_vᵀZ_v) of the student's global views, rows of unit norm; N = workers.
+    mean: of the mean of both networks' instead (expa_type 1, main_dino.py).
     """
     V, m, p = teacher.shape
     t, s = unit_rows(teacher).detach(), unit_rows(student)
     cosines = torch.einsum("vmp,wmp->vw", t, s) / m
     pairs = (1 - torch.eye(V, len(s), dtype=t.dtype, device=t.device)) * cosines
-    rates = half_logdet(s[:V].mT @ s[:V], p / (m * workers * eps2))
+    z = (s[:V] + t) / 2 if mean else s[:V]
+    rates = half_logdet(z.mT @ z, p / (m * workers * eps2))
     scale = (p + workers * m) / (p * workers * m)
     return -pairs.sum() / (V * len(s) - V) - gamma * scale * rates.mean()
 

@@ -19,7 +19,7 @@ from unroll.laws import laws
 from unroll.spec import library, load
 
 ALTERNATING = (
-    "dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino", "robust_pca", "nonnegative_factorisation", "beta_factorisation", "low_rank_and_groups",
+    "dictionary_learning", "ctrl_binary", "ctrl_multi", "simdino", "simdino_mean", "robust_pca", "nonnegative_factorisation", "beta_factorisation", "low_rank_and_groups",
 )  # fmt: skip
 """Objectives in several variables: their laws are those of the specs that use them, or of losses (test_losses.py)."""
 CONSTRAINED = (

@@ -60,10 +60,12 @@ def regularised(N: int, d: int, K: int) -> Case:
     return Case("mcr2_regularised", (drawn(N, d), onehot(N, K)), hand, {"eps2": 0.3, "lam": 0.05}, 1)
 
 
-def simdino(m: int, p: int, V: int, local: int, workers: int = 1) -> Case:
-    hand = lambda s, near, t: released.simdino_loss(t, torch.cat([s, near]), 0.2, 1.3, workers)
+def simdino(m: int, p: int, V: int, local: int, workers: int = 1, mean: bool = False) -> Case:
+    hand = lambda s, near, t: released.simdino_loss(t, torch.cat([s, near]), 0.2, 1.3, workers, mean)
     tensors = (drawn(V, m, p), drawn(local, m, p, seed=1), drawn(V, m, p, seed=2))
-    return Case("simdino", tensors, hand, {"eps2": 0.2, "gamma": 1.3, "workers": workers}, 2)
+    return Case(
+        "simdino_mean" if mean else "simdino", tensors, hand, {"eps2": 0.2, "gamma": 1.3, "workers": workers}, 2
+    )
 
 
 def binary(N: int, d: int) -> Case:
@@ -84,7 +86,7 @@ def multi(N: int, d: int, K: int) -> Case:
 CASES = [
     mcr2(11, 5, 3), mcr2(5, 11, 2), mcr2(7, 7, 1), mcr2(11, 5, 3, soft=True), mcr2(1, 3, 1),
     regularised(11, 5, 3), regularised(4, 9, 2),
-    simdino(9, 5, 2, 3), simdino(5, 9, 2, 0, workers=4), simdino(7, 3, 3, 1),
+    simdino(9, 5, 2, 3), simdino(5, 9, 2, 0, workers=4), simdino(7, 3, 3, 1), simdino(9, 5, 2, 3, mean=True),
     binary(11, 5), binary(3, 8), multi(11, 5, 3), multi(5, 7, 2),
 ]  # fmt: skip
 

@@ -117,19 +117,23 @@ def test_rank_and_rate_are_those_of_the_matrix_of_cosines(n: int, d: int, scale:
 
 
 def test_the_same_feature_again_and_again_has_rank_one_and_none_has_rank_zero() -> None:
-    z = torch.randn(1, 6, dtype=torch.float64).expand(9, 6)
+    z = torch.ones(9, 6, dtype=torch.float64)
     assert features.room(z, 0.5).rank == 1 and features.room(z, 0.5).collapsed
     noisy = z + 1e-4 * torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
-    assert features.room(noisy, 0.5).rank == 1 and features.room(z + 300 * (noisy - z), 0.5).rank > 1
+    assert features.room(noisy, 0.5).rank == 1
+    for size, alike in ((500, True), (3000, False)):  # in the sum of squares
+        found, unit = features.room(z + size * (noisy - z), 0.5), normalize(z + size * (noisy - z), dim=-1)
+        assert found.rank > 1 and found.collapsed == alike
+        assert found.first == pytest.approx(float(np.linalg.norm(unit.numpy(), 2) ** 2 / 9), rel=1e-9)
     nothing = features.room(torch.zeros(9, 6), 0.5)
     assert (nothing.rank, nothing.rate) == (0, 0.0) and nothing.collapsed
 
 
 def test_collapse_is_named_from_the_place_on_where_it_begins() -> None:
-    rank = lambda *ranks: {f"place {k}": features.Room(r, 8, 0.5) for k, r in enumerate(ranks)}
+    rank = lambda *ranks: {f"place {k}": features.Room(r, 8, 0.5, 1 / max(r, 1)) for k, r in enumerate(ranks)}
     assert features.said(rank(1, 3, 2)) == features.said(rank(1, 1, 2)) == ""
-    assert "from place 1 on: place 2 has rank 1 of 8, rate 0.5: all samples are alike" in features.said(rank(2, 1, 1))
-    assert "everywhere" in features.said(rank(1, 1, 1)) and "all are zero" in features.said(rank(4, 0))
+    assert "from place 1 on: place 2 has rank 1 of 8, rate 0.5: 100.00% of it is one" in features.said(rank(2, 1, 1))
+    assert "everywhere" in features.said(rank(1, 1, 1)) and "is zero for every sample" in features.said(rank(4, 0))
 
 
 # --- features ---------------------------------------------------------------------------------------------------------

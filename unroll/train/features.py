@@ -21,6 +21,8 @@ from unroll.train.table import evaluating
 
 SHARE = 0.01
 """Singular values below this share of the largest do not count."""
+ALIKE = 0.99
+"""The mean square of the cosine with one direction from which on samples are said to be alike."""
 At = Literal["features", "answer"]
 
 
@@ -99,16 +101,17 @@ def together(rows: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Room:
-    """rank: of `most` singular values, those above SHARE of the largest.  rate: in nats."""
+    """rank: of `most` singular values, those above SHARE of the largest.  rate: in nats.  first: the share of the largest in the sum of squares."""
 
     rank: int
     most: int
     rate: float
+    first: float
 
     @property
     def collapsed(self) -> bool:
-        """Are they one direction, or less?"""
-        return self.rank < 2
+        """Are they one direction, but for a hundredth of their squares, or nothing at all?"""
+        return self.rank == 0 or self.first > ALIKE
 
 
 def room(z: Tensor, eps2: float) -> Room:
@@ -121,7 +124,8 @@ def room(z: Tensor, eps2: float) -> Room:
     unit = nn.functional.normalize(z.double() / torch.where(most > 0, most, 1), dim=-1)
     s = torch.linalg.svdvals(unit)
     rate = 0.5 * torch.log1p(d / (n * eps2) * s.square()).sum()
-    return Room(int((s > SHARE * s[0]).sum()), len(s), float(rate))
+    first = s[0] ** 2 / s.square().sum() if s[0] > 0 else s[0]
+    return Room(int((s > SHARE * s[0]).sum()), len(s), float(rate), float(first))
 
 
 @torch.no_grad()
@@ -163,5 +167,7 @@ def said(found: Mapping[str, Room]) -> str:
     if first is None:
         return ""
     last, since = found[places[-1]], "everywhere" if first == 0 else f"from {places[first]} on"
-    same = "all samples are alike" if last.rank else "all are zero"
+    if last.rank == 0:
+        return f"features have collapsed {since}: {places[-1]} is zero for every sample"
+    same = f"{last.first:.2%} of it is one direction, for all samples"
     return f"features have collapsed {since}: {places[-1]} has rank {last.rank} of {last.most}, rate {last.rate:.3g}: {same}"
