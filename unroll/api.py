@@ -6,7 +6,8 @@ What needs torch is imported where it is used: deriving and printing start witho
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,45 @@ def compile(
     made = model(loaded.naming(chosen), body, decoder, seed=seed, dtype=dtype)
     made.words = meant
     return made
+
+
+def sketch(
+    spec: Spec,
+    dims: Mapping[str, int],
+    parameters: Mapping[str, torch.Tensor],
+    mode: Callable[[], AbstractContextManager[Any]],
+) -> Network | Model:
+    """The network of a spec, whose parameters have sizes and no values.
+
+    dims, parameters: as for `compile`.  mode: its tensors are made within it, as fake ones.
+    Raises SpecError (the spec), UnrollError E4xx.
+    """
+    ours, theirs = shares(spec, {"dims": dims, "parameters": parameters})
+    body = _sketched(spec if spec.model is None else spec.layers(), **ours, mode=mode)
+    if spec.model is None:
+        return body
+    from unroll.model.module import unset, with_layers
+    from unroll.model.source import wrap
+
+    decoder = None if spec.decoder is None else _sketched(spec.decoder, **theirs, mode=mode)
+    wrapped = wrap(spec, body.program, None if decoder is None else decoder.program)
+    with mode():
+        return with_layers(unset(wrapped, "cpu"), spec, body, decoder)
+
+
+def _sketched(spec: Spec, dims: Mapping[str, int], parameters: Mapping[str, torch.Tensor], mode: Any) -> Network:
+    import torch
+
+    from unroll.network import values
+    from unroll.network.network import unset, values_of
+
+    derivation = derive_spec(spec, values.sizes_of(spec, dims, parameters))
+    program, problem = build(derivation), derivation.problem
+    values.refuse_too_large(program, [s.name for s in problem.parameters if s.name not in parameters])
+    sizes = {s.name: program.tensor_sizes(s) for s in problem.parameters}
+    with mode():
+        held = {name: torch.empty([n or 1 for n in known]) for name, known in sizes.items()}
+        return unset(program, held, values_of(problem, {}), derivation.spec, derivation)
 
 
 def shares(spec: Spec, values: dict[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,6 +33,7 @@ def cli() -> None:
       unroll list                         what is in the library
       unroll show lista                   the derivation of a network, step by step
       unroll show lista --stage source    the PyTorch module that comes out
+      unroll plan lista_patches           the memory and time that its training needs
       unroll train lista_patches          train it on image patches, with baselines
       unroll new mine                     a spec of your own to fill in
 
@@ -223,6 +224,29 @@ def solve(
     )
     click.echo(str(solution))
     sys.exit(0 if solution.converged.all() else 1)
+
+
+@cli.command()
+@_settings
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that share a batch.")
+@click.option(
+    "--measure", is_flag=True, help="Time steps of few samples, with the whole network, in place of counting."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs: bytes and seconds.")
+def plan(spec: str, overrides: tuple[str, ...], gpus: int, measure: bool, as_json: bool) -> None:
+    """What a training needs, before anything starts: memory by what it is for, and the time of a step.
+
+    The network is sketched without memory of its own, and takes one step as the training does. Bytes are exact but for what libraries
+    and the allocator take beside them. The time is of this machine: from counted operations, and what the machine does of them in a
+    second; or with --measure from steps of few samples.
+
+    \b
+      unroll plan crate_base train.batch=1024 --gpus 8
+    """
+    from unroll.train.planning import plan as of
+
+    found = of(spec, overrides=overrides, gpus=gpus, measure=measure)
+    click.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
 
 
 @cli.command()

@@ -17,7 +17,7 @@ import torch
 from unroll import api, cli
 from unroll.pages import stages
 
-VERBS = ("list", "show", "compile", "check", "solve", "train", "eval", "generate", "report", "new", "explain")
+VERBS = ("list", "show", "compile", "check", "solve", "plan", "train", "eval", "generate", "report", "new", "explain")
 SMALL = ("dims.m=6", "dims.n=9", "unroll.layers=3")
 
 

@@ -323,7 +323,7 @@ class Model(nn.Module):
         with suppress(SpecError):  # what no spec says is refused by its name below
             spec = load_spec(spec.to_dict(), changes) if changes else spec
         wrapped = wrap(spec, programs[0], programs[1])
-        refuse_changed(self, _bare(_mixed(wrapped.source, wrapped.class_name)), tuple(inner))
+        refuse_changed(self, unset(wrapped), tuple(inner))
         for net in networks.values():
             net.as_made("saved")
         return spec, wrapped.source
@@ -441,24 +441,30 @@ def model(spec: Spec, body: Network, decoder: Network | None, *, seed: int, dtyp
 
     Raises UnrollError E420 where parts and layers do not fit.
     """
-    wrapped = wrap(spec, body.program, decoder.program if decoder else None)
-    net = _bare(_mixed(wrapped.source, wrapped.class_name))
-    net.wrapped, net.spec, net.derivation = wrapped, spec, body.derivation
+    net = unset(wrap(spec, body.program, decoder.program if decoder else None))
     net.to(torch.float64).to_empty(device="cpu")  # drawn in float64, so that every type starts at the same values
     cast(Any, net).initialise(torch.Generator().manual_seed(seed_of(seed, "model")))
     net.to(dtype or torch.get_default_dtype())
     net.to(next((t.device for t in (*body.parameters(), *body.buffers())), torch.device("cpu")))
+    return with_layers(net, spec, body, decoder)
+
+
+def with_layers(net: Model, spec: Spec, body: Network, decoder: Network | None) -> Model:
+    """The model around its layers."""
+    net.spec, net.derivation = spec, body.derivation
     net.body = body
     if decoder is not None:
         net.decoder = decoder
     return net
 
 
-def _bare(made: type[Model]) -> Model:
-    """What stands around the layers, on the meta device."""
+def unset(wrapped: Wrapped, device: str = "meta") -> Model:
+    """What stands around the layers; parameters have sizes and no values yet."""
+    made = _mixed(wrapped.source, wrapped.class_name)
     net = made.__new__(made)
-    with torch.device("meta"), _Undrawn():
+    with torch.device(device), _Undrawn():
         cast(Any, super(Model, net)).__init__()
+    net.wrapped = wrapped
     return net
 
 

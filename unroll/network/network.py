@@ -568,16 +568,7 @@ def network(
     """
     problem = program.problem
     numbers = values_of(problem, scalars or {})
-    made = mixed(program.source, program.class_name)
-    net = made.__new__(made)
-    cast(Any, super(Network, net)).__init__(**program.init_arguments)
-    net.layers, net.program, net.numbers = program.layers, program, numbers
-    net.spec, net.derivation = spec, derivation
-    net.drawn = ()
-    net.takes, net.shared_sizes = _arguments(program), _shared_sizes(program)
-    net.built = not program.construct_inputs
-    net.register_load_state_dict_post_hook(_mark_built)
-    _hold(net, given)
+    net = unset(program, given, numbers, spec, derivation)
     refuse_empty(problem, numbers, program.dims, given)
     net.to(dtype=dtype or torch.get_default_dtype(), device=device)
     exact = {s.name: given[s.name].to(device=device) for s in problem.parameters}
@@ -605,6 +596,27 @@ def network(
                 f"'{name}' is not finite for the parameters given",
                 hint="a matrix of zeros has the Lipschitz constant 0, and 1/0 is no step size",
             )
+    return net
+
+
+def unset(
+    program: Program,
+    given: Mapping[str, Tensor],
+    numbers: dict[str, float],
+    spec: Written | None = None,
+    derivation: Any = None,
+) -> Network:
+    """A network whose parameters have sizes and no values yet."""
+    made = mixed(program.source, program.class_name)
+    net = made.__new__(made)
+    cast(Any, super(Network, net)).__init__(**program.init_arguments)
+    net.layers, net.program, net.numbers = program.layers, program, numbers
+    net.spec, net.derivation = spec, derivation
+    net.drawn = ()
+    net.takes, net.shared_sizes = _arguments(program), _shared_sizes(program)
+    net.built = not program.construct_inputs
+    net.register_load_state_dict_post_hook(_mark_built)
+    _hold(net, given)
     return net
 
 

@@ -46,17 +46,20 @@ class Job:
 
 def build(job: Job, data: Data, spec: Spec) -> nn.Module:
     """The network of a spec on this job's data; sizes that the spec names and leaves open are those of the data."""
-    named = (name for name, size in spec.dims.items() if not isinstance(size, int))
-    open_sizes = {name: data.sizes[name] for name in named if name in data.sizes}
     return compile(
         spec,
-        dims={**open_sizes, **job.dims},
+        dims={**open_sizes(spec, data.sizes), **job.dims},
         parameters=data.parameters,
         scalars=job.scalars,
         seed=job.settings.seed,
         dtype=job.dtype,
         words=data.words if spec.model is not None else None,
     )
+
+
+def open_sizes(spec: Spec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those of the data that the spec names and leaves open."""
+    return {name: sizes[name] for name, size in spec.dims.items() if not isinstance(size, int) and name in sizes}
 
 
 def plain_spec(spec: Spec, algorithm: str, layers: int, step: float | str | None = None) -> Spec:

@@ -164,7 +164,7 @@ def _masked_mse(net: Net, batch: Split, answer: tuple[Tensor, Tensor], settings:
     """
     del settings
     predicted, mask = answer
-    return patch_errors(net, batch, predicted)[mask].mean()
+    return torch.where(mask, patch_errors(net, batch, predicted), 0).sum() / mask.sum()
 
 
 def patch_errors(net: Net, batch: Split, predicted: Tensor) -> Tensor:
