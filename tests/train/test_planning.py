@@ -120,6 +120,25 @@ def test_averaged_weights_and_bfloat16_are_counted():
     assert mixed.activations < 0.9 * plain.activations and mixed.optimizer == plain.optimizer
 
 
+def test_layers_that_are_worked_out_again_and_parts_of_a_batch_save_less():
+    plain, again = planned(MODEL).memory["alone"], planned(MODEL, "train.checkpoint=true").memory["alone"]
+    parts = planned(MODEL, "train.batch=16", "train.accumulate=4")
+    assert again.activations < 0.9 * plain.activations
+    assert parts.batch == 64 and parts.memory["alone"].activations == pytest.approx(plain.activations / 4, rel=0.05)
+    assert parts.memory["alone"].copies == plain.gradients and plain.copies == 0
+    assert parts.operations == planned(MODEL).operations
+
+
+def test_a_declared_loss_has_a_teacher():
+    loss = {"objective": {"use": "simdino", "scalars": {"eps2": 0.05}}, "takes": {}}
+    loss["takes"] = {"S": {"of": "network", "views": "a"}, "T": {"of": "teacher", "views": "a"}}
+    loss["takes"]["S_local"] = {"of": "network", "views": "b"}
+    spec = unroll.load(MODEL).to_dict()
+    spec["train"] = {"loss": loss, "views": {"a": {"count": 2}, "b": {"count": 2}}, "batch": 16}
+    memory = plan(spec).memory["alone"]
+    assert memory.average == memory.parameters and memory.activations > 0
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest tensor that has memory."""
 

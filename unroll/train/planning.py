@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
 from pathlib import Path
@@ -24,7 +24,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from unroll.api import Source, compile, read, sketch
 from unroll.errors import SpecError
-from unroll.spec.schema import PatchEmbed, StemEmbed, TokenEmbed, Train
+from unroll.network.recomputed import recomputing
+from unroll.spec.schema import Declared, PatchEmbed, StemEmbed, TokenEmbed, Train
 from unroll.train import losses
 from unroll.train.data import make_data
 from unroll.train.groups import learning
@@ -32,6 +33,7 @@ from unroll.train.job import Job, build, open_sizes, shapes_of
 from unroll.train.losses import Net
 from unroll.train.samples import Data, Split, package
 from unroll.train.tasks import find_task
+from unroll.train.views import draws
 
 if TYPE_CHECKING:
     from unroll.train.engine import Task
@@ -51,13 +53,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. average: of weights, for ema.  exchange: copies for the other ranks.  activations: saved for the gradient."""
+    """Bytes of one rank. average: of weights, for ema and teachers.  copies: of gradients, for other parts of a batch and for other ranks.  activations: saved for the gradient."""
 
     parameters: int
     gradients: int
     optimizer: int
     average: int
-    exchange: int
+    copies: int
     samples: int
     activations: int
 
@@ -124,8 +126,9 @@ def plan(
     data = None if spec.data is None else make_data(spec.data, shapes_of(spec, job.dims), {})
     if data is not None:
         find_task(settings, data)
-    batch = settings.batch if data is None else min(settings.batch, len(data.train))
-    own = ceil(batch / gpus)
+    asked = settings.batch * settings.accumulate
+    batch = asked if data is None else min(asked, len(data.train))
+    own = ceil(batch / gpus / settings.accumulate)
     few, fake = _few(job, data, 2), FakeTensorMode()
     sizes = {**open_sizes(spec, {} if data is None else data.sizes), **job.dims}
     net = cast(Net, sketch(spec, sizes, {} if data is None else data.parameters, lambda: _making(fake, job.dtype)))
@@ -135,7 +138,8 @@ def plan(
         )
     with fake:
         samples = _each(few, lambda v: torch.empty((own, *v.shape[1:]), dtype=v.dtype))
-    with learning(net, settings):
+    again = recomputing(losses.module(net)) if settings.checkpoint else nullcontext()
+    with learning(net, settings), again:
         counted = _counted(fake, job, net, samples, data)
         return _plan(job, net, data, batch, gpus, counted, measured(job, data, own) if measure else None)
 
@@ -189,6 +193,8 @@ def loss_of(task: Task, batch: Split, settings: Train, alone: bool) -> Tensor:
     net = cast(Net, task.net)
     kind = next(iter(batch.inputs.values())).device.type
     with torch.autocast(kind, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        if task.declared is not None and not alone:
+            return task.declared.value(net, net, batch, draws(settings.seed, 0))
         if not alone:
             return losses.total(task.loss, net, batch, task.weights, settings)
         answer = task.net(*losses.arguments(net, batch.inputs))
@@ -290,12 +296,14 @@ def _counted(fake: FakeTensorMode, job: Job, net: Net, batch: Split, data: Data 
             with saved([*module.parameters(), *module.buffers(), *given]) as kept:
                 loss = loss_of(task, batch, job.settings, data is None)
             loss.backward()
+            done = work.done * job.settings.accumulate
+            work.done = []
             optimizer.step()
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         message = f"a step of {job.spec.title} cannot be counted: what {e.func} makes depends on values"
         raise SpecError("E516", message, hint="train a few steps: train.steps=5, and look at what they took") from e
     state = (v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
-    return Counted(_bytes(state), _bytes(given), sum(kept.values()), work.done)
+    return Counted(_bytes(state), _bytes(given), sum(kept.values()), done + work.done)
 
 
 def _tensors(batch: Split) -> Iterable[Tensor]:
@@ -385,11 +393,13 @@ def _plan(
     settings, module = job.settings, losses.module(net)
     every, learned = list(module.parameters()), [p for p in module.parameters() if p.requires_grad]
     whole, gradients = _bytes(every), _bytes(learned)
-    average = whole if settings.ema is not None else 0
-    alone = Memory(whole, gradients, counted.optimizer, average, 0, counted.samples, counted.activations)
+    taken = settings.loss.takes.values() if isinstance(settings.loss, Declared) else ()
+    average = whole * ((settings.ema is not None) + any(t.of == "teacher" for t in taken))
+    parts = gradients if settings.accumulate > 1 else 0
+    alone = Memory(whole, gradients, counted.optimizer, average, parts, counted.samples, counted.activations)
     memory, sent = {"alone": alone}, {"alone": 0}
     if ranks > 1:
-        memory = {"ddp": replace(alone, exchange=gradients)}
+        memory = {"ddp": replace(alone, copies=parts + gradients)}
         sent = {"ddp": 2 * gradients * (ranks - 1) // ranks}
     if timed is None:
         rates = rates_here(job.dtype)
@@ -428,7 +438,7 @@ ROWS = {
     "gradients": "gradients",
     "optimizer": "state of {optimizer}",
     "average": "averaged weights",
-    "exchange": "copies for exchange",
+    "copies": "copies of gradients",
     "samples": "samples of a batch",
     "activations": "saved for the gradient",
     "total": "in all",
