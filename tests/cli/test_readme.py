@@ -342,7 +342,9 @@ def _white_box(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, st
     looks = found["segmentation"]
     for name in dict.fromkeys(r["network"] for r in looks):
         row = max((r for r in looks if r["network"] == name), key=lambda r: r["one head"])
-        said = "" if row["layer"] == "-" else f", layer {row['layer']}; best head of each image {row['best of each']:.2f}"
+        said = (
+            "" if row["layer"] == "-" else f", layer {row['layer']}; best head of each image {row['best of each']:.2f}"
+        )
         yield f"Jaccard with a digit among clutter: {name}", f"{row['one head']:.2f}{said}"
     changes = found["white_box"]
     for term, tokens in dict.fromkeys((r["term"], r["tokens"]) for r in changes):

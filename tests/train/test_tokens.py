@@ -79,6 +79,12 @@ def test_without_a_separator_windows_stay_in_their_file_and_move_from_epoch_to_e
     assert torch.equal(data.train.order(generator(3)), data.train.order(generator(3)))
 
 
+def test_a_separator_that_no_file_has_is_said(arrays):
+    with pytest.raises(SpecError, match="the separator 60000 is in none of the files") as e:
+        read(arrays[0], separator=60_000)
+    assert e.value.code == "E504"
+
+
 @pytest.mark.parametrize("separator", [None, 0])
 def test_what_is_held_out_was_never_trained_on(arrays, separator):
     files, parts, _ = arrays

@@ -120,6 +120,9 @@ def read_tokens(settings: TokenArrays, shapes: Shapes, given: Tensors) -> Data:
     own = tuple(open_array(Path(path), settings.kind) for path in settings.held)
     highest = max(map(_highest, settings.files + settings.held, arrays + own))
     begins, ends = stretches(arrays, settings.separator)
+    if len(begins) == len(arrays) and settings.separator is not None and not _holds(arrays, settings.separator):
+        message = f"data: no document ends: the separator {settings.separator} is in none of the files"
+        raise SpecError("E504", message, hint="separator: the token that ends a document, or leave it out")
     if settings.held:
         train, held = (arrays, begins, ends), (own, *stretches(own, settings.separator))
     else:
@@ -214,6 +217,10 @@ def stretches(arrays: Sequence[Numbers], separator: int | None) -> tuple[Numbers
         cuts.append(offset)
     edges = np.unique(np.array(cuts, np.int64))
     return edges[:-1], edges[1:]
+
+
+def _holds(arrays: Sequence[Numbers], token: int) -> bool:
+    return any(bool((part == token).any()) for array in arrays for _, part in _chunks(array))
 
 
 def parted(
