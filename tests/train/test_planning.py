@@ -126,7 +126,8 @@ def test_layers_that_are_worked_out_again_and_parts_of_a_batch_save_less():
     assert again.activations < 0.9 * plain.activations
     assert parts.batch == 64 and parts.memory["alone"].activations == pytest.approx(plain.activations / 4, rel=0.05)
     assert parts.memory["alone"].copies == plain.gradients and plain.copies == 0
-    assert parts.operations == planned(MODEL).operations
+    once = planned(MODEL).operations  # what does not depend on the batch is worked out for each part
+    assert once < parts.operations < 1.05 * once
 
 
 def test_a_declared_loss_has_a_teacher():
