@@ -105,6 +105,10 @@ def test_simdino_gets_views_of_the_network_and_of_its_teacher_which_takes_no_slo
     both = torch.stack([rate(s[v].double(), 0.5) for v in range(2)]).mean()
     assert found["rate"].item() == pytest.approx(-(5 + 8) / (5 * 8) * both.item(), rel=1e-5)
     objective(settings).value(net, teacher, batch, draws(0, 2)).backward()
+    _, _, taught = made(
+        CASES["labels"][0].replace("of: network", "of: teacher")
+    )  # an objective that stops no slope by itself
+    assert not objective(taught).value(net, teacher, batch, draws(0, 2)).requires_grad
     assert all(p.grad is None for p in teacher.parameters()) and net.embed.weight.grad.abs().max() > 0
 
 
