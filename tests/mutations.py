@@ -128,7 +128,7 @@ MUTATIONS = (
     Mutation("symmetric, of elementwise parts", "lower/graph.py", "(keeps and even)", "keeps", "lower/test_graph.py::test_emitted_text_has_the_value_that_the_mathematics_says"),
     # emit
     Mutation("a name that is still read", "emit/layer.py", "name in holds and holds[name] not in later", "name in holds", "derivation/test_algorithms.py::test_fista_is_the_algorithm_of_the_paper"),
-    Mutation("uniform draws, their variance", "emit/initialise.py", "math.sqrt(3 / {rows})", "math.sqrt(1 / {rows})", "derivation/test_parametrise.py::test_draws_have_the_deviation_that_is_asked_for"),
+    Mutation("uniform draws, their variance", "emit/initialise.py", "math.sqrt(3 / {rows.at(UNARY)})", "math.sqrt(1 / {rows.at(UNARY)})", "derivation/test_parametrise.py::test_draws_have_the_deviation_that_is_asked_for"),
     Mutation("symmetric parameters", "emit/layer.py", '.mT) / 2", PRODUCT)', '.mT)", PRODUCT)', "derivation/test_parametrise.py::test_constraints_hold_for_all_values_of_the_parameter derivation/test_parametrise.py::test_parameters_of_all_kinds_start_as_the_algorithm_and_count"),
     # solver
     Mutation("restart, its sign", "solver/iteration.py", "dot(moved, change) > 0", "dot(moved, change) < 0", "solver/test_solve.py"),
