@@ -216,14 +216,18 @@ def test_features_that_are_all_alike_are_named_with_their_place(tmp_path: Any) -
     from unroll.train.job import Job
     from unroll.train.run import _read_start, _write_start
 
-    spec = load("crate_digits", [*TINY, "train.probes={kinds: []}", "train.only=[head]"])
+    spec = load("crate_digits", [*TINY, "train.probes={kinds: []}", "train.only=[head]", "model.embed.patch=4"])
     (tmp_path / "run").mkdir()
     job = Job(tmp_path / "run", spec, {}, {}, {}, None)
     _write_start(job, ["test"])
     data, net = ready(_read_start(job.folder, None))
     made: Any = net
-    with torch.no_grad():
-        made.embed.weight.zero_()
+
+    def forget(module: Any, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():  # not while the answer is looked at, before the first step
+            module.embed.weight.data.zero_()
+
+    made.register_forward_pre_hook(forget)
     with pytest.warns(
         UserWarning, match=r"step 3: features have collapsed everywhere: the answer has rank 1 of 4"
     ) as said:

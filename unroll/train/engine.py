@@ -508,11 +508,11 @@ class Journal(L.Callback):
         self._save(trainer)
 
     def _warn(self, task: Task, step: int) -> None:
-        """Say what the task has to say, and not again while it stays the same."""
+        """Say what the task has to say, and not again while it stays the same; what was so before the first step is left to the table."""
         with torch.no_grad(), evaluating(cast(Net, task.net)):
             held = self.held.to(next(task.net.parameters()))
             alarm = self.purpose.alarm(cast(Net, task.net), held, self.settings)
-        if alarm and not self.alarmed:
+        if alarm and not self.alarmed and step:
             warnings.warn(f"step {step:,}: {alarm}", stacklevel=2)
         self.alarmed = bool(alarm)
 
@@ -553,15 +553,18 @@ class Journal(L.Callback):
             os.replace(path.with_suffix(".part"), path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "stale": self.stale, "sum": self.sum, "count": self.count}
+        kept = {"best": self.best, "stale": self.stale, "sum": self.sum, "count": self.count}
+        return {**kept, "alarmed": self.alarmed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.stale = float(state_dict["best"]), int(state_dict["stale"])
         self.sum, self.count = float(state_dict["sum"]), int(state_dict["count"])
+        self.alarmed = bool(state_dict.get("alarmed"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         if trainer.is_global_zero:
+            if trainer.global_step == 0:
+                self._warn(cast(Task, pl_module), 0)
             keep_rows(self.folder / "metrics.csv", trainer.global_step)
 
 
