@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -34,9 +34,10 @@ from unroll.network.kinds import check_kind, check_place, check_whole
 from unroll.network.network import Network, load
 from unroll.network.saved import SOURCE, WAY_OUT, WORDS, recompile, refuse_changed, restore, write
 from unroll.network.trace import Trace
+from unroll.network.values import refuse_empty_masks
 from unroll.spec import Spec
 from unroll.spec import load as load_spec
-from unroll.spec.schema import NoPositions, PooledHead, TiedHead, TokenEmbed
+from unroll.spec.schema import NoPositions, PatchEmbed, PooledHead, StemEmbed, TiedHead, TokenEmbed
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -81,8 +82,8 @@ class Model(nn.Module):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What `forward` takes: image, tokens, or the word of the layers; without the mask."""
-        return (self.wrapped.argument,)
+        """What `forward` takes: image, tokens, or the word of the layers, and what says which tokens are no padding; without the mask of patches."""
+        return (self.wrapped.argument, *self.wrapped.body.masks)
 
     @property
     def layers(self) -> int:
@@ -129,9 +130,9 @@ class Model(nn.Module):
         """As `compile(dims=)` takes them."""
         return _prefixed({k: net.sizes for k, net in self.networks.items()})
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
-        """As the emitted class says. Raises UnrollError E404."""
-        given = self._checked(x, mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, **named: Tensor) -> Any:
+        """As the emitted class says; mask: of patches, or of tokens, which may be given by its own name too. Raises UnrollError E404, E403."""
+        given = self._checked(x, self._mask(mask, named))
         try:
             return cast(Any, super()).forward(*given)
         except IndexError:  # a word that no table has
@@ -143,12 +144,16 @@ class Model(nn.Module):
 
         asked: at, parameters and terms, as `Network.trace` takes them.
         """
-        net = cast(Any, self)
-        (x, *_) = self._checked(x, mask)
+        net, there = cast(Any, self), self.wrapped.there
+        mask = self._mask(mask, {there: asked.pop(there)} if there in asked else {})
+        (x, *given) = self._checked(x, mask)
         if self.wrapped.model.mask is not None:
             return self.body.trace(net.embedding(x, net.random_mask(x) if mask is None else mask), **asked)
         self._refuse_unknown_words(x)
-        return self.body.trace(net.embedding(x), **asked)
+        if there:
+            padded = self.wrapped.model.class_token is not None
+            asked[there] = nn.functional.pad(given[0], (1, 0), value=1) if padded else given[0]
+        return self.body.trace(**{self.wrapped.fed: net.embedding(x)}, **asked)
 
     def generate(
         self,
@@ -279,6 +284,9 @@ class Model(nn.Module):
     def _readable(self) -> tuple[int, int]:
         """The longest text, and how many tokens stand for words. Raises UnrollError E422 where no answer is a next token."""
         embed, head = self.wrapped.model.embed, self.wrapped.model.head
+        if there := self.wrapped.there:
+            hint = "the same spec without that input writes texts; a text that is written has no padding"
+            raise UnrollError("E422", f"this network takes a mask, {there}, with each call", hint=hint)
         answers = isinstance(head, TiedHead) or (
             isinstance(head, PooledHead)
             and head.kind == "tokens"
@@ -348,6 +356,10 @@ class Model(nn.Module):
             axes = ", ".join("N" if n is None else str(n) for n in want)
             lead = "..." if self.wrapped.flat else "B"
             raise UnrollError("E404", f"{name} has shape {shape}, expected ({lead}, {axes})")
+        if self.wrapped.there:
+            of_image = isinstance(self.wrapped.model.embed, PatchEmbed | StemEmbed)
+            self._check_there(mask, (shape[0], cast(int, self.wrapped.tokens) if of_image else shape[1]), x)
+            return (x, mask.to(next(self.parameters()).dtype))
         if mask is None:
             return (x,)
         if self.wrapped.model.mask is None:
@@ -360,6 +372,34 @@ class Model(nn.Module):
             raise UnrollError("E404", f"mask is {found}, expected torch.bool {hidden}")
         check_place("mask", mask, x, name)
         return (x, mask)
+
+    def _mask(self, mask: Any, named: Mapping[str, Any]) -> Any:
+        """The second argument, by its place or by its name. Raises UnrollError E404."""
+        there = self.wrapped.there
+        for name, value in named.items():
+            if name != there or mask is not None:
+                said = (
+                    "is given twice" if name == there else f"is nothing that this model takes: {', '.join(self.inputs)}"
+                )
+                raise UnrollError("E404", f"'{name}' {said}")
+            mask = value
+        return mask
+
+    def _check_there(self, mask: Any, want: tuple[int, int], x: Tensor) -> None:
+        """Raises UnrollError E404 (shape, device), E403 (a value that is not 0 or 1, a sample of padding alone)."""
+        name = self.wrapped.there
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != want:
+            found = (
+                f"has shape {tuple(mask.shape)}"
+                if isinstance(mask, Tensor)
+                else "is missing"
+                if mask is None
+                else f"is a {type(mask).__name__}"
+            )
+            raise UnrollError("E404", f"the mask {name} {found}, expected {want}: 1 for a token, 0 for padding")
+        check_place(name, mask, x, self.wrapped.argument)
+        if not torch.compiler.is_compiling():
+            refuse_empty_masks(self.wrapped.body.problem.inputs, {name: mask})
 
     def _check_words(self, name: str, x: Any) -> None:
         embed = cast(TokenEmbed, self.wrapped.model.embed)

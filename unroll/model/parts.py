@@ -308,30 +308,33 @@ def _fixed(shape: str, about: str, value: str, function: str, cut: str) -> Part:
 # --- from tokens ------------------------------------------------------------------------------------------------------
 
 
-def head(model: schema.Model, d: int) -> Part:
-    """x, as it leaves the layers -> the answer."""
+def head(model: schema.Model, d: int, there: str = "") -> Part:
+    """x, as it leaves the layers -> the answer. there: what says which tokens are no padding; the answer there is 0."""
+    own = f"{there}[:, 1:]" if there and model.class_token is not None else there
+    kept = f" * {own}.unsqueeze(-1)" if there else ""
     match model.head:
         case None:
             return Part((), ("return x",))
         case TiedHead(norm=normed, eps=eps):
             lines = ["x = x[:, 1:]"] if model.class_token is not None else []
             lines += ["x = self.head_norm(x)"] if normed else []
-            return Part(_head_norm(normed, d, eps), (*lines, "return x @ self.embed.weight.mT"))
+            return Part(_head_norm(normed, d, eps), (*lines, f"return x @ self.embed.weight.mT{kept}"))
         case PooledHead(kind=kind, classes=classes, norm=normed, eps=eps, bias=bias):
-            lines = _pooled(kind, model.class_token is not None)
+            lines = _pooled(kind, model.class_token is not None, own)
+            kept = kept if kind == "tokens" else ""
             lines += ["x = self.head_norm(x)"] if normed else []
             if classes is None:
-                return Part(_head_norm(normed, d, eps), (*lines, "return x"))
+                return Part(_head_norm(normed, d, eps), (*lines, f"return x{kept}"))
             held = linear("head", d, classes, f"-> {classes} outputs", bias, gives=Named(classes))
             held = replace(held, says="head.classes")
-            return Part((*_head_norm(normed, d, eps), held), (*lines, "return self.head(x)"))
+            return Part((*_head_norm(normed, d, eps), held), (*lines, f"return self.head(x){kept}"))
         case ClassAttentionHead() as h:
-            return _class_attention(h, d)
+            return _class_attention(h, d, there)
         case _ as never:
             assert_never(never)
 
 
-def _class_attention(h: ClassAttentionHead, d: int) -> Part:
+def _class_attention(h: ClassAttentionHead, d: int, there: str) -> Part:
     """Touvron et al. 2021 (CaiT), as El-Nouby et al. 2021 (XCiT) use it: all tokens are normalised in each block."""
     blocks = f"nn.ModuleList(ClassAttention({d}, {h.heads}, {h.eps:g}) for _ in range({h.blocks}))"
     shape = f"({h.blocks}, 2, {d})"
@@ -345,8 +348,9 @@ def _class_attention(h: ClassAttentionHead, d: int) -> Part:
     )
     lines = (
         "x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)",
+        *([f"{there} = F.pad({there}, (1, 0), value=1)"] if there else []),
         "for reader, scales in zip(self.readers, self.reader_scales, strict=True):",
-        "    x = reader(x, scales)",
+        f"    x = reader(x, scales{', ' + there if there else ''})",
         "return self.head(self.head_norm(x[:, 0]))",
     )
     return Part(held, lines, (), ("ClassAttention",))
@@ -357,9 +361,11 @@ def _head_norm(normed: bool, d: int, eps: float) -> tuple[Held, ...]:
     return (replace(held, says="head.norm"),) if normed else ()
 
 
-def _pooled(kind: str, class_token: bool) -> list[str]:
+def _pooled(kind: str, class_token: bool, there: str) -> list[str]:
+    """there: of these tokens; what layers leave is 0 at padding."""
     rest = "x[:, 1:]" if class_token else "x"
-    pool = {"class_token": "x[:, 0]", "mean": f"{rest}.mean(1)", "tokens": rest}[kind]
+    mean = f"{rest}.sum(1) / {there}.sum(1, keepdim=True)" if there else f"{rest}.mean(1)"
+    pool = {"class_token": "x[:, 0]", "mean": mean, "tokens": rest}[kind]
     return [f"x = {pool}"] if pool != "x" else []
 
 

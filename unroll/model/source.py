@@ -12,6 +12,7 @@ from unroll.emit.names import Names, remark
 from unroll.emit.program import Program
 from unroll.emit.section import commented
 from unroll.errors import UnrollError
+from unroll.language.nodes import Sym
 from unroll.model import parts
 from unroll.model.parts import Held, Part
 from unroll.spec import Spec
@@ -99,6 +100,9 @@ FUNCTIONS = {
         return x + torch.cat([scales[1] * first, x[:, 1:]], 1)
 ''',
 }
+SEES_ALL = ("[:, :, :1], k, v)", "[:, :, :1], k, v, there[:, None, None, :] > 0)")
+CALLED = ("def forward(self, x, scales):", "def forward(self, x, scales, there):")
+"""What becomes of the attention of a class token where a mask (B, 1 + N) says what is there."""
 EXTRA = {"import math": " math.", "from torch.nn import functional as F": " F."}
 
 
@@ -129,7 +133,17 @@ class Wrapped:
     @property
     def flat(self) -> bool:
         """Layers of single vectors, with any number of batch axes."""
-        return self.body.problem.inputs[0].rank == 1
+        return _fed(self.body).rank == 1
+
+    @property
+    def fed(self) -> str:
+        """The input of the layers that tokens go into."""
+        return _fed(self.body).name
+
+    @property
+    def there(self) -> str:
+        """The input that says which tokens are no padding, "" where there is none."""
+        return next(iter(self.body.masks), "")
 
 
 def wrap(spec: Spec, body: Program, decoder: Program | None) -> Wrapped:
@@ -142,19 +156,19 @@ def wrap(spec: Spec, body: Program, decoder: Program | None) -> Wrapped:
     inner, renamed = _join(body, decoder)
     name = Names(frozenset({*inner.definitions, "draw", *FUNCTIONS})).fresh(f"{body.class_name}Model")
     before = parts.embed(model, ins, argument) + parts.before_layers(model, ins)
-    after, calls, between = _after(model, outs, decoder)
+    after, calls, between = _after(model, outs, decoder, body.words["symbol", body.masks[0]] if body.masks else "")
     held = (*before.held, *after.held)
     writer = _Writer(model, body, decoder, renamed, name, argument, before, after, calls)
-    source = _module(spec, inner, body, [*_functions(model, before + after), writer.text()])
+    source = _module(spec, inner, body, [*_functions(model, before + after, next(iter(body.masks), "")), writer.text()])
     last = tuple(h.name for h in after.held if h.name not in between)
     order = (tuple(h.name for h in before.held), between, last)
     return Wrapped(model, body, decoder, name, argument, _shape(model, body), held, source, order)
 
 
-def _after(model: Model, outs: int, decoder: Program | None) -> tuple[Part, list[str], tuple[str, ...]]:
+def _after(model: Model, outs: int, decoder: Program | None, there: str) -> tuple[Part, list[str], tuple[str, ...]]:
     """What stands after the layers, the lines of forward that lead there, and what of it stands before those of a decoder."""
     if model.decoder is None or decoder is None:
-        return parts.head(model, outs), [], ()
+        return parts.head(model, outs, there), [], ()
     between = parts.between(model, model.decoder, outs, width(decoder, "in"))
     read = parts.to_pixels(model, model.decoder, width(decoder, "out"))
     names = tuple(h.name for h in between.held)
@@ -164,9 +178,15 @@ def _after(model: Model, outs: int, decoder: Program | None) -> tuple[Part, list
 # --- does it fit? -----------------------------------------------------------------------------------------------------
 
 
+def _fed(program: Program) -> Sym:
+    """The input that tokens go into: the first that is no mask."""
+    return next(s for s in program.problem.inputs if s.name not in program.masks)
+
+
 def width(program: Program, side: str) -> int:
     """d of the tokens that go in or come out. Raises UnrollError E420."""
-    symbols = program.problem.inputs if side == "in" else program.step.output
+    fed = tuple(s for s in program.problem.inputs if s.name not in program.masks)
+    symbols = fed if side == "in" else program.step.output
     if len(symbols) != 1:
         names = ", ".join(s.name for s in symbols) or "nothing"
         what = "take one input" if side == "in" else "give one variable"
@@ -181,8 +201,9 @@ def width(program: Program, side: str) -> int:
 def fits(model: Model, body: Program, decoder: Program | None) -> None:
     """Raises UnrollError E420 where widths or numbers of tokens differ."""
     d = width(body, "in")
-    symbol = body.problem.inputs[0]
+    symbol = _fed(body)
     count = parts.tokens(model)
+    _fits_mask(model, body, decoder)
     if symbol.rank == 1 and (count is not None or model.class_token is not None):
         raise UnrollError("E420", f"{symbol.name} is one vector, not tokens", hint="declare it as [d, N], N: dynamic")
     if symbol.rank == 1 and getattr(model.head, "kind", "tokens") != "tokens":
@@ -203,6 +224,21 @@ def fits(model: Model, body: Program, decoder: Program | None) -> None:
         raise UnrollError("E420", f"tokens of {width(body, 'out')} numbers do not divide into {model.head.heads} heads")
 
 
+def _fits_mask(model: Model, body: Program, decoder: Program | None) -> None:
+    """Raises UnrollError E420 for a mask that is of something else than the tokens, and beside patches that are hidden or found."""
+    for other in (body, decoder):
+        if other is not None and other.masks and (model.mask is not None or model.decoder is not None):
+            hint = "leave out the input that is a mask: images have as many patches"
+            raise UnrollError(
+                "E420", f"the mask {other.masks[0]} is of no use where patches are hidden or found", hint=hint
+            )
+    for name in body.masks:
+        size = body.problem.symbols[name].shape[0]
+        if _fed(body).rank != 2 or size != _fed(body).shape[1] or len(body.masks) > 1:
+            hint = f"inputs: {{{name}: {{shape: [{_fed(body).shape[-1]}], mask: true}}}}, and no other"
+            raise UnrollError("E420", f"a model has one mask, of its tokens; {name} is of {size}", hint=hint)
+
+
 def _divides(model: Model, d: int) -> None:
     need = 1
     if isinstance(model.positions, SinusoidalPositions):
@@ -220,7 +256,7 @@ def _argument(model: Model, body: Program) -> str:
         case TokenEmbed():
             return "tokens"
         case _:
-            return body.words["symbol", body.problem.inputs[0].name]
+            return body.words["symbol", _fed(body).name]
 
 
 def _shape(model: Model, body: Program) -> tuple[int | None, ...]:
@@ -232,7 +268,7 @@ def _shape(model: Model, body: Program) -> tuple[int | None, ...]:
             return (None,)
         case e:
             size = e.features if isinstance(e, LinearEmbed) else width(body, "in")
-            return (size,) if body.problem.inputs[0].rank == 1 else (None, size)
+            return (size,) if _fed(body).rank == 1 else (None, size)
 
 
 def _sizes(shape: tuple[int | None, ...], words: bool) -> list[str]:
@@ -310,9 +346,11 @@ def _module(spec: Spec, inner: _Text, body: Program, own: list[str]) -> str:
     return f'"""{quoted}\n"""\n\n{groups}\n\n\n{text}'
 
 
-def _functions(model: Model, around: Part) -> list[str]:
+def _functions(model: Model, around: Part, there: str) -> list[str]:
     starts = {"draw": model.init, **({"draw_embed": own} if (own := _own_start(model)) else {})}
     found = [FUNCTIONS[name] for name in around.needs]
+    if there:  # which tokens the class token may attend to
+        found = [text.replace(*SEES_ALL).replace(*CALLED) for text in found]
     for name, init in starts.items():
         about, *lines = DRAWS[init]
         found.append(DRAW.format(name=name, about=about, lines=textwrap.indent("\n".join(lines), " " * 12)))
@@ -343,6 +381,11 @@ class _Writer:
     def masked(self) -> bool:
         return self.model.mask is not None
 
+    @property
+    def there(self) -> str:
+        """The argument that says which tokens are no padding."""
+        return self.body.words["symbol", self.body.masks[0]] if self.body.masks else ""
+
     def text(self) -> str:
         methods = [
             self._init(),
@@ -359,7 +402,7 @@ class _Writer:
 
     def _doc(self) -> str:
         """Shapes of what comes in and of what goes out."""
-        flat = self.body.problem.inputs[0].rank == 1
+        flat = _fed(self.body).rank == 1
         lead = "..." if flat else "B"
         words = isinstance(self.model.embed, TokenEmbed)
         ins = ", ".join([lead, *_sizes(_shape(self.model, self.body), words)])
@@ -369,7 +412,8 @@ class _Writer:
             outs = f"patches ({lead}, {n}, {parts.pixels(self.model)}), mask ({lead}, {n}), True where hidden"
             return f"{self.argument}: ({ins}) -> {outs}."
         outs = ", ".join([lead, *self._answer(count)])
-        return f"{self.argument}: ({ins}) -> ({outs})."
+        also = f", {self.there}: ({', '.join([lead, *count])}), 0 for padding" if self.there else ""
+        return f"{self.argument}: ({ins}){also} -> ({outs})."
 
     def _answer(self, count: list[str]) -> list[str]:
         d = str(width(self.body, "out"))
@@ -438,12 +482,22 @@ class _Writer:
         return f"{self.argument}, mask" if self.masked else self.argument
 
     def _read(self) -> str:
-        return "def read(self, x):\n" + textwrap.indent(
+        also = f", {self.there}" if self.there else ""
+        return f"def read(self, x{also}):\n" + textwrap.indent(
             "\n".join(['"""Tokens, as they leave the layers -> the answer."""', *self.after.lines]), "    "
         )
 
     def _forward(self) -> str:
         embedded = f"self.embedding({self._arguments()})"
+        if self.there:
+            padded = [] if self.model.class_token is None else [f"{self.there} = F.pad({self.there}, (1, 0), value=1)"]
+            own = self.body.words["symbol", _fed(self.body).name]
+            lines = [
+                *padded,
+                f"x = self.body({own}={embedded}, {self.there}={self.there})",
+                f"return self.read(x, {self.there})",
+            ]
+            return f"def forward(self, {self.argument}, {self.there}):\n" + textwrap.indent("\n".join(lines), "    ")
         if not self.calls:
             return f"def forward(self, {self.argument}):\n    return self.read(self.body({embedded}))"
         lines = [
