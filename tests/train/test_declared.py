@@ -282,6 +282,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ("train.loss={objective: {use: mcr2, constraints: ['Z in nonneg']}, takes: {Z: {of: network}, Pi: {of: labels}}}",),
         "E511.*nothing here keeps the constraint Z in nonneg",
     ),
+    "parts of a batch": (lambda: (CASES["labels"][0], "train.accumulate=2"), "E511.*no mean over samples"),
     "sizes": (lambda: (TAKES % "Z: {of: network}, Pi: {of: network}",), "E512.*Pi has shape"),
     "a key of a view": (lambda: (*SIMDINO[:1], "train.views={wide: {cont: 2}, local: {}}"), "E2.*cont"),
     "no such objective": (lambda: ("train.loss={objective: {use: mcr3}, takes: {Z: {of: network}}}",), "E003.*mcr3|mcr3"),
@@ -294,6 +295,12 @@ def test_what_does_not_fit_is_refused_before_the_first_step(case: str, tmp_path:
     with pytest.raises(SpecError, match=message) as said:
         train(tiny(*overrides()), out=tmp_path / "run", quiet=True)
     assert "must be 'mse'" not in str(said.value) and not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_a_batch_that_is_spread_over_devices_is_refused(tmp_path: Any) -> None:
+    net, data, settings = made(*CASES["samples"])
+    with pytest.raises(SpecError, match="E511.*over the whole batch"):
+        fit(net, data, settings, tmp_path, device="cpu", devices=2)
 
 
 def test_views_of_images_need_images_and_labels_need_classes() -> None:
