@@ -89,3 +89,20 @@ def test_at_most_so_many_parts() -> None:
         e = elementwise(sp.sin(slot(0)) + i, e)
     (shown,) = in_parts((e,))
     assert len(shown.parts) <= MOST
+
+
+def test_no_name_of_a_part_means_two_things_in_one_text() -> None:
+    text_of = unroll.compile("tost", dims={"d": 24, "K": 3, "p": 8}, overrides=["unroll.layers=1"]).source.split('"""')[
+        1
+    ]
+    names = [line.strip().removeprefix("with ").split(" = ")[0] for line in text_of.splitlines() if " = " in line]
+    assert len(names) > 3 and len(set(names)) == len(names)
+    long = "tanh(Z.T @ a_long_name_of_a_matrix @ Z)"
+    spec = {
+        "objective": "taken", "dims": {"d": 3, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]},
+        "parameters": {"part": ["d", "d"], "a_long_name_of_a_matrix": ["d", "d"]},
+        "minimize": {"f": "1/2 * sumsq(Z - X) + sumsq(part @ Z)"},
+        "unroll": {"layers": 1, "start": {"Z": "X"}, "blocks": [
+            {"block": "b", "output": f"Z + Z @ {long} @ {long} @ {long}"}]},
+    }  # fmt: skip
+    assert "    part_2 = tanh(" in unroll.compile(spec).source

@@ -559,3 +559,44 @@ def test_a_factor_that_is_no_parameter_is_said() -> None:
     with pytest.raises(SpecError, match=r"'head.wait' is not a parameter") as e:
         restore_weights(model(names), released())
     assert "head.weight" in str(e.value)
+
+
+def factors(learn: Spec, output: str, parameters: Spec, names: Spec) -> Any:
+    spec = {
+        "objective": "o", "dims": {"d": 3, "K": 2, "N": "dynamic"}, "variables": {"Z": ["d", "N"]}, "inputs": {"X": ["d", "N"]},
+        "minimize": {"f": "1/2 * sumsq(Z - X)"}, "parameters": parameters,
+        "unroll": {"layers": 2, "start": {"Z": "X"}, "blocks": [{"block": "a", "output": output, "learn": learn}]},
+        "weights": {"names": names},
+    }  # fmt: skip
+    return unroll.compile(spec, seed=0, dtype=torch.float64)
+
+
+def test_a_factor_that_all_layers_share_is_that_of_the_member() -> None:
+    learn = {"WC": {"replaces": "C", "init": "zeros"}, "S": {"replaces": "s", "init": "zeros", "share": "layers"}}
+    given = {"C": {"family": "K", "shape": ["d", "d"]}, "s": {"family": "K", "shape": ["d"]}}
+    names = {"{layer}.C.{member}": {"to": "WC", "factor": "S"}, "s.{member}": {"to": "S"}}
+    net = factors(learn, "Z + sum(C[k] @ Z + s[k] @ ones(1, N) for k in K)", given, names)
+    file = {"s.0": torch.full((3,), 10.0), "s.1": torch.full((3,), 100.0)}
+    file |= {f"{i}.C.{k}": torch.ones(3, 3) for i in range(2) for k in range(2)}
+    restore_weights(net, file)
+    assert net.WC[:, :, 0, 0].tolist() == [[10, 100], [10, 100]]
+    assert all(torch.equal(release_weights(net)[n], t.double()) for n, t in file.items())
+    with pytest.raises(UnrollError, match="its factor S is not in the file"):
+        restore_weights(net, {n: t for n, t in file.items() if n != "s.1"})
+
+
+def test_a_factor_that_has_a_factor_comes_after_it_and_a_circle_is_said() -> None:
+    learn = {f"W{a}": {"replaces": a, "init": "zeros"} for a in "ABD"}
+    names: Spec = {
+        "{layer}.a": {"to": "WA", "factor": "WB"},
+        "{layer}.b": {"to": "WB", "factor": "WD"},
+        "{layer}.d": "WD",
+    }
+    made = lambda names: factors(learn, "Z + A @ Z + B @ Z + D @ Z", {a: ["d", "d"] for a in "ABD"}, names)
+    file = {f"{i}.{a}": torch.full((3, 3), n) for i in range(2) for a, n in (("a", 2.0), ("b", 3.0), ("d", 5.0))}
+    for order in (file, dict(reversed(file.items()))):
+        net = made(names)
+        restore_weights(net, order)
+        assert [float(w.detach()[1, 0, 0]) for w in (net.WA, net.WB, net.WD)] == [30, 15, 5]
+    with pytest.raises(UnrollError, match="is a multiple of itself"):
+        restore_weights(made({**names, "{layer}.d": {"to": "WD", "factor": "WA"}}), file)

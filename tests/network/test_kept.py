@@ -1,5 +1,7 @@
 """What layers keep of a text: reading the next tokens alone is the full pass, for every causal network."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -217,3 +219,12 @@ def test_what_another_network_kept_is_refused_and_words_without_a_row_too():
     with pytest.raises(UnrollError, match="whole numbers below"):
         one.extend(tokens.float(), kept)
     agree(one.extend(tokens, kept), one(torch.cat([tokens, tokens], 1))[:, 3:])  # what was refused left nothing behind
+
+
+def test_what_is_kept_is_copied_and_pickled():
+    net = unroll.compile("crate_text", overrides=small("crate_text"), seed=0)
+    kept, tokens = Kept(), torch.tensor([[3, 1, 4]])
+    net.extend(tokens, kept)
+    copies = [pickle.loads(pickle.dumps(kept)), copy.deepcopy(kept)]
+    want = net.extend(tokens, kept)
+    assert all(torch.equal(net.extend(tokens, other), want) for other in copies)

@@ -21,7 +21,7 @@ from unroll.derivation.rewrites.frequencies import per_frequency
 from unroll.derivation.step import LAYER, Learned, Step
 from unroll.errors import UnrollError
 from unroll.language.constructors import as_constant, eye, is_symmetric, matmul, operator, scale, split, swap
-from unroll.language.naming import in_parts
+from unroll.language.naming import InParts, in_parts
 from unroll.language.nodes import (
     ONE,
     STEP_OF_ENTRY,
@@ -743,6 +743,13 @@ def _column(e: Expr) -> Expr | None:
             return None
 
 
+def in_named_parts(problem: Problem, step: Step) -> tuple[tuple[InParts, ...], tuple[InParts, ...]]:
+    """The terms of the objective and the lines of a layer, long ones in parts; no name of a part is another thing in any of them."""
+    terms = tuple(problem.penalties)
+    found = in_parts((*terms, *(a.value for a in step.assigns)))
+    return found[: len(terms)], found[len(terms) :]
+
+
 # --- Step -> Graph ----------------------------------------------------------------------------------------------------
 
 
@@ -766,7 +773,8 @@ def lower_step(problem: Problem, step: Step) -> Graph:
     for s in step.states:
         low.bind(s.symbol, _state(b, s.symbol))
     roots |= {("learned", p.name): low.value(p.starts_at) for p in step.learned if p.constructed}
-    for a, shown in zip(step.assigns, in_parts(tuple(a.value for a in step.assigns)), strict=True):
+    _, parted = in_named_parts(problem, step)
+    for a, shown in zip(step.assigns, parted, strict=True):
         ref = low.value(a.value)
         says = f"{a.target.name} <- "  # what it is, in names of parts where that is long
         _name(b, ref, a.target.name, says + text(shown.whole) if a.note.startswith(says) else a.note)

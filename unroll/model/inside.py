@@ -130,12 +130,15 @@ def components(
     """
     x = tokens(net, batch, layer=layer, block=block)
     flat = x.reshape(-1, x.shape[-1])
+    if not len(flat):
+        raise UnrollError("E404", "there is no sample to look at")
     if type(count) is not int or not 1 <= count <= min(flat.shape):
         raise UnrollError(
             "E404", f"count is {count!r}: there are 1 to {min(flat.shape)} components of {len(flat)} tokens"
         )
     centred = flat - flat.mean(0)
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:count].mT
+    wide = centred.to(torch.promote_types(centred.dtype, torch.float32))  # of less there is no decomposition
+    directions = torch.linalg.svd(wide, full_matrices=False).Vh[:count].mT.to(centred.dtype)
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     found = (centred @ directions).reshape(*x.shape[:-1], count)
     return found if (of := grid(net)) is None else found.unflatten(-2, of)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from unroll.derivation.step import Learned
 from unroll.errors import SpecError, UnrollError, did_you_mean, quote
+from unroll.language.nodes import Sym
 from unroll.model.module import Model
 from unroll.network.network import Network, draw, finite
 from unroll.spec import Spec
@@ -101,7 +102,7 @@ def restore_weights(net: Net, source: str | os.PathLike[str] | Mapping[str, Any]
     found = _unwrapped(source if isinstance(source, Mapping) else read_file(Path(source)), weights)
     filling = _Filling(spec, net, strict)
     theirs = {name: _stripped(name, weights) for name in found}
-    for name in sorted(found, key=lambda name: filling.is_late(theirs[name])):
+    for name in sorted(found, key=lambda name: filling.turn(theirs[name])):
         filling.take(theirs[name], found[name], found)
     report = filling.report(weights)
     if not report.ok:
@@ -128,13 +129,13 @@ def release_weights(net: Net) -> dict[str, Tensor]:
         for i, move in enumerate(moves):
             if not isinstance(move.to, str):
                 continue
-            for name, ours, at in _expanded(pattern, move.to, values, spec, i):
+            for name, ours, at, places in _expanded(pattern, move.to, values, spec, i):
                 piece = _cut(ours, values[ours][at], move.into)
                 if move.axes:
                     left, right = move.axes.split("->")
                     piece = rearrange(piece, f"{right} -> {left}", _sizes(net))
                 if move.factor != 1:
-                    factor = _factor(spec, pattern, i, move, values, at, piece)
+                    factor = _factor(net, pattern, i, move, values, places, piece)
                     if not bool(torch.as_tensor(factor).all()):
                         raise UnrollError("E421", f"{name} cannot be told: it is {ours} over {move.factor}, which is 0")
                     piece = piece / factor
@@ -292,9 +293,18 @@ class _Filling:
         assert self.spec.weights is not None
         self.moves = [(_regex(pattern), pattern, moves) for pattern, moves in self.spec.weights.names.items()]
 
-    def is_late(self, name: str) -> bool:
-        """Does a tensor of theirs wait for others, which say its factor?"""
-        return any(isinstance(m.factor, str) for regex, _, moves in self.moves if regex.fullmatch(name) for m in moves)
+    def turn(self, name: str) -> int:
+        """After how many others a tensor of theirs comes: those that say its factor, and theirs."""
+        return max((self._turn(moves, ()) for regex, _, moves in self.moves if regex.fullmatch(name)), default=0)
+
+    def _turn(self, moves: Sequence[Move], on_the_way: tuple[str, ...]) -> int:
+        """Raises UnrollError E421 where a factor waits for itself."""
+        waits = [m.factor for m in moves if isinstance(m.factor, str)]
+        for factor in waits:
+            if factor in on_the_way:
+                raise UnrollError("E421", f"the factor {factor} is a multiple of itself", hint="weights: names")
+        first = [own for f in waits for _, _, own in self.moves if any(m.to == f for m in own)]
+        return max((1 + self._turn(own, (*on_the_way, *waits)) for own in first), default=0) if waits else 0
 
     def take(self, name: str, value: Any, beside: Mapping[str, Any]) -> None:
         """Put a tensor of theirs where it goes. Raises UnrollError E421 where it does not fit."""
@@ -342,7 +352,11 @@ class _Filling:
         value = self._fitted(name, ours, tensor, move, _cut(ours, target, move.into))
         value = _converted(name, ours, value, target)
         if move.factor != 1:
-            value = value * _factor(self.spec, pattern, i, move, self.values, into, value)
+            if isinstance(move.factor, str) and move.factor not in constants_of(self.net):
+                known = cast(Tensor, _factor(self.net, pattern, i, move, self.filled, places, value))
+                if not bool(known.all()):
+                    raise UnrollError("E421", f"{name} -> {ours}: its factor {move.factor} is not in the file")
+            value = value * _factor(self.net, pattern, i, move, self.values, places, value)
         place = slices(move.into)
         if ours in constants_of(self.net):
             self._refuse_other_constant(name, ours, tensor.dtype, value, target[place])
@@ -476,42 +490,51 @@ def _row(ours: str, to: str, places: Mapping[str, str], value: Tensor, name: str
 
 
 def _factor(
-    spec: Spec, pattern: str, i: int, move: Move, values: Mapping[str, Tensor], at: tuple[int, ...], like: Tensor
+    net: Net, pattern: str, i: int, move: Move, values: Mapping[str, Tensor], places: Mapping[str, str], like: Tensor
 ) -> Tensor | float:
-    """What theirs are multiplied by: a number, or numbers of ours at the same layer and member."""
+    """What theirs are multiplied by: a number, or numbers of ours at the same layer and member. Raises SpecError E421."""
     if not isinstance(move.factor, str):
         return move.factor
+    spec, _ = _weights(net)
     if move.factor not in values:
         where = spec.origin(*_path(spec, pattern, i)[:-1], "factor").where()
         message = f"'{quote(move.factor)}' is not a parameter of {spec.title}"
         raise SpecError("E421", message, where, did_you_mean(move.factor, values))
-    found = values[move.factor]
-    found = found[at[: found.ndim]]
+    found, p = values[move.factor], _learned(net, move.factor)
+    if p is not None and p.per_layer and "layer" in places:
+        found = found[int(places["layer"])]
+    if p is not None and isinstance(p.symbol, Sym) and p.symbol.family is not None and "member" in places:
+        found = found.select(int(p.per_layer and "layer" not in places), int(places["member"]))
+    if found.ndim > like.ndim or any(a not in (1, b) for a, b in zip(found.shape, like.shape, strict=False)):
+        where = spec.origin(*_path(spec, pattern, i)[:-1], "factor").where()
+        message = f"the factor {move.factor} is {tuple(found.shape)}, and what it multiplies {tuple(like.shape)}"
+        raise SpecError("E421", message, where, "{layer} and {member} pick its numbers")
     return found.reshape(*found.shape, *[1] * (like.ndim - found.ndim))
 
 
-def _expanded(
-    pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(theirs, ours, index of ours) for every layer, and for every member."""
-    for theirs, ours, at in _each_layer(pattern, to, values, spec, i):
+Place = tuple[str, str, tuple[int, ...], dict[str, str]]
+"""Theirs, ours, the index of ours, and the numbers of layer and member."""
+
+
+def _expanded(pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int) -> Iterator[Place]:
+    """One for every layer, and for every member."""
+    for theirs, ours, at, places in _each_layer(pattern, to, values, spec, i):
         members = range(values[ours].shape[len(at)]) if MEMBER in theirs else ()
-        yield from ((theirs.replace(MEMBER, str(k)), ours, (*at, k)) for k in members)
+        yield from ((theirs.replace(MEMBER, str(k)), ours, (*at, k), {**places, "member": str(k)}) for k in members)
         if MEMBER not in theirs:
-            yield theirs, ours, at
+            yield theirs, ours, at, places
 
 
-def _each_layer(
-    pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _each_layer(pattern: str, to: str, values: Mapping[str, Tensor], spec: Spec, i: int) -> Iterator[Place]:
     if LAYER not in pattern:
-        yield pattern, _target(spec, pattern, i, to, None, values), ()
+        yield pattern, _target(spec, pattern, i, to, None, values), (), {}
     elif LAYER not in to:
         ours = _target(spec, pattern, i, to, None, values)
-        yield from ((pattern.replace(LAYER, str(n)), ours, (n,)) for n in range(values[ours].shape[0]))
+        each = range(values[ours].shape[0])
+        yield from ((pattern.replace(LAYER, str(n)), ours, (n,), {"layer": str(n)}) for n in each)
     else:
         names = [(n, m["layer"]) for n in values if (m := _regex(to).fullmatch(n))]
-        yield from ((pattern.replace(LAYER, n), ours, ()) for ours, n in names)
+        yield from ((pattern.replace(LAYER, n), ours, (), {"layer": n}) for ours, n in names)
 
 
 # --- their side -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,10 +24,14 @@ class Kept:
         self._place = 0
         self._by: weakref.ref[nn.Module] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the network, which a copy elsewhere meets again with its next call."""
+        return {**self.__dict__, "_by": None}
+
     @contextmanager
     def reading(self, count: int, by: nn.Module) -> Generator[None]:
         """Inside, `count` tokens are read by a network; if that fails, they do not count. Raises UnrollError E404 for another network."""
-        if self.seen and (self._by is None or self._by() is not by):
+        if self._by is not None and self._by() is not by:
             raise UnrollError("E404", "what was kept is of another network", hint="a new Kept() begins a text")
         self._place = 0
         self._by = weakref.ref(by)
