@@ -18,7 +18,7 @@ from unroll.pages.page import report
 from unroll.spec import load
 from unroll.train import Interrupted, evaluate, resume, train, trained
 from unroll.train.data import make_data
-from unroll.train.run import _read_start, prepare, shapes_of
+from unroll.train.run import _read_start, _refuse_others, prepare, shapes_of
 
 torch.set_num_threads(1)
 
@@ -361,3 +361,11 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(capsys):
     from kill import main
 
     assert main(times=1, seed=1) == 0 and "1 of 1 equal" in capsys.readouterr().out
+
+
+def test_another_process_of_a_new_run_does_not_wait_for_what_the_first_writes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    _refuse_others(tmp_path, "manifest", {"A": torch.ones(2)})
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SpecError, match="run.json"):
+        _refuse_others(tmp_path, "manifest", {"A": torch.ones(2)})

@@ -494,6 +494,8 @@ def _manifest(job: Job, kept: Tensors) -> dict[str, Value]:
 def _refuse_others(folder: Path, entry: str, values: Mapping[str, Value]) -> None:
     """Compare values with their digests in run.json, or leave these there. Raises SpecError E510."""
     path, now = folder / "run.json", {name: seal(value) for name, value in values.items()}
+    if not first_rank() and not path.exists():  # the first process writes it, of a new run later than another one looks
+        return
     with reading(path):
         found: dict[str, list[str]] | None = read_json(path).get(entry)
         was = None if found is None else {name: (kind, digest) for name, (kind, digest) in found.items()}
