@@ -5,6 +5,7 @@ Legend: B samples, N tokens, d numbers of a feature.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -101,9 +102,12 @@ def together(rows: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Room:
-    """rank: of `most` singular values, those above SHARE of the largest.  rate: in nats.  first: the share of the largest in the sum of squares."""
+    """rank: of `most` singular values, those above SHARE of the largest.  rate: in nats.  first: the share of the largest in the sum of squares.
 
-    rank: int
+    Of features that are not finite these are nan; of no features at all, 0.
+    """
+
+    rank: float
     most: int
     rate: float
     first: float
@@ -111,7 +115,7 @@ class Room:
     @property
     def collapsed(self) -> bool:
         """Are they one direction, but for a hundredth of their squares, or nothing at all?"""
-        return self.rank == 0 or self.first > ALIKE
+        return self.most > 0 and (self.rank == 0 or self.first > ALIKE)
 
 
 def room(z: Tensor, eps2: float) -> Room:
@@ -120,12 +124,20 @@ def room(z: Tensor, eps2: float) -> Room:
     Rows of zeros stay so, and take none.  Source of the rate: Ma, Derksen, Hong & Wright 2007, doi:10.1109/TPAMI.2007.1085.
     """
     n, d = z.shape
-    most = z.abs().amax(-1, keepdim=True)
-    unit = nn.functional.normalize(z.double() / torch.where(most > 0, most, 1), dim=-1)
-    s = torch.linalg.svdvals(unit)
+    if not z.numel():
+        return Room(0, 0, 0.0, 0.0)
+    if not bool(z.isfinite().all()):
+        return Room(math.nan, min(n, d), math.nan, math.nan)
+    s = torch.linalg.svdvals(unit(z.double()))
     rate = 0.5 * torch.log1p(d / (n * eps2) * s.square()).sum()
     first = s[0] ** 2 / s.square().sum() if s[0] > 0 else s[0]
     return Room(int((s > SHARE * s[0]).sum()), len(s), float(rate), float(first))
+
+
+def unit(z: Tensor) -> Tensor:
+    """Rows at length one, in any units; rows of zeros stay so."""
+    most = z.abs().amax(-1, keepdim=True)
+    return nn.functional.normalize(z / torch.where(most > 0, most, 1), dim=-1)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unroll.errors import SpecError
 from unroll.spec.schema import Probes, Train
@@ -47,15 +47,19 @@ def linear(z: Tensor, labels: Tensor, held: Tensor, wanted: Probes) -> Tensor:
 def subspaces(z: Tensor, labels: Tensor, held: Tensor, wanted: Probes) -> Tensor:
     """The class whose affine subspace is nearest: mean and principal directions of its training samples, all of length one.
 
+    Of d numbers at most d - 1 directions count, else the subspace of every class is all there is, and no residual tells them apart;
+    nor does a direction in which the samples of a class do not differ but for rounding.
     Source: Yu et al. 2020, arXiv:2006.08558, section 4.
     """
     made: Any = package("sklearn.decomposition", "train: probes")
     known, far = labels.unique(), list[Tensor]()
     for k in known:
         own = _unit(z[labels == k])
-        rank = min(wanted.components, len(own) - 1, z.shape[1])
-        gap = torch.from_numpy(_unit(held) - own.mean(0))
-        axes = torch.from_numpy(made.PCA(rank).fit(own).components_) if rank else torch.zeros(0, z.shape[1])
+        rank = min(wanted.components, len(own) - 1, z.shape[1] - 1)
+        gap, axes = torch.from_numpy(_unit(held) - own.mean(0)), torch.zeros(0, z.shape[1])
+        if rank > 0 and own.std(0).max() > ROUNDING:
+            fitted = made.PCA(rank).fit(own)
+            axes = torch.from_numpy(fitted.components_[fitted.singular_values_ > ROUNDING * math.sqrt(len(own))])
         far.append(gap.square().sum(1) - (gap @ axes.to(gap).T).square().sum(1))
     return known[torch.stack(far).argmin(0)]
 
@@ -67,8 +71,12 @@ CLASSIFIERS: Mapping[str, tuple[str, Callable[[Tensor, Tensor, Tensor, Probes], 
 }
 
 
+ROUNDING = 1e-6
+"""A spread below it, of features at length one that a network made in float32, is none."""
+
+
 def _unit(z: Tensor) -> Any:
-    return nn.functional.normalize(z, dim=-1).numpy()
+    return features.unit(z).numpy()
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -83,11 +91,17 @@ def columns(wanted: Probes, labelled: bool) -> tuple[Column, ...]:
 
 
 def check(wanted: Probes, data: Data) -> None:
-    """Raises SpecError E508 for labels that are not the classes of samples."""
-    train = data.train.labels if labelled(data) else None
-    if train is None or len(train[train >= 0].unique()) < 2:
-        hint = "kinds: [] measures the room that features take, which needs no labels"
+    """Raises SpecError E508 for labels that are not the classes of samples, and where the samples that are drawn are of one class."""
+    own, hint = data.train.labels, "kinds: [] measures the room that features take, which needs no labels"
+    if own is None or not labelled(data) or _count(own) < 2:
         raise SpecError("E508", "train: probes: need samples of two classes or more", hint=hint)
+    if _count(own[_drawn(data, wanted).to(own.device)]) < 2:
+        message = f"train: probes: samples: the {wanted.samples:,} that are drawn are of fewer than two classes"
+        raise SpecError("E508", message, hint=f"more of the {len(data.train):,}; {hint}")
+
+
+def _count(labels: Tensor) -> int:
+    return len(labels[labels >= 0].unique())
 
 
 def labelled(data: Data) -> bool:
@@ -106,11 +120,13 @@ def _of(rows: Rows, data: Data, held: Held, wanted: Probes, settings: Train) -> 
     """rows: of some batches what is read of each sample, (n, d), and the labels."""
     z, labels = rows(held.batches(settings.batch))
     room = features.room(z, wanted.eps2)
-    found: dict[str, float] = {"rank": room.rank, "rate": room.rate}
+    found = {"rank": room.rank, "rate": room.rate}
     if not (wanted.kinds and labelled(data)):
         return found
     train, own = rows(_training_samples(data, wanted, settings.batch))
     assert labels is not None and own is not None
+    if not (z.isfinite().all() and train.isfinite().all()):
+        return {**found, **{f"probe_{kind}": math.nan for kind in wanted.kinds}}
     for kind in wanted.kinds:
         right = CLASSIFIERS[kind][1](train[own >= 0], own[own >= 0], z[labels >= 0], wanted) == labels[labels >= 0]
         found[f"probe_{kind}"] = float(right.double().mean())
@@ -119,8 +135,11 @@ def _of(rows: Rows, data: Data, held: Held, wanted: Probes, settings: Train) -> 
 
 def _training_samples(data: Data, wanted: Probes, size: int) -> Iterator[Split]:
     """Those that probes are fitted to, the same every time, a few at once."""
-    places = data.train.order(generator(0))[: wanted.samples]
-    return (data.train[some] for some in places.split(size))
+    return (data.train[some] for some in _drawn(data, wanted).split(size))
+
+
+def _drawn(data: Data, wanted: Probes) -> Tensor:
+    return data.train.order(generator(0))[: wanted.samples]
 
 
 def _as_they_are(batches: Iterable[Split]) -> tuple[Tensor, Tensor | None]:
@@ -157,7 +176,7 @@ def _definition(wanted: Probes, data: Data) -> str:
     count = min(wanted.samples, len(data.train))
     how = {
         "neighbours": f"{wanted.neighbours} neighbours",
-        "subspaces": f"{wanted.components} dimensions for each class",
+        "subspaces": f"at most {wanted.components} dimensions for each class, fewer than a feature has",
     }
     detail = ", ".join(how[kind] for kind in wanted.kinds if kind in how)
     return f"{said}\nprobes are fitted to {count:,} training samples" + (f": {detail}" if detail else "")
