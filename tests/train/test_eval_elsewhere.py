@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -75,6 +76,73 @@ def test_other_pictures_are_numbered_by_their_names_and_all_of_them_are_measured
     assert kept["overrides"][0].startswith("data.folder=") and kept["samples"] == 18
     assert str(found.folder) in str(found) and "measured with data.folder=" in str(found)
     assert not any("chosen" in note for note in found.closing.notes)
+
+
+def test_without_another_place_what_the_run_held_out_is_measured(run, tmp_path):
+    found = evaluate(run.folder, overrides=["data.workers=0"], quiet=True)
+    assert found.closing.samples == run.closing.samples == 7
+    assert rows(found)["animals, trained"]["nats"] == pytest.approx(rows(run)["animals, trained"]["nats"], rel=1e-6)
+    mine = run.folder.parent / "mine"
+    (tmp_path / "link").symlink_to(mine)
+    for place in (f"data.folder={mine}/../mine", f"data.folder={tmp_path / 'link'}", f"data.held=[{mine}]"):
+        with pytest.raises(SpecError, match="E511.*mine/ant' (has pictures that the run was|is trained on)"):
+            evaluate(run.folder, overrides=[place], quiet=True)
+    Image.new("RGB", (6, 6)).save(mine / "ant" / "new.png")
+    with pytest.raises(SpecError, match="E514"):
+        evaluate(run.folder, overrides=["data.workers=0"], quiet=True)
+    (mine / "ant" / "new.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("data.validation=0.5", "another one would hold out samples that the run was trained on"),
+        ("data.seed=7", "another one would hold out samples"),
+        ("data.normalise=null", "nothing here reads it"),
+        ("data.augment={flip: true}", "nothing here reads it"),
+        ("data.seed=7 data.folder=x", "other pictures are measured all"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(run, override, why):
+    with pytest.raises(SpecError, match=f"E511.*{why}"):
+        evaluate(run.folder, overrides=override.split() if " data." in override else [override], quiet=True)
+
+
+def test_only_what_divides_samples_is_refused_for_dividing_them():
+    from unroll.spec import load
+    from unroll.train.run import _refuse_unread
+
+    for name, word in (("crate_digits", "seed"), ("crate_digits", "validation"), ("crate_text", "characters")):
+        with pytest.raises(SpecError, match="E511.*trained on"):
+            _refuse_unread(load(name), {word})
+    _refuse_unread(load("crate_text"), {"characters", "text"})
+    _refuse_unread(load("hyper_lista"), {"seed", "validation", "sparsity"})
+    with pytest.raises(SpecError, match="E511.*train: is of the training"):
+        _refuse_unread(load("hyper_lista"), {"train"})
+
+
+def test_pictures_that_are_given_twice_are_named(tmp_path):
+    from unroll.spec.schema import Images
+    from unroll.train.pictures import _shelves
+
+    paint(tmp_path / "a", count=1)
+    x, y, tar = (str(tmp_path / name) for name in ("x.npy", "y.npy", "a.tar"))
+    np.save(x, np.zeros((4, 6, 6), np.uint8))
+    np.save(y, np.arange(4))
+    with tarfile.open(tar, "w") as made:
+        made.add(tmp_path / "a" / "ant" / "0.png", "ant/0.png")
+    twice = (
+        ({"folder": str(tmp_path / "a"), "held": (f"{tmp_path}/./a",)}, "a/ant' is trained on, and held out"),
+        ({"shards": (tar,), "held": (f"{tmp_path}/*.tar",)}, "a.tar' is trained on, and held out"),
+        ({"shards": (tar, f"{tmp_path}/a*.tar")}, "a.tar' is given twice"),
+        ({"arrays": (x, y), "held": (x, y)}, "x.npy' is trained on, and held out"),
+    )
+    for given, message in twice:
+        with pytest.raises(SpecError, match=f"E511.*{message}"):
+            _shelves(Images.model_validate({"source": "images", "size": 6, **given}))
+    np.savez(tmp_path / "both.npz", image=np.zeros((4, 6, 6)), labels=np.arange(4))
+    one = str(tmp_path / "both.npz")
+    assert len(_shelves(Images.model_validate({"source": "images", "arrays": (one, one)}))[0]) == 1
 
 
 def test_of_what_is_set_apart_only_that_is_measured_in_arrays_too(run, tmp_path):

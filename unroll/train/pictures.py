@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from os.path import isdir
+from os.path import isdir, realpath
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +27,7 @@ from unroll.train.shelves import (
     Shelf,
     Size,
     View,
+    at_hand,
     folders,
     left_out,
     middle,
@@ -218,22 +219,16 @@ def read_pictures(settings: Images, shapes: Shapes, given: Tensors) -> Data:
     """image: (B, C, height, width) and labels of pictures in folders, tar files or arrays.
 
     Raises SpecError E502 (nothing there), E503 (a damaged file), E504 (no pictures), E505, E506 (labels, numbers), E507 (classes),
-    E511 (settings), E513 (a file that is no picture).
+    E511 (settings, the same pictures twice), E513 (a file that is no picture).
     """
     del shapes, given
     shelves, notes = _shelves(settings)
     sizes, size = _sizes(settings, shelves)
-    classes = _classes(shelves)
-    if len(shelves) == 2:
-        parts = [(shelf, torch.arange(len(shelf.labels))) for shelf in shelves]
-    else:
-        places = shuffled(len(shelves[0].labels), settings.validation, settings.seed)
-        parts = [(shelves[0], p) for p in places]
+    classes, parts = _classes(shelves), _parts(settings, shelves)
     name = settings.input or "image"
     train, held = (Pictures(name, shelf, places, size, settings.workers) for shelf, places in parts)
     scale = scale_of(settings.normalise, train, sizes["channels"])
     train, held = replace(train, scale=scale), replace(held, scale=scale)
-    seals = "".join(shelf.seal for shelf in shelves)
     return Data(
         "images",
         train,
@@ -242,13 +237,24 @@ def read_pictures(settings: Images, shapes: Shapes, given: Tensors) -> Data:
         sizes={"classes": len(classes), **sizes},
         kept={
             "classes": classes,
-            "pictures": hashlib.sha256(seals.encode()).hexdigest(),
+            "pictures": _seal(shelves),
             **({} if scale is None else {"normalise": {"mean": list(scale.mean), "std": list(scale.std)}}),
         },
         change=change_of(settings.augment, name, sizes["channels"]),
         workers=settings.workers,
         mixes=mixes(settings.augment),
     )
+
+
+def _parts(settings: Images, shelves: Sequence[Shelf]) -> list[tuple[Shelf, Tensor]]:
+    """What is trained on and what is held out: a shelf, and places on it."""
+    if len(shelves) == 2:
+        return [(shelf, torch.arange(len(shelf.labels))) for shelf in shelves]
+    return [(shelves[0], p) for p in shuffled(len(shelves[0].labels), settings.validation, settings.seed)]
+
+
+def _seal(shelves: Sequence[Shelf]) -> str:
+    return hashlib.sha256("".join(shelf.seal for shelf in shelves).encode()).hexdigest()
 
 
 def _shelves(settings: Images) -> tuple[list[Shelf], tuple[str, ...]]:
@@ -260,6 +266,9 @@ def _shelves(settings: Images) -> tuple[list[Shelf], tuple[str, ...]]:
             f"data: source: images needs one of folder:, shards: and arrays:, and has {' and '.join(named) or 'none'}"
         )
         raise SpecError("E511", message)
+    if settings.arrays and settings.held and len(settings.held) != 2:
+        raise SpecError("E511", f"data: held: {len(settings.held)} files", hint="of arrays: [IMAGES, LABELS]")
+    _refuse_twice(_lie(settings))
     channels = settings.channels or 3
     if settings.folder is not None:
         tops = _tops(Path(settings.folder), settings.held)
@@ -268,11 +277,30 @@ def _shelves(settings: Images) -> tuple[list[Shelf], tuple[str, ...]]:
         groups = [settings.shards, *([settings.held] if settings.held else [])]
         return [open_shards(paths, channels) for paths in groups], ()
     assert settings.arrays is not None
-    if settings.held and len(settings.held) != 2:
-        raise SpecError("E511", f"data: held: {len(settings.held)} files", hint="of arrays: [IMAGES, LABELS]")
     first = settings.order == "channels_first"
     pairs = [settings.arrays, *([settings.held] if settings.held else [])]
     return [open_arrays(pair[0], pair[1], first=first) for pair in pairs], ()
+
+
+def _lie(settings: Images) -> list[list[str]]:
+    """Of each part the folders of its classes, its tar files, or its array of images, by their own paths; what is not there is left out."""
+    if settings.folder is not None:
+        found = [folders(top) if isdir(top) else [] for top in _tops(Path(settings.folder), settings.held)]
+    elif settings.shards:
+        found = [[p for word in part for p in at_hand(word)] for part in (settings.shards, settings.held)]
+    else:
+        found = [pair[:1] for pair in (settings.arrays or (), settings.held)]
+    return [[realpath(path) for path in part] for part in found]
+
+
+def _refuse_twice(parts: Sequence[Sequence[str]]) -> None:
+    """Raises SpecError E511 for pictures that are given twice, within a part or in both."""
+    every = [path for part in parts for path in part]
+    for path in every:
+        if every.count(path) > 1:
+            both = all(path in part for part in parts)
+            message = "is trained on, and held out" if both and len(parts) > 1 else "is given twice"
+            raise SpecError("E511", f"data: '{quote(path, 200)}' {message}", hint="name it once")
 
 
 def _tops(top: Path, held: Sequence[str]) -> list[Path]:
@@ -331,20 +359,38 @@ def asked_for(settings: Mapping[str, Any], asked: Collection[str], sizes: Mappin
     return {"size": [sizes["height"], sizes["width"]], "channels": sizes["channels"], **kept}
 
 
-def read_elsewhere(settings: Images, means: Mapping[str, Any]) -> Data:
+def read_elsewhere(settings: Images, means: Mapping[str, Any], trained: Images) -> Data:
     """What is held out of other pictures, or all of them where nothing is set apart; numbered, and in the scale, as in a run.
 
-    means: data.json of the run.  Raises SpecError as `read_pictures` does, and E507 for classes that the run does not know.
+    Of the pictures of the run, trained, those that it held out.  means: data.json of the run.
+    Raises SpecError as `read_pictures` does, E507 for classes that the run does not know, E511 for pictures that it was trained on, E514 where its own
+    are not what they were.
     """
     shelves, notes = _shelves(settings)
     sizes, size = _sizes(settings, shelves)
-    shelf, known = shelves[-1], list[str](means["classes"])
+    (shelf, places), known = _held_out(settings, shelves, means, trained), list[str](means["classes"])
     scale = Scale(*(tuple(means["normalise"][word]) for word in ("mean", "std"))) if "normalise" in means else None
     shelf = _numbered(shelf, known)
     name = settings.input or "image"
-    held = Pictures(name, shelf, torch.arange(len(shelf.labels)), size, settings.workers, scale=scale)
+    held = Pictures(name, shelf, places, size, settings.workers, scale=scale)
     sizes = {"classes": len(known), **sizes}
     return Data("images", held, held, notes=notes, sizes=sizes, kept={"classes": known}, workers=settings.workers)
+
+
+def _held_out(
+    settings: Images, shelves: Sequence[Shelf], means: Mapping[str, Any], trained: Images
+) -> tuple[Shelf, Tensor]:
+    """The shelf, and places on it, of pictures that a run was not trained on."""
+    if all(getattr(settings, word) == getattr(trained, word) for word in (*WHERE, "held")):
+        if _seal(shelves) != means["pictures"]:
+            raise SpecError("E514", "the pictures are not those that the run began with", hint="bring them back")
+        return _parts(settings, shelves)[-1]
+    known = _lie(trained)[0]
+    for path in _lie(settings)[len(shelves) - 1]:
+        if path in known:
+            message = f"data: '{quote(path, 200)}' has pictures that the run was trained on"
+            raise SpecError("E511", message, hint="leave it out: what the run held out is measured")
+    return shelves[-1], torch.arange(len(shelves[-1].labels))
 
 
 def _numbered(shelf: Shelf, known: Sequence[str]) -> Shelf:

@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -53,7 +53,7 @@ from unroll.train.groups import record
 from unroll.train.job import Job, build, first_rank, plain_spec, shapes_of
 from unroll.train.losses import Net, Outcome
 from unroll.train.masked import masks
-from unroll.train.pictures import asked_for, read_elsewhere
+from unroll.train.pictures import WHERE, asked_for, read_elsewhere
 from unroll.train.samples import NEEDED, Data, Split, Tensors, package
 from unroll.train.stored import AGAIN, read_json, read_tensors, reading
 from unroll.train.table import Closing, Line
@@ -63,6 +63,10 @@ PACKAGES = ("unroll-compiler", "torch", "lightning", "numpy", "sympy", "scikit-l
 SHARED = "UNROLL_RUN_FOLDER"
 PLACES = ("pictures", "tokens")
 """What data.json says of files, not of what they mean."""
+DIVISION = ("validation", "seed", "characters")
+"""Settings of data by which samples are held out."""
+OF_TRAINING = ("train", "augment", "normalise")
+"""Settings of data that what is held out does not depend on, or has from the run."""
 CODING = 30  # iterations per code while a dictionary is learned
 
 
@@ -235,8 +239,8 @@ def _changed(job: Job, overrides: Sequence[str]) -> Job:
 def evaluate(folder: str | Path, *, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
     """The closing table of a finished run, measured again; or, with other settings of its data, on those.
 
-    overrides: "data.folder=other" and the like. Of other pictures all are measured, or those that are set apart as held out. What is measured is in
-    a folder of its own, within that of the run: evaluations/...
+    overrides: "data.folder=other" and the like. Of other pictures all are measured, or those that are set apart as held out; where no other place
+    is named, those that the run held out. What is measured is in a folder of its own, within that of the run: evaluations/...
     Raises SpecError E510 if the folder holds no run, E511 for settings that are none of its data, E507, E512, E514 for data that are not for its network.
     """
     package("lightning", "a run of unroll train")
@@ -257,7 +261,7 @@ def _evaluate_elsewhere(job: Job, overrides: Sequence[str], outcome: Outcome) ->
 
     spec, means = _spec_elsewhere(job, overrides), _meaning(job)
     other = replace(job, spec=spec)
-    data = _data_elsewhere(other, means)
+    data = _data_elsewhere(other, means, job.spec)
     task, net = find_task(other.settings, data), _untrained(job, means)
     initial = copy.deepcopy(net)
     if job.settings.from_ is not None:
@@ -282,6 +286,7 @@ def _spec_elsewhere(job: Job, overrides: Sequence[str]) -> Spec:
         if not name.startswith("data.") or name in ("data.source", "data.input", "data.dictionary"):
             hint = "settings of data: as data.folder=FOLDER; the network is that of the run"
             raise SpecError("E511", f"a run cannot be measured with another {quote(name)}", hint=hint)
+    _refuse_unread(job.spec, {name.split(".")[1] for name in names})
     document: dict[str, Any] = job.spec.to_dict()
     if isinstance(job.spec.data, Images):
         with reading(job.folder / "run.json"):
@@ -293,11 +298,29 @@ def _spec_elsewhere(job: Job, overrides: Sequence[str]) -> Spec:
     return load(document, overrides)
 
 
-def _data_elsewhere(job: Job, means: Mapping[str, Any]) -> Data:
+def _refuse_unread(spec: Spec, asked: Set[str]) -> None:
+    """What is of the training alone, and what would hold out samples that the run was trained on. Raises SpecError E511."""
+    assert spec.data is not None
+    fields, moved = type(spec.data).model_fields, asked & {*WHERE, "held", "files", "text"}
+    drawn = "train" in fields  # a number of samples: these are drawn apart from what is held out, not divided
+    for word in sorted(asked & set(fields)):
+        if word in OF_TRAINING:
+            raise SpecError("E511", f"data: {word}: is of the training, and nothing here reads it", hint="leave it out")
+        if word not in DIVISION or drawn or (moved and not isinstance(spec.data, Images)):
+            continue
+        if moved:
+            message = "other pictures are measured all, or those that are set apart"
+            raise SpecError("E511", f"data: {word}: {message}", hint="leave it out, or set pictures apart by held:")
+        message = f"data: {word}: another one would hold out samples that the run was trained on"
+        raise SpecError("E511", message, hint="leave it out: what the run held out is measured")
+
+
+def _data_elsewhere(job: Job, means: Mapping[str, Any], trained: Spec) -> Data:
     """Other data for the network of a run. Raises SpecError E514 where what they mean is not what it was trained on."""
     assert job.spec.data is not None
     if isinstance(job.spec.data, Images):
-        data = read_elsewhere(job.spec.data, means)
+        assert isinstance(trained.data, Images)
+        data = read_elsewhere(job.spec.data, means, trained.data)
     else:
         data = make_data(job.spec.data, shapes_of(job.spec, job.dims), job.given)
         wanted, found = ({k: v for k, v in kept.items() if k not in PLACES} for kept in (means, data.kept))

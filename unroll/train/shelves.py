@@ -174,12 +174,17 @@ def files_of(patterns: Sequence[str]) -> list[str]:
     """Paths, each as it is or as a pattern with * stands for, in order. Raises SpecError E502."""
     found = list[str]()
     for pattern in patterns:
-        here = [pattern] if isfile(pattern) else sorted(glob(pattern))
+        here = at_hand(pattern)
         if not here:
             hint = "paths are relative to where you run unroll; * stands for any part of a name"
             raise SpecError("E502", f"data: there is no file '{quote(pattern, 200)}'", hint=hint)
         found += here
     return found
+
+
+def at_hand(pattern: str) -> list[str]:
+    """The files that a path, or a pattern with *, stands for, in order."""
+    return [pattern] if isfile(pattern) else sorted(glob(pattern))
 
 
 def _look_through(path: str, shard: int, index: _Index) -> None:
