@@ -319,3 +319,19 @@ def test_views_of_images_need_images_and_labels_need_classes() -> None:
         find_task(settings, bare)
     own = find_task(made(*CASES["samples"])[2], bare)  # needs none
     assert [c.key for c in own.columns][:2] == ["rank", "rate"]
+
+
+@pytest.mark.parametrize("word", ["area", "aspect"])
+def test_ends_of_a_view_that_are_the_wrong_way_round_are_refused(word: str) -> None:
+    with pytest.raises(SpecError, match=rf"E511.*views: all: {word}: the smaller one comes first"):
+        objective(load("mcr2_digits", [f"train.views={{all: {{{word}: [1.0, 0.2]}}}}"]).train)  # type: ignore[arg-type]
+
+
+def test_of_no_samples_there_are_views_and_no_objective() -> None:
+    none = torch.zeros(0, 3, 8, 6)
+    for view in (View(area=(0.2, 1.0)), View(contrast=0.5, brightness=0.1), View(noise=0.1, hide=0.1), View(flip=True)):
+        assert [x.shape for x in views(none, view, draws(0, 0))] == [none.shape]
+    for case in ("labels", "samples"):
+        net, data, settings = made(*CASES[case])
+        with pytest.raises(SpecError, match="E512.*batch without samples"):
+            objective(settings).terms(net, net, first(data, 0), draws(0, 0))

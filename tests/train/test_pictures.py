@@ -352,6 +352,24 @@ def damaged(folder, kind):
             pets(folder / "top" / "train")
             pets(folder / "top" / "val")
             return {"folder": str(folder / "top"), "size": 5, "held": (tar,)}, "E511", "has a folder val already"
+        case "two labels":
+            pack(tar, {"a.png": png(made[0]), "a.cls": b"0", "a.x.cls": b"1"})
+            return shards, "E506", "0.tar' holds a second label for one picture, a.x.cls"
+        case "a mask":
+            pack(tar, {"a.png": png(made[0]), "a.mask.png": png(made[1]), "a.cls": b"0"})
+            return shards, "E507", "0.tar' holds a.png and a.mask.png, with one label for both"
+        case "numbers of pictures":
+            pack(tar, {"a.png": png(made[0]), "a.cls": b"0", "b.png": png(made[1]), "b.cls": b"9" * 20})
+            return shards, "E506", "a label is 99,999,999,999,999,999,999, and there are 2 pictures"
+        case "identifiers":
+            np.save(y, labels + 1_000_000)
+            return arrays, "E506", "y.npy': a label is 1,000,001, and there are 6 pictures"
+        case "wide numbers":
+            np.save(y, labels.astype(np.uint64) + np.uint64(2**63))
+            return arrays, "E506", "a label is 9,223,372,036,854,775,809,"
+        case "no labels":
+            np.save(y, labels - 2)
+            return arrays, "E507", "y.npy': all labels are below 0"
         case "other classes":
             pets(folder / "top")
             pets(folder / "held", ("cats", "birds"))
@@ -387,6 +405,12 @@ def damaged(folder, kind):
         "no size",
         "order of a folder",
         "held twice",
+        "two labels",
+        "a mask",
+        "numbers of pictures",
+        "identifiers",
+        "wide numbers",
+        "no labels",
         "other classes",
     ],
 )

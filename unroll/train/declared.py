@@ -47,6 +47,9 @@ class Objective:
 
     def terms(self, net: Net, teacher: Net, batch: Split, draw: torch.Generator) -> Tensors:
         """The terms of the objective as written, () each. Raises SpecError E512, UnrollError E409."""
+        if not len(batch):
+            hint = "its terms are means over samples, or determinants of what they span"
+            raise SpecError("E512", "train: loss: a declared objective of a batch without samples", hint=hint)
         made = {name: views(self._image(net, batch), view, draw) for name, view in self.views.items()}
         inputs = {
             of: self._answers(of, {"network": net, "teacher": teacher}[of], made) for of in ("network", "teacher")
@@ -158,6 +161,11 @@ def _checked(loss: Loss, declared: Declared, made: Mapping[str, View]) -> Object
     if missing := sorted(names - set(declared.takes)):
         hint = f"takes: {{{missing[0]}: {{of: network}}}}; {loss.recipe.name} takes {said}"
         raise SpecError("E511", f"train: loss: takes: does not say what {', '.join(missing)} is", hint=hint)
+    for name, view in made.items():
+        for word, (low, high) in (("area", view.area), ("aspect", view.aspect)):
+            if low > high:
+                hint = f"{word}: [{high:g}, {low:g}]"
+                raise SpecError("E511", f"train: views: {name}: {word}: the smaller one comes first", hint=hint)
     unit = set[str]()
     for bound in loss.recipe.left_out:
         match bound:

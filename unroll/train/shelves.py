@@ -34,6 +34,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel: others lose values in `convert`
 TOP = {"u1": 255.0, "u2": 65535.0, "b1": 1.0}
 """What white is, in arrays of whole numbers."""
+HIGHEST = 100_000
+"""A label above it, and above the number of pictures, is taken for a name of something else than a class."""
 
 
 class Shelf(Protocol):
@@ -189,7 +191,7 @@ def at_hand(pattern: str) -> list[str]:
 
 def _look_through(path: str, shard: int, index: _Index) -> None:
     """Put the pictures of a tar file into the index: one after another, none is read."""
-    numbers, begin = dict[str, int](), len(index.names)
+    numbers, members, begin = dict[str, int](), dict[str, str](), len(index.names)
     try:
         with tarfile.open(path, "r:") as tar:
             kept: list[Any] = cast(Any, tar).members
@@ -198,6 +200,10 @@ def _look_through(path: str, shard: int, index: _Index) -> None:
                 if member.isfile() and member.name.lower().endswith(".cls"):
                     body = tar.extractfile(member)
                     assert body is not None
+                    if _key(member.name) in numbers:
+                        hint = "NAME.cls is one for each NAME, which is what stands before the first dot"
+                        message = f"data: '{path}' holds a second label for one picture, {member.name}"
+                        raise SpecError("E506", message, hint=hint)
                     numbers[_key(member.name)] = _number(body.read(), f"{path}: {member.name}")
                 elif member.isfile() and is_picture(member.name):
                     index.names.append(os.fsencode(member.name))
@@ -207,7 +213,14 @@ def _look_through(path: str, shard: int, index: _Index) -> None:
     except (tarfile.TarError, OSError, EOFError) as error:
         hint = "an archive that is not compressed: a picture is read from its place in it"
         raise SpecError("E503", f"data: '{path}' cannot be read as a tar file: {error}", hint=hint) from None
-    index.numbers += [numbers.get(_key(os.fsdecode(name))) for name in index.names[begin:]]
+    for name in map(os.fsdecode, index.names[begin:]):
+        key = _key(name)
+        if key in numbers and (other := members.setdefault(key, name)) is not name:
+            message = f"data: '{path}' holds {other} and {name}, with one label for both"
+            raise SpecError(
+                "E507", message, hint="of each NAME one picture, and one NAME.cls; leave others out, as masks"
+            )
+        index.numbers.append(numbers.get(key))
 
 
 def _key(member: str) -> str:
@@ -231,6 +244,7 @@ def _classes_of(index: _Index, paths: Sequence[str]) -> tuple[tuple[str, ...], l
     """Names of classes, and the label of each picture: numbers that stand beside all of them, or the folders that they are in."""
     if None not in index.numbers:
         labels = [n for n in index.numbers if n is not None]
+        _refuse_numbers(paths[0], max(labels), len(labels))
         return tuple(map(str, range(max(labels) + 1))), labels
     own = [os.path.basename(os.path.dirname(os.fsdecode(name))) for name in index.names]
     mixed = any(n is not None for n in index.numbers)
@@ -242,6 +256,16 @@ def _classes_of(index: _Index, paths: Sequence[str]) -> tuple[tuple[str, ...], l
     classes = sorted(set(own))
     place = {name: k for k, name in enumerate(classes)}
     return tuple(classes), [place[name] for name in own]
+
+
+def _refuse_numbers(path: str, highest: int, count: int) -> None:
+    """Raises SpecError E506 for labels that are no numbers of classes, E507 where no picture has a class."""
+    if highest < 0:
+        message = f"data: '{path}': all labels are below 0, which is no class"
+        raise SpecError("E507", message, hint="classes are numbered from 0")
+    if highest >= max(HIGHEST, count):
+        message = f"data: '{path}': a label is {highest:,}, and there are {count:,} pictures"
+        raise SpecError("E506", message, hint="number the classes from 0, one after another")
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
@@ -301,6 +325,7 @@ def open_arrays(images: str, labels: str, *, first: bool) -> Arrays:
         raise SpecError("E504", message, hint="one label for each image")
     if numbers.dtype.kind not in "iu":
         raise SpecError("E506", f"data: '{labels}' holds {numbers.dtype} values, and labels are whole numbers")
+    _refuse_numbers(labels, int(numbers.max()), len(array))
     kept = None if isinstance(array, np.memmap) else array
     return Arrays(images, array.shape, np.array(numbers).reshape(-1).astype(np.int64), first, kept)
 

@@ -22,6 +22,8 @@ def views(x: Tensor, wanted: View, draw: torch.Generator) -> list[Tensor]:
 
 def changed(x: Tensor, wanted: View, draw: torch.Generator) -> Tensor:
     """First what is cut out of an image, then its light, then noise, then what is hidden."""
+    if not x.numel():
+        return x
     if wanted.of_images:
         x = cut(x, wanted, draw)
     if wanted.contrast or wanted.brightness:
