@@ -305,9 +305,12 @@ def _speed(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
     for row in (r for r in found["crate_speed"] if r["module"] == "emitted"):
         ratio = row["ratio to by hand, explicit attention"]
         yield (
-            f"CRATE-T, {row['what']}, batch {row['batch']}: emitted / a module written by hand",
+            f"CRATE-{row['size']}, {row['what']}, batch {row['batch']}: emitted / a module written by hand",
             f"{ratio:.2f} of its time",
         )
+    for row in (r for r in found["rate_reduction"] if r["module"] == "emitted"):
+        about = f"rate reduction of {row['classes']} classes of {row['samples of each']} samples, value and slope"
+        yield f"{about}: emitted / a loop over the classes", f"{row['ratio to by hand, labels']:.2f} of its time"
     construct = [r for r in found["redunet_construct"] if r["module"] == "emitted"]
     ratios = [r["ratio to by hand, explicit inverses"] for r in construct]
     yield (
