@@ -108,7 +108,7 @@ def test_what_there_is_no_map_of_is_refused() -> None:
     net = model()
     for layer in (0, 3, -3, 1.0, True):
         with pytest.raises(UnrollError, match="there is no layer"):
-            unroll.attention_maps(net, images(), layer=layer)  # type: ignore[arg-type]
+            unroll.attention_maps(net, images(), layer=layer)
     with pytest.raises(UnrollError, match="layer -1, block sparsify has no softmax over tokens"):
         unroll.attention_maps(net, images(), block="sparsify")
     with pytest.raises(UnrollError, match="no block 'nothing'"):

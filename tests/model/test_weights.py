@@ -268,7 +268,7 @@ def test_names_of_ours_that_are_wrong_are_shown_in_the_spec(names: Spec, code: s
 
 def test_a_spec_without_a_map_and_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(UnrollError, match="says nothing about weights"):
-        restore_weights(unroll.compile(LAYERS), {})  # type: ignore[arg-type]
+        restore_weights(unroll.compile(LAYERS), {})
     net = model()
     with pytest.raises(UnrollError, match=r"cannot read .*No such file"):
         restore_weights(net, tmp_path / "none.pth")
@@ -388,7 +388,7 @@ def test_numbers_that_are_none_are_refused(bias: Any, message: str) -> None:
 def test_a_network_is_no_dict_of_weights() -> None:
     net = torch.nn.Linear(2, 2)
     with pytest.raises(unroll.UnrollError, match=r"E421.*Linear[\s\S]*state_dict\(\)"):
-        unroll.restore_weights(unroll.compile("crate_tiny", overrides=["unroll.layers=1"]), net)  # type: ignore[arg-type]
+        unroll.restore_weights(unroll.compile("crate_tiny", overrides=["unroll.layers=1"]), net)
 
 
 def test_numbers_that_a_narrow_type_cannot_hold_are_refused() -> None:

@@ -22,7 +22,7 @@ SIZES = {"d": 24, "K": 3, "p": 8}
 
 
 def crate(spec: str = "crate", **more: object) -> unroll.Network:
-    net = unroll.compile(spec, dims=SIZES, overrides=["unroll.layers=2"], dtype=torch.float64, **more)  # type: ignore[arg-type]
+    net = unroll.compile(spec, dims=SIZES, overrides=["unroll.layers=2"], dtype=torch.float64, **more)
     assert isinstance(net, unroll.Network)
     return net
 
@@ -312,7 +312,7 @@ def test_the_page_draws_the_softmax_of_each_head_and_what_the_class_token_takes(
     text = page._attention(net.trace(image).maps, grid(net))
     figures = re.findall("<figure>.*?</figure>", text)
     assert len(figures) == 2 * 2 * 4 and "layers 1, 2 of 2" in text
-    z = net.embedding(image)  # type: ignore[operator]
+    z = net.embedding(image)
     y = torch.nn.functional.layer_norm(z, (48,), eps=1e-5)
     v = torch.einsum("kdp,bnd->bknp", net.body.get_parameter("W")[0], y)
     weights = (v @ v.mT / 12**0.5).softmax(-1)[0]
@@ -324,7 +324,7 @@ def test_the_page_draws_the_softmax_of_each_head_and_what_the_class_token_takes(
 def test_maps_are_cut_to_what_a_page_can_hold_and_say_so() -> None:
     net = unroll.compile("crate", dims={"d": 40, "K": 10, "p": 4}, overrides=["unroll.layers=6"])
     with torch.no_grad():
-        found = net.trace(torch.randn(1, 100, 40)).maps  # type: ignore[union-attr]
+        found = net.trace(torch.randn(1, 100, 40)).maps
     text = page._attention(found, None)
     assert "layers 1, 3, 4, 6 of 6" in text and "first 8 heads" in text and "first 96 rows" in text
     figures = re.findall("<figure>.*?</figure>", text)
@@ -334,7 +334,7 @@ def test_maps_are_cut_to_what_a_page_can_hold_and_say_so() -> None:
 
 def test_one_map_of_shares_is_drawn_where_two_softmaxes_give_the_same() -> None:
     net = unroll.compile("tost", dims={"d": 24, "K": 3, "p": 8}, overrides=["unroll.layers=2"])
-    found = net.trace(tokens().float()[:1]).maps  # type: ignore[union-attr]
+    found = net.trace(tokens().float()[:1]).maps
     figures = re.findall("<figure>.*?</figure>", page._attention(found, None))
     assert len(found) == 4 and len(figures) == 2  # of columns and of rows, in each layer
     assert pixels(figures[0]).shape == (3, 5)

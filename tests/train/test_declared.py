@@ -168,9 +168,9 @@ def test_a_teacher_follows_by_a_cosine_from_its_momentum_to_its_end() -> None:
     teacher, net = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     with torch.no_grad():
         net.weight.fill_(3.0)
-        net.running_mean.fill_(7.0)  # type: ignore[union-attr]
+        net.running_mean.fill_(7.0)
         follow(teacher, net, 0.75)
-    assert teacher.weight.tolist() == [1.5] * 3 and teacher.running_mean.tolist() == [7.0] * 3  # type: ignore[union-attr]
+    assert teacher.weight.tolist() == [1.5] * 3 and teacher.running_mean.tolist() == [7.0] * 3
 
 
 @pytest.mark.parametrize("kept", ["teacher", "network"])
@@ -324,7 +324,7 @@ def test_views_of_images_need_images_and_labels_need_classes() -> None:
 @pytest.mark.parametrize("word", ["area", "aspect"])
 def test_ends_of_a_view_that_are_the_wrong_way_round_are_refused(word: str) -> None:
     with pytest.raises(SpecError, match=rf"E511.*views: all: {word}: the smaller one comes first"):
-        objective(load("mcr2_digits", [f"train.views={{all: {{{word}: [1.0, 0.2]}}}}"]).train)  # type: ignore[arg-type]
+        objective(load("mcr2_digits", [f"train.views={{all: {{{word}: [1.0, 0.2]}}}}"]).train)
 
 
 def test_of_no_samples_there_are_views_and_no_objective() -> None:

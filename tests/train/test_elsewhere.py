@@ -43,7 +43,7 @@ def test_the_table_has_rows_of_other_samples(tmp_path: Any) -> None:
     assert plain["deeper"] < plain["same"]
     A, net = found.net.given["A"], found.net
     shapes = Shapes({"x": (12,)}, {"z": (20,)}, {"A": (12, 20)})
-    settings = load("hyper_lista", overrides=SMALL).data.model_copy(update={"seed": 7919, "snr": 0.0})  # type: ignore[union-attr]
+    settings = load("hyper_lista", overrides=SMALL).data.model_copy(update={"seed": 7919, "snr": 0.0})
     held = make_data(settings, shapes, {"A": A}).validation
     z, x = held.targets["z"], held.inputs["x"].float()
     error = lambda codes: float((codes.detach() - z).square().sum() / z.square().sum())
@@ -141,7 +141,7 @@ def test_learned_robust_pca_trains_from_its_spec(tmp_path: Any) -> None:
     assert rows["lrpca"].nmse < rows["untrained (= scaled_gradient"].nmse < 1
     data = make_data(
         load("lrpca", overrides=small).data, Shapes({"Y": (40, 30)}, {"L": (2, 30), "R": (2, 40)})
-    ).validation  # type: ignore[arg-type]
+    ).validation
     l, r, _ = (v.detach() for v in found.net(data.inputs["Y"].float()))
     low = data.targets["L @ R.T"]
     by_hand = ((l.mT @ r).mT - low).square().sum() / low.square().sum()
@@ -153,7 +153,7 @@ def test_a_folder_names_the_text_that_was_chosen_and_goes_on_with_it(tmp_path: A
     """`auto` is settled in the spec of the run, which resumed in two parts ends as in one."""
     auto = ("unroll.algorithm=auto", "train.stages=end_to_end", "train.schedule=constant", "train.keep=last")
     whole = run(tmp_path / "whole", "alista", *auto, "train.steps=8")
-    assert load(str(whole.folder / "spec.yaml")).unroll.algorithm == "proximal_gradient"  # type: ignore[union-attr]
+    assert load(str(whole.folder / "spec.yaml")).unroll.algorithm == "proximal_gradient"
     part = run(tmp_path / "part", "alista", *auto, "train.steps=4")
     found = resume(part.folder, overrides=["train.steps=8"], quiet=True)
     for a, b in zip(whole.net.parameters(), found.net.parameters(), strict=True):

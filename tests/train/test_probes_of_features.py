@@ -227,7 +227,7 @@ def test_the_table_has_what_scikit_learn_says_and_the_training_is_not_moved(tmp_
     from unroll.train.data import make_data
     from unroll.train.samples import Shapes
 
-    data = make_data(load("crate_digits", TINY).data, Shapes({}))  # type: ignore[arg-type]
+    data = make_data(load("crate_digits", TINY).data, Shapes({}))
     z, held = (
         features.features(found.net, {"image": part.inputs["image"].float()}).detach().double().numpy()
         for part in (data.train.whole(), data.validation)
