@@ -514,13 +514,6 @@ def _without_padding(b: Builder, scores: Ref) -> tuple[Ref, tuple[Ref, ...]]:
 def _scores(b: Builder, scores: Ref) -> tuple[Ref, list[Ref]]:
     """(scale, the factors of V) of scores = scale * V' V; no factors where they are none."""
     node = b.nodes[scores.node]
-    if node.op == "scale" or (node.op == "add" and len(node.inputs) == 1):
-        scale, half = _scores(b, node.inputs[-1])
-        return (
-            b.map(slot(0) * slot(1), (node.inputs[0], scale))
-            if node.op == "scale"
-            else b.scaled(b.number(node.attrs[0][0]), scale)
-        ), half
     if node.op != "product" or len(node.inputs) % 2 == 0:
         return b.number(ONE), []
     scale, *factors = node.inputs
