@@ -456,8 +456,9 @@ def _refuse_rank(w: Wanted, problem: Problem, where: Where) -> None:
     """Raises SpecError E306 for what has no change of low rank: numbers, vectors, what is kept within bounds, and what has no more rank."""
     if not isinstance(w.value, Expr) or 1 in w.value.shape:
         raise SpecError("E306", f"{w.name} is no matrix: it has no rank", where, "leave out shape")
-    numbers = {d: sp.Integer(n) for d, n in problem.dims.items() if isinstance(n, int)}
-    most = min((int(n) for n in (swap(n, numbers) for n in w.value.shape) if n.is_Integer), default=math.inf)
+    most = min(
+        (int(n) for n in (swap(n, _known_sizes(problem)) for n in w.value.shape) if n.is_Integer), default=math.inf
+    )
     if w.low_rank is not None and w.low_rank >= most:
         message = f"a change of {w.name} of rank {w.low_rank} is any change: its rank is {most} at most"
         raise SpecError("E306", message, where, "leave out shape, or say a lower rank")
@@ -466,6 +467,10 @@ def _refuse_rank(w: Wanted, problem: Problem, where: Where) -> None:
     if said:
         message = f"a change of low rank keeps nothing of what '{said[0]}' says of {w.name}"
         raise SpecError("E306", message, where, f"leave out shape, or {said[0]}")
+
+
+def _known_sizes(problem: Problem) -> dict[sp.Symbol, sp.Integer]:
+    return {d: sp.Integer(n) for d, n in problem.dims.items() if isinstance(n, int)}
 
 
 def _factors(w: Wanted, s: Sym) -> tuple[Sym, Sym]:
@@ -546,11 +551,10 @@ def _fan_in(name: str, record: Learn, problem: Problem, place: Place, where: Whe
         raise SpecError("E306", f"fan_in is of a draw, and {name} is not drawn", where, "init: uniform, or gaussian")
     sizes = {d.name: d for d, n in problem.dims.items() if n != "dynamic"}
     found = as_constant(as_expr(parse(record.fan_in, problem.scope, place)))
-    numbers = {d: sp.Integer(n) for d, n in problem.dims.items() if isinstance(n, int)}
     if (
         found is None
         or not {str(s) for s in found.free_symbols} <= sizes.keys()
-        or swap(found, numbers).is_positive is False
+        or swap(found, _known_sizes(problem)).is_positive is False
     ):
         hint = f"sizes: {', '.join(sizes)}" if sizes else "there is no size that is a number"
         raise SpecError("E306", f"the fan_in of {name} is a number of entries: a formula of sizes", place(0, 1), hint)

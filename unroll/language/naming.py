@@ -83,7 +83,7 @@ def _part(e: Expr, formulas: Sequence[Expr]) -> Expr | None:
         often = sum(line.count(word) for line in shown for word in words)
         return (often - 1) * len(_text(part)), isinstance(part, FUNCTIONS), len(_text(part))
 
-    own = (e, e.x) if isinstance(e, Hold) else (e,)
+    own = (e, e.x) if isinstance(e, Hold) else (e,)  # nor nearly all of it, which would say nothing of its shape
     found = [c for c in _inside(e) if c not in own and _may_be_named(c) and 2 * len(_text(c)) < size + WIDTH]
     saved, best = max(((saves(c), c) for c in found), key=lambda s: s[0], default=((0, False, 0), None))
     return best if saved[0] or saved[1] or size > LONG else None
